@@ -1,0 +1,45 @@
+# Two commands matter: `make report` and `make test`. Both start from nothing.
+SHELL   := /bin/bash
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+STUDY   ?= phantom
+BIN     := .venv/bin
+READY   := .venv/.ready
+
+.PHONY: report test lab bench browser clean help
+
+help:
+	@echo "make report [STUDY=phantom|hippocampus|my.yaml] [VFM_DATA=folder]   run a study and build its site"
+	@echo "make test      export check, notebook tests, pytest"
+	@echo "make lab       JupyterLab on nbs/, the tour first"
+	@echo "make bench     benchmarks, as ratios against named alternatives"
+
+$(READY): settings.ini setup.py
+	@echo "Environment: creating .venv and installing the pinned packages (a few minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vfm_notes needs Python 3.11 or newer; found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+report: $(READY)
+	@$(BIN)/vfm run $(STUDY); ran=$$?; [ $$ran -le 1 ] || exit $$ran; $(BIN)/vfm site $(STUDY) && exit $$ran
+
+test: $(READY) browser
+	@echo "1/3 export check"; before=$$(mktemp -d); cp -r vfm_notes $$before/; $(BIN)/nbdev_export; \
+	diff -r -x __pycache__ $$before/vfm_notes vfm_notes || { echo "vfm_notes/ was not what nbs/ exports: run nbdev_export and commit both."; exit 1; }
+	@echo "2/3 notebook tests"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|runs|report|studies)' --timing
+	@echo "3/3 pytest"; $(BIN)/python -m pytest -q tests
+
+# The site is tested in a real browser. On a Debian machine where we are root it is installed; elsewhere those tests skip and say so.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	{ echo "Browser: installing Debian's chromium for the site tests"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+	|| echo "Browser: no chromium here, the site tests will be skipped"; }
+
+lab: $(READY)
+	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/00_tour.ipynb
+
+bench: $(READY)
+	@for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+clean:
+	rm -rf pages _site
