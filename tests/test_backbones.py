@@ -1,0 +1,117 @@
+"""The contract of every registered backbone, and the published layouts."""
+import json
+
+import pytest
+import torch
+
+import vfm_notes.backbones.profound # noqa: F401 (registers)
+import vfm_notes.backbones.provicnet # noqa: F401 (registers)
+from vfm_notes.backbones.protocol import backbone_card, build, check_backbone
+from vfm_notes.foundation.registry import VfmError, backbones
+
+NAMES = list(backbones)
+
+
+def volume(model, batch=2, cells=(2, 2, 2)):
+    "A small volume that the backbone accepts, of `cells` coarsest cells."
+    torch.manual_seed(1)
+    return torch.randn(batch, model.in_channels, *(max(c * s, 2) for c, s in zip(cells, model.strides[-1])))
+
+
+@pytest.fixture(scope="module", params=[(n, c) for n in NAMES for c in (1, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
+def model(request):
+    torch.manual_seed(0)
+    return build(request.param[0], request.param[1])
+
+
+def test_shapes_names_and_dtype(model):
+    model.eval()
+    with torch.no_grad(): seen = check_backbone(model, volume(model))
+    assert seen["embed"] == (2, model.embed_dim)
+
+
+def test_card(model):
+    card = model.card
+    assert card.name == model.name and card.title and card.source and card.licence and card.sequences
+    assert card.normalisation in {"zscore_nonzero", "none"} and len(card.size) == len(card.spacing) == 3
+    assert card == backbone_card(model.name)
+
+
+def test_cases_do_not_mix(model):
+    "A case's features do not depend on the other cases of the batch."
+    model.eval()
+    x = volume(model)
+    with torch.no_grad(): assert torch.allclose(model.embed(x)[:1], model.embed(x[:1]), atol=1e-5)
+
+
+def test_gradient_reaches_every_used_parameter_and_the_input(model):
+    if not model.card.toy: pytest.skip("same class as its toy; the step is too slow for a test")
+    model.train().zero_grad()
+    x = volume(model).requires_grad_()
+    (sum(m.square().mean() for m in model.pyramid(x)) + model.embed(x).square().mean()).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert all(n.endswith("mask_token") for n in silent), silent
+    assert x.grad.abs().sum() > 0
+
+
+def test_masked_pyramid_ignores_hidden_voxels(model):
+    model.eval()
+    x = volume(model)
+    keep = torch.ones(2, 1, *(s // t for s, t in zip(x.shape[2:], model.strides[-1])))
+    keep[:, :, :, :1] = 0
+    noisy = x.clone()
+    noisy[:, :, :, :model.strides[-1][1]] = 7.
+    with torch.no_grad():
+        for a, b in zip(model.masked_pyramid(x, keep), model.masked_pyramid(noisy, keep)): assert torch.equal(a, b)
+
+
+def test_same_seed_same_weights(model):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(build(model.name, model.in_channels).state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_state_goes_round(model):
+    other = build(f"{model.name}.any_weights", model.in_channels, state=model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_wrong_input_is_refused(model):
+    x = volume(model)
+    with pytest.raises(VfmError, match="channels"): model.embed(x.repeat(1, 2, 1, 1, 1))
+    with pytest.raises(VfmError, match="divisible"): model.embed(x[..., :-1])
+    with pytest.raises(VfmError, match="do not fit"): build(model.name, model.in_channels, state={"nothing": torch.zeros(1)})
+
+
+def test_unknown_backbone_names_the_nearest():
+    with pytest.raises(VfmError, match="profound_toy"): build("profund_toy.mae", 3)
+
+
+def test_every_family_has_a_toy():
+    families = {backbone_card(n).family for n in NAMES}
+    assert families == {backbone_card(n).family for n in NAMES if backbone_card(n).toy}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if backbone_card(n).toy])
+@pytest.mark.parametrize("size", [(12, 64, 64), (24, 48, 48), (4, 32, 80)])
+def test_toys_take_other_sizes(name, size):
+    model = build(name, 3).eval()
+    with torch.no_grad(): check_backbone(model, torch.randn(1, 3, *size))
+
+
+def test_published_provicnet_keys(real_data):
+    path = real_data.parent / "checkpoints" / "provicnet_plain_vits14reg_4class_keys.json"
+    if not path.is_file(): pytest.skip(f"no key list at {path}")
+    wanted = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("head.")}
+    with torch.device("meta"): net = build("provicnet_small", 1)
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted
+
+
+def test_published_profound_keys_with_prefix(real_data):
+    path = real_data.parent / "checkpoints" / "profound_classification_risk_keys.json"
+    if not path.is_file(): pytest.skip(f"no key list at {path}")
+    wanted = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("head.")}
+    with torch.device("meta"): net = build("profound_tiny", 3)
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted
