@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from vfm_notes.foundation.registry import VfmError
-from vfm_notes.shift.features import collect, distance_to_pretraining, drift, standardise
+from vfm_notes.shift.features import collect, distance_to_pretraining, distance, standardise
 from vfm_notes.shift.mmd import mmd2
 
 
@@ -57,7 +57,7 @@ def test_distance_says_everything_and_agrees():
     assert {"mmd2", "p_value", "bandwidth", "n", "estimator", "bandwidth_rule", "pooling", "standardised", "seed"} <= set(t.columns)
     assert list(t.n) == [24] * 3 and t.p_value[0] == 1 and t.p_value[1] == 0.01
     assert t.mmd2_paired[0] == pytest.approx(0, abs=1e-12) and t.mmd2[0] < 0 < t.mmd2[1]
-    for (k, v), value in zip(drift(before, after).items(), t.mmd2):
+    for (k, v), value in zip(distance(before, after).items(), t.mmd2):
         b, a = (z.double().numpy() for z in (before[k], after[k]))
         assert v == pytest.approx(value, abs=1e-12)
         assert v == pytest.approx(mmd2((b - b.mean(0)) / b.std(0), (a - b.mean(0)) / b.std(0)), abs=1e-9)
@@ -72,6 +72,6 @@ def test_distance_says_everything_and_agrees():
     ({"a": torch.rand(4, 2), "b": torch.rand(5, 2)}, "'a' (5, 2) against (4, 2)"),
 ])
 def test_layers_that_do_not_match_are_named(after, words):
-    for f in (drift, distance_to_pretraining):
+    for f in (distance, distance_to_pretraining):
         with pytest.raises(VfmError) as e: f({"a": torch.rand(5, 2), "b": torch.rand(5, 2)}, after)
         assert words in str(e.value)
