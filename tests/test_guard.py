@@ -1,0 +1,134 @@
+"""Guards on the notebooks and the package: the rules of the house, checked on every file."""
+import ast
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = {"0": "foundation", "1": "data", "2": "nets", "3": "backbones", "4": "pretrain", "5": "shift", "6": "tune", "7": "runs", "8": "analysis", "9": "report"}
+REACHES = {"foundation": set(), "data": {"foundation"}, "nets": {"foundation"}, "backbones": {"foundation", "data", "nets"},
+           "pretrain": {"foundation", "data", "nets", "backbones"}, "shift": {"foundation", "data", "nets", "backbones"},
+           "tune": {"foundation", "data", "nets", "backbones", "pretrain", "shift"}, "runs": {"foundation"},
+           "analysis": {"foundation", "runs"}, "report": {"foundation", "runs", "analysis"}}
+LAZY = {"report": {"data", "tune", "backbones"}}  # the command line joins the sides inside its functions
+PLAIN = []  # dense mechanisms that are plain .py files, at most three
+
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"\d\d_", p.name) and p.name != "00_tour.ipynb"]
+MODULES = sorted(p for p in (ROOT/"vfm_notes").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+
+
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def code(path): return ["".join(c["source"]) for c in cells(path) if c["cell_type"] == "code"]
+def exported(path): return [s for s in code(path) if re.search(r"^#\|\s*export\b", s, re.M)]
+def names(paths): return [str(p.relative_to(ROOT)) for p in paths]
+
+
+def test_top_level_is_the_agreed_one():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    agreed = {"nbs", "vfm_notes", "settings.ini", "setup.py", "tests", "_quarto.yml", "README.md", "Makefile", "LICENSE", "CONTRIBUTING.md"}
+    assert {p.split("/")[0] for p in tracked} - agreed == {p for p in {t.split("/")[0] for t in tracked} if p.startswith(".")}
+    assert not [p for p in tracked if (ROOT/p).is_file() and (ROOT/p).stat().st_size > 400_000]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_is_clean(path):
+    for c in cells(path):
+        assert not c.get("outputs") and c.get("execution_count") is None, "commit notebooks without outputs"
+        assert set(c["metadata"]) <= {"tags"}
+    if path.parent.name in ("runs", "report") or path.name == "00_tour.ipynb": assert not exported(path), "templates, pages and the tour export nothing"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=names(LIBRARY))
+def test_library_notebook_form(path):
+    first, sources = cells(path)[0], exported(path)
+    assert first["cell_type"] == "markdown" and re.search(r"^> .+", "".join(first["source"]), re.M), "title and one-line subtitle first"
+    module = re.search(r"default_exp (\S+)", "\n".join(code(path)))[1]
+    assert module.split(".")[0] == LAYERS[path.name[0]], "the decade of the number is the sub-package"
+    lengths = [len([l for l in s.splitlines() if l.strip()]) for s in sources]
+    assert max(lengths) <= 41 and statistics.median(lengths) <= 16, f"long cells: {sorted(lengths)[-3:]}, median {statistics.median(lengths)}"
+    plain = [s for s in code(path) if not s.lstrip().startswith("#|")]
+    assert plain, "at least one example"
+    for s in sources:
+        body = [n for n in ast.parse(s).body]
+        imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in body]
+        assert all(imports) or not any(imports), f"imports alone in their cell:\n{s[:200]}"
+
+
+def test_every_module_has_one_notebook_and_every_notebook_its_module():
+    modules = [re.search(r"default_exp (\S+)", "\n".join(code(p)))[1] for p in LIBRARY]
+    assert len(modules) == len(set(modules))
+    on_disk = {".".join(p.relative_to(ROOT/"vfm_notes").with_suffix("").parts) for p in MODULES}
+    assert on_disk - set(PLAIN) == set(modules)
+    assert len(PLAIN) <= 3
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_module_size_and_direction(path):
+    text, package = path.read_text(encoding="utf-8"), path.parent.name
+    assert len(text.splitlines()) <= 360
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom): continue
+        assert not any(a.name == "*" for a in node.names), "no star imports"
+        parts = (node.module or "").split(".")
+        target = parts[0] if node.level == 2 else parts[1] if parts[0] == "vfm_notes" and len(parts) > 1 else None
+        if target in REACHES and target != package:
+            allowed = REACHES[package] | (LAZY.get(package, set()) if node not in tree.body else set())
+            assert target in allowed, f"{package} must not import {target}"
+
+
+def test_imports_only_lower_numbers():
+    number = {re.search(r"default_exp (\S+)", "\n".join(code(p)))[1]: int(p.name[:2]) for p in LIBRARY}
+    for p in LIBRARY:
+        for used in re.findall(r"^from vfm_notes\.([\w.]+) import", "\n".join(exported(p)), re.M):
+            assert number[used] < int(p.name[:2]), f"{p.name} imports vfm_notes.{used} of a higher number"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_public_functions_are_typed_and_told(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    for node in public:
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            continue
+        told = ast.get_docstring(node) or (len(node.body) == 1 and isinstance(node.body[0], ast.Return))
+        assert told, f"{node.name} has no docstring"
+        untyped = [a.arg for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation is None and a.arg not in ("self", "cls")]
+        assert len(untyped) <= 2, f"{node.name}: arguments without type: {untyped}"
+
+
+LIGHT = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if p.parent.name in ("foundation", "runs", "analysis", "report")]
+
+
+def test_records_and_pages_open_without_torch():
+    program = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module(m)\nheavy = {'torch', 'monai', 'transformers'} & set(sys.modules)\nassert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", program, *LIGHT], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-600:]
+
+
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import vfm_notes"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and int(done.stderr.splitlines()[-1].split("|")[1]) < 200_000  # microseconds
+    assert not re.search(r"\b(torch|monai|pandas)\b", done.stderr)
+
+
+def test_nothing_dangerous_is_called():
+    for p in [*MODULES, *NOTEBOOKS]:
+        text = p.read_text(encoding="utf-8")
+        assert not re.search(r"\bpickle\.load|torch\.load\((?!.*weights_only=True)|allow_pickle=True", text), p
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"nbs"/"runs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_template_has_imports_then_parameters(path):
+    tagged = [i for i, c in enumerate(cells(path)) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    before = [c for c in cells(path)[:tagged[0]] if c["cell_type"] == "code"]
+    assert len(before) == 1 and "import" in "".join(before[0]["source"])
+    for line in "".join(cells(path)[tagged[0]]["source"]).splitlines(): assert re.match(r"\w+ = .+", line), line
