@@ -174,3 +174,60 @@ def test_slice_triplets_layout():
     x = torch.randn(2, 2, 4, 3, 3)
     images = slice_triplets(x)
     assert torch.equal(images[1 * 4 + 2], torch.stack([x[1, 0, 1], x[1, 1, 1], x[1, 0, 2], x[1, 1, 2], x[1, 0, 3], x[1, 1, 3]]))
+
+
+def test_space_to_depth_by_indexing():
+    from vfm_notes.nets.decoder import depth_to_space, space_to_depth
+    x, (fd, fh, fw) = torch.randn(2, 3, 4, 6, 4), (2, 3, 2)
+    y = space_to_depth(x, (fd, fh, fw))
+    assert y.shape == (2, 3 * 12, 2, 2, 2)
+    for c in range(3):
+        for i in range(fd):
+            for j in range(fh):
+                for k in range(fw):
+                    assert torch.equal(y[:, c * 12 + i * 6 + j * 2 + k], x[:, c, i::fd, j::fh, k::fw])
+    assert torch.equal(depth_to_space(y, (fd, fh, fw)), x)
+
+
+def test_subpixel_equals_pixel_shuffle_in_two_dimensions():
+    from vfm_notes.nets.decoder import depth_to_space
+    x = torch.randn(2, 12, 1, 5, 4)
+    assert torch.equal(depth_to_space(x, (1, 2, 2))[:, :, 0], F.pixel_shuffle(x[:, :, 0], 2))
+
+
+@pytest.mark.parametrize("strides", [[(1, 8, 8)] * 3, [(2, 4, 4), (4, 8, 8), (4, 16, 16)], [(4, 4, 4), (8, 8, 8), (16, 16, 16), (16, 16, 16)], [(1, 14, 14)]])
+def test_dense_decoder_fits_any_strides(strides):
+    from types import SimpleNamespace
+    from vfm_notes.nets.decoder import DenseDecoder
+    size = [2 * max(s[a] for s in strides) for a in range(3)]
+    backbone = SimpleNamespace(widths=[6] * len(strides), strides=strides)
+    x = torch.randn(1, 2, *size, requires_grad=True)
+    maps = [torch.randn(1, 6, *(s // t for s, t in zip(size, stride)), requires_grad=True) for stride in strides]
+    out = DenseDecoder(backbone, 2, 5, width=8)(maps, x)
+    assert out.shape == (1, 5, *size)
+    out.square().mean().backward()
+    assert x.grad.abs().sum() > 0 and all(m.grad.abs().sum() > 0 for m in maps)
+
+
+def test_residual_decoder_starts_as_the_identity_and_can_leave_it():
+    from types import SimpleNamespace
+    from vfm_notes.nets.decoder import DenseDecoder
+    backbone, x = SimpleNamespace(widths=[6], strides=[(2, 4, 4)]), torch.randn(1, 3, 4, 16, 16)
+    decoder, maps = DenseDecoder(backbone, 3, 1, residual_channel=2), [torch.randn(1, 6, 2, 4, 4)]
+    assert torch.equal(decoder(maps, x), x[:, 2:])
+    decoder(maps, x).square().mean().backward()
+    assert decoder.last.weight.grad.abs().sum() > 0
+
+
+def test_decoder_refuses_a_size_that_its_cells_do_not_divide():
+    from types import SimpleNamespace
+    from vfm_notes.foundation.registry import VfmError
+    from vfm_notes.nets.decoder import DenseDecoder
+    decoder = DenseDecoder(SimpleNamespace(widths=[6], strides=[(1, 4, 4)]), 1, 1)
+    with pytest.raises(VfmError, match="divisible"): decoder([torch.randn(1, 6, 3, 4, 4)], torch.randn(1, 1, 3, 16, 16))
+
+
+def test_published_provicnet_head_key_list(checkpoints):
+    from vfm_notes.nets.decoder import TokenHead
+    wanted = {k.removeprefix("head."): v for k, v in checkpoints("provicnet_plain_vits14reg_4class").items() if k.startswith("head.")}
+    assert shapes(TokenHead(384, 4)) == wanted
