@@ -1,0 +1,253 @@
+"""Tables, gain, convergence and association against libraries, brute force and closed forms, on records whose truth is known."""
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from vfm_notes.analysis import gain
+from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
+from vfm_notes.analysis.tables import cohort_value, load_tables
+from vfm_notes.foundation.places import run_folder
+from vfm_notes.foundation.registry import VfmError
+from vfm_notes.foundation.spec import RunSpec, run_id
+from vfm_notes.runs.record import failed_record, new_record, write_record
+
+EPOCHS = np.arange(6)
+
+
+def curve(metric, values, d2p=0.1):
+    rows = [{"epoch": int(e), "seconds": 2.0 * e, "name": f"val_{metric}", "value": v} for e, v in zip(EPOCHS, values)]
+    return rows + [{"epoch": int(e), "seconds": 2.0 * e, "name": "d2p_embed", "value": d2p * e} for e in EPOCHS]
+
+
+def write(study, spec, metric, values, direction=1, curves=None, d2p=0.1):
+    "One finished run with a value per case."
+    cases = [{"case": f"c{i:02}", "patient": f"p{i:02}", "metric": metric, "value": v} for i, v in enumerate(values)]
+    record = new_record(spec, study, metrics={metric: float(np.nanmean(values))}, primary=metric, directions={metric: direction}, units={metric: ""},
+                        controls={metric: 0.3}, d2p=[{"layer": "stem", "mmd2": d2p / 2, "mmd2_paired": d2p / 2, "p_value": 0.01, "n": 24, "bandwidth": 1.0, "seed": 9},
+                                                     {"layer": "embed", "mmd2": d2p, "mmd2_paired": d2p, "p_value": 0.01, "n": 24, "bandwidth": 1.0, "seed": 9}],
+                        seconds={"total": 12.0, "training": 10.0}, peak_memory_mib=100.0, parameters={"trainable": 10, "total": 20})
+    write_record(run_folder(study, run_id(spec)), record, curves=curves or curve(metric, 0.1 * EPOCHS, d2p), cases=cases)
+
+
+def class_cases(label, score):
+    wide = pd.DataFrame({"case": [f"c{i:02}" for i in range(len(label))], "patient": [f"p{i:02}" for i in range(len(label))], "label": label})
+    for k in range(score.shape[1]): wide[f"score_{k}"] = score[:, k]
+    return wide.melt(["case", "patient"], var_name="metric")
+
+
+@pytest.fixture
+def study(runs_root):
+    "Two tasks x two backbones, three seeds; a failed run; a backbone without scratch."
+    r = np.random.default_rng(0)
+    base = r.normal(0.6, 0.1, 20)
+    truth = {("segmentation", "a.x"): 1.10, ("segmentation", "b.x"): 0.95, ("translation", "a.x"): 1.02, ("translation", "b.x"): 1.30}
+    for i, ((task, backbone), factor) in enumerate(truth.items()):
+        for s in range(3):
+            for strategy in ("scratch", "full"):
+                v = base * (factor if strategy == "full" else 1) + r.normal(0, 0.005, 20)
+                rise = np.minimum(EPOCHS * (0.2 if strategy == "full" else 0.1), 0.5) * (factor if strategy == "full" else 1)
+                write("s", RunSpec(task=task, backbone=backbone, strategy=strategy, seed=s), "dice", v, curves=curve("dice", 0.2 + rise, 0.1 * (i + 1)), d2p=0.1 * (i + 1))
+    write("s", RunSpec(task="segmentation", backbone="c.x", strategy="full", seed=0), "dice", base)
+    bad = RunSpec(task="segmentation", backbone="a.x", strategy="full", seed=7)
+    write_record(run_folder("s", run_id(bad)), failed_record(bad, "s", RuntimeError("boom")))
+    return load_tables("s")
+
+
+# --- tables
+
+def test_tables_hold_every_run_and_value(study):
+    assert len(study.runs) == 26 and (study.runs.status == "failed").sum() == 1
+    assert study.runs.loc[study.runs.status == "failed", "error"].tolist() == ["boom"]
+    assert len(study.cases) == 25 * 20 and len(study.curves) == 25 * 12 and len(study.d2p) == 50
+    assert (study.d2p.groupby("id").seed.first().reindex(study.done().id).to_numpy() == study.done().seed.to_numpy()).all()
+    one = study.cases[study.cases.id == study.done().id.iloc[0]]
+    assert cohort_value(one, "dice") == pytest.approx(study.done().value.iloc[0])
+
+
+def test_an_empty_study_and_an_all_failed_one(runs_root):
+    empty = load_tables("nothing")
+    assert empty.runs.empty and gain_table(empty).empty and run_gains(empty).empty
+    spec = RunSpec(strategy="full")
+    write_record(run_folder("f", run_id(spec)), failed_record(spec, "f", RuntimeError("boom")))
+    t = gain_table(load_tables("f"))
+    assert t.reason.tolist() == ["no finished run"] and np.isnan(t.rpg[0])
+
+
+def test_cohort_metrics_against_sklearn():
+    r = np.random.default_rng(0)
+    label, score = r.integers(0, 3, 50), r.dirichlet([1, 1, 1], 50)
+    cases = class_cases(label, score).sample(frac=1, random_state=0)
+    assert cohort_value(cases, "auc") == pytest.approx(roc_auc_score(label == 2, score[:, 2]))
+    assert cohort_value(cases, "auc", 1) == pytest.approx(roc_auc_score(label >= 1, score[:, 1] + score[:, 2]))
+    assert cohort_value(cases, "kappa") == pytest.approx(cohen_kappa_score(label, score.argmax(1), weights="quadratic"))
+    assert np.isnan(cohort_value(class_cases(label * 0, score), "auc")) and np.isnan(cohort_value(class_cases(label * 0, score), "kappa"))
+    with pytest.raises(VfmError, match="label"): cohort_value(cases[cases.metric == "score_0"], "auc")
+
+
+# --- gain
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3).filter(lambda v: abs(v) > 1e-6), st.sampled_from([1, -1]), st.floats(1e-3, 1e3))
+def test_rpg_laws(m, ref, s, c):
+    assert rpg(m, ref, s) == pytest.approx(-rpg(m, ref, -s))
+    assert rpg(ref, ref, s) == 0
+    assert (rpg(m, ref, s) > 0) == (s * (m - ref) > 0) or abs(m - ref) < 1e-9 * abs(ref)
+    assert rpg(c * m, c * ref, s) == pytest.approx(rpg(m, ref, s), rel=1e-6, abs=1e-6)
+
+
+def test_rpg_undefined():
+    assert np.isnan(rpg(1, 0)) and np.isnan(rpg(1, np.nan)) and np.isnan(rpg(np.nan, 1))
+    np.testing.assert_allclose(rpg(np.array([2.0, 1.0]), np.array([1.0, 0.0])), [100, np.nan])
+    assert rpg(-0.1, -0.2) == pytest.approx(50)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(5, 40), st.integers(2, 4))
+def test_weighted_scores_are_scores_of_redrawn_cases(seed, n, classes):
+    r = np.random.default_rng(seed)
+    label = np.concatenate([np.arange(classes), r.integers(0, classes, n)])
+    score = r.integers(0, 6, (2, len(label))) / 5  # many ties
+    predicted = r.integers(0, classes, (2, len(label)))
+    draws = np.stack([np.concatenate([np.arange(classes), r.integers(0, len(label), n)]) for _ in range(3)])
+    w = np.stack([np.bincount(d, minlength=len(label)) for d in draws]).astype(float)
+    auc, kappa = Ranking(score, label > 0).weighted(w), Agreement(predicted, label, classes).weighted(w)
+    mean = Means(score).weighted(w)
+    for s in range(2):
+        for b, d in enumerate(draws):
+            assert auc[s, b] == pytest.approx(roc_auc_score(label[d] > 0, score[s, d]))
+            assert kappa[s, b] == pytest.approx(cohen_kappa_score(label[d], predicted[s, d], labels=range(classes), weights="quadratic"))
+            assert mean[s, b] == pytest.approx(score[s, d].mean())
+
+
+def test_undefined_scores_stay_undefined():
+    assert np.isnan(Ranking(np.random.rand(1, 4), np.array([True] * 4)).weighted(np.ones((1, 4)))).all()
+    assert np.isnan(Agreement(np.array([[0, 1, 2]]), np.array([1, 1, 1]), 3).weighted(np.ones((1, 3)))).all()
+    assert np.isnan(Means(np.full((1, 3), np.nan)).weighted(np.ones((1, 3)))).all()
+
+
+def test_bootstrap_against_a_loop():
+    "The weights trick gives the same interval as re-drawing rows one by one."
+    r = np.random.default_rng(0)
+    t, m = r.normal(1.2, 0.3, (3, 25)), r.normal(1.0, 0.3, (3, 25))
+    found = bootstrap(Pair(Means(t), Means(m), [0, 1, 2], np.arange(25)), draws=4000)
+    assert found["rpg"] == pytest.approx(100 * (t.mean() / m.mean() - 1))
+    values = []
+    for _ in range(4000):
+        s, c = r.integers(0, 3, 3), r.integers(0, 25, 25)
+        values.append(100 * (t[np.ix_(s, c)].mean() / m[np.ix_(s, c)].mean() - 1))
+    np.testing.assert_allclose([found["low"], found["high"]], np.percentile(values, [2.5, 97.5]), atol=1.5)
+    assert found["seed_sd"] == pytest.approx(np.std(100 * (t.mean(1) / m.mean(1) - 1), ddof=1))
+    only = [100 * (t[:, c].mean() / m[:, c].mean() - 1) for c in r.integers(0, 25, (4000, 25))]
+    assert found["case_sd"] == pytest.approx(np.std(only), rel=0.1)
+
+
+def test_patients_are_drawn_together():
+    w = gain.case_weights(np.array([0, 0, 1, 2, 2, 2]), 200, np.random.default_rng(0))
+    assert (w[:, 0] == w[:, 1]).all() and (w[:, 3] == w[:, 5]).all() and len(np.unique(w[:, 2] - w[:, 3])) > 2
+    assert np.allclose(w[:, [0, 2, 3]].sum(1), 3)
+
+
+def test_exchange_test_exact_and_uniform():
+    from itertools import product
+    r = np.random.default_rng(0)
+    x, y = r.normal(0.4, 1, (2, 8)), r.normal(0, 1, (2, 8))
+    d = (x - y).mean(0)
+    all_sums = np.array([abs((np.array(f) * d).sum()) for f in product([1, -1], repeat=8)])
+    p = exchange_test(Pair(Means(x), Means(y), [0, 1], np.arange(8)))
+    assert p == pytest.approx((all_sums >= abs(d.sum()) - 1e-12).mean())
+    null = []
+    for i in range(200):
+        r = np.random.default_rng(i)
+        label = np.arange(30) % 2 == 0
+        null.append(exchange_test(Pair(Ranking(r.normal(size=(2, 30)), label), Ranking(100 * r.normal(size=(2, 30)), label), [0, 1], np.arange(30)), draws=99))
+    assert min(null) >= 0.01 and np.mean(np.array(null) <= 0.05) < 0.1 and 0.35 < np.mean(np.array(null) <= 0.5) < 0.65
+    sure = exchange_test(Pair(Ranking(np.tile(label, (2, 1)) + 0.0, label), Ranking(r.normal(size=(2, 30)), label), [0, 1], np.arange(30)), draws=999)
+    assert sure < 0.01
+
+
+def test_holm_against_the_definition():
+    p = np.array([0.01, 0.02, 0.03, np.nan, 0.5])
+    np.testing.assert_allclose(holm(p), [0.04, 0.06, 0.06, np.nan, 0.5])
+    assert holm([]).size == 0 and np.isnan(holm([np.nan])).all()
+
+
+def test_gain_table_finds_the_truth(study):
+    t = gain_table(study).set_index(["task", "backbone"])
+    for key, factor in {("segmentation", "a.x"): 10, ("segmentation", "b.x"): -5, ("translation", "a.x"): 2, ("translation", "b.x"): 30}.items():
+        row = t.loc[key]
+        assert row.low <= factor + 0.5 and row.high >= factor - 0.5 and row.high - row.low < 4
+        assert np.sign(row.rpg) == np.sign(factor) and (row.n_seeds, row.n_cases) == (3, 20) and row.p <= row.p_holm <= 0.05
+    lost = t.loc[("segmentation", "c.x")]
+    assert np.isnan(lost.rpg) and "reference 'scratch'" in lost.reason
+    assert (gain_table(study).set_index(["task", "backbone"]).low == t.low).sum() == 4  # same draws again
+    per_run = run_gains(study)
+    assert len(per_run) == 12
+    np.testing.assert_allclose(per_run[(per_run.task == "translation") & (per_run.backbone == "b.x")].rpg.std(), t.loc[("translation", "b.x")].seed_sd)
+
+
+def test_gain_does_not_depend_on_order(study):
+    study.runs, study.cases = study.runs.sample(frac=1, random_state=1), study.cases.sample(frac=1, random_state=2)
+    study.metrics = study.metrics.sample(frac=1, random_state=3)
+    a, b = gain_table(study), gain_table(load_tables("s"))
+    columns = ["rpg", "low", "high", "p", "seed_sd"]
+    pd.testing.assert_frame_equal(a.set_index(gain.CELL)[columns].sort_index(), b.set_index(gain.CELL)[columns].sort_index())
+
+
+def test_gain_needs_the_same_seeds_cases_and_size(runs_root):
+    v = np.linspace(0.4, 0.8, 10)
+    write("s", RunSpec(strategy="scratch", seed=0), "dice", v)
+    write("s", RunSpec(strategy="scratch", seed=5), "dice", 100 * v)
+    write("s", RunSpec(strategy="full", seed=0), "dice", 1.1 * v)
+    write("s", RunSpec(strategy="full", seed=1), "dice", 50 * v)
+    write("s", RunSpec(strategy="full", seed=0, n_train=12), "dice", v)
+    t = gain_table(load_tables("s")).set_index("n_train")
+    assert t.loc[24].rpg == pytest.approx(10) and t.loc[24].n_seeds == 1 and np.isnan(t.loc[24].seed_sd) and "1" in t.loc[24].note
+    assert "no finished run of the reference" in t.loc[12].reason
+
+
+def test_gain_directions_missing_values_and_zero(runs_root):
+    v = np.linspace(2, 4, 15)
+    hole = v.copy(); hole[:5] = np.nan
+    write("s", RunSpec(strategy="scratch"), "hd95", v, -1)
+    write("s", RunSpec(strategy="full"), "hd95", hole / 2, -1)
+    write("s", RunSpec(task="z", strategy="scratch"), "dice", 0 * v)
+    write("s", RunSpec(task="z", strategy="full"), "dice", v)
+    write("s", RunSpec(task="w", strategy="scratch"), "dice", v - 3)
+    write("s", RunSpec(task="w", strategy="full"), "dice", v)
+    t = gain_table(load_tables("s")).set_index("task")
+    assert t.loc["segmentation"].rpg == pytest.approx(50) and t.loc["segmentation"].n_cases == 10
+    assert np.isnan(t.loc["z"].rpg) and t.loc["z"].reason == "the reference is 0"
+    assert "close to 0" in t.loc["w"].note or "reference is 0" in t.loc["w"].reason
+    with pytest.raises(VfmError, match="Did you mean 'hd95'"): gain_table(load_tables("s"), metric="hd59")
+    assert gain_table(load_tables("s"), metric="hd95").task.tolist() == ["segmentation"]
+
+
+def test_gain_of_auc(runs_root):
+    r = np.random.default_rng(0)
+    label = r.integers(0, 3, 48)
+    value = {}
+    for strategy, noise in (("scratch", 1.5), ("full", 0.5)):
+        for s in range(3):
+            logit = -np.abs(np.arange(3) - label[:, None]) + noise * r.normal(size=(48, 3))
+            score = np.exp(logit) / np.exp(logit).sum(1, keepdims=True)
+            spec = RunSpec(task="classification", strategy=strategy, seed=s)
+            value[strategy, s] = roc_auc_score(label == 2, score[:, 2])
+            write_record(run_folder("s", run_id(spec)), new_record(spec, "s", metrics={"auc": value[strategy, s], "kappa": 0.1}, primary="auc", directions={"auc": 1, "kappa": 1}), cases=class_cases(label, score))
+    row = gain_table(load_tables("s")).iloc[0]
+    t, m = (np.mean([value[k, s] for s in range(3)]) for k in ("full", "scratch"))
+    assert row.rpg == pytest.approx(100 * (t / m - 1)) and row.low < row.rpg < row.high and row.p < 0.05 and row.n_cases == 48
+    assert np.isfinite(gain_table(load_tables("s"), metric="kappa").rpg[0])
+
+
+def test_ten_cells_in_three_seconds():
+    r = np.random.default_rng(0)
+    label = np.arange(48) % 3 == 2
+    def one(kind):
+        if kind: return Pair(Ranking(r.normal(size=(3, 48)), label), Ranking(r.normal(size=(3, 48)), label), [0, 1, 2], np.arange(48))
+        return Pair(Means(r.normal(1, 0.1, (3, 48))), Means(r.normal(1, 0.1, (3, 48))), [0, 1, 2], np.arange(48))
+    start = time.perf_counter()
+    for i in range(10): bootstrap(one(i % 2), 2000), exchange_test(one(i % 2), 2000)
+    assert time.perf_counter() - start < 3
