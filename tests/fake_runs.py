@@ -1,0 +1,99 @@
+"""A made-up runs folder for tests of tables and pages: right in form, invented in content, never shown in a real site."""
+import json
+
+import numpy as np
+
+from vfm_notes.foundation.places import notebook_file, run_folder
+from vfm_notes.foundation.show import slices
+from vfm_notes.foundation.spec import StudySpec, run_id
+from vfm_notes.runs.grid import plan
+from vfm_notes.runs.record import failed_record, new_record, write_record
+
+PRIMARY = {"classification": "auc", "segmentation": "dice", "super_resolution": "psnr", "distortion_correction": "psnr", "translation": "psnr"}
+METRICS = {"auc": (0.72, "", 0.5), "kappa": (0.4, "", 0.0), "dice": (0.7, "", 0.05), "hd95": (9.0, "mm", 30.0), "psnr": (26.0, "dB", 22.0), "ssim": (0.8, "", 0.7)}
+NAMES = {"classification": ("auc", "kappa"), "segmentation": ("dice", "hd95"), "super_resolution": ("psnr", "ssim"),
+         "distortion_correction": ("psnr", "ssim"), "translation": ("psnr", "ssim")}
+LAYERS = ("stem", "stage1", "stage2", "embed")
+
+
+def curves(spec, final, metric, distance, rng):
+    "Loss, validation metric and distance of each epoch."
+    rows, span = [], spec.epochs
+    for e in range(span + 1):
+        t, rise = 2.1 * e, 1 - np.exp(-(3 + 3 * (spec.strategy == "full")) * e / span)
+        rows.append((e, t, f"val_{metric}", float(final * (0.5 + 0.5 * rise) + rng.normal(0, 0.004) * final)))
+        if e: rows.append((e, t, "loss", float(1.2 - rise + rng.normal(0, 0.01))))
+        rows += [(e, t, f"d2p_{layer}", float(distance * (k + 1) / 4 * rise)) for k, layer in enumerate(LAYERS)]
+    return [dict(zip(("epoch", "seconds", "name", "value"), r)) for r in rows]
+
+
+def cases(task, metrics, n, rng):
+    "Values of each test case; scores and labels for a classification."
+    rows = []
+    for i in range(n):
+        who = {"case": f"case_{i:03d}" if i else "<i>case</i> & co", "patient": f"p{i:03d}"}
+        if task == "classification":
+            label = int(rng.integers(0, 3))
+            score = rng.dirichlet(np.ones(3) + 2.0 * np.eye(3)[label])
+            rows += [who | {"metric": "label", "value": float(label)}] + [who | {"metric": f"score_{k}", "value": float(s)} for k, s in enumerate(score)]
+        else:
+            rows += [who | {"metric": m, "value": float(v * (1 + rng.normal(0, 0.08))) if i != 3 else np.nan} for m, v in metrics.items()]
+    return rows
+
+
+def transfer(study, spec, rng):
+    "One fine-tuning with invented values."
+    better = 0.03 + 0.02 * spec.backbone.startswith("profound") * (spec.task != "classification")
+    factor = 1 + (better if spec.strategy == "full" else 0) + rng.normal(0, 0.008)
+    metrics = {m: METRICS[m][0] * (factor if m != "hd95" else 2 - factor) for m in NAMES[spec.task]}
+    distance = {"profound": 0.06, "provicne": 0.12}.get(spec.backbone[:8], 0.1) * (1.5 if spec.strategy == "scratch" else 1) + 0.02 * list(PRIMARY).index(spec.task)
+    d2p = [dict(layer=layer, mmd2=distance * (k + 1) / 4, mmd2_paired=distance * (k + 1) / 4, p_value=0.001, bandwidth=8.1 + k, n=48, estimator="unbiased", bandwidth_rule="median",
+                pooling="mean over voxels", standardised="by pretrained features", permutations=1000, seed=0) for k, layer in enumerate(LAYERS)]
+    primary = PRIMARY[spec.task]
+    record = new_record(spec, study.name, metrics=metrics, primary=primary, directions={m: -1 if m == "hd95" else 1 for m in metrics},
+                        units={m: METRICS[m][1] for m in metrics}, controls={m: METRICS[m][2] for m in metrics}, d2p=d2p,
+                        seconds={"total": 24.0 + rng.normal(0, 1), "training": 20.0, "evaluation": 3.0}, peak_memory_mib=400.0 + 150 * spec.backbone.startswith("provicnet"),
+                        parameters={"trainable": 450_000, "total": 450_000}, n={"train": spec.n_train, "val": 12, "test": 48}, licences=["synthetic"])
+    write_record(run_folder(study.name, run_id(spec)), record, curves(spec, metrics[primary], primary, distance, rng), cases(spec.task, metrics, 48, rng))
+
+
+def pretrain(study, spec, rng):
+    rows = [{"epoch": e, "seconds": 3.0 * e, "name": "loss", "value": float(np.exp(-e / 5) + 0.2)} for e in range(1, spec.epochs + 1)]
+    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, seconds={"total": 40.0, "training": 36.0}, peak_memory_mib=380.0, parameters={"trainable": 450_000, "total": 450_000}), rows)
+
+
+def external(study, spec, rng):
+    rows = [{"case": c, "patient": c, "metric": m, "value": float(v)} for c in ("prostatex_0000", "prostatex_0001", "provicnet_picai_sample") for m, v in (("dice_gland", rng.uniform(0.1, 0.5)), ("dice", rng.uniform(0, 0.1)))]
+    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, metrics={"dice": 0.05, "dice_gland": 0.3}, primary="dice", directions={"dice": 1, "dice_gland": 1}, n={"test": 3}), cases=rows)
+
+
+def notebook(study, job):
+    "An executed notebook with one output of each kind that pages must cope with."
+    image = np.random.default_rng(0).random((6, 16, 16))
+    chart = {"title": "Loss", "data": {"values": [{"e": 1, "loss": 1.0}, {"e": 2, "loss": 0.4}]}, "mark": "line", "width": 240, "height": 120,
+             "encoding": {"x": {"field": "e", "type": "quantitative"}, "y": {"field": "loss", "type": "quantitative"}}}
+    out = [{"output_type": "stream", "name": "stdout", "text": "epoch 1/8\n" + ("x" * 79 + "\n") * (1000 if job.specs[0].kind == "pretrain" else 2)},
+           {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.vegalite.v5+json": chart, "text/plain": "chart"}},
+           {"output_type": "display_data", "metadata": {}, "data": {"text/html": slices({"input": image, "error": image - 0.5}, image > 0.7, signed=["error"])._repr_html_()}},
+           {"output_type": "display_data", "metadata": {}, "data": {"text/html": '<script src="https://cdn.example.org/x.js"></script>'}}]
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": f"# {job.kind}\n\nLoss is $\\ell = -\\log p_y$.\n\n$$\\sum_i \\frac{{a_i}}{{b}}$$"},
+             {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "seed = 0", "execution_count": 1, "outputs": []},
+             {"cell_type": "code", "metadata": {}, "source": "fit()", "execution_count": 2, "outputs": out}]
+    nb = {"cells": [c | {"id": f"c{i}"} for i, c in enumerate(cells)], "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
+    path = notebook_file(study.name, job.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(nb))
+
+
+def write_study(study: StudySpec, failed: int = 1, absent: int = 1, seed: int = 0) -> None:
+    "Write records and notebooks of a whole study; the last transfer runs fail or are absent."
+    rng, make = np.random.default_rng(seed), {"pretrain": pretrain, "transfer": transfer, "external": external}
+    jobs = plan(study)
+    last = [s for j in jobs if j.kind == "transfer" for s in j.specs][::-1]
+    bad, gone = last[:failed], last[failed:failed + absent]
+    for job in jobs:
+        notebook(study, job)
+        for spec in job.specs:
+            if spec in gone: continue
+            if spec in bad: write_record(run_folder(study.name, run_id(spec)), failed_record(spec, study.name, RuntimeError("<b>out of memory</b> & luck"), cell=4))
+            else: make[spec.kind](study, spec, rng)
