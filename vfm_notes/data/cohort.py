@@ -293,7 +293,7 @@ def phantom_cohort(
     index = [(s, i) for s in n for i in range(n[s])]
     cases = [phantom_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
     names = [f"phantom-{s}-{i:03d}" for s, i in index]
-    card = CohortCard("phantom", "Synthetic prostate mpMRI", "Apache-2.0", "vfm_notes.data.phantom", "none: simulated, no patient behind it", ("T2w", "high-b DWI", "ADC"), ("background", "gland", "lesion"), GRADES, spacing,
-        "Simulated from published tissue values; intensities in a.u., a.u. and 1e-6 mm2/s; DWI without geometric distortion; half of the cases clinically significant.")
+    card = CohortCard("phantom", "Synthetic prostate mpMRI", "Apache-2.0", "vfm_notes.data.phantom", "none: simulated, no patient behind it", ("t2w", "dwi", "adc"), ("background", "gland", "lesion"), GRADES, spacing,
+        "Simulated from published tissue values; T2w in a.u., DWI at b = 1400 s/mm2 in a.u., fitted ADC in 1e-6 mm2/s; DWI without geometric distortion; half of the cases clinically significant.")
     stack = lambda key: np.stack([getattr(c, key) for c in cases])
     return Cohort(card, stack("volume"), stack("label"), np.array([c.grade for c in cases], np.int64), names, names, [s for s, _ in index], stack("zones"))

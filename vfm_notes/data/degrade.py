@@ -68,32 +68,31 @@ def epi_field(
     shape: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
     rng: np.random.Generator,
-    strength: float = 8.0,  # largest shift of the strongest case, mm
-    roughness: float = 0.15,  # sd of the random part over the dipole's strength
+    amplitude: float = 3.0,  # typical largest shift, voxels along h; a case has 0.7 to 1.3 of it
+    roughness: float = 0.12,  # sd of the random part over the dipole's strength
 ) -> np.ndarray:  # (d, h, w) float32: shift along h in voxels, positive to higher index
     "Displacement field of one echo-planar scan; random in place and strength."
-    depth = shape[1] * spacing[1]
-    centre = (rng.uniform(-0.25, 0.25), rng.uniform(0.32, 0.44), rng.uniform(-0.08, 0.08))
-    amount = strength * rng.uniform(0.5, 1.0)
-    field = amount * dipole(shape, spacing, centre, depth * rng.uniform(0.18, 0.25))
+    centre = (rng.uniform(-0.25, 0.25), rng.uniform(0.42, 0.52), rng.uniform(-0.08, 0.08))
+    field = dipole(shape, spacing, centre, shape[1] * spacing[1] * rng.uniform(0.25, 0.33))
     rough = rng.standard_normal((6, 8, 8)).astype(np.float32) / np.float32((151 / 315)**1.5)
     for axis, n in enumerate(shape): rough = spline_axis(rough, 1 + (np.arange(n) + 0.5) / n * (rough.shape[axis] - 3), axis)
     place = np.arange(shape[1]) / max(shape[1] - 1, 1)
     window = np.clip(np.minimum(place, 1 - place) / 0.15, 0, 1).astype(np.float32).reshape(1, -1, 1)
-    field = (field + roughness * amount * rough) * window**2 * (3 - 2*window) / np.float32(spacing[1])
-    squeeze = float(-np.diff(field, axis=1, prepend=0, append=0).min()) if shape[1] > 1 else 0.0
+    field = (field + np.float32(roughness) * rough) * window**2 * (3 - 2*window)
+    field *= np.float32(amplitude * rng.uniform(0.7, 1.3) / max(np.abs(field).max(), 1e-6))
+    squeeze = float(-np.diff(field, axis=1).min(initial=0))
     return field * np.float32(min(1.0, 0.7 / max(squeeze, 1e-6)))
 
-# %% ../../nbs/14_degrade.ipynb #a8df8632
+# %% ../../nbs/14_degrade.ipynb #6049360d
 def epi_fields(
-    shape: tuple[int, int, int],  # (d, h, w) voxels
-    spacing: tuple[float, float, float],  # (d, h, w) mm
     names: Iterable[str],  # of the cases
+    shape: tuple[int, int, int],  # (d, h, w) voxels
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),  # (d, h, w) mm
+    amplitude: float = 3.0,  # typical largest shift, voxels along h
     seed: int = 0,
-    strength: float = 8.0,  # largest shift of the strongest case, mm
 ) -> np.ndarray:  # (n, d, h, w) float32, voxels along h
-    "One field per case, that depends on nothing but the seed and the case's name."
-    return np.stack([epi_field(shape, spacing, case_rng(seed, name), strength) for name in names])
+    "One field per case, that depends on nothing but the seed, the grid and the case's name."
+    return np.stack([epi_field(tuple(shape), tuple(spacing), case_rng(seed, name), amplitude) for name in names])
 
 # %% ../../nbs/14_degrade.ipynb #4a544679
 def borders(
