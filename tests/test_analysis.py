@@ -1,12 +1,16 @@
 """Tables, gain, convergence and association against libraries, brute force and closed forms, on records whose truth is known."""
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from scipy import stats
 from vfm_notes.analysis import gain
+from vfm_notes.analysis.association import associate, association_table, cell_points, in_words, run_points
+from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_by, run_convergence
 from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
 from vfm_notes.analysis.tables import cohort_value, load_tables
 from vfm_notes.foundation.places import run_folder
@@ -38,9 +42,15 @@ def class_cases(label, score):
     return wide.melt(["case", "patient"], var_name="metric")
 
 
-@pytest.fixture
-def study(runs_root):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
     "Two tasks x two backbones, three seeds; a failed run; a backbone without scratch."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("runs")))
+        return make_study()
+
+
+def make_study():
     r = np.random.default_rng(0)
     base = r.normal(0.6, 0.1, 20)
     truth = {("segmentation", "a.x"): 1.10, ("segmentation", "b.x"): 0.95, ("translation", "a.x"): 1.02, ("translation", "b.x"): 1.30}
@@ -189,9 +199,8 @@ def test_gain_table_finds_the_truth(study):
 
 
 def test_gain_does_not_depend_on_order(study):
-    study.runs, study.cases = study.runs.sample(frac=1, random_state=1), study.cases.sample(frac=1, random_state=2)
-    study.metrics = study.metrics.sample(frac=1, random_state=3)
-    a, b = gain_table(study), gain_table(load_tables("s"))
+    mixed = replace(study, runs=study.runs.sample(frac=1, random_state=1), cases=study.cases.sample(frac=1, random_state=2), metrics=study.metrics.sample(frac=1, random_state=3))
+    a, b = gain_table(mixed), gain_table(study)
     columns = ["rpg", "low", "high", "p", "seed_sd"]
     pd.testing.assert_frame_equal(a.set_index(gain.CELL)[columns].sort_index(), b.set_index(gain.CELL)[columns].sort_index())
 
@@ -251,3 +260,152 @@ def test_ten_cells_in_three_seconds():
     start = time.perf_counter()
     for i in range(10): bootstrap(one(i % 2), 2000), exchange_test(one(i % 2), 2000)
     assert time.perf_counter() - start < 3
+
+
+# --- convergence
+
+def first(curve, target, direction=1):
+    "The first epoch at or past a target, by a loop."
+    for e, v in enumerate(curve):
+        if direction * v >= direction * target - 1e-12: return e
+    return None
+
+
+def test_convergence_by_hand(study):
+    runs = run_convergence(study).set_index(["task", "backbone", "strategy", "seed", "rule"])
+    ref, own = 0.2 + np.minimum(EPOCHS * 0.1, 0.5), 0.2 + 1.1 * np.minimum(EPOCHS * 0.2, 0.5)
+    for rule, target in (("scratch", 0.95 * 0.7), ("rise", 0.2 + 0.95 * 0.5), ("own", 0.95 * own.max())):
+        row = runs.loc[("segmentation", "a.x", "full", 0, rule)]
+        assert row.target == pytest.approx(target) and row.epochs == first(own, target) and row.seconds == 2 * row.epochs and not row.censored
+        assert runs.loc[("segmentation", "a.x", "scratch", 0, rule)].epochs == 5
+    late = runs.loc[("segmentation", "b.x", "full", 1, "rise")]  # ends at 0.2 + 0.475, exactly 95 % of the rise
+    assert late.epochs == 3 and not late.censored
+    lost = runs.loc[("segmentation", "c.x", "full", 0)]
+    assert lost.loc["scratch"].reason and np.isnan(lost.loc["rise"].epochs) and lost.loc["own"].reason == ""
+    assert runs.loc[("segmentation", "a.x", "full", 0, "own")].area == pytest.approx(((own[1:] + own[:-1]) / 2).mean())
+    t = convergence_table(study).set_index(["task", "backbone", "strategy", "rule"])
+    row = t.loc[("translation", "b.x", "full", "rise")]
+    assert row.n_seeds == 3 and row.censored == 0 and row.sooner == 3 and row.seconds_sooner == 6
+    assert (t.xs("scratch", level="strategy").sooner == 0).all()
+
+
+def test_censored_runs_are_kept(runs_root):
+    v = np.linspace(0.4, 0.8, 10)
+    for s in range(2):
+        write("s", RunSpec(strategy="scratch", seed=s), "dice", v, curves=curve("dice", 0.1 * EPOCHS))
+        write("s", RunSpec(strategy="full", seed=s), "dice", v, curves=curve("dice", 0.02 * EPOCHS if s else 0.2 * EPOCHS))
+    t = convergence_table(load_tables("s")).set_index(["strategy", "rule"]).loc[("full", "scratch")]
+    assert t.censored == 1 and t.n_seeds == 2 and t.epochs == (3 + 5) / 2
+
+
+def test_convergence_where_lower_is_better_and_where_it_means_nothing(runs_root):
+    v = np.linspace(1, 2, 10)
+    write("s", RunSpec(strategy="scratch"), "hd95", v, -1, curve("hd95", 10.0 - EPOCHS))
+    write("s", RunSpec(strategy="full"), "hd95", v, -1, curve("hd95", [9, np.nan, 5.2, 4, 4, 4]))
+    write("s", RunSpec(task="k", strategy="scratch"), "kappa", v, 1, curve("kappa", -0.1 - 0.1 * EPOCHS))
+    write("s", RunSpec(task="k", strategy="full"), "kappa", v, 1, curve("kappa", 0.1 * EPOCHS))
+    runs = run_convergence(load_tables("s")).set_index(["task", "strategy", "rule"])
+    assert runs.loc[("segmentation", "full", "scratch")].target == pytest.approx(5 / 0.95) and runs.loc[("segmentation", "full", "scratch")].epochs == 2
+    assert runs.loc[("segmentation", "full", "rise")].epochs == 2 and runs.loc[("segmentation", "full", "rise")].target == pytest.approx(10 - 0.95 * 5)
+    for rule in ("scratch", "rise"): assert runs.loc[("k", "full", rule)].reason and np.isnan(runs.loc[("k", "full", rule)].epochs)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(0.01, 1), st.sampled_from([1, -1]))
+def test_reach_is_the_first_crossing(values, target, direction):
+    c = pd.DataFrame({"epoch": range(len(values)), "seconds": np.arange(len(values)) * 1.5, "value": values})
+    at = first(values, target, direction)
+    e, s, late = reach(c, target, direction)
+    assert (late, e) == ((True, len(values) - 1) if at is None else (False, at)) and s == 1.5 * e
+
+
+def test_kaplan_meier_against_scipy():
+    r = np.random.default_rng(0)
+    epochs, late = r.integers(1, 9, 40), r.random(40) < 0.3
+    ours = reached_by(epochs, late)
+    ref = stats.ecdf(stats.CensoredData.right_censored(epochs, late)).cdf
+    np.testing.assert_allclose(ours.share, ref.evaluate(ours.epoch), atol=1e-12)
+
+
+def test_mean_interval_against_scipy():
+    x = np.array([3.0, 4.0, 8.0])
+    low, high = stats.t.interval(0.95, 2, loc=x.mean(), scale=stats.sem(x))
+    assert mean_interval(x) == pytest.approx((5, low, high))
+    assert np.isnan(mean_interval([1.0])[1]) and np.isnan(mean_interval([])[0])
+
+
+# --- association
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(4, 12), st.integers(0, 10**6), st.booleans())
+def test_rho_against_scipy(n, seed, ties):
+    r = np.random.default_rng(seed)
+    x, y = r.normal(size=n), r.integers(0, 4, n) if ties else r.normal(size=n)
+    a = associate(x, y, draws=200)
+    ref = stats.spearmanr(x, y).statistic if len(np.unique(y)) > 1 else np.nan
+    assert a.rho == pytest.approx(ref, nan_ok=True) and a.n == n
+    if a.tested:
+        assert 0 < a.p <= 1 and a.low <= a.high
+        shuffled = r.permutation(n)
+        b = associate(x[shuffled], y[shuffled], draws=200)
+        assert b.rho == pytest.approx(a.rho) and (not a.exact or b.p == pytest.approx(a.p))
+        assert associate(y, x, draws=200).rho == pytest.approx(a.rho) and associate(-x, y, draws=200).rho == pytest.approx(-a.rho)
+        assert associate(np.exp(x), y, draws=200).rho == pytest.approx(a.rho)
+
+
+def test_exact_p_against_scipy():
+    r = np.random.default_rng(1)
+    x, y = r.normal(size=7), r.normal(size=7)
+    ref = stats.permutation_test((x,), lambda a: stats.spearmanr(a, y).statistic, permutation_type="pairings", n_resamples=np.inf)
+    assert associate(x, y).exact and associate(x, y).p == pytest.approx(ref.pvalue)
+    a = associate(r.normal(size=10), r.normal(size=10))
+    assert not a.exact and a.p >= 1 / 10_001
+
+
+def test_bootstrap_of_rho_against_a_loop():
+    r = np.random.default_rng(2)
+    x = r.normal(size=12); y = x + r.normal(size=12)
+    a = associate(x, y)
+    values = [stats.spearmanr(x[i], y[i]).statistic for i in r.integers(0, 12, (3000, 12))]
+    np.testing.assert_allclose([a.low, a.high], np.percentile(values, [2.5, 97.5]), atol=0.06)
+
+
+def test_visible_is_the_critical_value():
+    "For n = 10 the two-sided 5 % critical value of Spearman's rho in the tables is 0.648."
+    r = np.random.default_rng(0)
+    assert associate(r.normal(size=10), r.normal(size=10), draws=40_000).visible == pytest.approx(0.648, abs=0.015)
+
+
+def test_blocks_look_inside_only():
+    "Blocks that differ in both variables make a correlation of all, none inside; and the level holds."
+    r = np.random.default_rng(0)
+    block = np.repeat(np.arange(8), 3)
+    x, y = block + 0.1 * r.normal(size=24), block + 0.1 * r.normal(size=24)
+    assert associate(x, y).rho > 0.9 and abs(associate(x, y, block).rho) < 0.5
+    y = block + 0.1 * r.normal(size=24) - (x - block)
+    assert associate(x, y, block).rho < 0 and associate(x, y, block).blocks == 8
+    def p(i):
+        r = np.random.default_rng(i)
+        return associate(block + r.normal(size=24), -3 * block + r.normal(size=24), block, draws=199).p
+    p = np.array([p(i) for i in range(200)])
+    assert (p <= 0.05).mean() < 0.1 and 0.35 < (p <= 0.5).mean() < 0.65
+
+
+def test_too_few_or_nothing():
+    for x, y in (([], []), ([1], [2]), ([1, 2, 3], [3, 2, 1]), ([1, 2, np.nan, 4], [1, 2, 3, 4]), ([1, 1, 1, 1, 1], [1, 2, 3, 4, 5])):
+        a = associate(x, y)
+        assert not a.tested and np.isnan(a.p) and "not tested" in in_words(a)
+    assert associate([1, 2, 3], [3, 2, 1]).rho == -1
+
+
+def test_points_and_views(study):
+    gains = gain_table(study)
+    cells = cell_points(study, gains).set_index(["task", "backbone"])
+    assert cells.loc[("translation", "b.x")].d2p == pytest.approx(0.4) and cells.loc[("translation", "b.x")].d2p_seeds == 3
+    assert len(run_points(study)) == 12 and run_points(study).d2p.notna().all()
+    assert cell_points(study, gains, "stem").d2p.max() == pytest.approx(0.2)
+    with pytest.raises(VfmError, match="Did you mean 'stem'"): cell_points(study, gains, "stm")
+    t = association_table(study, gains, draws=500)
+    assert len(t) == 6 and t[t["view"] == "cells"].n.tolist() == [4, 4]
+    ref = stats.spearmanr([0.1, 0.2, 0.3, 0.4], [10, -5, 2, 30]).statistic
+    assert t[t["view"] == "cells"].rho.iloc[0] == pytest.approx(ref) and t.says.str.len().min() > 20
