@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECS', 'PLURAL', 'Job', 'parameter_names', 'job_parameters', 'job_specs', 'axes_of', 'parse_only', 'matches',
            'unavailable', 'template_of', 'plan', 'transfer_jobs', 'external_jobs', 'known_records', 'run_states',
-           'state', 'template_parameters', 'check_template', 'check_templates']
+           'job_states', 'state', 'template_parameters', 'check_template', 'check_templates']
 
 # %% ../../nbs/71_grid.ipynb #fab536db
 import ast
@@ -16,11 +16,11 @@ from itertools import groupby, product
 from pathlib import Path
 
 # %% ../../nbs/71_grid.ipynb #50ca2e5f
-from ..foundation.places import data_root, template_file
-from ..foundation.registry import VfmError, nearest
+from ..foundation.places import run_folder, template_file
+from ..foundation.registry import VfmError, cohorts, nearest
 from ..foundation.spec import (ExternalSpec, PretrainSpec, RunSpec, Spec, StudySpec, external_specs, from_values, pretrain_specs,
                                        run_id, run_specs)
-from .record import is_running, read_records, valid
+from .record import read_record, read_records, running_since, valid
 
 # %% ../../nbs/71_grid.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -104,13 +104,14 @@ def matches(spec: Spec, chosen: dict) -> bool:
     return all(str(getattr(spec, key, None)) in allowed for key, allowed in chosen.items())
 
 # %% ../../nbs/71_grid.ipynb #2ee79d67
-def unavailable(cohort: str) -> str:  # the reason, "" when the cohort can be loaded
-    "Why an external cohort cannot be used here."
-    try: data_root()
+def unavailable(cohort: str) -> str:  # the reason, "" when it seems to be here
+    "Why a cohort cannot be used here, found without loading it."
+    try: import vfm_notes.data.datasets  # registers the real ones; no torch
+    except ModuleNotFoundError: return ""
+    if cohort not in cohorts: return ""  # a wrong name is told when all names are checked
+    try: cohorts.card(cohort).get("fingerprint", str)()
     except VfmError as error: return str(error)
-    try: from vfm_notes.data.datasets import unavailable as reason
-    except ImportError: return ""
-    return reason(cohort)
+    return ""
 
 def template_of(kind: str, templates: Path | None) -> Path:
     "The template of a kind, from the project or from a folder of one's own."
@@ -172,6 +173,10 @@ def run_states(
         return "done" if valid(record, spec) else "failed" if record and record["status"] == "failed" else "missing"
     return {run_id(s): one(s) for s in job.specs}
 
+def job_states(job: Job, study: str) -> dict[str, str]:
+    "The same, reading only the job's own records."
+    return run_states(job, {id: r for id in job.runs if (r := read_record(run_folder(study, id)))})
+
 def state(
     job: Job,
     study: str,  # name of the study
@@ -179,7 +184,7 @@ def state(
 ) -> str:  # done, partial, failed, missing, running or skipped
     "Where a job stands: failed means that nothing is missing, but some runs failed."
     found = set(run_states(job, known_records(study) if records is None else records).values())
-    if is_running(study, job.name): return "running"
+    if running_since(study, job.name): return "running"
     if found == {"done"}: return "done"
     if "missing" not in found: return "failed"
     return "skipped" if job.skipped else "missing" if found == {"missing"} else "partial"

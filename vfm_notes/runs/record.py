@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'EMPTY', 'ANSI', 'OTHER', 'new_record', 'failed_record', 'plain', 'fsync', 'write_files', 'write_record',
            'replace_folder', 'say', 'look', 'set_aside', 'read_record', 'read_records', 'read_table', 'read_arrays',
            'valid', 'stored', 'missing', 'report_progress', 'attempt', 'lock_file', 'progress_file', 'job_lock',
-           'is_running', 'sweep']
+           'running_since', 'sweep']
 
 # %% ../../nbs/70_record.ipynb #139d7ee8
 import fcntl
@@ -280,19 +280,23 @@ def job_lock(
     "Hold a job's lock while the block runs."
     path = lock_file(study, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as f:
+    with path.open("a") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: yield False
-        else: yield True
+        except BlockingIOError: return (yield False)
+        os.utime(path)  # the lock's time is the job's start
+        yield True
 
-def is_running(study: str, job: str) -> bool:
-    "Does a living process hold the job's lock?"
+def running_since(
+    study: str,
+    job: str,  # name of the job
+) -> float | None:  # time of the start, seconds since 1970; None: not running
+    "Does a living process hold the job's lock, and since when?"
     try: f = lock_file(study, job).open()
-    except FileNotFoundError: return False
+    except FileNotFoundError: return None
     with f:
         try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError: return True
-    return False
+        except BlockingIOError: return os.fstat(f.fileno()).st_mtime
+    return None
 
 # %% ../../nbs/70_record.ipynb #243ce32e
 def sweep(study: str) -> int:  # how many were removed
