@@ -11,6 +11,7 @@ from scipy import stats
 from vfm_notes.analysis import gain
 from vfm_notes.analysis.association import associate, association_table, cell_points, in_words, run_points
 from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_by, run_convergence
+from vfm_notes.analysis.findings import findings
 from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
 from vfm_notes.analysis.tables import cohort_value, load_tables
 from vfm_notes.foundation.places import run_folder
@@ -409,3 +410,27 @@ def test_points_and_views(study):
     assert len(t) == 6 and t[t["view"] == "cells"].n.tolist() == [4, 4]
     ref = stats.spearmanr([0.1, 0.2, 0.3, 0.4], [10, -5, 2, 30]).statistic
     assert t[t["view"] == "cells"].rho.iloc[0] == pytest.approx(ref) and t.says.str.len().min() > 20
+
+
+# --- findings
+
+def test_findings_say_what_the_tables_hold(study):
+    said = findings(study)
+    gains = gain_table(study).set_index(["task", "backbone"])
+    top, low = gains.loc[("translation", "b.x")], gains.loc[("segmentation", "b.x")]
+    assert len(said) >= 5 and all(s.endswith(".") for s in said)
+    assert "translation with b.x" in said[0] and f"{top.rpg:+.1f} %" in said[0] and f"{top.low:+.1f} to {top.high:+.1f}" in said[0] and "3 seeds, 20 test cases" in said[0]
+    assert said[1].startswith("Largest loss: segmentation with b.x") and f"{low.rpg:+.1f} %" in said[1]
+    assert "Of 4 cells, 3 gain and 1 lose" in said[2] and "1 of 5 cells are missing" in said[2]
+    t = convergence_table(study)
+    sooner = t[(t.rule == "rise") & (t.strategy == "full")].sooner.dropna()
+    assert f"{sooner.mean():.1f} epochs sooner" in said[3] and "4 cells, 12 runs" in said[3]
+    assert "Over 4 cells" in said[4] and "no association, however strong" in said[4] and "1 runs failed" in said[5]
+
+
+def test_findings_of_nothing_claim_nothing(runs_root):
+    assert len(findings("nothing")) >= 3 and all("nothing can be said" in s for s in findings("nothing"))
+    write("one", RunSpec(strategy="full"), "dice", np.linspace(0, 1, 5))
+    assert len(findings("one")) >= 3 and "none of the 1 cells" in findings("one")[0]
+    write("one", RunSpec(strategy="scratch"), "dice", np.linspace(0, 1, 5))
+    assert len(findings("one")) >= 3 and "+0.0 %" in findings("one")[0]
