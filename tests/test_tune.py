@@ -1,0 +1,181 @@
+"""Tasks, strategies, the loop and whole runs, against independent calculations."""
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.stats import rankdata
+
+from vfm_notes.data.cohort import load_cohort
+from vfm_notes.foundation.registry import VfmError, strategies, tasks
+from vfm_notes.foundation.spec import RunSpec
+from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+from vfm_notes.pretrain.loop import rate
+from vfm_notes.tune.fit import batches, fit, predict
+from vfm_notes.tune.metric import auc, dice_per_class, hd95_per_class, psnr, quadratic_kappa, ssim
+from vfm_notes.tune.strategy import apply_strategy
+from vfm_notes.tune.task import TaskData, build_task
+from vfm_notes.tune.transfer import build_model, run_data, transfer
+
+CASES = {"pretrain": 0, "train": 8, "val": 4, "test": 8}
+SPEC = RunSpec(size=(4, 32, 32), spacing=(8.0, 3.0, 3.0), cases=CASES, n_train=8, epochs=1, strategy="scratch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scratch_runs(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("runs")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def cohort(scratch_runs): return load_cohort("phantom", SPEC.size, SPEC.spacing, CASES)
+
+
+# --- metrics against independent calculations ---
+
+def test_hd95_equals_a_surface_distance_by_hand():
+    rng, spacing = np.random.default_rng(0), (4.0, 1.5, 1.5)
+    blob = np.zeros((8, 20, 20), bool); blob[2:6, 5:14, 6:15] = True
+    other = np.roll(blob, (1, 2, -3), (0, 1, 2)); other[4, 3:6, 3:9] = True
+    def surface(m): return m & ~binary_erosion(m)
+    to_other = distance_transform_edt(~surface(other), sampling=spacing)[surface(blob)]
+    to_blob = distance_transform_edt(~surface(blob), sampling=spacing)[surface(other)]
+    expected = max(np.percentile(to_other, 95), np.percentile(to_blob, 95))
+    got = hd95_per_class(torch.tensor(blob[None].astype(int)), torch.tensor(other[None].astype(int)), 2, spacing)[0, 0]
+    assert got == pytest.approx(expected, rel=0.02)
+    assert rng is not None
+
+
+def test_dice_is_twice_the_overlap_over_the_sum():
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 3, (2, 2, 4, 8, 8))
+    got = dice_per_class(torch.tensor(a), torch.tensor(b), 3)
+    for i in range(2):
+        for k in (1, 2): assert got[i, k - 1] == pytest.approx(2*((a[i] == k) & (b[i] == k)).sum()/((a[i] == k).sum() + (b[i] == k).sum()))
+
+
+def test_auc_is_the_mann_whitney_statistic():
+    rng = np.random.default_rng(2)
+    label, score = rng.integers(0, 2, 50), rng.normal(size=50).round(1)
+    ranks = rankdata(score)
+    n1, n0 = label.sum(), (1 - label).sum()
+    assert auc(label, score) == pytest.approx((ranks[label == 1].sum() - n1*(n1 + 1)/2)/(n1*n0))
+    assert math.isnan(auc(np.ones(4), np.arange(4)))
+
+
+def test_quadratic_kappa_by_hand():
+    label, predicted = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 2, 2, 0])
+    weight = np.subtract.outer(np.arange(3), np.arange(3))**2/4
+    seen = np.zeros((3, 3))
+    for i, j in zip(label, predicted): seen[i, j] += 1
+    chance = np.outer(seen.sum(1), seen.sum(0))/seen.sum()
+    assert quadratic_kappa(label, predicted) == pytest.approx(1 - (weight*seen).sum()/(weight*chance).sum())
+
+
+def test_psnr_and_ssim_know_the_identity():
+    x = torch.rand(2, 1, 8, 16, 16)
+    assert np.allclose(ssim(x, x), 1, atol=1e-5) and (ssim(x.flip(-1), x) < 0.9).all()
+    y = x.clone(); y[0] += 0.1
+    span = (x[0].max() - x[0].min()).item()
+    assert psnr(y, x)[0] == pytest.approx(20*math.log10(span/0.1), abs=1e-3)
+
+
+# --- every registered task and strategy ---
+
+@pytest.mark.parametrize("name", list(tasks))
+def test_task_contract(name, cohort):
+    spec = replace(SPEC, task=name)
+    task, data = run_data(spec)
+    model = build_model(spec, task, data["train"].inputs.shape[1])
+    output = predict(model, data["test"].inputs)
+    loss = task.loss(model(data["train"].inputs[:4]), data["train"].target[:4])
+    loss.backward()
+    assert math.isfinite(loss.item()) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    cases = task.evaluate(output, data["test"])
+    assert list(cases.columns) == ["case", "patient", "metric", "value"] and set(cases.case) == set(data["test"].names)
+    assert task.primary in task.metrics and set(task.summary(cases)) == set(task.metrics)
+    control = task.summary(task.control(data["train"], data["test"]))
+    assert math.isfinite(control[task.primary])
+    own, val = task.validate(output, data["test"]), task.summary(cases)[task.primary]
+    assert own == pytest.approx(val, nan_ok=True, rel=1e-5)
+    assert all(len(v) == len(data["test"]) for v in task.pictures(output, data["test"]).values())
+    with pytest.raises(VfmError, match="no option"): build_task(name, cohort.card, {"nonsense": 1})
+
+
+@pytest.mark.parametrize("name", list(strategies))
+def test_strategy_trains_exactly_what_it_says(name):
+    if name == "nothing": pytest.skip("an example that trains nothing")
+    task, data = run_data(SPEC)
+    model = build_model(SPEC, task, 3)
+    counted = apply_strategy(name, model)
+    said = {k for k, p in model.named_parameters() if p.requires_grad}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(model, task, data["train"], replace(SPEC, weight_decay=0.1, lr=1e-2), lambda epoch: {})
+    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    assert moved <= said and len(moved) >= 0.9*len(said)
+    assert counted["trainable"] == sum(p.numel() for k, p in model.named_parameters() if k in said)
+
+
+# --- the loop ---
+
+def test_batches_show_every_case_once_and_flip_target_with_input():
+    n = 6
+    x = torch.arange(n, dtype=torch.float32).reshape(n, 1, 1, 1, 1) + torch.tensor([0.0, 0.25, 0.5]).reshape(1, 1, 1, 1, 3)
+    data = TaskData(x, x.clone(), list("abcdef"), list("abcdef"), (1, 1, 1))
+    seen = []
+    for a, b in batches(data, 4, torch.Generator().manual_seed(0)):
+        assert torch.equal(a, b) and len(a) == 4
+        seen += [int(v) for v in a.amin((1, 2, 3, 4)).floor()]
+    assert set(seen) == set(range(n)) and len(seen) == 8
+    assert torch.equal(data.inputs, x)  # the data themselves are never flipped
+
+
+def test_rate_is_warm_up_then_cosine():
+    values = [rate(i, 100, 0.1) for i in range(100)]
+    assert values[9] == 1.0 and np.argmax(values) in (9, 10) and all(np.diff(values[10:]) < 0)
+    assert values[55] == pytest.approx(0.5*(1 + math.cos(math.pi*45/90)))
+
+
+def test_a_loss_that_explodes_is_told():
+    task, data = run_data(SPEC)
+    data["train"].inputs[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(VfmError, match="loss became nan in epoch 1"):
+        fit(build_model(SPEC, task, 3), task, data["train"], SPEC, lambda epoch: {})
+
+
+# --- whole runs ---
+
+def test_scratch_and_full_start_with_the_same_head():
+    task, _ = run_data(SPEC)
+    state = build_model(replace(SPEC, seed=99), task, 3).backbone.state_dict()
+    scratch, full = build_model(SPEC, task, 3), build_model(replace(SPEC, strategy="full"), task, 3, state)
+    assert all(torch.equal(a, b) for a, b in zip(scratch.head.state_dict().values(), full.head.state_dict().values()))
+    assert all(torch.equal(full.backbone.state_dict()[k], v) for k, v in state.items())
+    with pytest.raises(VfmError, match="missing"): build_model(replace(SPEC, strategy="full"), task, 3)
+
+
+@pytest.mark.parametrize("backbone", ["profound_toy.x", "provicnet_toy.x"])
+def test_a_run_is_a_pure_function_of_its_spec(backbone):
+    spec = replace(SPEC, backbone=backbone)
+    one, two = transfer(spec), transfer(spec)
+    assert one.summary["metrics"] == two.summary["metrics"] and one.cases.equals(two.cases)
+    assert all(np.array_equal(v, two.weights[k]) for k, v in one.weights.items())
+    assert one.curves.drop(columns="seconds").equals(two.curves.drop(columns="seconds"))
+    other = transfer(replace(spec, seed=1))
+    assert any(not np.array_equal(v, other.weights[k]) for k, v in one.weights.items())
+
+
+def test_the_distance_is_zero_before_training_and_grows():
+    curves = transfer(replace(SPEC, epochs=2, lr=3e-3)).curves
+    d2p = curves[curves.name == "d2p_embed"].set_index("epoch").value
+    assert d2p[0] == pytest.approx(0, abs=1e-9) and d2p[2] > 0
+
+
+def test_grades_are_needed_for_classification(cohort):
+    blind = replace(cohort.card, grades=())
+    with pytest.raises(VfmError, match="no grades"): build_task("classification", blind, {})
+    with pytest.raises(VfmError, match="needs the sequence 'flair'"): build_task("translation", cohort.card, {"source": "flair"})
