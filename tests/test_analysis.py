@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from scipy import stats
 from vfm_notes.analysis import gain
-from vfm_notes.analysis.association import associate, association_table, cell_points, in_words, run_points
+from vfm_notes.analysis.association import associate, association_table, cell_points, in_words, orders, run_points
 from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_by, run_convergence
 from vfm_notes.analysis.findings import findings
 from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
@@ -177,6 +177,9 @@ def test_exchange_test_exact_and_uniform():
     assert min(null) >= 0.01 and np.mean(np.array(null) <= 0.05) < 0.1 and 0.35 < np.mean(np.array(null) <= 0.5) < 0.65
     sure = exchange_test(Pair(Ranking(np.tile(label, (2, 1)) + 0.0, label), Ranking(r.normal(size=(2, 30)), label), [0, 1], np.arange(30)), draws=999)
     assert sure < 0.01
+    x, y = r.normal(size=(2, 30)), r.normal(size=(2, 30))
+    p = exchange_test(Pair(Ranking(x, label), Ranking(y, label), [0, 1], np.arange(30)))
+    assert p == exchange_test(Pair(Ranking(np.exp(3 * x) + 50, label), Ranking(y, label), [0, 1], np.arange(30)))  # AUC knows no scale
 
 
 def test_holm_against_the_definition():
@@ -214,7 +217,7 @@ def test_gain_needs_the_same_seeds_cases_and_size(runs_root):
     write("s", RunSpec(strategy="full", seed=1), "dice", 50 * v)
     write("s", RunSpec(strategy="full", seed=0, n_train=12), "dice", v)
     t = gain_table(load_tables("s")).set_index("n_train")
-    assert t.loc[24].rpg == pytest.approx(10) and t.loc[24].n_seeds == 1 and np.isnan(t.loc[24].seed_sd) and "1" in t.loc[24].note
+    assert t.loc[24].rpg == pytest.approx(10) and t.loc[24].n_seeds == 1 and np.isnan(t.loc[24].seed_sd) and "left out: 1" in t.loc[24].note and "one seed" in t.loc[24].note
     assert "no finished run of the reference" in t.loc[12].reason
 
 
@@ -229,6 +232,9 @@ def test_gain_directions_missing_values_and_zero(runs_root):
     write("s", RunSpec(task="w", strategy="full"), "dice", v)
     t = gain_table(load_tables("s")).set_index("task")
     assert t.loc["segmentation"].rpg == pytest.approx(50) and t.loc["segmentation"].n_cases == 10
+    write("s", RunSpec(task="r", strategy="scratch"), "hd95", hole, -1)
+    write("s", RunSpec(task="r", strategy="full"), "hd95", v / 2, -1)
+    assert gain_table(load_tables("s")).set_index("task").loc["r"].rpg == pytest.approx(50)
     assert np.isnan(t.loc["z"].rpg) and t.loc["z"].reason == "the reference is 0"
     assert "close to 0" in t.loc["w"].note or "reference is 0" in t.loc["w"].reason
     with pytest.raises(VfmError, match="Did you mean 'hd95'"): gain_table(load_tables("s"), metric="hd59")
@@ -392,6 +398,14 @@ def test_blocks_look_inside_only():
     assert (p <= 0.05).mean() < 0.1 and 0.35 < (p <= 0.5).mean() < 0.65
 
 
+def test_orders_stay_in_their_block():
+    block = np.repeat(np.arange(8), 3)
+    index, whole = orders(block, 500, 0)
+    assert not whole and (block[index] == block).all() and len(np.unique(index, axis=0)) > 490
+    index, whole = orders(np.repeat([0, 1], [2, 4]), 5, 0)
+    assert whole and len(np.unique(index, axis=0)) == len(index) == 2 * 24 and (index[:, :2] < 2).all()
+
+
 def test_too_few_or_nothing():
     for x, y in (([], []), ([1], [2]), ([1, 2, 3], [3, 2, 1]), ([1, 2, np.nan, 4], [1, 2, 3, 4]), ([1, 1, 1, 1, 1], [1, 2, 3, 4, 5])):
         a = associate(x, y)
@@ -425,7 +439,7 @@ def test_findings_say_what_the_tables_hold(study):
     t = convergence_table(study)
     sooner = t[(t.rule == "rise") & (t.strategy == "full")].sooner.dropna()
     assert f"{sooner.mean():.1f} epochs sooner" in said[3] and "4 cells, 12 runs" in said[3]
-    assert "Over 4 cells" in said[4] and "no association, however strong" in said[4] and "1 runs failed" in said[5]
+    assert "Over 4 cells" in said[4] and "no association, however strong" in said[4] and "1 run failed and is missing" in said[5]
 
 
 def test_findings_of_nothing_claim_nothing(runs_root):

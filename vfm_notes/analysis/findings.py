@@ -89,4 +89,4 @@ def findings(
     layer = layer if layer in set(tables.d2p.layer) else tables.d2p.layer.iloc[-1]
     points = cell_points(tables, gains, layer)
     failed = int((tables.runs.status == "failed").sum())
-    return said + [in_words(associate(points.d2p, points.rpg))] + ([f"{failed} runs failed and are missing from all of this."] if failed else [])
+    return said + [in_words(associate(points.d2p, points.rpg))] + ([f"{failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} missing from all of this."] if failed else [])

@@ -257,6 +257,7 @@ def _row(cell: Cell, draws: int, seed: int) -> dict:
     if row["reference"] == 0: row["reason"] = "the reference is 0"
     elif not np.isfinite(row["rpg"]): row["reason"] = "the metric is undefined on these cases"
     notes = [f"seeds without a reference left out: {', '.join(map(str, cell.left_out))}"] if cell.left_out else []
+    if len(pair.seeds) == 1: notes.append("one seed: the interval is over cases only")
     drawn = pair.reference.weighted(case_weights(pair.patients, 200, np.random.default_rng(seed)))
     if not row["reason"] and (drawn < 0).any() and (drawn > 0).any(): notes.append("the reference is close to 0, where a relative gain means little")
     return row | {"note": "; ".join(notes)}
