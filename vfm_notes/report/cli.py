@@ -64,8 +64,9 @@ def print_summary(summary) -> None:
     total = summary.done + len(summary.failed) + len(summary.missing)
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
+    for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
     if summary.missing: print(f"missing {len(summary.missing)} runs, because what they need failed: {', '.join(summary.missing)}")
-    if summary.failed: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed. To compute them again: vfm run {summary.study} --retry-failed")
+    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed, {len(summary.problems)} more notebooks stopped. To try again: vfm run {summary.study} --retry-failed")
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
 
@@ -79,18 +80,18 @@ def show_plan(study: str, only, templates: Path | None, retry: bool) -> None:
     jobs, records = plan(spec, only, templates), known_records(spec.name)
     todo = to_do(spec.name, jobs, retry)
     check_templates(todo)
-    for job in jobs: print(job_line(look_at(spec.name, job, records)))
+    for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
     left = time_left([look_at(spec.name, j, records) for j in todo], durations(jobs, records, []), 1)
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run, about {duration(left)} of work.")
 
-# %% ../../nbs/99_cli.ipynb #e5f6d50a
-def job_line(look) -> str:  # a watch.Look
+# %% ../../nbs/99_cli.ipynb #e9426438
+def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
     "How a job stands, in one line."
     from vfm_notes.runs.watch import duration
     counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(look.states.values()).count(s)))
-    mark = "running" if look.since else "skipped" if look.job.skipped and look.missing else next(s for s in ("missing", "failed", "done") if s in look.states.values())
+    mark = "running" if look.since else "skipped" if look.missing and look.job.skipped else next(s for s in ("missing", "failed", "done") if s in look.states.values())
     more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}" if look.since else f"  {look.job.skipped}" if mark == "skipped" else ""
-    return f"{mark:8}{look.job.name:58} {counts}{more}"
+    return f"{mark:8}{look.job.name:{width}} {counts}{more}"
 
 @app.command()
 def status(study: Study) -> None:
@@ -102,13 +103,14 @@ def status(study: Study) -> None:
     spec = load_study(study)
     jobs, records = plan(spec), known_records(spec.name)
     looks = [look_at(spec.name, j, records) for j in jobs]
-    for look in looks: print(job_line(look))
+    for look in looks: print(job_line(look, max(len(j.name) for j in jobs)))
     summary, running = summarise(spec.name, jobs), [k for k in looks if k.since]
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
+    for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
     print(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {len(summary.failed)} failed, {len(summary.missing)} missing.")
     waiting = [k for k in looks if k.missing and not k.job.skipped]
     if running: print(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")
-    raise typer.Exit(1 if summary.failed else 0)
+    raise typer.Exit(1 if summary.failed or summary.problems else 0)
 
 # %% ../../nbs/99_cli.ipynb #a4f466b4
 SHOWN = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]

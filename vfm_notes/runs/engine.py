@@ -32,7 +32,7 @@ def run_kernel(
     "Be a kernel until told to stop."
     from ipykernel.kernelapp import IPKernelApp
     sys.argv = ["ipykernel_launcher", *arguments]
-    IPKernelApp.launch_instance(argv=list(arguments))
+    IPKernelApp.launch_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 # %% ../../nbs/73_engine.ipynb #2756bf42
 @lru_cache

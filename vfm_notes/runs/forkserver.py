@@ -193,6 +193,7 @@ def serve(
     gc.collect(); gc.freeze()  # children that collect garbage need not touch (and so copy) the parent's objects
     print(f"fork server: ready after {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
     server.loop()
+    os._exit(0)  # nothing to tidy up in a process that never worked
 
 # %% ../../nbs/72_forkserver.ipynb #313a68a7
 class Forked:

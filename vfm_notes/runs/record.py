@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'EMPTY', 'ANSI', 'OTHER', 'new_record', 'failed_record', 'plain', 'fsync', 'write_files', 'write_record',
            'replace_folder', 'say', 'look', 'set_aside', 'read_record', 'read_records', 'read_table', 'read_arrays',
            'valid', 'stored', 'missing', 'report_progress', 'attempt', 'lock_file', 'progress_file', 'job_lock',
-           'running_since', 'sweep']
+           'running_since', 'lives', 'sweep']
 
 # %% ../../nbs/70_record.ipynb #139d7ee8
 import fcntl
@@ -298,13 +298,22 @@ def running_since(
         except BlockingIOError: return os.fstat(f.fileno()).st_mtime
     return None
 
-# %% ../../nbs/70_record.ipynb #243ce32e
+# %% ../../nbs/70_record.ipynb #89157ac6
+def lives(pid: int) -> bool:  # pid: process number
+    "Does a process run (and is not just waiting to be buried)?"
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError: pass  # it is gone, or hidden, or this system has no /proc
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass  # somebody else's
+    return True
+
 def sweep(study: str) -> int:  # how many were removed
     "Remove hidden folders of writers that no longer live."
     count = 0
     for path in study_root(study).glob(".*"):
         host, pid = (path.name.removesuffix(".old").rsplit(".", 3) + [""] * 3)[1:3]
-        if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if host == socket.gethostname() and pid.isdigit() and not lives(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
             count += 1
     return count
