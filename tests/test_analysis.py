@@ -238,7 +238,7 @@ def test_gain_directions_missing_values_and_zero(runs_root):
     assert np.isnan(t.loc["z"].rpg) and t.loc["z"].reason == "the reference is 0"
     assert "close to 0" in t.loc["w"].note or "reference is 0" in t.loc["w"].reason
     with pytest.raises(VfmError, match="Did you mean 'hd95'"): gain_table(load_tables("s"), metric="hd59")
-    assert gain_table(load_tables("s"), metric="hd95").task.tolist() == ["segmentation"]
+    assert gain_table(load_tables("s"), metric="hd95").task.tolist() == ["r", "segmentation"]
 
 
 def test_gain_of_auc(runs_root):
