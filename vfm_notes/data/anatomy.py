@@ -14,7 +14,7 @@ import numpy as np
 # %% ../../nbs/10_anatomy.ipynb #f3ce1d1b
 TISSUES = {  # name: (pd, T2 ms, sd, ADC 1e-6 mm2/s, sd, seen in DWI, cv of T2 texture, cv of ADC texture)
     "fat":       (1.00, 140, 8, 300, 50, 0.03, 0.25, 0.20), "muscle":  (0.85, 38, 3, 1350, 100, 0.8, 0.10, 0.10),
-    "marrow":    (0.80, 85, 8, 400, 80, 0.06, 0.18, 0.20), "bone":    (0.08, 15, 2, 500, 50, 0.5, 0.05, 0.05),
+    "marrow":    (0.88, 100, 8, 400, 80, 0.06, 0.18, 0.20), "bone":    (0.08, 15, 2, 500, 50, 0.5, 0.05, 0.05),
     "bladder":   (1.00, 900, 150, 2900, 100, 1.0, 0.02, 0.02), "bladder wall": (0.80, 55, 6, 1300, 120, 1.0, 0.10, 0.08),
     "rectum":    (0.85, 68, 8, 1250, 120, 1.0, 0.15, 0.10), "stool":   (0.55, 60, 15, 1100, 200, 0.7, 0.30, 0.25),
     "gas":       (0.00, 20, 0, 500, 0, 0.0, 0.0, 0.0), "veins":   (0.95, 190, 30, 1700, 150, 0.5, 0.25, 0.10),
@@ -118,9 +118,9 @@ def paint_pelvis(tissue: np.ndarray, grid: Grid, body: dict) -> None:
     sling = np.sqrt((side / (low * (a + 6)))**2 + ((grid.y - 8) / (low * (b + 24)))**2)
     tissue[(np.abs(sling - 1) < 0.07) & (grid.y > -10) & (grid.z < 0.6*c)] = IDS["muscle"]  # levator ani
     for x in (-17, 17):
-        box, r2 = ellipsoid(grid, (-12, -(b + 20), x), (19, 9, 14))
+        box, r2 = ellipsoid(grid, (-12, -(b + 21), 1.2*x), (19, 10, 17))
         tissue[box][r2 < 1] = IDS["bone"]
-        tissue[box][r2 < 0.75] = IDS["marrow"]
+        tissue[box][r2 < 0.8] = IDS["marrow"]
         box, r2 = ellipsoid(grid, (c + 3, 0.6*b + 2, 0.75*x), (5, 4.5, 12))
         tissue[box][r2 < 1] = IDS["seminal"]
     full = body["bladder"]

@@ -113,7 +113,7 @@ def tissue_maps(
     "Tissue ids to maps, with texture."
     pd, t2, adc, seen, cv_t2, cv_adc = np.asarray(table, np.float32).T[..., tissue]
     fine, middle, other = textures
-    t2 *= np.exp(cv_t2 * (np.float32(0.75) * fine + np.float32(0.66) * middle))
+    t2 *= np.exp(cv_t2 * (np.float32(0.6) * fine + np.float32(0.8) * middle))
     adc *= np.exp(cv_adc * (np.float32(0.7) * middle + np.float32(0.7) * other))
     return pd, t2, adc, seen
 
@@ -171,7 +171,7 @@ def scan(
     sigma = gain_dwi * scanner["noise_dwi"] / np.sqrt(np.array(EXCITATIONS, np.float32)).reshape(4, 1, 1, 1)
     dwi = rician(gain_dwi * shading[1] * dwi, sigma, rng)
     dwi = gaussian_filter(dwi, (0, 0, scanner["blur"] / spacing[1], scanner["blur"] / spacing[2]), truncate=3)
-    adc = fit_adc(dwi[:3], BVALUES[:3]) * (dwi[0] > 2.5 * sigma[0])  # the vendor's map is 0 where there is no signal
+    adc = fit_adc(dwi[:3], BVALUES[:3]) * (dwi[0] > 3 * sigma[0])  # the vendor's map is 0 where there is no signal
     return np.stack([t2w, dwi[3], adc]).astype(np.float32)
 
 # %% ../../nbs/11_phantom.ipynb #c9691293
