@@ -44,7 +44,9 @@ class ChannelReducer(nn.Module):
         super().__init__()
         self.reduce_channels = nn.Conv2d(channels, out, 1)
 
-    def forward(self, x: Tensor) -> Tensor: return self.reduce_channels(x)
+    def forward(self, x: Tensor) -> Tensor: # as a matrix product: several times faster on a CPU than a convolution to three channels
+        weight, bias = self.reduce_channels.weight[:, :, 0, 0], self.reduce_channels.bias
+        return torch.einsum("oc,bchw->bohw", weight, x) + rearrange(bias, "o -> o 1 1")
 
 # %% ../../nbs/23_lift.ipynb #45dc9a42
 def slice_numbers(
