@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCANNERS', 'BVALUES', 'EXCITATIONS', 'GRADES', 'BLOCK', 'spin_echo', 'diffusion_weighting', 'rician', 'fit_adc',
-           'Focus', 'draw_focus', 'infiltrate', 'Patient', 'tissue_maps', 'draw_patient', 'scan', 'PhantomCase',
-           'phantom_case']
+           'Focus', 'draw_focus', 'infiltrate', 'Patient', 'tissue_maps', 'draw_patient', 'to_voxels', 'scan',
+           'PhantomCase', 'phantom_case']
 
 # %% ../../nbs/11_phantom.ipynb #8b6a1f62
 from typing import NamedTuple
 
 import numpy as np
-from einops import reduce
 from scipy.ndimage import gaussian_filter
 from .anatomy import Grid, draw_body, ellipsoid, make_grid, paint_gland, paint_nodules, paint_pelvis, paint_rectum, smooth_field, tissue_table
 
@@ -153,7 +152,17 @@ SCANNERS = (
 )
 BVALUES, EXCITATIONS = (50, 400, 800, 1400), (1, 2, 4, 10)  # s/mm2; averages of each
 
-# %% ../../nbs/11_phantom.ipynb #b77965da
+# %% ../../nbs/11_phantom.ipynb #4d79a3f3
+def to_voxels(
+    x: np.ndarray,  # (d, h, w) of the fine grid
+    fine: tuple[int, int, int],  # fine voxels per voxel
+) -> np.ndarray:  # (d, h, w) float32
+    "Mean over the fine voxels of each voxel."
+    x = x.astype(np.float32, copy=False)
+    for axis, k in enumerate(fine): x = sum(x[(slice(None),) * axis + (slice(i, None, k),)] for i in range(k)) / np.float32(k)
+    return x
+
+# %% ../../nbs/11_phantom.ipynb #67f5c2fb
 def scan(
     patient: Patient,
     scanner: dict,  # a row of SCANNERS
@@ -161,8 +170,7 @@ def scan(
     spacing: tuple[float, float, float],  # (d, h, w) mm of the voxels
 ) -> np.ndarray:  # (3, d, h, w): T2w a.u., high-b DWI a.u., ADC 1e-6 mm2/s
     "Scan a patient: signals on the fine grid, partial volume, shading, Rician noise, ADC fit."
-    k = dict(zip("abc", patient.grid.fine))
-    voxels = lambda x: reduce(x, "(d a) (h b) (w c) -> d h w", "mean", **k)
+    voxels = lambda x: to_voxels(x, patient.grid.fine)
     shading = [np.exp(np.float32(scanner["shading"]) * voxels(smooth_field(rng, patient.grid, 45.0))) for _ in range(2)]
     gain_t2, gain_dwi = (scanner[g] * rng.uniform(0.85, 1.15) for g in ("gain_t2", "gain_dwi"))
     t2w = rician(gain_t2 * shading[0] * voxels(spin_echo(patient.pd, patient.t2, scanner["te_t2"])), gain_t2 * scanner["noise_t2"], rng)
@@ -174,7 +182,7 @@ def scan(
     adc = fit_adc(dwi[:3], BVALUES[:3]) * (dwi[0] > 3 * sigma[0])  # the vendor's map is 0 where there is no signal
     return np.stack([t2w, dwi[3], adc]).astype(np.float32)
 
-# %% ../../nbs/11_phantom.ipynb #c9691293
+# %% ../../nbs/11_phantom.ipynb #d2e5eaa5
 GRADES = ("no cancer", "indolent (ISUP 1)", "clinically significant (ISUP 2-5)")
 BLOCK = (0, 0, 0, 1, 1, 2, 2, 2, 2, 2)  # grades of ten consecutive cases, in random order
 
@@ -186,7 +194,7 @@ class PhantomCase(NamedTuple):
     grade: int  # index into GRADES
     scanner: int  # index into SCANNERS
 
-# %% ../../nbs/11_phantom.ipynb #7e0f6ff6
+# %% ../../nbs/11_phantom.ipynb #41bab1d9
 def phantom_case(
     seed: int,  # of the cohort
     index: int,  # of the case; a case is the same whatever else is drawn
@@ -200,7 +208,7 @@ def phantom_case(
     patient, rng = draw_patient(body_seed, grade, size, spacing), np.random.default_rng(scan_seed)
     scanner = int(rng.integers(len(SCANNERS)))
     volume = scan(patient, SCANNERS[scanner], rng, spacing)
-    share = lambda m: reduce(m.astype(np.float32), "(d a) (h b) (w c) -> d h w", "mean", **dict(zip("abc", patient.grid.fine))) >= 0.5
+    share = lambda mask: to_voxels(mask, patient.grid.fine) >= 0.5
     label = share(patient.zones > 0).astype(np.uint8)
     label[share(patient.lesion)] = 2
     zones = np.where(label > 0, np.where(share(patient.zones == 2), 2, 1), 0).astype(np.uint8)
