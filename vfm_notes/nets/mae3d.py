@@ -28,6 +28,7 @@ def sincos_positions(
     angles = [a.reshape(-1, 1) * rates for a in axes]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()[None]
 
+# %% ../../nbs/26_mae3d.ipynb #2457792f
 def fit_positions(
     table: Tensor, # 1 n e
     grid: tuple[int, int, int], # grid that the table was made for, d·h·w = n
@@ -39,7 +40,7 @@ def fit_positions(
     volume = rearrange(table, "1 (d h w) e -> 1 e d h w", d=d, h=h, w=w)
     return rearrange(F.interpolate(volume, size=tuple(size), mode="trilinear"), "1 e d h w -> 1 (d h w) e")
 
-# %% ../../nbs/26_mae3d.ipynb #ec40ae9a
+# %% ../../nbs/26_mae3d.ipynb #c8fc2087
 class SplitAttention(nn.Module):
     "Multi-head self-attention on `b n e` with separate query weights."
     def __init__(self,
@@ -54,6 +55,7 @@ class SplitAttention(nn.Module):
         k, v = rearrange(self.kv(x), "b n (two h e) -> two b h n e", two=2, h=self.heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n e -> b n (h e)"))
 
+# %% ../../nbs/26_mae3d.ipynb #ccc3c3b6
 class PlainBlock(nn.Module):
     "One pre-norm transformer block on `b n e`."
     def __init__(self,
@@ -69,7 +71,7 @@ class PlainBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/26_mae3d.ipynb #70b1b009
+# %% ../../nbs/26_mae3d.ipynb #a95cda0b
 def random_keep(
     batch: int, # volumes
     patches: int, # patches per volume
@@ -80,6 +82,7 @@ def random_keep(
     kept = max(round(patches * (1 - ratio)), 1)
     return torch.rand(batch, patches, generator=generator).argsort(1)[:, :kept].sort(1).values
 
+# %% ../../nbs/26_mae3d.ipynb #5d17f048
 def gather(
     x: Tensor, # b n e
     index: Tensor, # b k
@@ -87,7 +90,7 @@ def gather(
     "Tokens by number."
     return x.gather(1, repeat(index, "b k -> b k e", e=x.shape[2]))
 
-# %% ../../nbs/26_mae3d.ipynb #6cc5c173
+# %% ../../nbs/26_mae3d.ipynb #797d51dc
 def scatter(
     visible: Tensor, # b k e
     index: Tensor, # b k, their places
@@ -98,7 +101,7 @@ def scatter(
     whole = filler.expand(len(visible), n, -1).clone()
     return whole.scatter(1, repeat(index, "b k -> b k e", e=visible.shape[2]), visible)
 
-# %% ../../nbs/26_mae3d.ipynb #fa1cf615
+# %% ../../nbs/26_mae3d.ipynb #34b0b65d
 def to_patches(
     x: Tensor, # b c d h w
     patch: tuple[int, int, int], # (d, h, w)
@@ -107,7 +110,7 @@ def to_patches(
     pd, ph, pw = patch
     return rearrange(x, "b c (d pd) (h ph) (w pw) -> b (d h w) (pd ph pw c)", pd=pd, ph=ph, pw=pw)
 
-# %% ../../nbs/26_mae3d.ipynb #6f66e39e
+# %% ../../nbs/26_mae3d.ipynb #7e355167
 class MAE3d(nn.Module):
     "Masked auto-encoder ViT on volumes; the defaults are ProFound's ViT-B."
     def __init__(self,
@@ -127,8 +130,7 @@ class MAE3d(nn.Module):
         self.blocks, self.norm = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth)), nn.LayerNorm(dim, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.decoder_blocks = nn.ModuleList(PlainBlock(decoder_dim, decoder_heads) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, patch[0] * patch[1] * patch[2] * in_channels)
+        self.decoder_norm, self.decoder_pred = nn.LayerNorm(decoder_dim, eps=1e-6), nn.Linear(decoder_dim, patch[0] * patch[1] * patch[2] * in_channels)
 
     def encode(self,
                x: Tensor, # b c d h w
@@ -146,13 +148,12 @@ class MAE3d(nn.Module):
                 x: Tensor, # b c d h w, of the size of the position tables
                 keep: Tensor, # b k numbers of visible patches
                ) -> Tensor: # b n voxels of every patch
-        y = self.decoder_embed(self.encode(x, keep)[-1])
-        n = self.grid[0] * self.grid[1] * self.grid[2]
+        y, n = self.decoder_embed(self.encode(x, keep)[-1]), self.grid[0] * self.grid[1] * self.grid[2]
         y = torch.cat([y[:, :1], scatter(y[:, 1:], keep, n, self.mask_token)], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks: y = block(y)
         return self.decoder_pred(self.decoder_norm(y))[:, 1:]
 
-# %% ../../nbs/26_mae3d.ipynb #2d851845
+# %% ../../nbs/26_mae3d.ipynb #9888db75
 class ConvBlock(nn.Module):
     "Depthwise 5x5x5 mixing and an MLP of 1x1x1 convolutions, both residual, on `b c d h w`."
     def __init__(self,
@@ -170,7 +171,7 @@ class ConvBlock(nn.Module):
         x = x + self.conv2(self.dw_conv(y if keep is None else y * keep))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
-# %% ../../nbs/26_mae3d.ipynb #eef30292
+# %% ../../nbs/26_mae3d.ipynb #ec7501b6
 class ConvStage(nn.Module):
     "Patches, then depthwise blocks."
     def __init__(self,
@@ -191,7 +192,7 @@ class ConvStage(nn.Module):
         for block in self.conv: x = block(x, seen)
         return x
 
-# %% ../../nbs/26_mae3d.ipynb #abf911a5
+# %% ../../nbs/26_mae3d.ipynb #ad84ba59
 class ConvMAE3d(nn.Module):
     "Masked auto-encoder with two convolutional stages; the defaults are ProFound's."
     def __init__(self,
@@ -220,11 +221,7 @@ class ConvMAE3d(nn.Module):
                                       "norm": nn.LayerNorm(decoder_dim, eps=1e-6)})
         self.pred_head = nn.Linear(decoder_dim, self.patch[0] * self.patch[1] * self.patch[2] * in_channels)
 
-    def encode(self,
-               x: Tensor, # b c d h w
-               keep: Tensor | None = None, # b k numbers of visible patches; None is all
-              ) -> tuple[list[Tensor], list[Tensor]]: # maps of the stages, and b (1 + k) e after every block and at last fused
-        return encode_convmae(self, x, keep)
+    def encode(self, x: Tensor, keep: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]: return encode_convmae(self, x, keep)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         "Voxels of every patch, `b n voxels`, from the visible ones."
@@ -234,7 +231,7 @@ class ConvMAE3d(nn.Module):
         for block in self.decoder["blocks"]: y = block(y)
         return self.pred_head(self.decoder["norm"](y))
 
-# %% ../../nbs/26_mae3d.ipynb #2c86081b
+# %% ../../nbs/26_mae3d.ipynb #9d88ea12
 def encode_convmae(
     net: ConvMAE3d, # gives the layers
     x: Tensor, # b c d h w
