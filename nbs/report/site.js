@@ -42,16 +42,35 @@
   // ---- charts: visible ones first, then the rest; drawn again when the theme changes
   let vega = null;
   const charts = new Map();
-  const fit = (spec, width) => {  // small multiples take as many columns as there is room
-    const out = structuredClone(spec), meta = spec.usermeta || {};
-    if (meta.column && out.facet) {
-      out.columns = Math.max(1, Math.min(meta.columns || 9, Math.floor((width + 20) / (meta.column + 20))));
-      if (out.columns === 1 && out.spec) out.spec.width = Math.max(160, width - (meta.pad || 60));
+  const wrap = (text, width, size) => {  // a title in as many lines as it needs
+    const words = [].concat(text).join(" ").split(" "), most = Math.max(20, Math.floor(width / (size * 0.61))), lines = [""];
+    for (const w of words) {
+      if (lines.at(-1) && (lines.at(-1) + " " + w).length > most) lines.push(w);
+      else lines[lines.length - 1] += (lines.at(-1) ? " " : "") + w;
+    }
+    return lines;
+  };
+  const fit = (spec, width) => {  // titles wrap; small multiples take as many columns as there is room
+    const out = structuredClone(spec), panel = (spec.usermeta || {}).panel;
+    if (out.title) {
+      const t = typeof out.title === "object" && !Array.isArray(out.title) ? out.title : { text: out.title };
+      out.title = { ...t, text: wrap(t.text, width, 14) };
+      if (t.subtitle) out.title.subtitle = wrap(t.subtitle, width, 12);
+    }
+    if (panel) {
+      const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
+      const each = Math.floor((width - panel.left) / n - panel.gap);
+      const walk = (s) => {
+        if (s.facet && s.spec) { s.columns = n; s.spec.width = each; }
+        for (const part of s.vconcat || s.concat || []) walk(part);
+        if (s.concat) { s.columns = n; s.concat.forEach((c) => { if (!c.facet) c.width = each; }); }
+      };
+      walk(out);
     }
     return out;
   };
   const rowsOf = (spec) => Object.values(spec.datasets || {}).flat().concat((spec.data && spec.data.values) || []);
-  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { actions: false, renderer: "svg", config, tooltip: { theme: "custom" } });
+  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config, tooltip: { theme: "custom" } });
   const draw = async (box) => {
     const one = charts.get(box), view = box.querySelector(".vfm-view"), width = view.clientWidth, theme = dark() ? "dark" : "light";
     if (one.busy || (one.theme === theme && Math.abs(one.width - width) < 30)) return;
@@ -151,6 +170,6 @@
     };
     if (filters) { filters.addEventListener("input", apply); apply(); }
     const heads = $$("thead th", table).map((th) => th.textContent.trim());
-    tools(box, [["CSV", "Save the rows shown as CSV", () => saveText("table.csv", csv(read().map((r) => Object.fromEntries(heads.map((h, i) => [h, value(r, i)])))), "text/csv")]]);
+    if (box.dataset.csv) tools(box, [["CSV", "Save the rows shown as CSV", () => saveText("table.csv", csv(read().map((r) => Object.fromEntries(heads.map((h, i) => [h, value(r, i)])))), "text/csv")]]);
   }));
 })();

@@ -61,7 +61,7 @@ def diverging() -> np.ndarray:  # (256, 3) uint8, light blue through near-black 
     at = np.linspace(0, 4, 256)
     return np.stack([np.interp(at, np.arange(5), ends[:, k]) for k in range(3)], axis=1).round().astype(np.uint8)
 
-
+# %% ../../nbs/04_show.ipynb #baa621f0
 def windowed(
     volume: np.ndarray,  # any shape, any unit
     low: float,  # intensity drawn as index 0
@@ -71,7 +71,7 @@ def windowed(
     span = high - low if high > low else 1.0
     return (np.nan_to_num((volume - low) / span).clip(0, 1) * 255).round().astype(np.uint8)
 
-# %% ../../nbs/04_show.ipynb #86a748e1
+# %% ../../nbs/04_show.ipynb #5fe2d412
 def strokes(
     edges: np.ndarray,  # (lines, steps) bool: edge between two voxels present
 ) -> list[tuple[int, int, int]]:  # (line, start, length), joined runs
@@ -81,7 +81,7 @@ def strokes(
     start, stop = np.argwhere(turn == 1), np.argwhere(turn == -1)
     return [(int(line), int(a), int(b - a)) for (line, a), (_, b) in zip(start, stop)]
 
-
+# %% ../../nbs/04_show.ipynb #c5faf51d
 def outline(
     mask: np.ndarray,  # (h, w) bool
     size: tuple[float, float] = (1, 1),  # drawing units per voxel along h, w
@@ -93,7 +93,7 @@ def outline(
     return ("".join(f"M{x * sx:.4g} {y * sy:.4g}h{n * sx:.4g}" for y, x, n in strokes(across))
             + "".join(f"M{x * sx:.4g} {y * sy:.4g}v{n * sy:.4g}" for x, y, n in strokes(down)))
 
-# %% ../../nbs/04_show.ipynb #3a9b9950
+# %% ../../nbs/04_show.ipynb #9809a6fe
 @dataclass(frozen=True)
 class Figure:
     "An SVG figure: drawn by notebooks and pages, saved as SVG or PNG."
@@ -120,10 +120,10 @@ class Figure:
         data = svg_to_png(text, scale=2) if str(path).endswith(".png") else text.encode()
         with open(path, "wb") as f: f.write(data)
 
-# %% ../../nbs/04_show.ipynb #956f8c9a
+# %% ../../nbs/04_show.ipynb #37af8835
 OUTLINES = ("#FFD92F", "#56E4FF", "#FF8A5B", "#7CFF9B", "#FF9BE8", "#FFFFFF")  # bright on grey anatomy, ordered by how well they differ
 
-
+# %% ../../nbs/04_show.ipynb #94e569d4
 def window_of(
     volume: np.ndarray,  # (d, h, w) intensities
     signed: bool = False,  # symmetric about zero
@@ -137,7 +137,7 @@ def window_of(
     low, high = (float(q) for q in np.percentile(v, [1, 99]))
     return (low, high) if high > low else (low, low + 1.0)
 
-
+# %% ../../nbs/04_show.ipynb #49848927
 def pick_slices(
     depth: int,  # slices there are
     masks: Mapping[str, np.ndarray],  # name → (d, h, w) bool; the outlines to show
@@ -148,7 +148,7 @@ def pick_slices(
     at = np.linspace(seen[0], seen[-1], min(count, seen[-1] - seen[0] + 1) + 2)[1:-1] if len(seen) > count else np.array(seen)
     return sorted({int(round(z)) for z in at})
 
-# %% ../../nbs/04_show.ipynb #9bf56653
+# %% ../../nbs/04_show.ipynb #c9422a67
 def masks_of(
     overlay: np.ndarray | Mapping[str, np.ndarray] | None,  # a label map (0 is background), or name → mask
     names: Iterable[str] = (),  # name of label 0, 1, 2, …; used when the overlay is a label map
@@ -160,14 +160,14 @@ def masks_of(
     values = [int(v) for v in np.unique(labels) if v > 0]
     return {names[v] if v < len(names) else f"label {v}": labels == v for v in values}
 
-
+# %% ../../nbs/04_show.ipynb #5998bd96
 def scale_length(
     width: float,  # width of a slice, mm
 ) -> int:  # mm, one of 1, 2, 5, 10, 20, 50, 100
     "Choose a round scale bar of about a quarter of the width."
     return max((n for n in (1, 2, 5, 10, 20, 50, 100) if n <= width / 3), default=1)
 
-# %% ../../nbs/04_show.ipynb #ecbfa057
+# %% ../../nbs/04_show.ipynb #b9c3c09c
 def panel(
     volume: np.ndarray,  # (d, h, w) intensities
     at: list[int],  # slice numbers
@@ -189,7 +189,7 @@ def panel(
         out.append("</g>")
     return "".join(out)
 
-# %% ../../nbs/04_show.ipynb #f93ea10c
+# %% ../../nbs/04_show.ipynb #ebdc27c5
 def words(
     text: str,  # what to write; escaped here
     x: float,  # left edge, drawing units
@@ -203,7 +203,7 @@ def words(
     more = (' opacity="0.72"' if faint else "") + (' font-weight="600"' if bold else "") + (f' text-anchor="{anchor}"' if anchor != "start" else "")
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="currentColor"{more}>{html.escape(str(text))}</text>'
 
-
+# %% ../../nbs/04_show.ipynb #1237221f
 def legend(
     masks: Mapping[str, np.ndarray],  # name → mask, in the order of their colours
     x: float,  # left edge, drawing units
@@ -216,7 +216,7 @@ def legend(
         x += 34 + 6.2 * len(name)
     return "".join(out)
 
-
+# %% ../../nbs/04_show.ipynb #56b09dcc
 def number(
     value: float,  # finite
 ) -> str:  # three significant digits, no exponent for everyday sizes
@@ -224,7 +224,7 @@ def number(
     text = f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.1e}"
     return (f"{value:.0f}" if 1e3 <= abs(value) < 1e5 else text).replace("-", "−", 1)
 
-# %% ../../nbs/04_show.ipynb #f1603b67
+# %% ../../nbs/04_show.ipynb #738c13b6
 def slices(
     volume: np.ndarray | Mapping[str, np.ndarray],  # (d, h, w), or row name → (d, h, w)
     overlay: np.ndarray | Mapping[str, np.ndarray] | None = None,  # label map (d, h, w), or name → mask, outlined on every row
@@ -256,7 +256,7 @@ def slices(
         y += high + 4
     return frame(out, left, y, max(left + len(at) * (width + 4) - 4, 330), width / (w * spacing[2]), w * spacing[2], masks, title, "" if left else f"window {said}")
 
-# %% ../../nbs/04_show.ipynb #1a32efdb
+# %% ../../nbs/04_show.ipynb #3a5512f4
 def check_shapes(
     rows: Mapping[str, np.ndarray],  # name → volume
     masks: Mapping[str, np.ndarray],  # name → mask
@@ -268,7 +268,7 @@ def check_shapes(
         if v.ndim != 3 or v.shape != shape:
             raise VfmError(f"slices: '{name or 'volume'}' has shape {v.shape}, expected one shape (d, h, w) for all, here {shape}; select one channel or resample first.")
 
-
+# %% ../../nbs/04_show.ipynb #b8766fdc
 def frame(
     parts: list[str],  # SVG drawn so far
     left: float,  # where the pictures begin

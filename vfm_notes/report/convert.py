@@ -23,7 +23,7 @@ from ..foundation.registry import VfmError
 CODE = re.compile(r"(```.*?```|~~~.*?~~~|``.+?``|`[^`\n]+`)", re.S)  # fenced or inline code: left alone
 MATH = re.compile(r"\$\$(?P<shown>.+?)\$\$|(?<![\\$\w])\$(?!\s)(?P<inline>[^$\n]+?)(?<![\s\\])\$(?!\d)", re.S)
 
-
+# %% ../../nbs/91_convert.ipynb #08a6a866
 def mathml(
     tex: str,  # TeX without its dollar signs
     shown: bool = False,  # on a line of its own
@@ -37,7 +37,7 @@ def mathml(
     made = made.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
     return re.sub(r"(?<=>)[^<&]*[*_`~^|\[\]$][^<]*(?=<)", lambda m: "".join(f"&#{ord(c)};" if c in "*_`~^|[]$" else c for c in m[0]), made)
 
-
+# %% ../../nbs/91_convert.ipynb #e2986ee0
 def equations(
     markdown: str,  # a Markdown cell
 ) -> str:  # the same with MathML for its equations
@@ -48,21 +48,21 @@ def equations(
     parts = CODE.split(markdown)
     return "".join(p if i % 2 else MATH.sub(one, p) for i, p in enumerate(parts))
 
-# %% ../../nbs/91_convert.ipynb #20b50947
+# %% ../../nbs/91_convert.ipynb #33ba846b
 LIMIT = {"text": 20_000, "html": 2_000_000}  # characters of one output in a page
 REMOTE = re.compile(r"<(?:script|link|iframe|img|object|source|video|audio)\b[^>]*?(?:src|href|data)\s*=\s*[\"']?(?:https?:)?//|@import\s+(?:url\()?[\"']?(?:https?:)?//|import\(\s*[\"']https?://|https?://cdn\.", re.I)
 
-
+# %% ../../nbs/91_convert.ipynb #a918ae56
 def joined(value: str | list) -> str: return "".join(value) if isinstance(value, list) else value
 
-
+# %% ../../nbs/91_convert.ipynb #9b588214
 def as_html(
     content: str,  # HTML
 ) -> dict:  # a notebook output
     "Make an output of HTML."
     return {"output_type": "display_data", "metadata": {}, "data": {"text/html": content}}
 
-
+# %% ../../nbs/91_convert.ipynb #b8eb55ae
 def cut(
     content: str,  # plain text
     whole: str,  # HTML that says where the whole is
@@ -73,10 +73,10 @@ def cut(
     said = as_html(f'<p class="vfm-cut">… {middle:,} characters left out here; {whole} …</p>')
     return [stream(head), said, stream(tail)]
 
-
+# %% ../../nbs/91_convert.ipynb #b46ff2f2
 def stream(content: str) -> dict: return {"output_type": "stream", "name": "stdout", "text": content}
 
-# %% ../../nbs/91_convert.ipynb #7988f4e3
+# %% ../../nbs/91_convert.ipynb #f7fb7e80
 def convert_output(
     out: dict,  # one output of a code cell
     key: str,  # unique name, for downloads
@@ -100,12 +100,12 @@ def convert_output(
     if "text/markdown" in shown: shown["text/markdown"] = equations(shown["text/markdown"])
     return [out | {"data": shown}] if shown else []
 
-
+# %% ../../nbs/91_convert.ipynb #1f6454f7
 def joined_lines(traceback: list[str]) -> list[str]:
     "Keep the end of a long traceback, where the error is."
     return traceback if len("".join(traceback)) <= LIMIT["text"] else ["…"] + traceback[-6:]
 
-# %% ../../nbs/91_convert.ipynb #597019fb
+# %% ../../nbs/91_convert.ipynb #5a9f0737
 def read_notebook(
     path: Path,  # an .ipynb file
 ) -> dict:  # its JSON
@@ -115,7 +115,7 @@ def read_notebook(
     if not isinstance(nb, dict) or "cells" not in nb: raise VfmError(f"{path} is not a notebook: it has no cells.")
     return nb
 
-
+# %% ../../nbs/91_convert.ipynb #4114a9ca
 def front_matter(
     nb: dict,  # notebook JSON
 ) -> dict:  # options; empty when there are none
@@ -124,14 +124,14 @@ def front_matter(
     m = re.match(r"\s*---\n(.*?)\n---\s*$", joined(first.get("source", "")), re.S) if first.get("cell_type") == "raw" else None
     return (yaml.safe_load(m[1]) or {}) if m else {}
 
-
+# %% ../../nbs/91_convert.ipynb #531167a8
 def raw_cell(
     options: dict,  # options of a page
 ) -> dict:  # its first cell
     "Write a page's options."
     return {"cell_type": "raw", "id": "front", "metadata": {}, "source": f"---\n{yaml.safe_dump(options, sort_keys=False, allow_unicode=True)}---"}
 
-# %% ../../nbs/91_convert.ipynb #52d2df67
+# %% ../../nbs/91_convert.ipynb #2ad449fb
 def to_page(
     nb: dict,  # executed notebook
     options: dict,  # the page's front matter
@@ -154,7 +154,7 @@ def to_page(
         cells.append(new)
     return {"cells": cells, "metadata": nb.get("metadata", {}), "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../../nbs/91_convert.ipynb #7367bd4d
+# %% ../../nbs/91_convert.ipynb #2813020b
 def without_title(
     nb: dict,  # notebook JSON
 ) -> dict:  # the same; a leading `# title` line is gone, since the page has its own
@@ -164,7 +164,7 @@ def without_title(
     if first: first["source"] = re.sub(r"\A\s*# [^\n]*\n*", "", joined(first["source"]))
     return nb | {"cells": cells}
 
-
+# %% ../../nbs/91_convert.ipynb #5afb49bf
 def parameterised(
     nb: dict,  # notebook JSON with a cell tagged `parameters`
     values: dict,  # name → plain value
