@@ -75,7 +75,7 @@ def _joined(study: str, records: list[dict], name: str, columns: list[str]) -> p
     parts = []
     for r in records:
         table = read_table(study, r["id"], name) if r["status"] == "done" else None
-        if table is not None: parts.append(table.assign(**run_key(r))[[*RUN, *table.columns]])
+        if table is not None: parts.append(table.assign(**{k: v for k, v in run_key(r).items() if k not in table})[[*RUN, *(c for c in table if c not in RUN)]])
     return pd.concat(parts, ignore_index=True).astype({"n_train": "Int64", "seed": "Int64"}) if parts else _frame([], [*RUN, *columns])
 
 def curves_table(

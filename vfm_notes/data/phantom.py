@@ -64,9 +64,9 @@ def draw_focus(
 ) -> Focus:
     "Place one lesion or mimic and draw its tissue."
     pick = lambda row: row[kind]
-    diameter = float(np.clip(pick((9, 9.5, 13.5)) * np.exp(0.28 * rng.standard_normal()), 6.5, 26))
+    diameter = float(np.clip(pick((9, 10, 15.5)) * np.exp(0.28 * rng.standard_normal()), 6.5, 26))
     t2 = pick((108, 102, 94)) + pick((10, 9, 9)) * rng.standard_normal()
-    adc = pick((1300, 1170, 980)) + pick((150, 120, 130)) * rng.standard_normal()
+    adc = pick((1300, 1150, 900)) + pick((150, 120, 130)) * rng.standard_normal()
     dense, side = rng.uniform(*pick(((0.35, 0.9), (0.65, 1.0), (0.8, 1.0)))), rng.choice((-1, 1))
     z = body["c"] * rng.uniform(-0.5, 0.5)
     if rng.uniform() < 0.7:

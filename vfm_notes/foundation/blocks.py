@@ -160,7 +160,7 @@ def menus(
     "Write the controls that the site's script brings to life."
     heads, out = list(rows[0]), ['<div class="vfm-filters"><input type="search" placeholder="Search" aria-label="Search this table">']
     for name, first in filters.items():
-        values = list(dict.fromkeys(plain(r[name]) for r in rows if not missing(r[name])))
+        values = [v for v in dict.fromkeys(plain(r[name]) for r in rows if not missing(r[name])) if v]
         options = "".join(f'<option value="{html.escape(v, quote=True)}"{" selected" * (v == first)}>{html.escape(v)}</option>' for v in values)
         out.append(f'<select data-column="{heads.index(name)}" aria-label="{html.escape(name, quote=True)}"><option value="">{html.escape(name)}: all</option>{options}</select>')
     return "".join(out) + '<span class="vfm-count" role="status"></span></div>'

@@ -10,29 +10,31 @@ __all__ = ['ClassificationHead', 'space_to_depth', 'depth_to_space', 'ResidualBl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/22_decoder.ipynb #205c5187
 class ClassificationHead(nn.Module):
-    "Scores of classes from the embedding."
-    reads = "embed"
+    "Scores of classes from the mean and the maximum of the coarsest feature map."
+    reads = "pyramid"
     def __init__(self,
-                 backbone: nn.Module, # anything with `embed_dim`
+                 backbone: nn.Module, # anything with `widths`
                  n_classes: int, # number of scores
-                 hidden: int | None = None, # width between; None is a third of the embedding, at least 32
+                 hidden: int | None = None, # width between; None is a third of the map's channels, at least 32
                 ):
         super().__init__()
-        hidden = hidden or max(backbone.embed_dim // 3, 32)
-        self.layers = nn.Sequential(nn.LayerNorm(backbone.embed_dim), nn.Linear(backbone.embed_dim, hidden),
+        width = backbone.widths[-1]
+        hidden = hidden or max(width // 3, 32)
+        self.layers = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, hidden),
                                     nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
 
     def forward(self,
-                vector: Tensor, # b e
+                maps: list[Tensor], # the backbone's pyramid, fine to coarse
                 x: Tensor | None = None, # the volume; not used
                ) -> Tensor: # b n_classes
-        return self.layers(vector)
+        pooled = [reduce(maps[-1], "b c d h w -> b c", how) for how in ("mean", "max")]
+        return self.layers(torch.cat(pooled, 1))
 
 # %% ../../nbs/22_decoder.ipynb #6d62a974
 def space_to_depth(

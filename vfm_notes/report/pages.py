@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,15 +136,20 @@ async def _execute_pages(pages, study, done) -> None:
             reset = {"cell_type": "code", "id": "reset", "metadata": {}, "source": RESET, "outputs": [], "execution_count": None}
             cells = [c | {"source": joined(c["source"])} for c in [reset, *nb["cells"]]]
             nb = nbformat.from_dict(nb | {"cells": cells, "nbformat": 4, "nbformat_minor": 5})
-            error = ""
-            try: await NotebookClient(nb, km=kernel, timeout=120).async_execute(cleanup_kc=False)
+            client, error = NotebookClient(nb, km=kernel, timeout=120), ""
+            try: await client.async_execute(cleanup_kc=False)
             except Exception as e: error = last_line(e)
+            if client.kc: client.kc.stop_channels()
             nb["cells"] = nb["cells"][1:]
             done(page, nb, error)
     finally: await kernel.shutdown_kernel(now=True)
 
-# %% ../../nbs/92_pages.ipynb #054e2c27
-def last_line(error: Exception) -> str: return (str(error).strip() or type(error).__name__).splitlines()[-1]
+# %% ../../nbs/92_pages.ipynb #0c253e67
+def last_line(
+    error: Exception,
+) -> str:  # without the colours of a terminal
+    "Say what went wrong in one line."
+    return re.sub(r"\x1b\[[0-9;]*m", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
 
 # %% ../../nbs/92_pages.ipynb #da883660
 def run_header(

@@ -269,6 +269,7 @@ def run_study(
     try:
         show.say(f"{study.name}: {len(todo)} of {len(plan_)} notebooks to run, {pool.jobs} at a time; importing libraries and preparing cohort '{study.cohort}' ...")
         if not templates: pool.submit(preflight, study).result()
+        show.say("ready")
         sweep(study.name)
         batch = Batch(study.name, plan_, todo, pool, engine, retry_failed)
         batch.loop(show)

@@ -109,13 +109,16 @@ class LocalExecutor:
         self.jobs = jobs or cores()
         self.env = thread_env(max(1, cores() // self.jobs)) | {"PYTHONPATH": python_path()}
         self.queue, self.active, self.count = [], [], 0
-        self.server = self._start_server(modules, log) if fast else None
-        self.folder = Path(self.server.folder if self.server else tempfile.mkdtemp(prefix="vfm-jobs-"))  # the server cleans up even if we are killed
+        self.server = None  # our own fork server
+        self.address = (os.environ.get("VFM_FORKSERVER") or self._start_server(modules, log)) if fast else None
+        self.folder = Path(self.server.folder if self.server else tempfile.mkdtemp(prefix="vfm-jobs-"))  # our server cleans up even if we are killed
 
-    def _start_server(self, modules, log) -> ForkServer | None:
+    def _start_server(self, modules, log) -> str | None:
         reason = can_fork()
         try:
-            if not reason: return ForkServer(modules, log)
+            if not reason:
+                self.server = ForkServer(modules, log)
+                return self.server.address
         except (OSError, VfmError) as error: reason = str(error)
         say(f"No fast starts ({reason}): every notebook imports its libraries itself.")
 
@@ -143,11 +146,11 @@ def start(self: LocalExecutor, future: Future):  # → something like a Popen
     "Start the worker of a call."
     files = [str(future.call), str(future.call.with_suffix(".result"))]
     env = os.environ | self.env | {"VFM_LOG": str(future.log or "")}
-    if self.server:
-        try: return Forked(self.server.address, "vfm_notes.runs.executors:work", *files, env=env | {"VFM_FORKSERVER": self.server.address}, log=future.log)
+    if self.address:
+        try: return Forked(self.address, "vfm_notes.runs.executors:work", *files, env=env | {"VFM_FORKSERVER": self.address}, log=future.log)
         except (OSError, VfmError) as error:
             say(f"Fast starts have ended ({error}); the remaining notebooks import their libraries themselves.")
-            self.server = None
+            self.address = None
     command = [sys.executable, "-c", "import sys; from vfm_notes.runs.executors import work; work(*sys.argv[1:])", *files, str(os.getpid())]
     with open(future.log or os.devnull, "a") as out:
         return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)

@@ -25,11 +25,16 @@ class Look:
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
     text: str = ""  # what the notebook says it does
+    said: float = 0.0  # when it said so, seconds since 1970
 
     @property
     def missing(self) -> int: return list(self.states.values()).count("missing")
     @property
     def elapsed(self) -> float: return time.time() - self.since if self.since else 0.0
+    @property
+    def whole(self) -> float | None:
+        "How long the notebook will have taken, as far as it can tell."
+        return (self.said - self.since) / self.part if self.since and self.part > 0.05 else None
 
 def look_at(
     study: str,  # name of the study
@@ -41,7 +46,7 @@ def look_at(
     if look.since:
         try: said = json.loads(progress_file(study, job.name).read_text())
         except (OSError, ValueError): said = {}
-        if said.get("time", 0) >= look.since: look.part, look.text = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"]
+        if said.get("time", 0) >= look.since: look.part, look.text, look.said = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"], said["time"]
     return look
 
 # %% ../../nbs/75_watch.ipynb #c62744ae
@@ -56,7 +61,7 @@ def durations(
 ) -> dict[tuple, list[float]]:  # key of `closeness` → seconds per run
     "What runs took, or seem to take."
     found = [(s, records[i]["seconds"].get("total")) for j in jobs for i, s in zip(j.runs, j.specs) if i in records]
-    found += [(k.job.specs[0], k.elapsed / k.part / len(k.job.specs)) for k in looks if k.since and k.part > 0.05]
+    found += [(k.job.specs[0], k.whole / len(k.job.specs)) for k in looks if k.whole]
     known = {}
     for spec, seconds in found:
         if seconds:
@@ -72,7 +77,7 @@ def time_left(
     "An estimate of the time until all jobs are done."
     each = []
     for look in looks:
-        if look.part > 0.05: each.append(look.elapsed * (1 - look.part) / look.part)
+        if look.whole: each.append(max(0.0, look.whole - look.elapsed))
         else:
             seconds = next((known[k] for k in closeness(look.job.specs[0]) if k in known), None)
             if seconds is None: return None
@@ -83,9 +88,8 @@ def time_left(
 def duration(seconds: float | None) -> str:
     "Seconds for people."
     if seconds is None: return "unknown time"
-    if seconds < 60: return f"{seconds:.0f} s"
-    if seconds < 3600: return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    s = round(seconds)
+    return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
 
 # %% ../../nbs/75_watch.ipynb #01b1f385
 @dataclass
@@ -104,8 +108,8 @@ class Display:
             self.live.start()
 
     def clock(self) -> str:
-        seconds = time.monotonic() - self.started
-        return f"[{seconds // 60:02.0f}:{seconds % 60:02.0f}]"
+        seconds = round(time.monotonic() - self.started)
+        return f"[{seconds // 60:02}:{seconds % 60:02}]"
 
     def say(self, text: str) -> None:
         "A line that stays."

@@ -88,7 +88,7 @@ class DistortionCorrection(ImageTask):
     def prepare(self, cohort: Cohort) -> TaskData:
         fields = epi_fields(cohort.names, cohort.volumes.shape[2:], cohort.card.spacing, amplitude=self.amplitude, seed=self.seed)
         warped = cohort.volumes.copy()
-        warped[:, self.planar] = epi_distort(cohort.volumes[:, self.planar], fields[:, None])
+        for c in self.planar: warped[:, c] = epi_distort(cohort.volumes[:, c], fields, modulate=self.card.sequences[c] != "adc")
         return image_data(warped, cohort.volumes[:, self.residual], warped[:, self.residual], cohort)
 
 # %% ../../nbs/62_image_task.ipynb #cd29af4d

@@ -77,13 +77,14 @@ def psnr(
 def ssim(
     predicted: Tensor,  # b 1 d h w
     reference: Tensor,  # b 1 d h w
-    window: int = 7,  # voxels
+    window: int = 7,  # voxels; at most the largest odd number that fits the volume
 ) -> np.ndarray:  # b, at most 1
     "Structural similarity of each case."
     from monai.metrics import SSIMMetric
     scale = rearrange(extent(reference), "b -> b 1 1 1 1").clamp_min(1e-6)
     low = rearrange(reduce(reference, "b ... -> b", "min"), "b -> b 1 1 1 1")
-    measure = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=window)
+    fits = (min(reference.shape[2:]) - 1)//2*2 + 1
+    measure = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=min(window, fits))
     return rearrange(measure((predicted - low)/scale, (reference - low)/scale), "b 1 -> b").numpy()
 
 # %% ../../nbs/60_metric.ipynb #dc92ceb2
