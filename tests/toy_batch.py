@@ -69,6 +69,7 @@ def write_template(path: Path, kind: str, names: list[str] | None = None, body: 
 
 class Toy:
     "A scratch folder with a study, templates and runs, and the real command."
+    server = None  # address of a fork server that many runs share; None: each run starts its own
     def __init__(self, root: Path, sleep: float = 0.0, **axes):
         self.root, self.flags, self.templates, self.runs = root, root/"flags", root/"templates", root/"runs"
         self.flags.mkdir(parents=True)
@@ -86,7 +87,8 @@ class Toy:
 
     @property
     def env(self) -> dict:
-        return os.environ | {"VFM_RUNS": str(self.runs), "VFM_PRELOAD": LIGHT, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+        shared = {"VFM_FORKSERVER": self.server} if self.server else {}
+        return os.environ | {"VFM_RUNS": str(self.runs), "VFM_PRELOAD": LIGHT, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | shared
 
     def start(self, *words: str, **env) -> subprocess.Popen:
         "Start `vfm` with these words."
@@ -109,7 +111,7 @@ class Toy:
         return (self.flags/"log").read_text().split() if (self.flags/"log").exists() else []
 
     def records(self) -> dict[str, dict]:
-        return {p.parent.name: json.loads(p.read_text()) for p in sorted((self.runs/"toy").glob("[!.]*/record.json"))}
+        return {p.parent.name: json.loads(p.read_text()) for p in sorted((self.runs/"toy").glob("[!.]*/record.json")) if ".corrupt-" not in p.parent.name}
 
     def results(self) -> dict[str, tuple]:  # what must not depend on what happened on the way
         return {i: (r["status"], r["metrics"], {k: v["sha256"] for k, v in r["files"].items()}) for i, r in self.records().items()}

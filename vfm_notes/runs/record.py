@@ -283,7 +283,7 @@ def job_lock(
     with path.open("a") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: return (yield False)
-        os.utime(path)  # the lock's time is the job's start
+        f.truncate(0); f.write(f"{os.getpid()} on {socket.gethostname()}\n"); f.flush()  # the file's time is the job's start
         yield True
 
 def running_since(

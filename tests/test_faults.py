@@ -1,0 +1,221 @@
+"""Faults that really happen, done for real: after each no finished work is lost or repeated, and the results are those of an undisturbed batch."""
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+import nbformat
+import pytest
+from toy_batch import LIGHT, Toy, alive_with
+
+from vfm_notes.runs.forkserver import ForkServer
+from vfm_notes.runs.record import lives
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks and forks as on Linux")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_server():
+    "One fork server for most of these tests, which saves each of them its imports."
+    with ForkServer(LIGHT.split(",")) as server:
+        Toy.server = server.address
+        yield
+    Toy.server = None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Toy:
+    "The toy study, run once without a fault."
+    toy = Toy(tmp_path_factory.mktemp("undisturbed"))
+    done = toy.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return toy
+
+
+@pytest.fixture
+def toy(tmp_path) -> Toy: return Toy(tmp_path)
+
+
+def same(toy: Toy, reference: Toy) -> bool:
+    "Same runs, metrics and files? (The folder of the flags is part of the spec, so compare what does not depend on it.)"
+    def table(t): return {k.rsplit("-", 1)[0]: v[0] for k, v in t.results().items()}
+    return table(toy) == table(reference)
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_an_undisturbed_study(undisturbed):
+    toy = undisturbed
+    assert len(toy.results()) == 7 and {r[0] for r in toy.results().values()} == {"done"} and Counter(toy.log()) == Counter(list(toy.results()))
+    begun = time.monotonic()
+    again = toy.run()
+    assert again.returncode == 0 and "everything is up to date (7 runs)" in again.stdout and len(toy.log()) == 7
+    assert time.monotonic() - begun < 10  # 0.7 s on an idle machine
+    nb = nbformat.read(toy.runs/"toy"/"notebooks"/"segmentation-profound_toy.mae_phantom-n4.ipynb", 4)
+    assert all(c.metadata.papermill.status == "completed" for c in nb.cells) and not list((toy.runs/"toy").glob(".*"))
+    assert {r["notebook"] for r in toy.records().values()} == {"pretrain-profound_toy.mae_phantom", "segmentation-profound_toy.mae_phantom-n4"}
+    assert all(len(r["template_hash"]) == 64 and r["threads"] == 1 for r in toy.records().values())
+
+
+def test_widening_computes_only_what_is_missing(tmp_path):
+    toy = Toy(tmp_path, seeds=[0])
+    assert toy.run().returncode == 0
+    first = toy.results()
+    toy.write(seeds=[0, 1])
+    assert toy.run("--only", "strategy=full").returncode == 0 and len(toy.results()) == 4
+    assert toy.run().returncode == 0
+    assert first.items() <= toy.results().items() and set(Counter(toy.log()).values()) == {1} and len(toy.log()) == 5
+
+
+def test_a_run_that_raises_is_recorded_and_the_others_go_on(toy):
+    toy.flag("raise-transfer-full-1")
+    done = toy.run()
+    assert done.returncode == 1 and Counter(r[0] for r in toy.results().values()) == {"done": 6, "failed": 1}
+    bad, = (r for r in toy.records().values() if r["status"] == "failed")
+    assert bad["id"] in done.stdout and bad["error"]["message"] == "told to fail: transfer-full-1" and "in work" in bad["error"]["traceback"]
+    status = toy.vfm("status", str(toy.study))
+    assert status.returncode == 1 and bad["id"] in status.stdout and "told to fail" in status.stdout and "6 done" in status.stdout
+    toy.flag("raise-transfer-full-1", False)
+    again = toy.run()
+    assert again.returncode == 1 and bad["id"] in again.stdout and "--retry-failed" in again.stdout and len(toy.log()) == 6  # said, not retried
+    assert toy.run("--retry-failed").returncode == 0 and set(Counter(toy.log()).values()) == {1} and len(toy.log()) == 7
+
+
+def test_a_failed_pretraining_blocks_only_what_needs_it(tmp_path):
+    toy = Toy(tmp_path, backbones=["profound_toy.mae_phantom", "provicnet_toy.contrast_phantom"])
+    toy.write(pretrain=toy.values["pretrain"] | {"contrast_phantom": {"backbone": "provicnet_toy", "seed": 7, "options": {"flags": str(toy.flags)}}})
+    toy.flag("raise-pretrain--7")
+    done = toy.run()
+    assert done.returncode == 1 and "blocked segmentation-provicnet_toy.contrast_phantom-n4" in done.stdout and "missing 6 runs" in done.stdout
+    assert Counter((r["kind"], r["status"]) for r in toy.records().values()) == {("pretrain", "done"): 1, ("pretrain", "failed"): 1, ("transfer", "done"): 6}
+
+
+def test_a_notebook_that_stops_after_its_runs(toy):
+    toy.flag("raise-at-the-end")
+    done = toy.run()
+    assert done.returncode == 1 and {r[0] for r in toy.results().values()} == {"done"} and "told to fail at the end" in done.stdout and "cell 4" in done.stdout
+    log = toy.log()
+    toy.flag("raise-at-the-end", False)
+    assert toy.run().returncode == 1 and toy.vfm("status", str(toy.study)).returncode == 1
+    assert toy.run("--retry-failed").returncode == 0 and toy.log() == log and toy.run().returncode == 0
+
+
+def test_a_killed_kernel_gets_a_second_chance_then_only_its_run_fails(toy, undisturbed):
+    toy.flag("die-once-transfer-scratch-0")
+    toy.flag("die-transfer-full-1")
+    done = toy.run()
+    states = {(r["spec"]["strategy"], r["spec"]["seed"]): (r["status"], (r["error"] or {}).get("type")) for r in toy.records().values() if r["kind"] == "transfer"}
+    assert done.returncode == 1 and states.pop(("full", 1)) == ("failed", "KernelDied") and set(states.values()) == {("done", None)} and len(states) == 5
+    toy.flag("die-transfer-full-1", False)
+    assert toy.run("--retry-failed").returncode == 0 and same(toy, undisturbed) and set(Counter(toy.log()).values()) == {1}
+
+
+def test_a_killed_worker_gets_a_second_chance(toy, undisturbed):
+    toy.flag("hold")
+    runner = toy.start_run("--jobs", "1")
+    wait_until(lambda: list(toy.flags.glob("holding-*")))
+    lock = toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock"
+    worker = int(lock.read_text().split()[0])
+    os.kill(worker, signal.SIGKILL)
+    kernel = int(next(toy.flags.glob("holding-*")).name.split("-")[1])
+    wait_until(lambda: not lives(kernel))  # a kernel does not outlive its worker
+    toy.flag("hold", False)
+    out, err = runner.communicate(timeout=60)
+    assert runner.returncode == 0 and "again" in out and same(toy, undisturbed) and set(Counter(toy.log()).values()) == {1}, out + err
+
+
+@pytest.mark.parametrize("engine", ["forked", "plain"])
+def test_kill_9_of_the_runner_then_the_same_command(tmp_path, undisturbed, engine):
+    toy = Toy(tmp_path, sleep=0.2)
+    toy.server = None  # the runner's own server must die with it, too
+    runner = toy.start_run("--engine", engine)
+    wait_until(lambda: len(toy.log()) >= 3)
+    runner.kill()
+    runner.wait()
+    before = toy.records()
+    wait_until(lambda: not alive_with(str(toy.runs)), 15)  # no worker, kernel or fork server survives
+    assert 0 < len(before) < 7
+    finished = {i: (toy.runs/"toy"/i/"record.json").stat().st_mtime_ns for i in toy.records()}
+    again = toy.run("--engine", engine)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert finished.items() <= {i: (toy.runs/"toy"/i/"record.json").stat().st_mtime_ns for i in toy.records()}.items()
+    assert len(toy.results()) == 7 and same(toy, undisturbed) and not list((toy.runs/"toy").glob(".*"))
+    unfinished = [i for i, n in Counter(toy.log()).items() if n > 1]
+    assert not set(unfinished) & set(finished)  # a run that was hit at work may appear twice, a finished one never
+    assert "up to date" in toy.run().stdout
+
+
+def test_two_runners_do_each_job_once(tmp_path, undisturbed):
+    toy = Toy(tmp_path, sleep=0.1, tasks={})
+    options = toy.values["pretrain"]["mae_phantom"]["options"]
+    toy.write(tasks={t: options for t in ("segmentation", "classification", "translation")}, seeds=[0, 1])
+    runners = [toy.start_run("--jobs", "2") for _ in range(2)]
+    said = [r.communicate(timeout=100) for r in runners]
+    assert [r.returncode for r in runners] == [0, 0], said
+    assert len(toy.results()) == 13 and set(Counter(toy.log()).values()) == {1}
+
+
+def test_a_corrupt_record_is_said_and_computed_again(toy, undisturbed):
+    assert toy.run().returncode == 0
+    victim = next(i for i in toy.results() if "full-n4-s2" in i)
+    before = toy.results()
+    (toy.runs/"toy"/victim/"curves.parquet").write_bytes(b"half")
+    again = toy.run()
+    assert again.returncode == 0 and victim in again.stderr and f"{victim}.corrupt-1" in again.stderr
+    assert toy.results() == before and Counter(toy.log())[victim] == 2 and len(toy.log()) == 8
+
+
+def test_forked_and_plain_kernels_give_the_same_cell_by_cell(tmp_path):
+    toys = {}
+    for engine in ("forked", "plain"):  # the same study file, so that the specs are the same
+        toys[engine] = Toy(tmp_path/engine, seeds=[0])
+        toys[engine].study, toys[engine].flags = tmp_path/"toy.yaml", tmp_path/"none"
+        toys[engine].write(pretrain={"mae_phantom": {"backbone": "profound_toy"}}, tasks={"segmentation": {}})
+        done = toys[engine].run("--engine", engine)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert toys["forked"].results() == toys["plain"].results() and len(toys["plain"].results()) == 3
+    def cells(toy): return [(c.cell_type, c.source, c.get("execution_count"), c.get("outputs")) for f in sorted((toy.runs/"toy"/"notebooks").glob("*.ipynb")) for c in nbformat.read(f, 4).cells]
+    assert cells(toys["forked"]) == cells(toys["plain"])
+
+
+def test_without_fork_it_says_so_and_works(tmp_path):
+    toy = Toy(tmp_path, seeds=[0], strategies=["scratch"])
+    toy.server = None
+    done = toy.run(VFM_FORK="0")
+    assert done.returncode == 0 and "No fast starts (VFM_FORK=0)" in done.stderr and len(toy.results()) == 2
+
+
+def test_progress_can_be_watched_from_outside(tmp_path):
+    toy = Toy(tmp_path, seeds=[0])
+    toy.flag("hold")
+    runner = toy.start_run()
+    wait_until(lambda: list(toy.flags.glob("holding-*")))
+    status = toy.vfm("status", str(toy.study))
+    assert "running pretrain-profound_toy.mae_phantom" in status.stdout and "0 done, 1 notebooks running, 0 failed, 3 missing" in status.stdout and status.returncode == 0
+    toy.flag("hold", False)
+    assert runner.wait(60) == 0 and "running " not in toy.vfm("status", str(toy.study)).stdout
+    runner.communicate()
+
+
+def test_threads_are_set_after_the_fork_and_operations_work_there():
+    pytest.importorskip("torch")
+    from vfm_notes.runs.forkserver import Forked
+    with ForkServer(["torch", "numpy"]) as server:
+        code = "import sys, torch; torch.manual_seed(0); a = torch.randn(300, 300); print(torch.get_num_threads(), float((a @ a.T).sum()), float(torch.nn.functional.conv2d(a[None, None], a[None, None, :3, :3]).sum()))"
+        said = []
+        for n in ("1", "2"):
+            log = server.log.with_name(f"child-{n}")
+            assert Forked(server.address, "builtins:exec", code, env=os.environ | {"OMP_NUM_THREADS": n}, log=log).wait(60) == 0
+            said.append(log.read_text().split())
+    import torch
+    torch.manual_seed(0)
+    a = torch.randn(300, 300)
+    assert [s[0] for s in said] == ["1", "2"]
+    for s in said: assert [float(x) for x in s[1:]] == pytest.approx([float((a @ a.T).sum()), float(torch.nn.functional.conv2d(a[None, None], a[None, None, :3, :3]).sum())], rel=1e-4)
