@@ -63,7 +63,9 @@ def pretrain(study, spec, rng):
 
 
 def external(study, spec, rng):
-    rows = [{"case": c, "patient": c, "metric": m, "value": float(v)} for c in ("prostatex_0000", "prostatex_0001", "provicnet_picai_sample") for m, v in (("dice_gland", rng.uniform(0.1, 0.5)), ("dice", rng.uniform(0, 0.1)))]
+    rows = [{"case": c, "patient": c, "metric": m, "value": float(v), "tuned": parent, "strategy": "full" if "full" in parent else "scratch", "seed": i}
+            for i, parent in enumerate(spec.parents) for c in ("prostatex_0000", "prostatex_0001", "provicnet_picai_sample")
+            for m, v in (("dice_gland", rng.uniform(0.1, 0.5)), ("dice", rng.uniform(0, 0.1)), ("dice_lesion", np.nan if c == "prostatex_0001" else 0.0))]
     write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, metrics={"dice": 0.05, "dice_gland": 0.3}, primary="dice", directions={"dice": 1, "dice_gland": 1}, n={"test": 3}), cases=rows)
 
 

@@ -57,6 +57,14 @@
       out.title = { ...t, text: wrap(t.text, width, 14) };
       if (t.subtitle) out.title.subtitle = wrap(t.subtitle, width, 12);
     }
+    if (width < 560) {  // on a phone legends stand below each other
+      const narrow = (s) => {
+        if (!s || typeof s !== "object") return;
+        if (s.legend && s.legend.columns) s.legend.columns = 2;
+        Object.values(s).forEach((v) => typeof v === "object" && narrow(v));
+      };
+      for (const key of ["encoding", "layer", "concat", "vconcat", "spec"]) narrow(out[key]);
+    }
     if (panel) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
       const each = Math.floor((width - panel.left) / n - panel.gap);
@@ -70,7 +78,8 @@
     return out;
   };
   const rowsOf = (spec) => Object.values(spec.datasets || {}).flat().concat((spec.data && spec.data.values) || []);
-  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config, tooltip: { theme: "custom" } });
+  const stacked = (config, width) => (width < 560 ? { ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } } : config);
+  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config, width), tooltip: { theme: "custom" } });
   const draw = async (box) => {
     const one = charts.get(box), view = box.querySelector(".vfm-view"), width = view.clientWidth, theme = dark() ? "dark" : "light";
     if (one.busy || (one.theme === theme && Math.abs(one.width - width) < 30)) return;

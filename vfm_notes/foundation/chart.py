@@ -27,7 +27,7 @@ def chart_theme(
     return dict(background="transparent", font=FONT, view=dict(stroke="transparent"), axis=axis,
                 title=dict(color=ink, subtitleColor=faint, anchor="start", fontSize=14, subtitleFontSize=12, fontWeight=600, offset=12, frame="bounds"),
                 header=dict(labelColor=ink, titleColor=faint, labelFontSize=12, labelFontWeight=600, titleFontWeight="normal"),
-                legend=dict(labelColor=ink, titleColor=faint, titleFontWeight="normal", labelFontSize=11.5, titleFontSize=11.5, symbolSize=90),
+                legend=dict(symbolBaseFillColor=ink, symbolBaseStrokeColor=ink, labelColor=ink, titleColor=faint, titleFontWeight="normal", labelFontSize=11.5, titleFontSize=11.5, symbolSize=90),
                 text=dict(color=ink), rule=dict(color=faint), range=dict(category=list(PALETTE)))
 
 # %% ../../nbs/05_chart.ipynb #0fb76817

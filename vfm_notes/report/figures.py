@@ -68,7 +68,7 @@ def backbone_colour(
     "Colour by backbone, the same in every figure."
     scale = colours(names)
     return alt.Color("backbone:N", title=None, scale=alt.Scale(domain=list(scale), range=list(scale.values())),
-                     legend=alt.Legend(orient="top", direction="vertical", labelLimit=330, offset=4) if legend else None)
+                     legend=alt.Legend(orient="top", direction="vertical", labelLimit=330, offset=4, symbolOpacity=1) if legend else None)
 
 # %% ../../nbs/90_figures.ipynb #2000bbb8
 def titled(
@@ -198,7 +198,7 @@ def curve_panels(
     names, strategies = list(dict.fromkeys(data["backbone"])), sorted(dict.fromkeys(data["strategy"]), key=lambda s: s != "scratch")
     rows = [curve_panel(data[data["task"] == words(t)], names, labels[t], strategies) for t in dict.fromkeys(curves["task"])]
     chart = alt.vconcat(*rows, spacing=14).resolve_scale(y="independent")
-    return titled(chart, title, subtitle, dict(min=250, columns=len(names), gap=64, left=0))
+    return titled(chart, title, subtitle, dict(min=240, columns=len(names), gap=72, left=0))
 
 # %% ../../nbs/90_figures.ipynb #69a8471e
 def alignment_title(
@@ -231,7 +231,7 @@ def alignment_scatter(
     x, y = alt.X("d2p:Q", title=far, scale=alt.Scale(zero=False)), alt.Y("rpg:Q", title=gain)
     zero = alt.Chart(pd.DataFrame({"at": [0]})).mark_rule(strokeDash=[2, 3]).encode(y="at:Q")
     bars = base.mark_rule(opacity=0.55).encode(x=x, y=alt.Y("low:Q", title=gain), y2="high:Q") + base.mark_rule(opacity=0.55).encode(x=alt.X("near:Q", title=far), x2="far:Q", y=y)
-    dots = base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, shape=alt.Shape("task:N", title=None, legend=alt.Legend(orient="top", columns=3, labelLimit=160)), tooltip=[
+    dots = base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, shape=alt.Shape("task:N", title=None, sort=None, legend=alt.Legend(orient="top", columns=3, labelLimit=160)), tooltip=[
         "task:N", "backbone:N", "strategy:N", "metric:N", alt.Tooltip("d2p:Q", title="distance"), alt.Tooltip("rpg:Q", title="gain, %"), "low:Q", "high:Q", "n_seeds:Q", "n_cases:Q"])
     layer = points["layer"].iloc[0] if len(points) else "embed"
     return titled((zero + bars + dots).properties(width="container", height=340), alignment_title(a), alignment_caption(a, layer))

@@ -1,0 +1,265 @@
+"""The report site, built from made-up records and looked at in a real browser whose network is blocked."""
+import functools
+import http.server
+import json
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_runs import write_study
+
+from vfm_notes.foundation.places import notebook_file, run_folder
+from vfm_notes.foundation.registry import VfmError
+from vfm_notes.foundation.spec import load_study, run_id
+from vfm_notes.report.site import build_site
+from vfm_notes.runs.grid import plan
+from vfm_notes.runs.record import new_record, write_record
+
+STUDY = {"name": "made_up", "title": "Which <b>toy</b> backbone?", "cohort": "phantom", "size": [4, 24, 24], "spacing": [8.0, 4.0, 4.0], "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6},
+         "pretrain": {"mae": {"backbone": "profound_toy", "epochs": 3}, "contrast": {"backbone": "provicnet_toy", "epochs": 3}}, "backbones": ["profound_toy.mae", "provicnet_toy.contrast"],
+         "tasks": {"classification": {}, "segmentation": {}, "super_resolution": {}}, "strategies": ["scratch", "full"], "seeds": [0, 1], "budget": {"epochs": 4}, "external": {"cohort": "prostate_cases", "task": "segmentation"}}
+OWN = ["index", "alignment", "convergence", "cost", "data", "runs", "methods", "log"]
+CHARTS = {"index": 1, "alignment": 4, "convergence": 2, "cost": 1}  # drawn charts of each page
+silent = lambda line: None
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A folder with a study, its records and its site."
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("site")
+        patch.setenv("VFM_RUNS", str(root / "runs"))
+        patch.delenv("VFM_DATA", raising=False)
+        study = root / "made_up.yaml"
+        study.write_text(yaml.safe_dump(STUDY))
+        write_study(load_study(study), failed=1, absent=1)
+        yield {"root": root, "study": str(study), "made": build_site(str(study), "smalldocs", silent)}
+
+
+# --- without a browser
+
+def test_site_is_complete(project):
+    made, site = project["made"], project["root"] / "_site"
+    jobs = plan(load_study(project["study"]))
+    assert made.problems == () and not made.up_to_date and made.path == site / "index.html" and len(made.findings) >= 3
+    assert {p.stem for p in site.glob("*.html")} == {*OWN, *(f"run-{j.name}" for j in jobs)} and made.pages == len(OWN) + len(jobs)
+    assert {p.stem for p in (site / "notebooks").glob("*.ipynb")} == {j.name for j in jobs}
+    pages = {p.stem: p.read_text() for p in site.glob("*.html")}
+    assert max(len(t) for t in pages.values()) < 3e6
+    assert all("study made_up" in t and "site made from commit" in t for t in pages.values())
+
+
+def test_nothing_in_the_site_asks_the_network(project):
+    for path in (project["root"] / "_site").rglob("*"):
+        if path.suffix not in (".html", ".css"): continue
+        text = path.read_text(encoding="utf-8")
+        found = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"'>]+|@import[^;]+//[^;]+|url\([\"']?https?:[^)]+", text)
+        assert not found, f"{path.name}: {found[:2]}"
+
+
+def test_names_and_messages_are_escaped(project):
+    site = project["root"] / "_site"
+    runs, index = (site / "runs.html").read_text(), (site / "index.html").read_text()
+    assert "<b>out of memory</b>" not in runs and "&lt;b&gt;out of memory&lt;/b&gt;" in runs
+    assert "Which <b>toy</b>" not in index and "Which &lt;b&gt;toy&lt;/b&gt; backbone?" in index
+
+
+def test_huge_and_remote_outputs_are_cut_with_a_link(project):
+    text = (project["root"] / "_site" / "run-pretrain-profound_toy.mae.html").read_text()
+    assert "characters left out here" in text and "asks the network is left out" in text and "cdn.example.org" not in text
+    assert 'href="notebooks/pretrain-profound_toy.mae.ipynb"' in text and len(text) < 200_000
+
+
+def test_second_build_does_nothing_and_is_quick(project):
+    begun = time.monotonic()
+    again = build_site(project["study"], "smalldocs", silent)
+    assert again.up_to_date and again.findings == project["made"].findings and time.monotonic() - begun < 2
+
+
+def test_a_change_touches_only_what_depends_on_it(project):
+    study = load_study(project["study"])
+    job = next(j for j in plan(study) if j.kind == "transfer")
+    path = notebook_file(study.name, job.name)
+    nb = json.loads(path.read_text())
+    nb["cells"][0]["source"] += "\n\nA word more."
+    path.write_text(json.dumps(nb))
+    assert build_site(project["study"], "smalldocs", silent).made == (f"run-{job.name}",)
+    spec = next(s for j in plan(study) for s in j.specs if not run_folder(study.name, run_id(s)).exists())
+    owner = next(j.name for j in plan(study) if spec in j.specs)
+    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, metrics={"psnr": 27.0}, primary="psnr", directions={"psnr": 1}, units={"psnr": "dB"}, seconds={"training": 1.0}))
+    made = build_site(project["study"], "smalldocs", silent)
+    assert set(made.made) == {*OWN, f"run-{owner}"} - {"methods", "log"} and made.problems == ()
+
+
+def test_study_without_records_says_so(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("VFM_RUNS", str(tmp_path / "runs"))
+    made = build_site(project["study"], "smalldocs", silent)
+    assert made.problems == () and made.pages == len(OWN) and made.findings
+    assert "No finished run of study" in (tmp_path / "_site" / "index.html").read_text()
+    assert "missing" in (tmp_path / "_site" / "runs.html").read_text()
+
+
+def test_wrong_words_are_answered(project):
+    with pytest.raises(VfmError, match="smalldocs"): build_site(project["study"], "smaldocs", silent)
+    with pytest.raises(VfmError, match="phantom"): build_site("phantm", "smalldocs", silent)
+    if not shutil.which("quarto"):
+        with pytest.raises(VfmError, match="not on PATH"): build_site(project["study"], "quarto", silent)
+
+
+# --- in a browser
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium without a network."
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chrome, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chrome or not driver: pytest.skip("chromium or chromedriver is not on PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--window-size=1300,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(a)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield made
+    made.quit()
+
+
+@pytest.fixture(scope="module")
+def server(project):
+    "The site behind http on this machine."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(project["root"] / "_site")))
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+
+
+def wait(browser, script, seconds=15):
+    "Wait until a script gives something true."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := browser.execute_script(script): return found
+        time.sleep(0.05)
+    raise AssertionError(f"never came true: {script}")
+
+
+def visit(browser, base, name):
+    "Open a page, wait for its charts, and give what went wrong and what was asked for."
+    browser.get_log("performance")
+    browser.get(f"{base}/{name}.html")
+    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)")
+    errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE" and "favicon.ico" not in e["message"]]
+    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return errors, [u for u in asked if not u.startswith((base, "data:", "blob:", "file:///", "chrome:"))]
+
+
+def test_every_page_opens_clean_over_http(project, browser, server):
+    for path in sorted((project["root"] / "_site").glob("*.html")):
+        errors, elsewhere = visit(browser, server, path.stem)
+        assert errors == [] and elsewhere == [], path.name
+        marks = browser.execute_script("return [...document.querySelectorAll('.vfm-chart')].map(c => c.querySelectorAll('.vfm-view svg [class*=mark-] path, .vfm-view svg .mark-text text').length)")
+        assert all(m > 3 for m in marks) and len(marks) >= CHARTS.get(path.stem, 0), f"{path.name}: {marks}"
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), f"{path.name} is wider than the window"
+
+
+@pytest.mark.parametrize("name", ["index", "alignment", "runs", "methods", "run-segmentation-profound_toy.mae-n4"])
+def test_pages_open_from_files(project, browser, name):
+    errors, elsewhere = visit(browser, (project["root"] / "_site").as_uri(), name)
+    assert errors == [] and elsewhere == []
+
+
+def test_first_chart_is_there_within_two_seconds(project, browser, server):
+    browser.get(f"{server}/index.html")
+    drawn = wait(browser, "return document.querySelector('.vfm-chart[data-drawn]') && performance.now()")
+    assert drawn < 4000  # 2 s on a quiet machine; tests share theirs
+
+
+def test_runs_table_filters_sorts_and_shows_holes(browser, server):
+    visit(browser, server, "runs")
+    shown = "return [...document.querySelectorAll('.vfm-table tbody tr')].filter(r => !r.hidden).map(r => r.innerText)"
+    rows = browser.execute_script(shown)
+    assert len(rows) == 2 + 24 + 2 and sum(r.startswith("failed") for r in rows) == 1
+    failed = next(r for r in rows if r.startswith("failed"))
+    assert "RuntimeError: <b>out of memory</b> & luck" in failed
+    box = browser.find_element("css selector", ".vfm-filters input")
+    box.send_keys("provicnet scratch")
+    found = browser.execute_script(shown)
+    assert len(found) == 6 and all("provicnet" in r and "scratch" in r for r in found)
+    assert browser.find_element("css selector", ".vfm-count").text == "6 of 28"
+    box.clear(); box.send_keys("x\b")
+    browser.execute_script("const s = document.querySelector('.vfm-filters select'); s.value = 'failed'; s.dispatchEvent(new Event('input', {bubbles: true}))")
+    assert len(browser.execute_script(shown)) == 1
+    browser.execute_script("const s = document.querySelector('.vfm-filters select'); s.value = ''; s.dispatchEvent(new Event('input', {bubbles: true}))")
+    heads = browser.find_elements("css selector", ".vfm-table thead button")
+    next(h for h in heads if h.text.startswith("task")).click()
+    tasks = browser.execute_script("return [...document.querySelectorAll('.vfm-table tbody tr')].map(r => r.cells[1].innerText)")
+    assert tasks == sorted(tasks)
+
+
+def test_every_run_leads_to_its_notebook(project, browser, server):
+    visit(browser, server, "runs")
+    to = browser.execute_script("return [...document.querySelectorAll('.vfm-table a')].map(a => a.getAttribute('href'))")
+    assert len(to) == 28 and all((project["root"] / "_site" / t).exists() for t in to)
+
+
+def test_equations_are_drawn_without_a_script(browser, server):
+    visit(browser, server, "methods")
+    boxes = browser.execute_script("return [...document.querySelectorAll('.vfm-equation math')].map(m => { const r = m.getBoundingClientRect(); return [r.width, r.height]; })")
+    assert len(boxes) >= 5 and all(w > 80 and h > 15 for w, h in boxes)
+    assert browser.execute_script("return document.querySelectorAll('p math').length") > 10
+
+
+@pytest.mark.parametrize("kind", ["http", "file"])
+def test_search_finds_a_run(project, browser, server, kind):
+    visit(browser, server if kind == "http" else (project["root"] / "_site").as_uri(), "index")
+    browser.find_element("css selector", ".smalldocs-search input").send_keys("super resolution provicnet")
+    assert "run-super_resolution-provicnet_toy.contrast-n4.html" in wait(browser, "return [...document.querySelectorAll('.search-result')].map(a => a.getAttribute('href')).join(' ')")
+
+
+def test_downloads(browser, server):
+    visit(browser, server, "index")
+    browser.execute_script("""window.saved = []; HTMLAnchorElement.prototype.click = function () { saved.push([this.download, this.href.slice(0, 22)]); };
+        const made = URL.createObjectURL; URL.createObjectURL = b => { b.text().then(t => window.lastText = t); return made(b); };
+        document.querySelectorAll('.vfm-chart .vfm-tools button').forEach(b => b.click());""")
+    names = wait(browser, "return window.saved.length === 3 && saved.map(s => s[0])")
+    assert sorted(n.split(".")[-1] for n in names) == ["csv", "png", "svg"]
+    browser.execute_script("[...document.querySelectorAll('.vfm-chart .vfm-tools button')].find(b => b.textContent === 'CSV').click()")
+    head, *rows = wait(browser, "return (window.lastText || '').includes('backbone') && lastText").strip().split("\n")
+    assert "rpg" in head and len(rows) == 6
+
+
+def luminance(rgb):
+    "Relative luminance (WCAG) of 'rgb(r, g, b)'."
+    part = [int(v) / 255 for v in re.findall(r"\d+", rgb)[:3]]
+    return sum(w * (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4) for w, v in zip((0.2126, 0.7152, 0.0722), part))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_have_contrast_in_light_and_dark(browser, server, scheme):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    visit(browser, server, "index")
+    wait(browser, f"return document.querySelector('.vfm-chart').dataset.drawn === '{scheme}'")
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    words = browser.execute_script("return ['p.vfm-lead', '.vfm-note', '.vfm-facts span', '.sidebar-link', 'footer', '.quarto-title .subtitle'].map(s => getComputedStyle(document.querySelector(s)).color).concat([...document.querySelectorAll('.vfm-chart svg text')].map(t => t.getAttribute('fill')).filter(f => f.startsWith('rgb')))")
+    assert (luminance(ground) < 0.1) == (scheme == "dark")
+    for w in words:
+        a, b = sorted((luminance(w), luminance(ground)))
+        assert (b + 0.05) / (a + 0.05) >= 4.5, (w, ground)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_pages_fit_a_phone(project, browser, server):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        for name in [*OWN, "run-segmentation-profound_toy.mae-n4"]:
+            visit(browser, server, name)
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, name
+            boxes = browser.execute_script("return [...document.querySelectorAll('main p, main h1, main h2, main li')].filter(e => !e.closest('.vfm-scroll, .vfm-chart, .vfm-slices')).map(e => e.getBoundingClientRect().right)")
+            assert max(boxes) <= 391, name
+            assert browser.execute_script("return [...document.querySelectorAll('.vfm-chart .vfm-view')].every(v => v.scrollWidth <= v.clientWidth + 2)"), f"{name}: a chart is wider than the phone"
+    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
