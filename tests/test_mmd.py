@@ -31,7 +31,7 @@ def sets(n=300, m=300, d=64, offset=0.0, move=0.1, seed=0):
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("tile", [64, 100, 1024])
 def test_value_against_brute_force(offset, unbiased, tile, monkeypatch):
-    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setitem(module.TILE, "cpu", tile)
     x, y = sets(offset=offset)
     sigma = np.sqrt(np.median(pdist(np.concatenate([x, y])) ** 2) / 2)
     assert mmd2(x, y, unbiased=unbiased) == pytest.approx(brute(x, y, sigma, unbiased), abs=1e-9)
@@ -103,7 +103,7 @@ def test_kinds_of_input():
 
 def test_permuted_values_against_brute_force(monkeypatch):
     "Every re-labelling's value and the p-value, one by one."
-    monkeypatch.setattr(module, "TILE", 7)
+    monkeypatch.setitem(module.TILE, "cpu", 7)
     x, y = sets(14, 11, 3, move=0.4)
     z = np.concatenate([x, y])
     r = two_sample_test(x, y, paired=False, permutations=60, bandwidth=1.7, seed=3)
@@ -123,12 +123,12 @@ def test_paired_values_against_brute_force():
         assert r.p_value == (1 + (values[1:] >= values[0] - 1e-12).sum()) / 61
 
 
-def test_labellings_are_uniform():
-    "Each of the 20 splits of 6 points in halves, each of the 8 swaps of 3 pairs, equally often."
-    for paired, kinds in ((False, 20), (True, 8)):
-        w = module.labellings(3, 3, paired, 4000, 1).numpy()[:, 1:]
-        count = np.unique(w, axis=1, return_counts=True)[1]
-        assert len(count) == kinds and stats.chisquare(count).pvalue > 1e-3
+@pytest.mark.parametrize("n,m,paired,kinds", [(3, 3, False, 20), (2, 4, False, 15), (4, 1, False, 5), (3, 3, True, 8)])
+def test_labellings_are_uniform(n, m, paired, kinds):
+    "Each split of the points into n and m, each swap of the pairs, equally often."
+    w = module.labellings(n, m, paired, 4000, 1).numpy()[:, 1:]
+    count = np.unique(w, axis=1, return_counts=True)[1]
+    assert (w.sum(0) == n).all() and len(count) == kinds and stats.chisquare(count).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("paired", [False, True])
