@@ -46,7 +46,8 @@ def pool(
     double = len(x) + len(y) <= SMALL or torch.float64 in (x.dtype, y.dtype)
     z = torch.cat([x.to(torch.promote_types(x.dtype, y.dtype)), y.to(x.device)])
     z = z.double() if double else z
-    return z.sub_(z.mean(0, dtype=torch.float64).to(z.dtype)), len(x), len(y)
+    mean = sum(part.double().sum(0) for part in z.split(4096)) / len(z)
+    return z.sub_(mean.to(z.dtype)), len(x), len(y)
 
 # %% ../../nbs/50_mmd.ipynb #579b159f
 EXACT, DRAWN = 4096, 2048  # exact median up to so many points, else of so many drawn ones
