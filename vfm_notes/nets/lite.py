@@ -157,7 +157,7 @@ class TinyBlock(nn.Module):
 
 # %% ../../nbs/28_lite.ipynb #da6e3443
 class TinyViT(nn.Module):
-    "LiteMedSAM's image encoder on `b 3 h w`; `neck` is what its mask decoder reads."
+    "LiteMedSAM's image encoder on `b 3 h w`; the neck's map is what its mask decoder reads."
     def __init__(self,
                  dims: tuple[int, ...] = (64, 128, 160, 320), # channels per stage
                  depths: tuple[int, ...] = (2, 2, 6, 2), heads: tuple[int, ...] = (2, 4, 5, 10), # blocks and heads per stage
@@ -165,8 +165,8 @@ class TinyViT(nn.Module):
                  neck: int = 256, # channels for the mask decoder
                 ):
         super().__init__()
-        self.widths, self.strides, self.levels, self.embed_dim = list(dims), [1, 2, 4, 4][:len(dims)], list(range(len(dims))), dims[-1]
-        self.names = [f"stage{i + 1}" for i in self.levels]
+        self.widths, self.strides, self.levels, self.embed_dim = [*dims, neck], [1, 2, 4, 4, 4], [1, 2, 4], neck
+        self.names = ["stage1", "stage2", "stage3", "stage4", "neck"]
         self.patch_embed = nn.ModuleDict({"seq": nn.Sequential(ConvNorm(3, dims[0] // 2), nn.GELU(), ConvNorm(dims[0] // 2, dims[0]))})
         self.layers = nn.ModuleList()
         for i, (c, n, h, m) in enumerate(zip(dims, depths, heads, windows)):
@@ -176,12 +176,12 @@ class TinyViT(nn.Module):
         self.neck = nn.Sequential(nn.Conv2d(dims[-1], neck, 1, bias=False), PixelNorm(neck), nn.Conv2d(neck, neck, 3, padding=1, bias=False), PixelNorm(neck))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "The map of every stage, and the mean of the last."
+        "The map of every stage and of the neck, and the mean of the last."
         x, maps = self.patch_embed["seq"](x), []
         for stage in self.layers:
             maps.append(stage["blocks"](x))
-            x = stage["downsample"](maps[-1]) if "downsample" in stage else maps[-1]
-        return maps, maps[-1].mean((2, 3))
+            x = stage["downsample"](maps[-1]) if "downsample" in stage else self.neck(maps[-1])
+        return [*maps, x], x.mean((2, 3))
 
 # %% ../../nbs/28_lite.ipynb #27c6fb6c
 class PixelNorm(nn.LayerNorm):
