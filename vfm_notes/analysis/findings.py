@@ -43,7 +43,7 @@ def gain_words(
     "A gain as a sentence."
     verdict = "" if row.low > 0 or row.high < 0 else "; the interval includes 0, so neither a gain nor a loss is shown"
     return (f"{lead}: {cell_words(row, many)}, {row.rpg:+.1f} % {TITLES.get(row.metric, row.metric)} against {row.versus} "
-            f"({signed(row.low, row.high)}; {row.n_seeds} seeds, {row.n_cases} test cases; corrected p = {row.p_holm:.2g}){verdict}.")
+            f"({signed(row.low, row.high)}; {row.n_seeds} seeds, {row.n_cases} test cases; p = {row.p_holm:.2g} over cases, corrected){verdict}.")
 
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table
@@ -70,10 +70,11 @@ def convergence_finding(
     mean, low, high = mean_interval(t.sooner.to_numpy())
     first, late, runs = t.loc[t.sooner.idxmax()], int(t.censored.sum()), int(t.n_seeds.sum())
     never = f"; {late} of {runs} tuned runs did not get there within {t.budget.max():.0f} epochs and count as if they just had" if late else ""
+    open_ = "; the interval includes 0, so neither sooner nor later is shown" if low <= 0 <= high else ""
     between = f"95 % interval {low:+.1f} to {high:+.1f}; " if np.isfinite(low) else ""
     return (f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {abs(mean):.1f} epochs {'sooner' if mean >= 0 else 'later'} on average "
             f"({between}{len(t)} cells, {runs} runs, {t.budget.max():.0f} epochs each): sooner in {int((t.sooner > 0).sum())} cells, later in {int((t.sooner < 0).sum())}, "
-            f"soonest in {cell_words(first)} ({first.sooner:+.1f} epochs){never}.")
+            f"soonest in {cell_words(first)} ({first.sooner:+.1f} epochs){never}{open_}.")
 
 # %% ../../nbs/85_findings.ipynb #391273f2
 def findings(

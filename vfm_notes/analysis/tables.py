@@ -67,7 +67,7 @@ def d2p_table(
     "Distance to pretraining of each run at its end."
     rows = [run_key(r) | d | ({"permutation_seed": d["seed"]} if "seed" in d else {}) | {"seed": r["spec"].get("seed")}
             for r in records if r["status"] == "done" for d in r.get("d2p") or []]
-    return _frame(rows, [*RUN, "layer", "mmd2", "mmd2_paired", "p_value", "bandwidth", "n"])
+    return _frame(rows, [*RUN, "layer", "mmd2", "mmd2_independent", "p_value", "bandwidth", "n"])
 
 # %% ../../nbs/80_tables.ipynb #be0a82a6
 def _joined(study: str, records: list[dict], name: str, columns: list[str]) -> pd.DataFrame:
