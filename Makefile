@@ -5,7 +5,7 @@ STUDY   ?= phantom
 BIN     := .venv/bin
 READY   := .venv/.ready
 
-.PHONY: report test lab bench browser clean help
+.PHONY: report test lab bench browser readme clean help
 
 help:
 	@echo "make report [STUDY=phantom|hippocampus|my.yaml] [VFM_DATA=folder]   run a study and build its site"
@@ -40,6 +40,10 @@ lab: $(READY)
 
 bench: $(READY)
 	@for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+# README.md is the front notebook's prose, word for word.
+readme:
+	@$(PYTHON) -c "import json; print('\n\n'.join(''.join(c['source']) for c in json.load(open('nbs/index.ipynb'))['cells'] if c['cell_type'] == 'markdown'))" > README.md
 
 clean:
 	rm -rf pages _site

@@ -47,7 +47,7 @@ def transfer(study, spec, rng):
     factor = 1 + (better if spec.strategy == "full" else 0) + rng.normal(0, 0.008)
     metrics = {m: METRICS[m][0] * (factor if m != "hd95" else 2 - factor) for m in NAMES[spec.task]}
     distance = {"profound": 0.06, "provicne": 0.12}.get(spec.backbone[:8], 0.1) * (1.5 if spec.strategy == "scratch" else 1) + 0.02 * list(PRIMARY).index(spec.task)
-    d2p = [dict(layer=layer, mmd2=distance * (k + 1) / 4, mmd2_paired=distance * (k + 1) / 4, p_value=0.001, bandwidth=8.1 + k, n=48, estimator="unbiased", bandwidth_rule="median",
+    d2p = [dict(layer=layer, mmd2=distance * (k + 1) / 4, mmd2_independent=distance * (k + 1) / 4, p_value=0.001, bandwidth=8.1 + k, n=48, estimator="unbiased", bandwidth_rule="median",
                 pooling="mean over voxels", standardised="by pretrained features", permutations=1000, seed=0) for k, layer in enumerate(LAYERS)]
     primary = PRIMARY[spec.task]
     record = new_record(spec, study.name, metrics=metrics, primary=primary, directions={m: -1 if m == "hd95" else 1 for m in metrics},

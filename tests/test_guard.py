@@ -132,3 +132,8 @@ def test_template_has_imports_then_parameters(path):
     before = [c for c in cells(path)[:tagged[0]] if c["cell_type"] == "code"]
     assert len(before) == 1 and "import" in "".join(before[0]["source"])
     for line in "".join(cells(path)[tagged[0]]["source"]).splitlines(): assert re.match(r"\w+ = .+", line), line
+
+
+def test_readme_is_the_front_notebook():
+    prose = ["".join(c["source"]) for c in cells(ROOT/"nbs"/"index.ipynb") if c["cell_type"] == "markdown"]
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == "\n\n".join(prose) + "\n", "run make readme"

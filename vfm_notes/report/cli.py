@@ -65,7 +65,7 @@ def print_summary(summary) -> None:
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
-    if summary.missing: print(f"missing {len(summary.missing)} runs, because what they need failed: {', '.join(summary.missing)}")
+    if summary.missing: print(f"missing {len(summary.missing)} runs, because what they need failed: {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed, {len(summary.problems)} more notebooks stopped. To try again: vfm run {summary.study} --retry-failed")
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
@@ -108,6 +108,7 @@ def status(study: Study) -> None:
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
     print(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {len(summary.failed)} failed, {len(summary.missing)} missing.")
+    if summary.others: print(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     waiting = [k for k in looks if k.missing and not k.job.skipped]
     if running: print(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")
     raise typer.Exit(1 if summary.failed or summary.problems else 0)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['error_of', 'execute', 'blame', 'forget_failures', 'note_end', 'end_of', 'complete', 'run_job', 'preflight', 'Summary',
-           'summarise', 'to_do', 'Batch', 'start_ready', 'collect', 'outcome', 'loop', 'watch', 'run_study']
+           'summarise', 'to_do', 'startable', 'Batch', 'start_ready', 'collect', 'outcome', 'loop', 'watch',
+           'run_study']
 
 # %% ../../nbs/76_batch.ipynb #d9c38cb1
 import hashlib
@@ -139,6 +140,7 @@ class Summary:
     skipped: dict = field(default_factory=dict)  # job → why it cannot run here
     problems: dict = field(default_factory=dict)  # job → why its notebook stopped although its runs are done
     seconds: float = 0.0
+    others: int = 0  # records that belong to no run of the study file as it is now
     ran: int = 0  # jobs executed by this batch
 
     @property
@@ -147,6 +149,7 @@ class Summary:
 def summarise(study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 0) -> Summary:
     "Count the records of a plan."
     records, summary = known_records(study), Summary(study, seconds=seconds, ran=ran)
+    summary.others = len(set(records) - {id for j in jobs for id in j.runs})
     for job in jobs:
         states = run_states(job, records)
         if "done" not in states.values() and job.skipped: summary.skipped[job.name] = job.skipped
@@ -167,7 +170,18 @@ def to_do(
     "The jobs that have something to compute."
     return [j for j in jobs if not complete(study, j, retry) and ("done" in job_states(j, study).values() or not j.skipped)]
 
-# %% ../../nbs/76_batch.ipynb #44ad3751
+# %% ../../nbs/76_batch.ipynb #83f34733
+def startable(study: str, jobs: list[Job], todo: list[Job]) -> list[Job]:
+    "Those of the jobs to do whose needs are done, or are to be done before."
+    names = {j.name for j in jobs if set(job_states(j, study).values()) == {"done"}}
+    found = []
+    for job in todo:
+        if set(job.needs) <= names:
+            names.add(job.name)
+            found.append(job)
+    return found
+
+# %% ../../nbs/76_batch.ipynb #116c240d
 @dataclass
 class Batch:
     "Jobs on their way through an executor."
@@ -190,7 +204,7 @@ class Batch:
         "Do all runs that this job needs exist?"
         return all(s == "done" for j in self.jobs if j.name in job.needs for s in job_states(j, self.study).values())
 
-# %% ../../nbs/76_batch.ipynb #e386cc35
+# %% ../../nbs/76_batch.ipynb #dd37e872
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
     for job in [j for j in self.pending if self.ready(j)]:
@@ -217,7 +231,7 @@ def collect(self: Batch, show: Display) -> None:
         self.ran += 1
         show.say(self.outcome(job))
 
-# %% ../../nbs/76_batch.ipynb #ff4e82e9
+# %% ../../nbs/76_batch.ipynb #ebf197ac
 def outcome(self: Batch, job: Job) -> str:
     "One line about a job that has ended."
     states = list(job_states(job, self.study).values())
@@ -246,7 +260,7 @@ def watch(self: Batch, show: Display) -> None:
 
 Batch.start_ready, Batch.collect, Batch.outcome, Batch.loop, Batch.watch = start_ready, collect, outcome, loop, watch
 
-# %% ../../nbs/76_batch.ipynb #ab6c2596
+# %% ../../nbs/76_batch.ipynb #da64f770
 def run_study(
     name_or_path: str,  # a study
     jobs: int | None = None,  # notebooks at a time; None: one for each core
@@ -259,7 +273,7 @@ def run_study(
     "Compute what a study has not got yet."
     begun, make, study = time.monotonic(), executors[executor], load_study(name_or_path)
     plan_ = plan(study, only, templates)
-    todo = to_do(study.name, plan_, retry_failed)
+    todo = startable(study.name, plan_, to_do(study.name, plan_, retry_failed))
     if not todo: return summarise(study.name, plan_, time.monotonic() - begun)
     if reason := unavailable(study.cohort, os.environ.get("VFM_DATA")): raise VfmError(reason)
     check_templates(todo)

@@ -35,6 +35,7 @@ def work(
         answer = (True, function(*args))
     except BaseException as error:
         traceback.print_exc()
+        error.add_note(f"In the worker:\n{traceback.format_exc()}")
         answer = (False, error)
     try: data = pickle.dumps(answer)
     except Exception: data = pickle.dumps((False, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))

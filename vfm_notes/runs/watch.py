@@ -104,7 +104,7 @@ class Display:
     def __post_init__(self):
         if sys.stdout.isatty():
             from rich.live import Live
-            self.live = Live(auto_refresh=False)
+            self.live = Live(auto_refresh=False, transient=True)
             self.live.start()
 
     def clock(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/51_features.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from .mmd import mmd2, two_sample_test
+from .mmd import two_sample_test
 
 # %% ../../nbs/51_features.ipynb #cfb1cea1
 def _modes(backbone: nn.Module) -> list[tuple[nn.Module, bool]]: return [(part, part.training) for part in backbone.modules()]
@@ -70,7 +70,8 @@ def distance(
 ) -> dict[str, float]:  # layer -> MMD², the column `mmd2` of distance_to_pretraining
     "Distance to pretraining of every layer, without a p-value."
     check_layers(before, after)
-    return {k: mmd2(*standardise(before[k], after[k], k)[:2]) for k in before}
+    tables = {k: standardise(before[k], after[k], k)[:2] for k in before}
+    return {k: two_sample_test(*pair, paired=True, permutations=1).mmd2_paired for k, pair in tables.items()}
 
 # %% ../../nbs/51_features.ipynb #507a4e7f
 def distance_to_pretraining(
@@ -86,7 +87,7 @@ def distance_to_pretraining(
     for layer in before:
         a, b, dropped = standardise(before[layer], after[layer], layer)
         r = two_sample_test(a, b, paired=True, permutations=permutations, seed=seed)
-        rows.append(dict(layer=layer, mmd2=r.mmd2, mmd2_paired=r.mmd2_paired, p_value=r.p_value, bandwidth=r.bandwidth, n=r.n,
-                         features=a.shape[1], dropped=dropped, permutations=permutations, estimator=r.estimator, bandwidth_rule=r.bandwidth_rule,
+        rows.append(dict(layer=layer, mmd2=r.mmd2_paired, mmd2_independent=r.mmd2, p_value=r.p_value, bandwidth=r.bandwidth, n=r.n,
+                         features=a.shape[1], dropped=dropped, permutations=permutations, estimator=f"{r.estimator}, without a case's own terms", bandwidth_rule=r.bandwidth_rule,
                          pooling=pooling, standardised="by the pretrained features", seed=seed))
     return pd.DataFrame(rows)
