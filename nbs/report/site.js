@@ -52,6 +52,7 @@
   };
   const fit = (spec, width) => {  // titles wrap; small multiples take as many columns as there is room
     const out = structuredClone(spec), panel = (spec.usermeta || {}).panel;
+    if (out.width === "container") Object.assign(out, { width, autosize: { type: "fit-x", contains: "padding" } });
     if (out.title) {
       const t = typeof out.title === "object" && !Array.isArray(out.title) ? out.title : { text: out.title };
       out.title = { ...t, text: wrap(t.text, width, 14) };

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -206,7 +207,8 @@ def build_site(
     pages = report_pages(spec, records) + run_pages(spec, plan(spec), {r["id"]: r for r in records})
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
-    around = fingerprint(assets_print(), renderer, [p.name for p in pages], records_print(records))
+    known = fingerprint(records_print(records), code_print())
+    around = fingerprint(assets_print(), renderer, [p.name for p in pages], known)
     wanted = {p.name: p.print for p in pages}
     todo = [p for p in pages if stamp.get("pages", {}).get(p.name) != p.print or not (folder / f"{p.name}.ipynb").exists()]
     result = partial(SiteResult, target / "index.html", pages=len(pages))
@@ -214,15 +216,18 @@ def build_site(
         return result(stamp["findings"], True, problems=tuple(stamp["problems"]), seconds=time.monotonic() - begun)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
     write_assets(folder / "assets")
-    problems = make_pages(study, spec, todo, records, folder, say)
+    with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
+        stale = stamp.get("known") != known or not stamp.get("findings")
+        sentences = beside.submit(study_findings, study) if stale else None
+        problems = make_pages(study, spec, todo, records, folder, say)
+        findings = sentences.result() if stale else stamp["findings"]
     for f in folder.glob("*.ipynb"):
         if f.stem not in wanted: f.unlink()
     (folder / "_quarto.yml").write_text(yaml.safe_dump(site_config(spec, pages, made_from(spec, records)), sort_keys=False, allow_unicode=True), encoding="utf-8")
     render(folder, renderer)
     say(f"  rendered by {renderer} ({time.monotonic() - begun:.1f} s)")
-    findings = study_findings(study)
     failed = {p.split()[1] for p in problems}
-    stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "findings": findings, "problems": problems, "site": fingerprint(time.time(), spec.name)}
+    stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "known": known, "findings": findings, "problems": problems, "site": fingerprint(time.time(), spec.name)}
     write_json(folder / "stamp.json", stamp)
     publish(folder, pages, target)
     write_json(target / "stamp.json", {"study": spec.name, "site": stamp["site"]})
