@@ -95,6 +95,8 @@ def test_a_failed_pretraining_blocks_only_what_needs_it(tmp_path):
     done = toy.run()
     assert done.returncode == 1 and "blocked segmentation-provicnet_toy.contrast_phantom-n4" in done.stdout and "missing 6 runs" in done.stdout
     assert Counter((r["kind"], r["status"]) for r in toy.records().values()) == {("pretrain", "done"): 1, ("pretrain", "failed"): 1, ("transfer", "done"): 6}
+    again = toy.run()
+    assert again.returncode == 1 and "pretrain-provicnet_toy" in again.stdout and "missing 6 runs" in again.stdout and "notebooks to run" not in again.stdout
 
 
 def test_a_notebook_that_stops_after_its_runs(toy):

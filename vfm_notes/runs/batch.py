@@ -149,7 +149,7 @@ class Summary:
 def summarise(study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 0) -> Summary:
     "Count the records of a plan."
     records, summary = known_records(study), Summary(study, seconds=seconds, ran=ran)
-    summary.others = len(set(records) - {id for j in jobs for id in j.runs})
+    summary.others = len(records.keys() - {id for j in jobs for id in j.runs})
     for job in jobs:
         states = run_states(job, records)
         if "done" not in states.values() and job.skipped: summary.skipped[job.name] = job.skipped

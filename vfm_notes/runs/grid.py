@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..foundation.places import run_folder, template_file
 from ..foundation.registry import VfmError, cohorts, nearest
 from ..foundation.spec import (ExternalSpec, PretrainSpec, RunSpec, Spec, StudySpec, external_specs, from_values, pretrain_specs,
                                        run_id, run_specs)
-from .record import read_record, read_records, running_since, valid
+from .record import read_record, read_records, running_since
 
 # %% ../../nbs/71_grid.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
     specs: tuple  # the runs that the notebook computes
     needs: tuple = ()  # names of jobs that must be done before
 
-    @property
+    @cached_property
     def runs(self) -> tuple: return tuple(run_id(s) for s in self.specs)  # their ids
 
     @property
@@ -177,10 +177,7 @@ def run_states(
     records: dict,  # from known_records
 ) -> dict[str, str]:  # run id → done, failed or missing
     "What is known about a job's runs."
-    def one(spec):
-        record = records.get(run_id(spec))
-        return "done" if valid(record, spec) else "failed" if record and record["status"] == "failed" else "missing"
-    return {run_id(s): one(s) for s in job.specs}
+    return {id: records[id]["status"] if id in records else "missing" for id in job.runs}  # an id is the hash of its spec
 
 def job_states(job: Job, study: str) -> dict[str, str]:
     "The same, reading only the job's own records."

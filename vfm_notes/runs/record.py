@@ -145,18 +145,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 def look(
-    folder: Path,
+    folder: Path | str,
 ) -> tuple[dict | None, str]:  # the record or None; what is wrong with it, "" if nothing
     "Read a record and compare its companions' sizes."
-    try: record = json.loads((folder/"record.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: return None, "record.json is missing" if folder.is_dir() else ""
+    folder = str(folder)
+    try:
+        with open(f"{folder}/record.json", "rb") as f: record = json.loads(f.read())
+    except FileNotFoundError: return None, "record.json is missing" if os.path.isdir(folder) else ""
     except (ValueError, NotADirectoryError) as e: return None, f"record.json is not readable ({e})"
-    if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= set(record): return None, "record.json is not a record"
+    if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= record.keys(): return None, "record.json is not a record"
     if record["schema"] != SCHEMA:
         raise VfmError(f"{folder} has record schema {record['schema']}, this version reads schema {SCHEMA}: use the version that wrote it, or another VFM_RUNS.")
-    if record["id"] != folder.name: return None, f"record.json belongs to {record['id']}"
+    if record["id"] != os.path.basename(folder): return None, f"record.json belongs to {record['id']}"
     for name, written in record.get("files", {}).items():
-        size = (folder/name).stat().st_size if (folder/name).exists() else None
+        try: size = os.stat(f"{folder}/{name}").st_size
+        except FileNotFoundError: size = None
         if size != written["bytes"]: return None, f"{name} has {size} bytes instead of {written['bytes']}"
     return record, ""
 
@@ -170,15 +173,14 @@ def set_aside(folder: Path, why: str) -> None:
     say(f"{folder.name}: {why}; set aside as {aside.name}, it will be computed again.")
 
 def read_record(
-    folder: Path,  # runs/STUDY/<run id>
+    folder: Path | str,  # runs/STUDY/<run id>
 ) -> dict | None:  # None: there is none (any more)
     "Read one record; a corrupt one is set aside."
-    folder = Path(folder)
     record, why = look(folder)
     if why:
         time.sleep(0.05)
         record, why = look(folder)
-    if why: set_aside(folder, why)
+    if why: set_aside(Path(folder), why)
     return record
 
 # %% ../../nbs/70_record.ipynb #324da5e4
@@ -188,10 +190,11 @@ def read_records(
     study: str,  # name of the study
 ) -> list[dict]:  # sorted by id
     "All records of a study, done and failed."
-    try: names = sorted(e.name for e in os.scandir(study_root(study)) if e.is_dir())
+    root = str(study_root(study))
+    try: names = sorted(e.name for e in os.scandir(root) if e.is_dir())
     except FileNotFoundError: return []
     wanted = [n for n in names if n not in OTHER and not n.startswith(".") and ".corrupt-" not in n]
-    return [r for n in wanted if (r := read_record(run_folder(study, n)))]
+    return [r for n in wanted if (r := read_record(f"{root}/{n}"))]
 
 # %% ../../nbs/70_record.ipynb #1f07753c
 def read_table(
