@@ -135,6 +135,7 @@ def window_of(
         top = float(np.percentile(np.abs(v), 99)) or 1.0
         return -top, top
     low, high = (float(q) for q in np.percentile(v, [1, 99]))
+    if abs(low) < 1e-3 * (high - low): low = 0.0
     return (low, high) if high > low else (low, low + 1.0)
 
 # %% ../../nbs/04_show.ipynb #49848927
