@@ -165,12 +165,12 @@ def test_contrast_loss_by_brute_force():
     torch.manual_seed(0)
     objective, data = contrast.PatchContrast(provicnet_toy(), pairs=10 ** 6), batch(size=(4, 64, 64))
     tokens = torch.randn(2, 64, 4, 8, 8)
-    loss, n = objective.contrast(tokens, data["labels"])
+    loss, n = objective.tiles(tokens, data["labels"])
     assert n > 0
     share = contrast.tile_shares(data["labels"], 2, (1, 8, 8))
     positive, negative = brute_force_pairs(share, 0.3, 2 / 64)
     assert n == min(len(positive), len(negative))
-    z = objective.projection(tokens.permute(0, 2, 3, 4, 1).reshape(-1, 64))
+    z = objective.tiles.projection(tokens.permute(0, 2, 3, 4, 1).reshape(-1, 64))
     cos = lambda p: (z[p[0]] @ z[p[1]] / z[p[0]].norm() / z[p[1]].norm()).item()
     pull, push = [1 - cos(p) for p in positive], [max(0, cos(p) - 0.5) for p in negative]
     if len(positive) == len(negative): assert math.isclose(loss.item(), sum(pull + push) / (2 * n), rel_tol=1e-4)
@@ -188,11 +188,11 @@ def test_no_lesion_no_contrast():
 
 def test_projection_is_not_trained():
     objective = contrast.PatchContrast(provicnet_toy())
-    before = [p.clone() for p in objective.projection.parameters()]
+    before = [p.clone() for p in objective.tiles.projection.parameters()]
     optimiser = torch.optim.AdamW([g for g in parameter_groups(objective, 0.1)], lr=0.1)
     objective.loss(batch())[0].backward(); optimiser.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, objective.projection.parameters()))
-    norms = objective.projection.last.weight.norm(dim=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, objective.tiles.projection.parameters()))
+    norms = objective.tiles.projection.last.weight.norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 
-from .convnext3d import DropPath
+from .convnext3d import DropPath, initialise
 
 # %% ../../nbs/21_vit.ipynb #a879f6c0
 class Attention(nn.Module):
@@ -119,15 +119,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, dim, patch, stride=patch)})
         self.blocks = nn.ModuleList([Block(dim, heads, drop_path) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.apply(self.start)
+        self.apply(initialise)
         for token in (self.cls_token, self.pos_embed, self.register_tokens): nn.init.trunc_normal_(token, std=0.02)
-
-    @staticmethod
-    def start(module: nn.Module):
-        "Truncated normal weights of standard deviation 0.02 and zero biases in every linear layer."
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
 
     def tokens(self,
                x: Tensor, # b c h w, sides divisible by the patch
@@ -137,9 +130,7 @@ class ViT(nn.Module):
         "The token sequence that enters the first block."
         size = [side // self.patch for side in x.shape[2:]]
         x = embed_patches(x, self.patch_embed["proj"])
-        if keep is not None:
-            keep = rearrange(keep, "b 1 h w -> b (h w) 1")
-            x = x * keep + self.mask_token * (1 - keep)
+        if keep is not None: x = torch.where(rearrange(keep, "b 1 h w -> b (h w) 1") > 0, x, self.mask_token)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + resize_positions(self.pos_embed, size)
         between = [self.register_tokens.expand(len(x), -1, -1)] + ([] if extra is None else [extra])
         return torch.cat([x[:, :1], *between, x[:, 1:]], 1)
