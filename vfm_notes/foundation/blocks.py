@@ -84,8 +84,10 @@ def dot(
     name: str,  # a backbone
     colour: str,  # "#rrggbb"
 ) -> Block:
-    "Show a name behind its colour."
-    return Block(f'<span class="vfm-dot" style="background:{html.escape(colour, quote=True)}"></span>{text(name)}')
+    "Show a name behind its colour; it may break after the dot between architecture and weights."
+    first, point, rest = name.partition(".")
+    mark = f'<span class="vfm-dot" style="background:{html.escape(colour, quote=True)}"></span>'
+    return Block(f'<span class="vfm-name">{mark}{text(first + point)}</span><wbr>{text(rest)}')
 
 # %% ../../nbs/07_blocks.ipynb #66086dbb
 def missing(value: object) -> bool:
