@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNEL', 'PRELOAD', 'QUIET', 'preload_list', 'die_with_parent', 'set_threads', 'become', 'call', 'run_child',
            'kill_group', 'Server', 'start', 'tell', 'give_up', 'reap', 'stop', 'serve', 'Forked', 'wait', 'send_signal',
-           'kill', 'terminate', 'can_fork', 'python_path', 'ForkServer']
+           'can_fork', 'python_path', 'ForkServer']
 
 # %% ../../nbs/72_forkserver.ipynb #95af00e7
 import ctypes
@@ -111,8 +111,9 @@ class Server:
         address: str,  # path of the Unix socket
     ):
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(address)
+        self.listener.bind(f"{address}.new")
         self.listener.listen(128)
+        os.rename(f"{address}.new", address)  # whoever sees it can connect
         self.children = {}  # process number → its lease
         self.wake, wake = os.pipe()
         for fd in (self.wake, wake): os.set_blocking(fd, False)
@@ -175,6 +176,7 @@ def stop(self: Server) -> None:
     "Kill all children and leave nothing behind."
     for pid in list(self.children):
         if self.children[pid]: self.give_up(pid)
+    for _ in self.children: os.waitpid(-1, 0)
     shutil.rmtree(self.folder, ignore_errors=True)
 
 Server.start, Server.tell, Server.give_up, Server.reap, Server.stop = start, tell, give_up, reap, stop
@@ -241,10 +243,9 @@ def send_signal(self: Forked, signum: int) -> None:
     "Signal the process and its descendants."
     if self.poll() is None: kill_group(self.pid, signum)
 
-def kill(self: Forked) -> None: self.send_signal(signal.SIGKILL)
-def terminate(self: Forked) -> None: self.send_signal(signal.SIGTERM)
-
-Forked.wait, Forked.send_signal, Forked.kill, Forked.terminate = wait, send_signal, kill, terminate
+Forked.wait, Forked.send_signal = wait, send_signal
+Forked.kill = lambda self: self.send_signal(signal.SIGKILL)
+Forked.terminate = lambda self: self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/72_forkserver.ipynb #4d497351
 def can_fork() -> str:  # "" if possible, else the reason
