@@ -1,7 +1,7 @@
 """Faults that really happen, done for real: after each no finished work is lost or repeated, and the results are those of an undisturbed batch."""
-import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from toy_batch import LIGHT, Toy, alive_with
 
-from vfm_notes.runs.forkserver import ForkServer
+from vfm_notes.runs.forkserver import ForkServer, python_path
 from vfm_notes.runs.record import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks and forks as on Linux")
@@ -221,3 +221,14 @@ def test_threads_are_set_after_the_fork_and_operations_work_there():
     a = torch.randn(300, 300)
     assert [s[0] for s in said] == ["1", "2"]
     for s in said: assert [float(x) for x in s[1:]] == pytest.approx([float((a @ a.T).sum()), float(torch.nn.functional.conv2d(a[None, None], a[None, None, :3, :3]).sum())], rel=1e-4)
+
+
+@pytest.mark.parametrize("first", ["vfm_notes.runs.engine", "papermill"])
+def test_papermill_finds_the_engine_whoever_is_imported_first(tmp_path, first):
+    info = tmp_path/"fake-1.0.dist-info"
+    info.mkdir()
+    (info/"METADATA").write_text("Metadata-Version: 2.1\nName: fake\nVersion: 1.0\n")
+    (info/"entry_points.txt").write_text("[papermill.engine]\nforked = vfm_notes.runs.engine:ForkedEngine\n")
+    code = f"import {first}; from papermill.engines import papermill_engines as e; from vfm_notes.runs.engine import ForkedEngine as f; assert e.get_engine('forked') is f and f is not None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{python_path()}"})
+    assert done.returncode == 0, done.stderr
