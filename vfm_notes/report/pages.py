@@ -54,7 +54,8 @@ def fingerprint(
 def code_print() -> str:
     "Fingerprint of the code that pages run."
     package = project_root() / "vfm_notes"
-    return fingerprint(*(package / d for d in ("foundation", "runs", "analysis", "report")))
+    used = [package / "runs" / n for n in ("record.py", "grid.py")] + [package / "report" / n for n in ("figures.py", "convert.py", "pages.py", "site.py")]
+    return fingerprint(package / "foundation", package / "analysis", *used)
 
 # %% ../../nbs/92_pages.ipynb #b4b76f53
 def records_print(
