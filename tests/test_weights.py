@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     "An empty weights folder, no network, and a registry that forgets what a test adds."
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path/"weights"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # read once, when imported
     entries, cards = dict(w.weights._entries), dict(w.weights._cards)
     yield tmp_path/"weights"
     w.weights._entries, w.weights._cards = entries, cards
