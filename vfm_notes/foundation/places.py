@@ -60,8 +60,10 @@ def weights_root() -> Path:
 
 # %% ../../nbs/02_places.ipynb #9335745f
 def runs_root() -> Path:
-    "The folder of all records, from `VFM_RUNS` (default: `runs/` here)."
-    return Path(os.environ.get("VFM_RUNS") or "runs").expanduser().resolve()
+    "The folder of all records, from `VFM_RUNS` (default: `runs/` of the project, or of the current folder outside it)."
+    if os.environ.get("VFM_RUNS"): return Path(os.environ["VFM_RUNS"]).expanduser().resolve()
+    root, here = project_root(), Path.cwd().resolve()
+    return (root if here.is_relative_to(root) else here)/"runs"
 
 def cache_root() -> Path: return runs_root()/"cache"  # prepared cohorts; safe to delete
 def study_root(study: str) -> Path: return runs_root()/study

@@ -30,7 +30,7 @@ class ImageTask(Task):
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
         return DenseDecoder(backbone, in_channels, 1, residual_channel=self.residual)
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.l1_loss(output, target)
+    def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return case_rows(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})

@@ -10,12 +10,12 @@ from ..foundation.registry import VfmError, strategies
 from ..nets.decoder import Network
 
 # %% ../../nbs/64_strategy.ipynb #291d20fe
-@strategies("scratch", title="from scratch", pretrained=False, backbone_lr=1.0)
+@strategies("scratch", title="from scratch", pretrained=False)
 def scratch(model: Network) -> None:
     "Train every parameter, from random weights."
     model.requires_grad_(True)
 
-@strategies("full", title="full fine-tuning", pretrained=True, backbone_lr=0.1)
+@strategies("full", title="full fine-tuning", pretrained=True)
 def full(model: Network) -> None:
     "Train every parameter, from pretrained weights."
     model.requires_grad_(True)
