@@ -1,6 +1,8 @@
 """Tasks, strategies, the loop and whole runs, against independent calculations."""
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +120,18 @@ def test_strategy_trains_exactly_what_it_says(name):
     moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
     assert moved <= said and len(moved) >= 0.9*len(said)
     assert counted["trainable"] == sum(p.numel() for k, p in model.named_parameters() if k in said)
+
+
+def test_the_examples_of_the_contributing_guide_work(cohort):
+    text = (Path(__file__).parents[1]/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(examples) == 2
+    for example in examples: exec(example, {})
+    spec = replace(SPEC, task="denoising", strategy="head_only")
+    task, data = run_data(spec)
+    assert task.summary(task.control(data["train"], data["test"]))["psnr"] > 5
+    model = build_model(spec, task, 3, build_model(replace(SPEC, task="denoising"), task, 3).backbone.state_dict())
+    assert apply_strategy("head_only", model)["trainable"] == sum(p.numel() for p in model.head.parameters())
 
 
 # --- the loop ---

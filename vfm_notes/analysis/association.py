@@ -174,11 +174,11 @@ def cell_points(
     layer: str = "embed",
     distance: str = "mmd2",  # column of the d2p table
 ) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer
-    "Gain and distance of every cell; what is missing stays NaN."
+    "Gain and distance of every cell, always in one order so that random draws agree everywhere; what is missing stays NaN."
     runs = tables.done().merge(_layer(tables, layer, distance), on="id")
     moved = runs.groupby(CELL)["d2p"].agg(d2p="mean", d2p_sd="std", d2p_seeds="count").reset_index()
     kept = gains[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases"]]
-    return kept.merge(moved.astype({"n_train": kept["n_train"].dtype}), on=CELL, how="left").assign(layer=layer)
+    return kept.merge(moved.astype({"n_train": kept["n_train"].dtype}), on=CELL, how="left").assign(layer=layer).sort_values(CELL, ignore_index=True)
 
 # %% ../../nbs/83_association.ipynb #342068fc
 def association_table(
