@@ -1,12 +1,14 @@
-"""The contract of every registered backbone, and the published layouts."""
+"""The contract of every registered backbone, on its smallest version, and the published layouts."""
 import json
 
 import pytest
 import torch
 
-import vfm_notes.backbones.profound # noqa: F401 (registers)
-import vfm_notes.backbones.provicnet # noqa: F401 (registers)
-from vfm_notes.backbones.protocol import backbone_card, build, check_backbone
+pytest.importorskip("monai")
+pytest.importorskip("transformers")
+import vfm_notes.tune.catalog # noqa: F401 (fills the registries)
+from vfm_notes.backbones.protocol import backbone_card, build, check_backbone, load
+from vfm_notes.backbones.weights import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones
 
 NAMES = list(backbones)
@@ -21,7 +23,7 @@ def volume(model, batch=2, cells=(2, 2, 2)):
 @pytest.fixture(scope="module", params=[(n, c) for n in NAMES for c in (1, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
 def model(request):
     torch.manual_seed(0)
-    return build(request.param[0], request.param[1])
+    return build_tiny(*request.param)
 
 
 def test_shapes_names_and_dtype(model):
@@ -44,14 +46,15 @@ def test_cases_do_not_mix(model):
     with torch.no_grad(): assert torch.allclose(model.embed(x)[:1], model.embed(x[:1]), atol=1e-5)
 
 
-def test_gradient_reaches_every_used_parameter_and_the_input(model):
-    if not model.card.toy: pytest.skip("same class as its toy; the step is too slow for a test")
+def test_gradient_reaches_the_parameters_and_the_input(model):
+    "All of them in a toy; published networks carry a few that these outputs do not use (a mask token, a pooling layer)."
     model.train().zero_grad()
     x = volume(model).requires_grad_()
     (sum(m.square().mean() for m in model.pyramid(x)) + model.embed(x).square().mean()).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
-    assert all(n.endswith("mask_token") for n in silent), silent
-    assert x.grad.abs().sum() > 0
+    if model.card.toy: assert all(n.endswith("mask_token") for n in silent), silent
+    assert len(silent) < 0.15 * len(list(model.parameters())), silent
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
 
 
 def test_masked_pyramid_ignores_hidden_voxels(model):
@@ -69,20 +72,30 @@ def test_same_seed_same_weights(model):
     states = []
     for _ in range(2):
         torch.manual_seed(3)
-        states.append(build(model.name, model.in_channels).state_dict())
+        states.append(build_tiny(model.name, model.in_channels).state_dict())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_state_goes_round(model):
-    other = build(f"{model.name}.any_weights", model.in_channels, state=model.state_dict())
+    torch.manual_seed(5)
+    other = build_tiny(model.name, model.in_channels)
+    load(other, model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    with pytest.raises(VfmError, match="do not fit"): load(other, {"nothing": torch.zeros(1)})
 
 
 def test_wrong_input_is_refused(model):
     x = volume(model)
     with pytest.raises(VfmError, match="channels"): model.embed(x.repeat(1, 2, 1, 1, 1))
     with pytest.raises(VfmError, match="divisible"): model.embed(x[..., :-1])
-    with pytest.raises(VfmError, match="do not fit"): build(model.name, model.in_channels, state={"nothing": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if backbone_card(n).toy])
+def test_build_with_a_state(name):
+    model = build(name, 3)
+    other = build(f"{name}.any_weights", 3, state=model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    with pytest.raises(VfmError, match="do not fit"): build(name, 3, state={"nothing": torch.zeros(1)})
 
 
 def test_unknown_backbone_names_the_nearest():
