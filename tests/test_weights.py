@@ -15,8 +15,7 @@ from vfm_notes.backbones import weights as w
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.nets.files import read_onnx, read_state
-import vfm_notes.backbones.profound # noqa: F401 (registers)
-import vfm_notes.backbones.provicnet # noqa: F401 (registers)
+from vfm_notes.tune import catalog as full_catalog
 
 
 class Net(nn.Module):
@@ -238,3 +237,105 @@ def test_importing_the_module_is_enough_to_list(tmp_path):
     done = subprocess.run([sys.executable, "-c", "from vfm_notes.backbones.weights import list_weights; print(len(list_weights()))"],
                           capture_output=True, text=True, env={"VFM_WEIGHTS": str(tmp_path), "PATH": "/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr[-500:]
+
+
+# ---- a file and an architecture, studies and the command line -----------------------------------------------------------
+
+@pytest.fixture
+def catalog(folder):
+    "All registries, with a published toy."
+    w.weights("profound_toy.test", title="a test", licence="CC-BY-NC-4.0", non_commercial=True, source="a page", file="toy.pth")(lambda s: {f"encoder.{k}": v for k, v in s.items()})
+    return full_catalog
+
+
+def toy_file(folder, name="toy.pth"):
+    "A toy's weights under published names."
+    state = build("profound_toy", 3).state_dict()
+    publish(folder, {"model": {k.removeprefix("encoder."): v for k, v in state.items()}}, name)
+    return state
+
+
+def test_check_file_finds_architecture_size_and_layout(folder, catalog, tmp_path):
+    toy_file(folder)
+    report, _, share = w.check_file(folder/"toy.pth", "profound_toy")
+    assert report.share == 1 and report.name.endswith("profound_toy.test") and share == 0.9
+    for name in ("profound_toy", "profound_atto"): # their keys differ in numbers and sizes alone
+        torch.save(build(name, 3).state_dict(), tmp_path/"own.pth")
+        report, state, _ = w.check_file(tmp_path/"own.pth")
+        assert report.share == 1 and report.name.endswith(name), str(report)
+    report, state, share = w.check_file(tmp_path/"own.pth", "provicnet_toy")
+    with pytest.raises(VfmError, match="look like those of backbone 'profound"): w.refuse(report, state, share, "the backbone")
+    torch.save({"x": torch.ones(1)}, tmp_path/"x.pth")
+    with pytest.raises(VfmError, match="--arch"): w.check_file(tmp_path/"x.pth")
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): w.check_file("profound_toy.tset")
+    with pytest.raises(VfmError, match="No weights file"): w.check_file(tmp_path/"none.pth")
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy'"): w.check_file(tmp_path/"own.pth", "profund_toy")
+
+
+def test_a_study_with_published_weights(catalog):
+    from dataclasses import replace
+    from vfm_notes.foundation.spec import load_study
+    study = replace(load_study("phantom"), pretrain={}, backbones=["profound_toy.test"])
+    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"): catalog.check_names(study)
+    for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): catalog.check_names(replace(study, licences=[accepted]))
+    catalog.check_names(replace(study, strategies=["scratch"])) # needs no weights
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): catalog.check_names(replace(study, backbones=["profound_toy.tset"]))
+    catalog.check_names(replace(study, backbones=["dinov2_small.lvd142m", "segresnet_ds.taps"]))
+    with pytest.raises(VfmError, match="gated"): catalog.check_names(replace(study, backbones=["dinov3_base.lvd1689m"]))
+
+
+def test_published_state_for_a_run(folder, catalog, monkeypatch):
+    monkeypatch.delenv("VFM_JOB", raising=False)
+    assert catalog.published_state("profound_toy.mae_phantom", 3, "phantom") is None # made by the study
+    state = toy_file(folder)
+    with pytest.raises(VfmError, match="non-commercial"): catalog.published_state("profound_toy.test", 3, "phantom")
+    monkeypatch.setenv("VFM_JOB", "a batch, which has checked the study")
+    got = catalog.published_state("profound_toy.test", 3, "phantom")
+    assert got.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in got.items())
+    with pytest.raises(VfmError, match="profound_alpha.pth"): catalog.published_state("profound_tiny.alpha", 3, "phantom")
+
+
+def test_what_a_file_does_not_fill_is_the_same_every_time(folder, catalog, monkeypatch):
+    monkeypatch.setenv("VFM_JOB", "x")
+    state = build("efficientnet_lite0", 3).state_dict()
+    folder.mkdir(parents=True)
+    save_file(state, w.converted_file("efficientnet_lite0.in1k"))
+    seen = torch.get_rng_state()
+    a, b = (catalog.published_state("efficientnet_lite0.in1k", 2, "x") for _ in range(2))
+    assert set(a) - set(state) and all(torch.equal(a[k], b[k]) for k in a) and torch.equal(torch.get_rng_state(), seen)
+
+
+def vfm(*words):
+    "Exit status, output and error of the command."
+    import contextlib
+    import io
+    from vfm_notes.report import cli
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["vfm", "weights", *map(str, words)])
+        try: cli.main()
+        except SystemExit as e: status = e.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_the_command_lists_fetches_and_checks(folder, catalog):
+    toy_file(folder)
+    status, out, _ = vfm("list")
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert status == 0 and set(rows) == {"name", *w.weights}
+    assert "non-commercial" in rows["profound_toy.test"] and " no " in rows["profound_toy.test"] and "gated" in rows["dinov3_base.lvd1689m"]
+    status, out, err = vfm("fetch", "profound_toy.test")
+    assert status == 2 and out == "" and err.count("\n") == 1 and "--accept CC-BY-NC-4.0" in err
+    status, out, _ = vfm("fetch", "profound_toy.test", "--accept", "CC-BY-NC-4.0")
+    assert status == 0 and "profound_toy.test.safetensors" in out and "CC-BY-NC-4.0" in out
+    assert " yes " in next(line for line in vfm("list")[1].splitlines() if line.startswith("profound_toy.test"))
+    status, out, _ = vfm("check", "profound_toy.test", "--accept", "profound_toy.test")
+    assert status == 0 and "100.0%" in out and "matched    68" in out and "missing    0" in out
+
+
+@pytest.mark.parametrize("words, said", [(("fetch", "profound_toy.tset"), "Did you mean 'profound_toy.test'?"), (("fetch", "profound_tiny.alpha"), "put it at"), (("check", "none.pth"), "No weights file"),
+                                         (("check", "{toy}", "--arch", "profund_toy"), "Did you mean 'profound_toy'?"), (("check", "{toy}", "--arch", "provicnet_toy"), "do not fit")])
+def test_the_command_refuses_in_one_sentence(folder, catalog, words, said):
+    toy_file(folder)
+    status, _, err = vfm(*(word.format(toy=folder/"toy.pth") for word in words))
+    assert status == 2 and err.count("\n") == 1 and err.startswith("vfm: ") and said in err, err
