@@ -6,10 +6,11 @@ import torch
 
 pytest.importorskip("monai")
 pytest.importorskip("transformers")
-import vfm_notes.tune.catalog # noqa: F401 (fills the registries)
 from vfm_notes.backbones.protocol import backbone_card, build, check_backbone, load
 from vfm_notes.backbones.weights import build_tiny
+from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, backbones
+from vfm_notes.tune import catalog # fills the registries
 
 NAMES = list(backbones)
 
@@ -96,6 +97,12 @@ def test_build_with_a_state(name):
     other = build(f"{name}.any_weights", 3, state=model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     with pytest.raises(VfmError, match="do not fit"): build(name, 3, state={"nothing": torch.zeros(1)})
+
+
+def test_the_cards_of_the_report_are_up_to_date(tmp_path):
+    catalog.write_cards(tmp_path/"cards.json")
+    kept = report_notebooks()[0].parent/"backbones.json"
+    assert (tmp_path/"cards.json").read_text() == kept.read_text(), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
 
 
 def test_unknown_backbone_names_the_nearest():
