@@ -44,6 +44,7 @@ class Registry:
     def __getitem__(self, name: str):
         if name in self._entries: return self._entries[name]
         known = ", ".join(self) or "none registered: import vfm_notes.tune.catalog first"
+        if len(self) > 12: known = f"{', '.join(get_close_matches(name, self, n=5, cutoff=0.0))} and {len(self) - 5} more"
         raise VfmError(f"Unknown {self.kind} '{name}'.{nearest(name, self)} Known: {known}.")
 
     def card(self, name: str) -> dict:

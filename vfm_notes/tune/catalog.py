@@ -17,6 +17,7 @@ import vfm_notes.data.datasets
 import vfm_notes.data.phantom
 import vfm_notes.pretrain.contrast
 import vfm_notes.pretrain.reconstruction
+import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
 import vfm_notes.tune.image_task
 import vfm_notes.tune.strategy
