@@ -18,14 +18,13 @@ from torch.nn import functional as F
 from einops import rearrange
 
 # %% ../../nbs/38_volumetric.ipynb #75183ba4
-from .lifted import Channels, spread
-from .protocol import Backbone
+from .lifted import Channels, ReadBackbone, spread
 from .weights import fetch, load_weights, weights
 from ..foundation.registry import backbones
 from ..nets.files import read_state, strip
 
 # %% ../../nbs/38_volumetric.ipynb #fbb041c5
-class Volumetric(Backbone):
+class Volumetric(ReadBackbone):
     "A network for one-channel volumes x y z with the backbone protocol."
     def __init__(self,
                  name: str, # registered name
@@ -41,16 +40,6 @@ class Volumetric(Backbone):
         "All maps `b e d h w` of the encoder, and its vector `b e`."
         maps, vector = self.encoder(turned(self.channels(self.check_input(x))))
         return [turned(m) for m in maps], vector
-
-    def pyramid(self, x: Tensor) -> list[Tensor]:
-        maps = self.read(x)[0]
-        return [maps[i] for i in self.encoder.levels]
-
-    def embed(self, x: Tensor) -> Tensor: return self.read(x)[1]
-
-    def layers(self, x: Tensor) -> dict[str, Tensor]:
-        maps, vector = self.read(x)
-        return {n: m.mean((2, 3, 4)) for n, m in zip(self.encoder.names, maps)} | {"embed": vector}
 
 # %% ../../nbs/38_volumetric.ipynb #76cc92ea
 def turned(
