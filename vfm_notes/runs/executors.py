@@ -46,6 +46,7 @@ def work(
 class Died(RuntimeError):
     "A worker ended without leaving a result."
 
+# %% ../../nbs/74_executors.ipynb #future01
 class Future:
     "A call on its way."
     def __init__(self, executor, call: Path, log: Path | None):
