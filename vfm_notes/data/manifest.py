@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'FREE', 'Manifest', 'as_text', 'read_card', 'card_type',
-           'read_manifest', 'write_manifest', 'mask_columns', 'known_columns', 'located', 'file_problem', 'grade_index',
-           'row_problems', 'found_problems', 'manifest_problems']
+           'read_manifest', 'write_manifest', 'mask_columns', 'known_columns', 'table_problems', 'located',
+           'file_problem', 'grade_index', 'row_problems', 'found_problems', 'manifest_problems']
 
 # %% ../../nbs/17_manifest.ipynb #3ffa95f7
 import os
@@ -123,7 +123,7 @@ def mask_columns(
 def known_columns(manifest: Manifest) -> tuple[list[str], list[str]]:  # needed, optional
     "The columns that a table must have, and those that it may have."
     needed = ["case", "patient", *manifest.card.sequences, *mask_columns(manifest), *["grade"] * bool(manifest.card.grades), *[f"target_{t}" for t in manifest.targets]]
-    return needed, ["split", "zones", "grade", *FREE]
+    return needed, ["split", "zones", *["grade"] * (not manifest.card.grades), *FREE]
 
 # %% ../../nbs/17_manifest.ipynb #0005aeff
 def table_problems(
@@ -132,7 +132,8 @@ def table_problems(
     "What is wrong with the table as a whole."
     table, (needed, optional) = manifest.table, known_columns(manifest)
     found = [f"column '{c}' is missing; the card asks for {', '.join(needed)}" for c in needed if c not in table]
-    found += [f"unknown column '{c}'.{nearest(c, [*needed, *optional, "label"])} Known: {', '.join([*needed, *optional, 'note_*'])}" for c in table if c not in needed + optional and not c.startswith("note_")]
+    known = [*needed, *optional, "label", "note_*"]
+    found += [f"unknown column '{c}'.{nearest(c, known)} Known: {', '.join(known)}" for c in table if c not in known and not c.startswith("note_")]
     if manifest.crop != "volume" and manifest.crop not in mask_columns(manifest): found.append(f"crop is '{manifest.crop}', expected 'volume' or a mask column ({', '.join(mask_columns(manifest)) or 'there is none'})")
     if not manifest.root.is_dir(): found.append(f"root {manifest.root} is not a folder; expected the folder that the paths are relative to")
     if not len(table): found.append("the table has no rows, expected one for each case")
