@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from vfm_notes.data import cohort as cohort_module
 from vfm_notes.data.cohort import Cohort, CohortCard, cache_file, check_arguments, content_hash, load_cohort, problems, read_cohort, split_by_patient, stratified_order, validate, write_cohort
 from vfm_notes.data.datasets import HIPPOCAMPUS, PROSTATES
-from vfm_notes.data.loader import RULES, batches, moments, normalise, standardise
+from vfm_notes.data.loader import RULES, batches, cohort_moments, moments, normalise, standardise
 from vfm_notes.data.volume import centre_of, crop_or_pad, grid_around, read_image, read_mask, resample, to_array
 from vfm_notes.foundation.registry import VfmError, cohorts
 
@@ -434,7 +434,9 @@ def test_moments_bring_back_raw_intensities():
 
 def test_rules_are_named_and_others_refused():
     raw = np.random.default_rng(0).random((2, 2, 3, 8, 8)) * 900
-    for how in RULES: assert normalise(raw, how).dtype == np.float32 and np.isfinite(normalise(raw, how)).all()
+    for how in RULES:
+        out = normalise(raw, how, cohort_moments(raw))
+        assert out.dtype == np.float32 and np.isfinite(out).all()
     assert "Did you mean 'zscore" in message(normalise, raw, "z_score")
     assert "shape" in message(normalise, raw[0], "none")
 
@@ -445,4 +447,4 @@ def test_batches_see_every_case_once(n, size, epoch):
     parts = batches(n, size, 0, epoch)
     assert sorted(np.concatenate(parts)) == list(range(n)) and all(len(p) == size for p in parts[:-1])
     assert [p.tolist() for p in parts] == [p.tolist() for p in batches(n, size, 0, epoch)]
-    assert all(len(p) == min(n, size) for p in batches(n, size, 0, epoch, drop_last=True))
+    assert all(len(p) == size for last in ("drop", "fill") for p in batches(n, size, 0, epoch, last))

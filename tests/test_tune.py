@@ -15,7 +15,7 @@ from vfm_notes.foundation.registry import VfmError, strategies, tasks
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
 from vfm_notes.pretrain.loop import rate
-from vfm_notes.tune.fit import batches, fit, predict
+from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.metric import auc, dice_per_class, hd95_per_class, psnr, quadratic_kappa, ssim
 from vfm_notes.tune.strategy import apply_strategy
 from vfm_notes.tune.task import TaskData, build_task
@@ -116,7 +116,7 @@ def test_strategy_trains_exactly_what_it_says(name):
     counted = apply_strategy(name, model)
     said = {k for k, p in model.named_parameters() if p.requires_grad}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fit(model, task, data["train"], replace(SPEC, weight_decay=0.1, lr=1e-2), lambda epoch: {})
+    fit(model, task, training_batches(data["train"], SPEC), replace(SPEC, weight_decay=0.1, lr=1e-2), lambda epoch: {})
     moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
     assert moved <= said and len(moved) >= 0.9*len(said)
     assert counted["trainable"] == sum(p.numel() for k, p in model.named_parameters() if k in said)
@@ -141,7 +141,8 @@ def test_batches_show_every_case_once_and_flip_target_with_input():
     x = torch.arange(n, dtype=torch.float32).reshape(n, 1, 1, 1, 1) + torch.tensor([0.0, 0.25, 0.5]).reshape(1, 1, 1, 1, 3)
     data = TaskData(x, x.clone(), list("abcdef"), list("abcdef"), (1, 1, 1))
     seen = []
-    for a, b in batches(data, 4, torch.Generator().manual_seed(0)):
+    for batch in training_batches(data, SPEC).epoch(1):
+        a, b = batch["inputs"], batch["target"]
         assert torch.equal(a, b) and len(a) == 4
         seen += [int(v) for v in a.amin((1, 2, 3, 4)).floor()]
     assert set(seen) == set(range(n)) and len(seen) == 8
@@ -158,7 +159,7 @@ def test_a_loss_that_explodes_is_told():
     task, data = run_data(SPEC)
     data["train"].inputs[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(VfmError, match="loss became nan in epoch 1"):
-        fit(build_model(SPEC, task, 3), task, data["train"], SPEC, lambda epoch: {})
+        fit(build_model(SPEC, task, 3), task, training_batches(data["train"], SPEC), SPEC, lambda epoch: {})
 
 
 # --- whole runs ---

@@ -27,7 +27,7 @@ from ..foundation.registry import VfmError, strategies
 from ..foundation.spec import RunSpec
 from ..nets.decoder import Network
 from ..shift.features import collect, distance, distance_to_pretraining
-from .fit import fit, predict
+from .fit import fit, predict, training_batches
 from .metric import METRICS
 from .strategy import apply_strategy
 from .task import Task, TaskData, build_task
@@ -102,7 +102,7 @@ def state_hash(
     for k in sorted(state): h.update(f"{k}{tuple(state[k].shape)}".encode() + state[k].contiguous().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../../nbs/66_transfer.ipynb #5329af75
+# %% ../../nbs/66_transfer.ipynb #ab99c067
 def licences(
     spec: RunSpec,
     state: dict[str, Tensor] | None,  # pretrained weights
@@ -130,15 +130,15 @@ def transfer(
     in_channels = data["train"].inputs.shape[1]
     model = build_model(spec, task, in_channels, state)
     parameters = apply_strategy(spec.strategy, model)
-    watch = Watch(model, task, data, progress)
+    watch, train = Watch(model, task, data, progress), training_batches(data["train"], spec)
     with PeakMemory() as memory:
-        curves = fit(model, task, data["train"], spec, watch)
+        curves = fit(model, task, train, spec, watch)
         cases = task.evaluate(predict(model, data["test"].inputs), data["test"])
     d2p = distance_to_pretraining(watch.before, watch.after, seed=spec.seed)
     cohort = run_cohort(spec)
     summary = summarise(task, data, cases) | {
         "d2p": d2p.to_dict("records"), "parameters": parameters, "peak_memory_mib": memory.mib,
-        "seconds": {"total": time.perf_counter() - start, "training": float(curves.seconds.max()), "evaluation": watch.seconds},
+        "seconds": {"total": time.perf_counter() - start, "training": float(curves.seconds.max()), "waiting": train.waited, "evaluation": watch.seconds},
         "cohort_hash": cohort.hash(), "weights_hash": state_hash(state), "licences": licences(spec, state)}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
     return Outcome(summary, curves, cases, features, {k: v.numpy() for k, v in model.state_dict().items()})
