@@ -33,7 +33,7 @@ def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
     return table.astype(whole)
 
 # %% ../../nbs/80_tables.ipynb #8f286493
-COST = {"seconds": ("seconds", ("total", "training", "evaluation")), "parameters": ("parameters", ("trainable", "total")), "n": ("cases", ("train", "val", "test"))}  # field -> columns
+COST = {"seconds": ("seconds", ("total", "training", "waiting", "evaluation")), "parameters": ("parameters", ("trainable", "total")), "n": ("cases", ("train", "val", "test"))}  # field -> columns
 
 def runs_table(
     records: list[dict],  # as read_records gives them
