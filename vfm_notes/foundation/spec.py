@@ -110,7 +110,7 @@ def from_values(
     except TypeError as e:
         raise VfmError(f"{where}: {str(e).split('__init__() ')[-1]}; add what is missing.") from None
 
-TUPLES = {"size", "spacing", "parents"}
+TUPLES = {"size", "spacing", "parents", "setup"}
 
 # %% ../../nbs/03_spec.ipynb #0a4b59a7
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class StudySpec:
     budget: Budget = field(default_factory=Budget)
     external: dict = field(default_factory=dict)  # {cohort, task}: another cohort to try tuned runs on
     licences: list = field(default_factory=list)  # non-commercial licences accepted by name
+    slurm: dict = field(default_factory=dict)  # what a job of the cluster asks for, see runs.slurm
 
     def __post_init__(self): check_study(self)
 
@@ -156,7 +157,7 @@ def check_study(study: StudySpec) -> None:
     for key in ("backbones", "strategies", "seeds"):
         v = getattr(study, key)
         need(isinstance(v, list) and v and len(set(map(str, v))) == len(v), key, "a non-empty list without doubles")
-    for key in ("tasks", "pretrain", "external"): need(isinstance(getattr(study, key), dict), key, "a mapping")
+    for key in ("tasks", "pretrain", "external", "slurm"): need(isinstance(getattr(study, key), dict), key, "a mapping")
     need(bool(study.tasks), "tasks", "at least one task")
     need(set(study.cases) == set(SPLITS) and all(isinstance(v, int) and v >= 0 for v in study.cases.values()), "cases", f"a count for each of {', '.join(SPLITS)}")
     need(all(isinstance(s, int) for s in study.seeds), "seeds", "whole numbers")

@@ -40,18 +40,19 @@ def main() -> None:
 def run(
     study: Study,
     jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks at a time; default: one for each core.")] = None,
-    executor: Annotated[str, typer.Option(help="Where the notebooks run: local.")] = "local",
+    executor: Annotated[str, typer.Option(help="Where the notebooks run: local or slurm.")] = "local",
     only: Annotated[list[str] | None, typer.Option(help="A part of the study, e.g. task=segmentation,backbone=profound_toy.mae_phantom; also kind, strategy, seed, n_train.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: Annotated[Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")] = None,
     engine: Annotated[str, typer.Option(help="How notebooks start: forked (fast) or plain.")] = "forked",
+    profile: Annotated[Path | None, typer.Option(help="With --executor slurm: a YAML file with what each job asks for (partition, time, memory, gpus ...); it wins over `slurm:` of the study.")] = None,
 ) -> None:
     "Compute what the study has not got yet."
     from vfm_notes.runs.batch import run_study
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
     if dry_run: return show_plan(study, only, templates, retry_failed)
-    try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None)
+    try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -66,7 +67,7 @@ def print_summary(summary) -> None:
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
-    if summary.missing: print(f"missing {len(summary.missing)} runs, because what they need failed: {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
+    if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, or their job was cancelled): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed, {len(summary.problems)} more notebooks stopped. To try again: vfm run {summary.study} --retry-failed")
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
@@ -90,8 +91,8 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
     "How a job stands, in one line."
     from vfm_notes.runs.watch import duration
     counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(look.states.values()).count(s)))
-    mark = "running" if look.since else "skipped" if look.missing and look.job.skipped else next(s for s in ("missing", "failed", "done") if s in look.states.values())
-    more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}" if look.since else f"  {look.job.skipped}" if mark == "skipped" else ""
+    mark = "running" if look.since else "queued" if look.queued else "skipped" if look.missing and look.job.skipped else next(s for s in ("missing", "failed", "done") if s in look.states.values())
+    more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}" if look.since else f"  {look.queued}" if look.queued else f"  {look.job.skipped}" if mark == "skipped" else ""
     return f"{mark:8}{look.job.name:{width}} {counts}{more}"
 
 @app.command()
@@ -100,15 +101,16 @@ def status(study: Study) -> None:
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import summarise
     from vfm_notes.runs.grid import known_records, plan
+    from vfm_notes.runs.slurm import queued_jobs
     from vfm_notes.runs.watch import duration, durations, look_at, time_left
     spec = load_study(study)
-    jobs, records = plan(spec), known_records(spec.name)
-    looks = [look_at(spec.name, j, records) for j in jobs]
+    jobs, records, queue = plan(spec), known_records(spec.name), queued_jobs(spec.name)
+    looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     for look in looks: print(job_line(look, max(len(j.name) for j in jobs)))
     summary, running = summarise(spec.name, jobs), [k for k in looks if k.since]
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
-    print(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {len(summary.failed)} failed, {len(summary.missing)} missing.")
+    print(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {f'{len(queue)} in the queue, ' * bool(queue)}{len(summary.failed)} failed, {len(summary.missing)} missing.")
     if summary.others: print(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     waiting = [k for k in looks if k.missing and not k.job.skipped]
     if running: print(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")

@@ -26,6 +26,7 @@ class Look:
     part: float = 0.0  # of the running notebook, 0 to 1
     text: str = ""  # what the notebook says it does
     said: float = 0.0  # when it said so, seconds since 1970
+    queued: str = ""  # where it is in a cluster's queue
 
     @property
     def missing(self) -> int: return list(self.states.values()).count("missing")
@@ -40,9 +41,10 @@ def look_at(
     study: str,  # name of the study
     job: Job,
     records: dict,  # run id → record
+    queued: str = "",  # what a cluster's queue says of it
 ) -> Look:
     "How a job stands now."
-    look = Look(job, run_states(job, records), running_since(study, job.name))
+    look = Look(job, run_states(job, records), running_since(study, job.name), queued=queued)
     if look.since:
         try: said = json.loads(progress_file(study, job.name).read_text())
         except (OSError, ValueError): said = {}
