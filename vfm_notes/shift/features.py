@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/51_features.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from .mmd import two_sample_test
+from .mmd import mmd2_paired, two_sample_test
 
 # %% ../../nbs/51_features.ipynb #cfb1cea1
 def _modes(backbone: nn.Module) -> list[tuple[nn.Module, bool]]: return [(part, part.training) for part in backbone.modules()]
@@ -71,7 +71,7 @@ def distance(
     "Distance to pretraining of every layer, without a p-value."
     check_layers(before, after)
     tables = {k: standardise(before[k], after[k], k)[:2] for k in before}
-    return {k: two_sample_test(*pair, paired=True, permutations=1).mmd2_paired for k, pair in tables.items()}
+    return {k: mmd2_paired(*pair) for k, pair in tables.items()}
 
 # %% ../../nbs/51_features.ipynb #507a4e7f
 def distance_to_pretraining(
