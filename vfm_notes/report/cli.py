@@ -92,7 +92,7 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
     from vfm_notes.runs.watch import duration
     counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(look.states.values()).count(s)))
     mark = "running" if look.since else "queued" if look.queued else "skipped" if look.missing and look.job.skipped else next(s for s in ("missing", "failed", "done") if s in look.states.values())
-    more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}" if look.since else f"  {look.queued}" if look.queued else f"  {look.job.skipped}" if mark == "skipped" else ""
+    more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}{' · ' * bool(look.queued)}{look.queued}" if look.since else f"  {look.queued}" if look.queued else f"  {look.job.skipped}" if mark == "skipped" else ""
     return f"{mark:8}{look.job.name:{width}} {counts}{more}"
 
 @app.command()
