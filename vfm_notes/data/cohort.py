@@ -271,7 +271,8 @@ def load_cohort(
     seed: int = 0,
 ) -> Cohort:  # validated
     "Make a cohort, or take it from the cache."
-    if name not in cohorts: importlib.import_module("vfm_notes.data.datasets")  # the real ones register there
+    if name not in cohorts:
+        for entry in ("datasets", "sulcus_cohort"): importlib.import_module(f"vfm_notes.data.{entry}")  # they register there
     maker, arguments = cohorts[name], {**check_arguments(size, spacing, n), "seed": int(seed)}
     path = cache_file(name, arguments)
     kept = read_cohort(path) if path else None

@@ -15,6 +15,7 @@ import vfm_notes.backbones.provicnet_layouts
 import vfm_notes.backbones.volumetric
 import vfm_notes.data.datasets
 import vfm_notes.data.phantom
+import vfm_notes.data.sulcus_cohort
 import vfm_notes.pretrain.contrast
 import vfm_notes.pretrain.reconstruction
 import vfm_notes.shift.divergences
