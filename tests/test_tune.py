@@ -92,7 +92,7 @@ def test_psnr_and_ssim_know_the_identity():
 def test_task_contract(name, cohort):
     spec = replace(SPEC, task=name)
     task, data = run_data(spec)
-    model = build_model(spec, task, data["train"].inputs.shape[1])
+    model = build_model(spec, task, len(task.card.sequences))
     output = predict(model, data["test"].inputs)
     loss = task.loss(model(data["train"].inputs[:4]), data["train"].target[:4])
     loss.backward()

@@ -101,7 +101,7 @@ def natural(
     return Lifted(name, wrapped(net, model), in_channels, lift)
 
 # %% ../../nbs/37_natural.ipynb #ca576fa8
-IMAGE = dict(size=(1, 224, 224), spacing=(1.0, 1.0, 1.0), sequences=("red", "green", "blue"))
+IMAGE = dict(size=(1, 224, 224), spacing=(1.0, 1.0, 1.0), sequences=("red", "green", "blue"), normalisation="cohort")
 HOW = {"slices": "", "attention": "; learned weights over slices", "triplets": "; three neighbouring slices as channels", "inflated": "; 2D kernels inflated to 3D"}
 
 # %% ../../nbs/37_natural.ipynb #e23b9499
@@ -115,7 +115,7 @@ def register_net(
     def factory(in_channels: int = 3, tiny: bool = False, lift: str = lift) -> Lifted: return natural(full, in_channels, lift, tiny)
     factory.__qualname__ = factory.__name__ = full
     backbones(full, title=NETS[name][4] + HOW[lift], family=NETS[name][3], source=source, licence="Apache-2.0",
-              note=f"natural images, no millimetres; feature: {NETS[name][2]}; licence of the code, see the weights' own; normalise by the cohort's statistics", **IMAGE)(factory)
+              note=f"natural images, no millimetres; feature: {NETS[name][2]}; licence of the code, see the weights' own", **IMAGE)(factory)
 
 for name in NETS: register_net(name)
 for name, lift in (("dinov2_small", "attention"), ("dinov2_small", "triplets"), ("dinov2_base", "triplets"), ("resnet50", "inflated")): register_net(name, lift)
@@ -197,7 +197,7 @@ def onnx_dinov2(
 
 # %% ../../nbs/37_natural.ipynb #4de9688f
 HUB = { # weights: repository, licence, more of the card
-    "sam_vit_b.sa1b": ("facebook/sam-vit-base", "Apache-2.0", {}), "sam_vit_b.medsam": ("wanglab/medsam-vit-base", "Apache-2.0", {}),
+    "sam_vit_b.sa1b": ("facebook/sam-vit-base", "Apache-2.0", {}), "sam_vit_b.medsam": ("wanglab/medsam-vit-base", "Apache-2.0", dict(normalisation="unit_range")),
     "sam2_hiera_t.sa_v": ("facebook/sam2.1-hiera-tiny", "Apache-2.0", {}),
     "dinov2_small.lvd142m": ("facebook/dinov2-small", "Apache-2.0", {}), "dinov2_base.lvd142m": ("facebook/dinov2-base", "Apache-2.0", {}),
     "dinov2_large.lvd142m": ("facebook/dinov2-large", "Apache-2.0", {}), "dinov2_base.rad_dino": ("microsoft/rad-dino", "MIT", {}),

@@ -21,7 +21,7 @@ from ..nets.prompt import MaskDecoder, PromptEncoder
 
 # %% ../../nbs/39_promptable.ipynb #db83c32b
 @backbones("lite_medsam", title="LiteMedSAM (TinyViT)", family="supervision", source="github.com/bowang-lab/MedSAM, branch LiteMedSAM", licence="Apache-2.0",
-           sequences=("red", "green", "blue"), size=(1, 256, 256), spacing=(1.0, 1.0, 1.0),
+           sequences=("red", "green", "blue"), size=(1, 256, 256), spacing=(1.0, 1.0, 1.0), normalisation="unit_range",
            note="medical images, no millimetres; published for values in [0, 1]; feature: mean of the neck's map; the pyramid leaves out the full-size first stage")
 def lite_medsam(
     in_channels: int = 3, # sequences

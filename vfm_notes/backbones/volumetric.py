@@ -23,7 +23,7 @@ from .weights import fetch, load_weights, weights
 from ..foundation.registry import backbones
 from ..nets.files import read_state, strip
 
-# %% ../../nbs/38_volumetric.ipynb #fbb041c5
+# %% ../../nbs/38_volumetric.ipynb #110e848d
 class Volumetric(ReadBackbone):
     "A network for one-channel volumes x y z with the backbone protocol."
     def __init__(self,
@@ -244,8 +244,9 @@ def swin_keys(
         if key.startswith(("patch_embed.", "layers")): out[f"encoder.model.{key}"] = value
     return out
 
-weights("swin_unetr_48.ssl", title="Swin UNETR, Tang et al. 2022", licence="Apache-2.0", source="github.com/Project-MONAI/research-contributions", file="model_swinvit.pt")(swin_keys)
-weights("swin_unetr_48_v2.voco", title="VoCo-B, self-supervised", licence="Apache-2.0", source="huggingface.co/Luffy503/VoCo", hub="Luffy503/VoCo", file="VoCo_B_SSL_head.pt", note="CT")(swin_keys)
+weights("swin_unetr_48.ssl", title="Swin UNETR, Tang et al. 2022", licence="Apache-2.0", source="github.com/Project-MONAI/research-contributions", file="model_swinvit.pt",
+        normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(swin_keys)
+weights("swin_unetr_48_v2.voco", title="VoCo-B, self-supervised", licence="Apache-2.0", source="huggingface.co/Luffy503/VoCo", hub="Luffy503/VoCo", file="VoCo_B_SSL_head.pt", normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(swin_keys)
 
 # %% ../../nbs/38_volumetric.ipynb #3ae6f2d9
 def as_model(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.model.{k}": v for k, v in state.items()}
@@ -254,7 +255,7 @@ for depth in (18, 50):
     weights(f"resnet{depth}_3d.medicalnet", title=f"MedicalNet ResNet-{depth}, 23 datasets", licence="MIT", source="huggingface.co/TencentMedicalNet",
             hub=f"TencentMedicalNet/MedicalNet-Resnet{depth}", file=f"resnet_{depth}_23dataset.pth")(as_model)
 weights("segresnet_ctfm.ctfm", title="CT-FM", licence="Apache-2.0", source="huggingface.co/project-lighter/ct_fm_feature_extractor", hub="project-lighter/ct_fm_feature_extractor",
-        file="ct_fm/model.safetensors", note="CT")(as_model)
+        file="ct_fm/model.safetensors", normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(as_model)
 weights("vit_3d.brainiac", title="BrainIAC (2026)", licence="BrainIAC-NonCommercial", source="github.com/AIM-KannLab/BrainIAC", file="brainiac_vit.safetensors", non_commercial=True)(as_model)
 
 # %% ../../nbs/38_volumetric.ipynb #5b475d36

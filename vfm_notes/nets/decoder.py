@@ -74,15 +74,15 @@ class DenseDecoder(nn.Module):
     reads = "pyramid"
     def __init__(self,
                  backbone: nn.Module, # anything with `widths` and `strides`
-                 in_channels: int, # channels of the raw volume
+                 in_channels: int, # channels of the raw volume, the first of what comes in
                  out_channels: int, # channels of the result
                  width: int = 16, # channels of the decoder
                  subpixel: tuple[int, int, int] = (2, 2, 2), # cell of the finest convolution (d, h, w)
                  kernel: tuple[int, int, int] = (1, 3, 3), # of the finest convolutions, odd sides (d, h, w)
-                 residual_channel: int | None = None, # input channel that the result is added to
+                 residual_channel: int | None = None, # channel that the result is added to; it may be one more than the raw volume has
                 ):
         super().__init__()
-        self.subpixel, self.residual_channel = tuple(subpixel), residual_channel
+        self.in_channels, self.subpixel, self.residual_channel = in_channels, tuple(subpixel), residual_channel
         cell = self.subpixel[0] * self.subpixel[1] * self.subpixel[2]
         norm = lambda: nn.InstanceNorm3d(width, affine=True)
         self.laterals = nn.ModuleList(nn.Sequential(nn.Conv3d(w, width, 1), norm()) for w in backbone.widths)
@@ -101,7 +101,7 @@ class DenseDecoder(nn.Module):
         if any(s % f for s, f in zip(x.shape[2:], self.subpixel)):
             raise VfmError(f"DenseDecoder needs a size (d, h, w) divisible by {self.subpixel}, not {tuple(x.shape[2:])}: "
                            "resample the volumes or pass another subpixel.")
-        raw, y = self.skip(space_to_depth(x, self.subpixel)), None
+        raw, y = self.skip(space_to_depth(x[:, :self.in_channels], self.subpixel)), None
         for level, lateral, fuse in list(zip(maps, self.laterals, self.fuse))[::-1]:
             level = lateral(level)
             y = fuse(level if y is None else level + resize(y, level))
@@ -128,7 +128,7 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(getattr(self.backbone, self.head.reads)(x), x)
+    def forward(self, x: Tensor) -> Tensor: return self.head(getattr(self.backbone, self.head.reads)(x[:, :self.backbone.in_channels]), x)
 
 # %% ../../nbs/22_decoder.ipynb #81879087
 class TokenHead(nn.Module):

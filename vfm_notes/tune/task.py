@@ -6,8 +6,9 @@
 __all__ = ['TaskData', 'case_rows', 'Task', 'build_task', 'channel', 'image_statistics', 'Classification', 'Segmentation',
            'mean_defined']
 
-# %% ../../nbs/61_task.ipynb #9fa4439f
+# %% ../../nbs/61_task.ipynb #3ab22e36
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from .metric import auc, dice_per_class, hd95_per_class, one_hot, quadratic_kapp
 @dataclass
 class TaskData:
     "A split of a cohort, ready for one task."
-    inputs: Tensor  # n c d h w, normalised
+    inputs: Tensor  # n c d h w, the sequences as the backbone wants them; behind them a first guess of the target, if the task has one
     target: Tensor  # n (class) | n d h w (label map) | n 1 d h w (image)
     names: list  # case names
     patients: list
@@ -51,6 +52,7 @@ class Task:
     "What every task has; sub-classes fill in the six methods."
     primary: str = ""  # the metric that gains are computed on
     metrics: tuple = ()  # names in METRICS
+    scale: Callable[[np.ndarray], np.ndarray] = staticmethod(normalise)  # of the inputs; a run sets its backbone's
 
     def __init__(self, card: CohortCard): self.card = card
     def prepare(self, cohort: Cohort) -> TaskData: raise NotImplementedError
@@ -115,7 +117,7 @@ class Classification(Task):
         if (cohort.grade < 0).any():
             missing = [n for n, g in zip(cohort.names, cohort.grade) if g < 0]
             raise VfmError(f"Task 'classification': cases without a grade in cohort '{self.card.name}': {', '.join(missing[:5])}; add their grades or leave them out.")
-        return TaskData(torch.from_numpy(normalise(cohort.volumes, "zscore_nonzero")), torch.from_numpy(cohort.grade).long(), cohort.names, cohort.patients, self.card.spacing)
+        return TaskData(torch.from_numpy(self.scale(cohort.volumes)), torch.from_numpy(cohort.grade).long(), cohort.names, cohort.patients, self.card.spacing)
 
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module: return ClassificationHead(backbone, len(self.card.grades))
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.cross_entropy(output, target)
@@ -148,7 +150,7 @@ class Segmentation(Task):
     primary, metrics = "dice", ("dice", "hd95")
 
     def prepare(self, cohort: Cohort) -> TaskData:
-        return TaskData(torch.from_numpy(normalise(cohort.volumes, "zscore_nonzero")), torch.from_numpy(cohort.labels).long(), cohort.names, cohort.patients, self.card.spacing)
+        return TaskData(torch.from_numpy(self.scale(cohort.volumes)), torch.from_numpy(cohort.labels).long(), cohort.names, cohort.patients, self.card.spacing)
 
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module: return DenseDecoder(backbone, in_channels, len(self.card.classes))
 
