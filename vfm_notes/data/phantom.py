@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCANNERS', 'BVALUES', 'EXCITATIONS', 'GRADES', 'BLOCK', 'spin_echo', 'diffusion_weighting', 'rician', 'fit_adc',
-           'Focus', 'draw_focus', 'infiltrate', 'Patient', 'tissue_maps', 'draw_patient', 'to_voxels', 'scan',
-           'PhantomCase', 'phantom_case']
+           'Focus', 'draw_focus', 'infiltrate', 'Patient', 'tissue_maps', 'Frame', 'draw_frame', 'draw_patient',
+           'to_voxels', 'scan', 'PhantomCase', 'case_seeds', 'phantom_case']
 
-# %% ../../nbs/11_phantom.ipynb #8b6a1f62
+# %% ../../nbs/11_phantom.ipynb #0f696364
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from .anatomy import Grid, draw_body, ellipsoid, make_grid, paint_gland, paint_nodules, paint_pelvis, paint_rectum, smooth_field, tissue_table
+from .anatomy import FINEST, Grid, draw_body, ellipsoid, make_grid, paint_gland, paint_nodules, paint_pelvis, paint_rectum, smooth_field, tissue_table
 
 # %% ../../nbs/11_phantom.ipynb #2799b441
 def spin_echo(
@@ -65,9 +66,9 @@ def draw_focus(
     "Place one lesion or mimic and draw its tissue."
     pick = lambda row: row[kind]
     diameter = float(np.clip(pick((9, 10, 15.5)) * np.exp(0.28 * rng.standard_normal()), 6.5, 26))
-    t2 = pick((108, 102, 94)) + pick((10, 9, 9)) * rng.standard_normal()
-    adc = pick((1300, 1150, 900)) + pick((150, 120, 130)) * rng.standard_normal()
-    dense, side = rng.uniform(*pick(((0.35, 0.9), (0.65, 1.0), (0.8, 1.0)))), rng.choice((-1, 1))
+    t2 = pick((108, 102, 97)) + pick((10, 9, 9)) * rng.standard_normal()
+    adc = pick((1300, 1050, 760)) + pick((150, 110, 130)) * rng.standard_normal()
+    dense, side = rng.uniform(*pick(((0.35, 0.9), (0.7, 1.0), (0.85, 1.0)))), rng.choice((-1, 1))
     z = body["c"] * rng.uniform(-0.5, 0.5)
     if rng.uniform() < 0.7:
         angle, out = rng.uniform(0.25, 1.5), 0.8 * np.sqrt(1 - abs(z / body["c"])**2.5)
@@ -77,7 +78,7 @@ def draw_focus(
         t2, angle = 0.86 * t2, 0.0
         centre = (z, body["b"] * rng.uniform(-0.75, -0.15), side * body["a"] * body["ta"] * rng.uniform(0.15, 0.75))
         shape = (0.50, 0.40, 0.62)
-    return Focus(centre, tuple(diameter * s for s in shape), side * angle, t2, max(adc, 600), dense, kind)
+    return Focus(centre, tuple(diameter * s for s in shape), side * angle, t2, max(adc, 500), dense, kind)
 
 # %% ../../nbs/11_phantom.ipynb #29f8c0e2
 def infiltrate(
@@ -91,7 +92,7 @@ def infiltrate(
     "Mix a focus into the tissue, with a soft irregular border."
     box, r2 = ellipsoid(grid, focus.centre, focus.half, focus.turn)
     r = np.sqrt(r2) * (1 + 0.12 * texture[box])
-    share = np.float32(focus.dense) / (1 + np.exp(np.clip((r - 1) * np.float32(3 * focus.half[1]), -30, 30))) * where[box]
+    share = np.float32(focus.dense) / (1 + np.exp(np.clip((r - 1) * np.float32(4 * focus.half[1]), -30, 30))) * where[box]
     own = np.exp(np.float32(0.08) * texture[box])
     t2[box] += share * (np.float32(focus.t2) * own - t2[box])
     adc[box] += share * (np.float32(focus.adc) * own - adc[box])
@@ -116,7 +117,24 @@ def tissue_maps(
     adc *= np.exp(cv_adc * (np.float32(0.7) * middle + np.float32(0.7) * other))
     return pd, t2, adc, seen
 
-# %% ../../nbs/11_phantom.ipynb #0d530a18
+# %% ../../nbs/11_phantom.ipynb #9c9475e7
+class Frame(NamedTuple):
+    "What is drawn first of a patient."
+    body: dict; table: list; grid: Grid  # sizes, tissue rows, space
+    rngs: list  # of shapes, fields and foci
+
+def draw_frame(
+    seed: np.random.SeedSequence,  # the patient's; made anew, since spawning changes it
+    size: tuple[int, int, int],  # (d, h, w) voxels
+    spacing: tuple[float, float, float],  # (d, h, w) mm
+    finest: tuple[float, float, float] = FINEST,  # (d, h, w) mm, of the grid to draw on
+) -> Frame:
+    "Sizes, tissues and space of one patient: the same on every grid."
+    rngs = [np.random.default_rng(s) for s in seed.spawn(3)]
+    body, table = draw_body(rngs[0]), tissue_table(rngs[0])
+    return Frame(body, table, make_grid(size, spacing, tuple(body[f"shift_{k}"] for k in "zyx"), rngs[1], finest), rngs)
+
+# %% ../../nbs/11_phantom.ipynb #207f80ce
 def draw_patient(
     seed: np.random.SeedSequence,  # the patient's
     kind: int,  # grade 0, 1 or 2
@@ -124,9 +142,7 @@ def draw_patient(
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> Patient:
     "Anatomy and tissue of one patient, before any scanner."
-    shape_rng, field_rng, focus_rng = (np.random.default_rng(s) for s in seed.spawn(3))
-    body, table = draw_body(shape_rng), tissue_table(shape_rng)
-    grid = make_grid(size, spacing, tuple(body[f"shift_{k}"] for k in "zyx"), field_rng)
+    body, table, grid, (shape_rng, field_rng, focus_rng) = draw_frame(seed, size, spacing)
     fine, middle, other = (smooth_field(field_rng, grid, p) for p in (2.2, 6.0, 4.0))
     tissue = np.zeros(grid.z.shape, np.uint8)
     paint_pelvis(tissue, grid, body)
@@ -144,7 +160,7 @@ def draw_patient(
         if focus.kind: lesion[box] |= mask
     return Patient(pd, t2, adc, seen, zones, lesion, tissue, grid, body, foci)
 
-# %% ../../nbs/11_phantom.ipynb #e59c2f3d
+# %% ../../nbs/11_phantom.ipynb #2e4ab460
 SCANNERS = (
     dict(te_t2=101, te_dwi=64, gain_t2=640, gain_dwi=190, noise_t2=0.012, noise_dwi=0.024, shading=0.08, blur=0.9),
     dict(te_t2=94, te_dwi=72, gain_t2=480, gain_dwi=130, noise_t2=0.018, noise_dwi=0.030, shading=0.15, blur=1.1),
@@ -152,7 +168,7 @@ SCANNERS = (
 )
 BVALUES, EXCITATIONS = (50, 400, 800, 1400), (1, 2, 4, 10)  # s/mm2; averages of each
 
-# %% ../../nbs/11_phantom.ipynb #4d79a3f3
+# %% ../../nbs/11_phantom.ipynb #0576e563
 def to_voxels(
     x: np.ndarray,  # (d, h, w) of the fine grid
     fine: tuple[int, int, int],  # fine voxels per voxel
@@ -162,12 +178,13 @@ def to_voxels(
     for axis, k in enumerate(fine): x = sum(x[(slice(None),) * axis + (slice(i, None, k),)] for i in range(k)) / np.float32(k)
     return x
 
-# %% ../../nbs/11_phantom.ipynb #67f5c2fb
+# %% ../../nbs/11_phantom.ipynb #6ba1ae38
 def scan(
     patient: Patient,
     scanner: dict,  # a row of SCANNERS
     rng: np.random.Generator,
     spacing: tuple[float, float, float],  # (d, h, w) mm of the voxels
+    bend: Callable[[np.ndarray], np.ndarray] | None = None,  # what the readout does to the noiseless DWI (b, d, h, w)
 ) -> np.ndarray:  # (3, d, h, w): T2w a.u., high-b DWI a.u., ADC 1e-6 mm2/s
     "Scan a patient: signals on the fine grid, partial volume, shading, Rician noise, ADC fit."
     voxels = lambda x: to_voxels(x, patient.grid.fine)
@@ -176,13 +193,14 @@ def scan(
     t2w = rician(gain_t2 * shading[0] * voxels(spin_echo(patient.pd, patient.t2, scanner["te_t2"])), gain_t2 * scanner["noise_t2"], rng)
     s0 = spin_echo(patient.pd * patient.seen, patient.t2, scanner["te_dwi"])
     dwi = np.stack([voxels(s0 * diffusion_weighting(patient.adc, b)) for b in BVALUES])
+    if bend: dwi = bend(dwi)
     sigma = gain_dwi * scanner["noise_dwi"] / np.sqrt(np.array(EXCITATIONS, np.float32)).reshape(4, 1, 1, 1)
     dwi = rician(gain_dwi * shading[1] * dwi, sigma, rng)
     dwi = gaussian_filter(dwi, (0, 0, scanner["blur"] / spacing[1], scanner["blur"] / spacing[2]), truncate=3)
     adc = fit_adc(dwi[:3], BVALUES[:3]) * (dwi[0] > 3 * sigma[0])  # the vendor's map is 0 where there is no signal
     return np.stack([t2w, dwi[3], adc]).astype(np.float32)
 
-# %% ../../nbs/11_phantom.ipynb #d2e5eaa5
+# %% ../../nbs/11_phantom.ipynb #c3c66b55
 GRADES = ("no cancer", "indolent (ISUP 1)", "clinically significant (ISUP 2-5)")
 BLOCK = (0, 0, 0, 1, 1, 2, 2, 2, 2, 2)  # grades of ten consecutive cases, in random order
 
@@ -194,20 +212,29 @@ class PhantomCase(NamedTuple):
     grade: int  # index into GRADES
     scanner: int  # index into SCANNERS
 
-# %% ../../nbs/11_phantom.ipynb #41bab1d9
+# %% ../../nbs/11_phantom.ipynb #f113567d
+def case_seeds(
+    seed: int,  # of the cohort
+    index: int,  # of the case
+) -> list[np.random.SeedSequence]:  # of the patient and of the scan
+    "Seeds of one case."
+    return np.random.SeedSequence((seed, index)).spawn(2)
+
+# %% ../../nbs/11_phantom.ipynb #4d38d302
 def phantom_case(
     seed: int,  # of the cohort
     index: int,  # of the case; a case is the same whatever else is drawn
     size: tuple[int, int, int] = (12, 64, 64),  # (d, h, w) voxels
     spacing: tuple[float, float, float] = (4.0, 1.5, 1.5),  # (d, h, w) mm
+    bend: Callable[[np.ndarray], np.ndarray] | None = None,  # see `scan`; None: no distortion
 ) -> PhantomCase:
     "Draw and scan case `index` of cohort `seed`."
     block = np.random.default_rng(np.random.SeedSequence((seed, index // len(BLOCK), 7)))
     grade = int(block.permutation(BLOCK)[index % len(BLOCK)])
-    body_seed, scan_seed = np.random.SeedSequence((seed, index)).spawn(2)
+    body_seed, scan_seed = case_seeds(seed, index)
     patient, rng = draw_patient(body_seed, grade, size, spacing), np.random.default_rng(scan_seed)
     scanner = int(rng.integers(len(SCANNERS)))
-    volume = scan(patient, SCANNERS[scanner], rng, spacing)
+    volume = scan(patient, SCANNERS[scanner], rng, spacing, bend)
     share = lambda mask: to_voxels(mask, patient.grid.fine) >= 0.5
     label = share(patient.zones > 0).astype(np.uint8)
     label[share(patient.lesion)] = 2
