@@ -5,7 +5,7 @@ STUDY   ?= phantom
 BIN     := .venv/bin
 READY   := .venv/.ready
 
-.PHONY: report test lab bench browser readme clean help
+.PHONY: report test lab bench programs readme clean help
 
 help:
 	@echo "make report [STUDY=phantom|hippocampus|my.yaml] [VFM_DATA=folder]   run a study and build its site"
@@ -23,17 +23,19 @@ $(READY): settings.ini setup.py
 report: $(READY)
 	@$(BIN)/vfm run $(STUDY); ran=$$?; [ $$ran -le 1 ] || exit $$ran; $(BIN)/vfm site $(STUDY) && exit $$ran
 
-test: $(READY) browser
+test: $(READY) programs
 	@echo "1/3 export check"; before=$$(mktemp -d); cp -r vfm_notes $$before/; $(BIN)/nbdev_export; \
 	diff -r -x __pycache__ $$before/vfm_notes vfm_notes || { echo "vfm_notes/ was not what nbs/ exports: run nbdev_export and commit both."; exit 1; }
 	@echo "2/3 notebook tests"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|runs|report|studies)' --timing
 	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-# The site is tested in a real browser. On a Debian machine where we are root it is installed; elsewhere those tests skip and say so.
-browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	{ echo "Browser: installing Debian's chromium for the site tests"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
-	|| echo "Browser: no chromium here, the site tests will be skipped"; }
+# The site is tested in a real browser, batches on a real Slurm of one node. On a Debian machine where we are root they are installed; elsewhere those tests skip and say so.
+programs:
+	@missing=""; command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="chromium chromium-driver"; \
+	command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v munged >/dev/null || missing="$$missing slurm-wlm munge"; \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	{ echo "Programs for tests: installing Debian's $$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; }; } \
+	|| echo "Programs for tests: no $$missing here, their tests will be skipped"
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/00_tour.ipynb
