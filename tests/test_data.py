@@ -1,10 +1,12 @@
 """Cohorts, volumes, real data sets and normalisation: laws of splitting, and bad input made as real files."""
 import gzip
+import importlib.util
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +16,8 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 
 from vfm_notes.data import cohort as cohort_module
-from vfm_notes.data.cohort import Cohort, CohortCard, cache_file, check_arguments, content_hash, load_cohort, problems, read_cohort, split_by_patient, stratified_order, validate, write_cohort
+from vfm_notes.data.cache import cache_folder, cache_key, cohort_maker, read_cohort
+from vfm_notes.data.cohort import Cohort, CohortCard, check_arguments, content_hash, load_cohort, problems, split_by_patient, stratified_order, validate
 from vfm_notes.data.datasets import HIPPOCAMPUS, PROSTATES
 from vfm_notes.data.loader import RULES, batches, cohort_moments, moments, normalise, standardise
 from vfm_notes.data.volume import centre_of, crop_or_pad, grid_around, read_image, read_mask, resample, to_array
@@ -162,29 +165,38 @@ def test_load_twice_is_the_same_and_makes_once(runs_root, monkeypatch):
     assert again.hash() == first.hash() and again.card == first.card and np.array_equal(again.zones, first.zones)
 
 
-def test_a_damaged_cache_is_made_again(runs_root):
+@pytest.mark.parametrize("how", ["cut", "one bit", "no text", "one array missing", "other shape"])
+def test_a_damaged_cache_is_made_again(runs_root, how):
     first = load_cohort("phantom", **TINY, n={"train": 3})
-    path, = (runs_root/"cache").iterdir()
-    path.write_bytes(path.read_bytes()[:5000])
-    assert read_cohort(path) is None
-    assert load_cohort("phantom", **TINY, n={"train": 3}).hash() == first.hash()
-    assert read_cohort(path).hash() == first.hash(), "and repaired"
+    content, (folder,) = first.hash(), (runs_root/"cache").iterdir()
+    raw = (folder/"volumes.npy").read_bytes()
+    del first
+    match how:
+        case "cut": (folder/"volumes.npy").write_bytes(raw[:5000])
+        case "one bit": (folder/"volumes.npy").write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+        case "no text": (folder/"cohort.json").write_text((folder/"cohort.json").read_text()[:-9])
+        case "one array missing": (folder/"labels.npy").unlink()
+        case "other shape": np.save(folder/"zones.npy", np.zeros((2, 4, 16, 16), np.uint8))
+    assert read_cohort(folder) is None
+    assert load_cohort("phantom", **TINY, n={"train": 3}).hash() == content
+    assert read_cohort(folder).hash() == content, "and repaired"
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "savez", lambda f, **k: (f.write(b"half"), (_ for _ in ()).throw(OSError("disk full"))))
-    with pytest.raises(OSError): write_cohort(toy(), tmp_path/"x.npz")
-    assert list(tmp_path.iterdir()) == []
+def test_a_failed_write_leaves_nothing(runs_root, monkeypatch):
+    monkeypatch.setattr(np, "save", lambda path, values: (Path(path).write_bytes(b"half"), (_ for _ in ()).throw(OSError("disk full"))))
+    with pytest.raises(OSError): load_cohort("phantom", **TINY, n={"train": 3})
+    assert list((runs_root/"cache").iterdir()) == []
 
 
 def test_the_cache_key_knows_arguments_and_code(runs_root, monkeypatch, tmp_path):
     base = {**check_arguments(**TINY, n={"train": 3}), "seed": 0}
-    keys = {cache_file("phantom", a) for a in (base, {**base, "seed": 1}, {**base, "n": {"train": 4}}, {**base, "size": (4, 16, 17)}, {**base, "spacing": (4.0, 3.0, 3.1)})}
+    key = lambda a: cache_key("phantom", cohort_maker("phantom"), a, False)
+    keys = {key(a) for a in (base, {**base, "seed": 1}, {**base, "n": {"train": 4}}, {**base, "size": (4, 16, 17)}, {**base, "spacing": (4.0, 3.0, 3.1)})}
     assert len(keys) == 5
-    changed = tmp_path/"phantom.py"
-    changed.write_text(Path(sys.modules["vfm_notes.data.phantom"].__file__).read_text() + "\n# another version\n")
-    monkeypatch.setattr(sys.modules["vfm_notes.data.phantom"], "__file__", str(changed))
-    assert cache_file("phantom", base) not in keys
+    changed, find = tmp_path/"phantom.py", importlib.util.find_spec
+    changed.write_text(Path(find("vfm_notes.data.phantom").origin).read_text() + "\n# another version\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda m: SimpleNamespace(origin=str(changed)) if m == "vfm_notes.data.phantom" else find(m))
+    assert key(base) not in keys
 
 
 def test_growing_one_split_keeps_the_others(runs_root):
@@ -199,7 +211,7 @@ def test_growing_one_split_keeps_the_others(runs_root):
     (dict(n={"trian": 3}), "Did you mean 'train'?"), (dict(n={"train": -1}), "expected a whole number"), (dict(n={"train": 1.5}), "expected a whole number"), (dict(n={}), "needs a number of cases")])
 def test_senseless_arguments_are_refused(runs_root, change, words):
     assert words in message(load_cohort, "phantom", **{**TINY, "n": {"train": 2}, **change})
-    assert not runs_root.exists() or not list(runs_root.rglob("*.npz"))
+    assert not runs_root.exists() or not list(runs_root.rglob("*.npy"))
 
 
 def test_an_unknown_cohort_names_the_nearest(runs_root):
@@ -330,7 +342,7 @@ def test_real_data_needs_its_folder(runs_root, tmp_path, monkeypatch):
     for name in ("hippocampus", "prostate_cases"): assert "VFM_DATA is not set" in message(load_cohort, name, (32, 48, 32), (1, 1, 1), {"test": 2})
     monkeypatch.setenv("VFM_DATA", str(tmp_path))
     assert HIPPOCAMPUS in message(load_cohort, "hippocampus", (32, 48, 32), (1, 1, 1), {"test": 2})
-    assert not list(runs_root.rglob("*.npz"))
+    assert not list(runs_root.rglob("*.npy"))
 
 
 def fake_hippocampus(root: Path, n: int = 6) -> Path:
@@ -365,14 +377,14 @@ def test_all_bad_cases_of_a_folder_are_told_at_once(runs_root, tmp_path, monkeyp
     nifti(folder/"labels"/"h4.nii.gz", np.ones((35, 50, 30), np.uint8))
     text = message(load_cohort, "hippocampus", (32, 48, 32), (1, 1, 1), {"train": 6})
     assert "3 bad cases" in text and all(w in text for w in ("h1.nii.gz does not exist", "h3.nii.gz has the values 9", "h4.nii.gz has 35x50x30 voxels, its image 35x50x36"))
-    assert not list(runs_root.rglob("*.npz")), "nothing half written"
+    assert not list(runs_root.rglob("*.npy")), "nothing half written"
 
 
 def test_a_copied_case_is_a_leak(runs_root, tmp_path, monkeypatch):
     monkeypatch.setenv("VFM_DATA", str(tmp_path))
     folder = fake_hippocampus(tmp_path)
     shutil.copy(folder/"images"/"h0.nii.gz", folder/"images"/"h5.nii.gz")
-    assert "have the same t1w" in message(load_cohort, "hippocampus", (32, 48, 32), (1, 1, 1), {"train": 3, "test": 3})
+    assert "has the same t1w as" in message(load_cohort, "hippocampus", (32, 48, 32), (1, 1, 1), {"train": 3, "test": 3})
 
 
 @pytest.mark.parametrize("text, words", [("name\nh1\n", "expected one named 'case'"), ("case\nh1\nh1\n", "lists h1 more than once")])
