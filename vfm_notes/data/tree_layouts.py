@@ -59,8 +59,8 @@ def one_of(
 ) -> Path:
     "The one series that fits, or what to do about none or several."
     if not fits: raise VfmError(f"{who} has no series for {sequence}; it has {', '.join(sorted(set(have))) or 'no series at all'}.")
-    if len(fits) > 1 and repeat == "refuse": raise VfmError(f"{who} has {len(fits)} series for {sequence}: {', '.join(f'{d} (number {n}, {p.name})' for p, d, n in fits)}; expected one, set repeat to 'first' or 'last' (by number).")
     ordered = sorted(fits, key=lambda f: f[2])
+    if len(fits) > 1 and repeat == "refuse": raise VfmError(f"{who} has {len(fits)} series for {sequence}: {', '.join(f'{d} (number {n}, {p.name})' for p, d, n in ordered)}; expected one, set repeat to 'first' or 'last' (by number).")
     return ordered[-1 if repeat == "last" else 0][0]
 
 # %% ../../nbs/181_tree_layouts.ipynb #df59886e
