@@ -258,7 +258,7 @@ def decoded(
     return folder
 
 # %% ../../nbs/125_cache.ipynb #0b026b43
-ENTRIES = ("vfm_notes.data.datasets",)  # modules that register cohorts; not imported before one is asked for
+ENTRIES = ("vfm_notes.data.datasets", "vfm_notes.data.sulcus_cohort")  # modules that register cohorts; not imported before one is asked for
 
 def manifest_folder(
     name: str,  # a path, or a name under VFM_DATA
@@ -276,7 +276,8 @@ def cohort_maker(
     for module in () if name in cohorts else ENTRIES: importlib.import_module(module)
     folder = None if name in cohorts else manifest_folder(name)
     if folder:
-        from vfm_notes.data.manifest import manifest_plan, read_manifest
+        from vfm_notes.data.decode import manifest_plan
+        from vfm_notes.data.manifest import read_manifest
         return partial(manifest_plan, read_manifest(folder)), {"plan": True}
     try: return cohorts[name], cohorts.card(name)
     except VfmError as e: raise VfmError(f"{e} Or give a folder with manifest.csv and card.yaml: its path, or its name under VFM_DATA.") from None

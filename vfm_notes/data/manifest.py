@@ -7,16 +7,16 @@ __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'FREE', 'Manifest',
            'read_manifest', 'write_manifest', 'mask_columns', 'known_columns', 'table_problems', 'located',
            'file_problem', 'grade_index', 'row_problems', 'found_problems', 'manifest_problems']
 
-# %% ../../nbs/17_manifest.ipynb #3ffa95f7
+# %% ../../nbs/17_manifest.ipynb #3360b00e
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
-from .cohort import SPLITS, Cohort, CohortCard
+from .cohort import SPLITS, CohortCard
+from .volume import split_address
 from ..foundation.registry import Registry, VfmError, nearest
 from ..foundation.spec import from_values
 
@@ -63,7 +63,7 @@ def read_card(
     return card, more
 
 TEXT, WORDS = "text (in quotes where YAML reads something else)", "a list of texts (in quotes where YAML reads something else)"
-CARD_TYPES = dict(sequences=WORDS, classes="'background' and the names of the other classes", grades=WORDS, targets=WORDS, spacing="three numbers of mm [d, h, w]", non_commercial="true or false")
+CARD_TYPES = dict(sequences=WORDS, classes="'background' and the names of the other classes", grades=WORDS, targets=WORDS, spacing="three numbers of mm [d, h, w]", non_commercial="true or false", empty_labels="true or false")
 
 def card_type(key: str, value) -> bool:
     "Whether the value of a card's field is of the right type."
@@ -73,7 +73,7 @@ def card_type(key: str, value) -> bool:
         case "classes": return words and value[:1] == ("background",)
         case "grades" | "targets": return words
         case "spacing": return isinstance(value, tuple) and len(value) == 3 and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in value)
-        case "non_commercial": return isinstance(value, bool)
+        case "non_commercial" | "empty_labels": return isinstance(value, bool)
     return isinstance(value, str)
 
 # %% ../../nbs/17_manifest.ipynb #533d63eb
@@ -146,16 +146,15 @@ def table_problems(
 def located(
     root: Path,
     cell: str,  # path, or path#part
-) -> tuple[Path, str]:  # file or folder; part
+) -> str:  # the same from the root on
     "Where a cell of the table points to, without following links."
-    path, _, part = cell.partition("#")
-    return Path(os.path.normpath(root/path)), part
+    return os.path.normpath(root/cell)
 
 def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when all is well
     "What is wrong with one path, told without opening the file."
     if not cell: return f"{column} is missing, expected a path" + " (or 'none' where the structure is known to be absent)" * column.startswith("mask_")
     if cell == "none" and column.startswith("mask_"): return ""
-    path, _ = located(manifest.root, cell)
+    path, _ = split_address(located(manifest.root, cell))
     if not path.is_relative_to(manifest.root): return f"{column} is {cell}, which lies outside the root {manifest.root}; expected a path inside it"
     return "" if path.exists() else f"{column}: {path} does not exist"
 
