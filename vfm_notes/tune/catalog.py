@@ -12,6 +12,7 @@ import vfm_notes.backbones.profound_layouts
 import vfm_notes.backbones.promptable
 import vfm_notes.backbones.provicnet
 import vfm_notes.backbones.provicnet_layouts
+import vfm_notes.backbones.sulcal
 import vfm_notes.backbones.volumetric
 import vfm_notes.data.datasets
 import vfm_notes.data.phantom
@@ -20,6 +21,7 @@ import vfm_notes.pretrain.contrast
 import vfm_notes.pretrain.reconstruction
 import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
+import vfm_notes.shift.scores
 import vfm_notes.tune.image_task
 import vfm_notes.tune.strategy
 import vfm_notes.tune.task
