@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from .volume import check_values
+from .volume import check_values, split_address
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/135_picture.ipynb #7f38816b
@@ -191,8 +191,8 @@ def read_picture(
     size: tuple[int, int] | None = None,  # (h, w) to resize to; None keeps the picture's
 ) -> np.ndarray:  # (c, 1, h, w) float32; 0 to 1 where the file has unsigned integers
     "Read one picture, checked."
-    name, _, part = os.fspath(path).partition("#")
-    where, channel = Path(name), part
+    where, part = split_address(path)
+    channel = part
     if where.suffix.lower() == ".npz": part, channel = "/".join(part.split("/")[:2]), "/".join(part.split("/")[2:])
     else: part = ""
     if not where.is_file(): check_picture(where)
