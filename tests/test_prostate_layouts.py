@@ -1,6 +1,9 @@
 """Layouts of prostate collections: each reads its example, and a broken source is told in one error that lists everything."""
+import atexit
 import json
 import shutil
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,12 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from vfm_notes.data import prostate_layouts, table_layouts, tree_layouts
+from vfm_notes.data import prostate_layouts
+from vfm_notes.data.cohort import load_cohort, problems
+from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.dicom import write_series
 from vfm_notes.data.manifest import layouts, manifest_problems, read_manifest, write_manifest
-from vfm_notes.data.prostate_layouts import GRADES, PICAI_LESIONS, picai, prostate158, toy_case
+from vfm_notes.data.prostate_layouts import PICAI_LESIONS, picai, prostate158, toy_case
 from vfm_notes.data.table_layouts import TABLE_EXAMPLE, msd, profound, table
 from vfm_notes.data.tree_layouts import bids, prostatex
 from vfm_notes.data.volume import read_image, split_address, to_array
@@ -20,10 +25,18 @@ from vfm_notes.foundation.registry import VfmError
 OURS = [name for name in layouts if layouts[name].__module__.split(".")[-1] in ("prostate_layouts", "tree_layouts", "table_layouts")]
 
 
-def source(name: str, folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
+@lru_cache
+def made(name: str) -> Path:
+    "The example of a layout, written once."
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     layouts.card(name)["example"](folder)
     return folder
+
+
+def source(name: str, folder: Path) -> Path:
+    "A copy of the example, to be spoiled."
+    return Path(shutil.copytree(made(name), folder, dirs_exist_ok=True))
 
 
 def imported(name: str, folder: Path, **options):
@@ -325,19 +338,44 @@ def test_profounds_sheets(tmp_path):
 
 # real
 
-def picai_tree(real: Path, root: Path, sample: bool) -> Path:
-    "The real cases as PI-CAI keeps them, by links."
-    cases = {"11373_1001396": (real/"prostatex_0000", 3), "10795_1000811": (real/"prostatex_0001", 1)}
-    files = {"t2w": "t2_tra", "adc": "adc", "hbv": "hbv", "cor": "t2_cor", "sag": "t2_sag", "lesion": "cspca_human", "gland": "gland_Bosma22b", "zones": "zones_HeviAI23"}
-    if sample: cases["10001_1000001"] = (real/"provicnet_picai_sample", 3)
-    rows = []
-    for case, (folder, isup) in cases.items():
-        names = dict(t2w="t2", adc="adc", hbv="dwi", lesion="lesions", gland="mask") if folder.name.startswith("provicnet") else files
-        for ours, theirs in names.items():
-            place = {"lesion": root/"picai_labels"/PICAI_LESIONS["human"], "gland": root/"picai_labels"/prostate_layouts.PICAI_GLANDS["Bosma22b"], "zones": root/"picai_labels"/prostate_layouts.PICAI_ZONES["HeviAI23"]}.get(ours, root/"images"/case.split("_")[0])
-            place.mkdir(parents=True, exist_ok=True)
-            (place/f"{case}{'' if ours in ('lesion', 'gland', 'zones') else '_' + ours}.nii.gz").symlink_to(folder/f"{theirs}.nii.gz")
+REAL = {"11373_1001396": ("prostatex_0000", 3), "10795_1000811": ("prostatex_0001", 1), "10001_1000001": ("provicnet_picai_sample", 3)}  # case → folder, ISUP grade
+REAL_FILES = {"t2w": "t2_tra", "adc": "adc", "hbv": "hbv", "cor": "t2_cor", "sag": "t2_sag", "lesion": "cspca_human", "gland": "gland_Bosma22b", "zones": "zones_HeviAI23"}
+SAMPLE_FILES = {"t2w": "t2", "adc": "adc", "hbv": "dwi", "lesion": "lesions", "gland": "mask"}
+
+def picai_tree(real: Path, root: Path) -> Path:
+    "The real cases as PI-CAI keeps them, by links; the sample has no zones, so its are empty."
+    labels, rows = root/"picai_labels", []
+    places = {"lesion": labels/PICAI_LESIONS["human"], "gland": labels/prostate_layouts.PICAI_GLANDS["Bosma22b"], "zones": labels/prostate_layouts.PICAI_ZONES["HeviAI23"], "": labels/"clinical_information"}
+    for p in places.values(): p.mkdir(parents=True)
+    for case, (folder, isup) in REAL.items():
+        (root/"images"/case.split("_")[0]).mkdir(parents=True)
+        for what, name in (SAMPLE_FILES if "sample" in folder else REAL_FILES).items():
+            (places[what]/f"{case}.nii.gz" if what in places else root/"images"/case.split("_")[0]/f"{case}_{what}.nii.gz").symlink_to(real/folder/f"{name}.nii.gz")
         rows.append(dict(zip(("patient_id", "study_id"), case.split("_"))) | dict(case_ISUP=isup, case_csPCa="YES" if isup > 1 else "NO"))
-    (root/"picai_labels"/"clinical_information").mkdir()
-    pd.DataFrame(rows).to_csv(root/"picai_labels"/"clinical_information"/"marksheet.csv", index=False)
+    sitk.WriteImage(sitk.ReadImage(str(real/"provicnet_picai_sample"/"mask.nii.gz")) * 0, str(places["zones"]/"10001_1000001.nii.gz"))
+    pd.DataFrame(rows).to_csv(places[""]/"marksheet.csv", index=False)
     return root
+
+
+def test_real_cases_read_the_same_through_the_layout(runs_root, real_data, tmp_path, monkeypatch):
+    "The three real prostates as a PI-CAI folder of links give the volumes of the registered cohort."
+    monkeypatch.setenv("VFM_DATA", str(real_data))
+    grid = dict(size=(12, 64, 64), spacing=(4, 1.5, 1.5))
+    expected = load_cohort("prostate_cases", **grid, n={})
+    manifest = picai(picai_tree(real_data, tmp_path/"picai"))
+    assert manifest_problems(manifest) == [] and manifest.table["case"].tolist() == sorted(REAL)
+    cohort = manifest_cohort(read_manifest(write_manifest(manifest, tmp_path/"cohort")), **grid, n={"test": 3})
+    for i, name in enumerate(cohort.names):
+        k = list(REAL).index(name)
+        turned = name == "11373_1001396"  # here the image and its mask, whose axes the registered cohort takes, are turned against each other by 0.0002 rad
+        for mine, theirs in zip(cohort.volumes[i], expected.volumes[k]): np.testing.assert_allclose(mine, theirs, atol=0.05 * theirs.std() if turned else 1e-3)
+        for mine, theirs in ((cohort.labels[i], expected.labels[k]), (cohort.zones[i], expected.zones[k])): assert (mine != theirs).mean() <= 1e-4 * turned
+        assert cohort.grade[i] == expected.grade[k]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_example_becomes_a_cohort(runs_root, tmp_path, name):
+    manifest = imported(name, source(name, tmp_path))
+    n = {} if "split" in manifest.table else {"train": 1, "test": 1}
+    cohort = manifest_cohort(manifest, size=(4, 12, 12), spacing=(6, 3, 3), n=n)
+    assert problems(cohort) == [] and (cohort.labels > 0).any() == (len(manifest.card.classes) > 1) and len(cohort) == (len(manifest) if not n else 2)
