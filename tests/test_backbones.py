@@ -1,5 +1,6 @@
 """The contract of every registered backbone, on its smallest version, and the published layouts."""
 import json
+import re
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ import torch
 pytest.importorskip("monai")
 pytest.importorskip("transformers")
 from vfm_notes.backbones.protocol import backbone_card, build, check_backbone, load
-from vfm_notes.backbones.weights import build_tiny
+from vfm_notes.backbones.weights import build_tiny, normalisation, weights
+from vfm_notes.data.loader import RULES
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.tune import catalog # fills the registries
@@ -21,7 +23,7 @@ def volume(model, batch=2, cells=(2, 2, 2)):
     return torch.randn(batch, model.in_channels, *(max(c * s, 2) for c, s in zip(cells, model.strides[-1])))
 
 
-@pytest.fixture(scope="module", params=[(n, c) for n in NAMES for c in (1, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(scope="module", params=[(n, c) for n in NAMES for c in (1, 3)] + [(n, 2) for n in ("dinov2_small", "resnet50", "seem_focal_t", "double_3d")], ids=lambda p: f"{p[0]}-{p[1]}")
 def model(request):
     torch.manual_seed(0)
     return build_tiny(*request.param)
@@ -36,7 +38,7 @@ def test_shapes_names_and_dtype(model):
 def test_card(model):
     card = model.card
     assert card.name == model.name and card.title and card.source and card.licence and card.sequences
-    assert card.normalisation in {"zscore_nonzero", "none"} and len(card.size) == len(card.spacing) == 3
+    assert card.normalisation in RULES and len(card.size) == len(card.spacing) == 3
     assert card == backbone_card(model.name)
 
 
@@ -87,8 +89,8 @@ def test_state_goes_round(model):
 
 def test_wrong_input_is_refused(model):
     x = volume(model)
-    with pytest.raises(VfmError, match="channels"): model.embed(x.repeat(1, 2, 1, 1, 1))
-    with pytest.raises(VfmError, match="divisible"): model.embed(x[..., :-1])
+    with pytest.raises(VfmError, match=f"pass in_channels={2 * model.in_channels}"): model.embed(x.repeat(1, 2, 1, 1, 1))
+    with pytest.raises(VfmError, match=re.escape(f"pass size={tuple(x.shape[2:])}")): model.embed(x[..., :-1])
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if backbone_card(n).toy])
@@ -103,6 +105,11 @@ def test_the_cards_of_the_report_are_up_to_date(tmp_path):
     catalog.write_cards(tmp_path/"cards.json")
     kept = report_notebooks()[0].parent/"backbones.json"
     assert (tmp_path/"cards.json").read_text() == kept.read_text(), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
+
+
+def test_the_weights_own_rule_comes_before_the_backbones():
+    for name in weights: assert normalisation(name) in RULES, name
+    assert [normalisation(n) for n in ("swin_unetr_48", "swin_unetr_48.ssl", "dinov2_base.rad_dino", "profound_toy.mae")] == ["zscore_nonzero", "unit_range", "cohort", "zscore_nonzero"]
 
 
 def test_unknown_backbone_names_the_nearest():

@@ -1,5 +1,4 @@
 """Lifting image encoders to volumes, and the natural-domain backbones on tiny versions of themselves."""
-import warnings
 
 import pytest
 import torch
@@ -10,14 +9,11 @@ import vfm_notes.backbones.profound_layouts # noqa: F401 (registers)
 import vfm_notes.backbones.promptable # noqa: F401 (registers)
 import vfm_notes.backbones.provicnet_layouts # noqa: F401 (registers)
 from vfm_notes.backbones.lifted import LIFTS, Lifted, inflate
-from vfm_notes.backbones.protocol import backbone_card, check_backbone
 from vfm_notes.backbones.weights import build_tiny, compare, load_weights, weights, weights_card
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.nets.focal import FocalBlock, FocalModulation, FocalNet
 
-NAMES = [*natural.NETS, "dinov2_small_attention", "dinov2_small_triplets", "resnet50_inflated", "seem_focal_t", "efficientnet_lite0", "efficientnet_toy",
-         "lite_medsam", "provicnet_trus", "profound_vit", "profound_convmae", "profound_base"]
-SLICED = [n for n in NAMES if n in natural.NETS or n in ("seem_focal_t", "efficientnet_lite0", "lite_medsam")]
+SLICED = [*natural.NETS, "seem_focal_t", "efficientnet_lite0", "lite_medsam"]
 
 
 def tiny(name, channels, seed=0):
@@ -28,62 +24,6 @@ def tiny(name, channels, seed=0):
 def volume(model, batch=2):
     torch.manual_seed(1)
     return torch.randn(batch, model.in_channels, *(max(2 * s, 2) for s in model.strides[-1]))
-
-
-def contract(name, channels):
-    "What every backbone owes, on its tiny version."
-    model, card = tiny(name, channels).eval(), backbone_card(name)
-    x = volume(model)
-    with torch.no_grad():
-        check_backbone(model, x)
-        vector, parts = model.embed(x), torch.cat([model.embed(x[:1]), model.embed(x[1:])])
-        assert torch.allclose(vector, parts, atol=1e-4), "cases mix"
-        keep = torch.ones(2, 1, *(s // t for s, t in zip(x.shape[2:], model.strides[-1])))
-        keep[:, :, :, :1] = 0
-        noisy = x.clone()
-        noisy[:, :, :, :model.strides[-1][1]] = 7.
-        for a, b in zip(model.masked_pyramid(x, keep), model.masked_pyramid(noisy, keep)): assert torch.equal(a, b), "hidden voxels are seen"
-        again = tiny(name, channels, seed=5).eval()
-        again.load_state_dict(model.state_dict())
-        assert torch.equal(again.embed(x), vector), "a state does not go round"
-    assert all(torch.equal(a, b) for a, b in zip(tiny(name, channels).state_dict().values(), model.state_dict().values())), "same seed, other weights"
-    with pytest.raises(VfmError, match="channels"): model.embed(x[:, :1].repeat(1, channels + 1, 1, 1, 1))
-    if model.strides[-1][2] > 1:
-        with pytest.raises(VfmError, match="divisible"): model.embed(x[..., :-1])
-    assert card.name == model.name and card.title and card.source and card.licence and len(card.size) == len(card.spacing) == 3
-    x = x.requires_grad_()
-    (sum(m.square().mean() for m in model.pyramid(x)) + model.embed(x).square().mean()).backward()
-    assert x.grad.abs().sum() > 0 and torch.isfinite(x.grad).all()
-    reached = [p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad]
-    assert sum(reached) / len(reached) > 0.85, f"{len(reached) - sum(reached)} of {len(reached)} parameters get no gradient"
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_contract(name, channels): contract(name, channels)
-
-
-@pytest.mark.parametrize("name", ["dinov2_small", "resnet50", "seem_focal_t"])
-def test_other_numbers_of_sequences(name): contract(name, 2)
-
-
-@pytest.mark.parametrize("name", ["sam_vit_b", "dinov2_reg_small", "seem_focal_t"])
-def test_bfloat16(name):
-    model = tiny(name, 3).eval()
-    x = volume(model)[:1]
-    with torch.no_grad():
-        vector = model.embed(x)
-        with torch.autocast("cpu", torch.bfloat16): low = model.embed(x)
-        assert torch.isfinite(low).all() and (low.float() - vector).abs().max() < 0.1 * vector.abs().max() + 0.05
-
-
-@pytest.mark.parametrize("name", ["dinov2_small", "resnet50"])
-def test_compile(name):
-    model = tiny(name, 3).eval()
-    x = volume(model)[:1]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert torch.allclose(torch.compile(model, backend="eager")(x), model.embed(x), atol=1e-4)
 
 
 # ---- readings -------------------------------------------------------------------------------------------------------

@@ -3,15 +3,15 @@ import pytest
 import torch
 
 pytest.importorskip("monai")
+import vfm_notes.backbones.sulcal # noqa: F401 (registers)
 import vfm_notes.backbones.volumetric as v
-from test_natural import contract, tiny
-from vfm_notes.backbones.weights import compare, weights
-
-NAMES = ["segresnet_ds", "segresnet_ctfm", "segresnet", "densenet121_3d", "resnet18_3d", "resnet50_3d", "simple_3d", "swin_unetr_24", "swin_unetr_48_v2", "vit_3d"]
+from vfm_notes.backbones.weights import build_tiny, compare, weights
+from vfm_notes.foundation.registry import backbones
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_contract(name): contract(name, 3 if name in ("segresnet_ds", "vit_3d") else 1)
+def tiny(name, channels, seed=0):
+    torch.manual_seed(seed)
+    return build_tiny(name, channels)
 
 
 def test_sequences_start_as_their_mean():
@@ -65,11 +65,10 @@ def test_swin_files_of_three_layouts():
 def test_swin_encoder_equals_swin_unetr():
     from monai.networks.nets import SwinUNETR
     net = SwinUNETR(1, 2, feature_size=12, use_v2=True).eval()
-    model = tiny("simple_3d", 1)
     from monai.networks.nets.swin_unetr import SwinTransformer
     swin = SwinTransformer(1, 12, (7,) * 3, (2, 2, 2), (2,) * 4, (3, 6, 12, 24), spatial_dims=3, use_v2=True).eval()
     state = v.swin_keys(net.state_dict())
-    assert not swin.load_state_dict({k.removeprefix("encoder.model."): t for k, t in state.items()}).missing_keys and model is not None
+    assert not swin.load_state_dict({k.removeprefix("encoder.model."): t for k, t in state.items()}).missing_keys
     x = torch.randn(1, 1, 32, 32, 32)
     with torch.no_grad(): assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(swin(x), net.swinViT(x, net.normalize)))
 
@@ -99,3 +98,50 @@ def test_segmenter_trains_and_keeps_the_size():
     y.square().mean().backward()
     assert net.net.encoder.conv_init.weight.grad.abs().sum() > 0
     with torch.no_grad(): assert net.eval().windows(torch.randn(1, 1, 5, 20, 20), (8, 16, 16)).shape == (1, 1, 5, 20, 20)
+
+
+# ---- the sulcus study's nets ----------------------------------------------------------------------------------------
+
+def test_diffusion_maps_equal_monai():
+    "The whole U-Net at the same time step, seen from inside."
+    from monai.networks.nets import DiffusionModelUNet
+    model = tiny("diffusion_unet", 1).eval()
+    whole = DiffusionModelUNet(3, 1, 1, 2, [8, 8, 16], (False, False, True), norm_num_groups=4, num_head_channels=8).eval()
+    assert not whole.load_state_dict(model.encoder.model.state_dict(), strict=False).unexpected_keys
+    seen, x = {}, torch.randn(2, 1, 16, 8, 32)
+    for name, part in (("first", whole.down_blocks[0].resnets[-1]), ("second", whole.down_blocks[1].resnets[-1]), ("middle", whole.middle_block)):
+        part.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        for step in (0, 300):
+            model.encoder.model.time.fill_(step)
+            whole(x, torch.full((2,), step))
+            maps, vector = model.encoder(x)
+            assert all(torch.allclose(m, seen[k], atol=1e-5) for m, k in zip(maps, seen)), step
+    assert torch.allclose(vector.reshape(2, 16, 2, 2, 2), torch.nn.functional.max_pool3d(seen["middle"], (2, 1, 4)), atol=1e-5)
+    assert not torch.allclose(backbones["diffusion_unet"](1, tiny=True, time=300).encoder.model.time, torch.tensor([0]))
+
+
+def test_swin_mt_is_swin_unetr_without_its_deepest_level():
+    deep, shallow = tiny("swin_unetr_24", 1).eval(), tiny("swin_mt", 1, 1).eval()
+    report = compare(deep.state_dict(), shallow)
+    assert report.share == 1 and all(".layers4." in k for k in report.unexpected)
+    shallow.load_state_dict({k: v for k, v in deep.state_dict().items() if ".layers4." not in k})
+    x = torch.randn(1, 1, 32, 32, 32)
+    with torch.no_grad(): assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(shallow.encoder(x)[0], deep.encoder(x)[0]))
+
+
+def test_published_sizes_of_the_sulcus_nets():
+    "What the facts of the study count: 1536 numbers for SwinMT's head and 512 for the diffusion net's; 15376 for the attention."
+    assert backbones["swin_mt"]().embed_dim == 1536 and backbones["diffusion_unet"]().embed_dim == 512
+    net = backbones["simple_mhl"]()
+    assert net.embed_dim == 1024 and net.encoder.head.attention.out.out_features == 124 ** 2 and net.encoder.head.read.out_channels == 90
+
+
+def test_second_stream_is_seen_through_attention_alone():
+    model = tiny("double_3d", 2).eval()
+    x = torch.randn(1, 2, 16, 16, 32)
+    other = x.clone()
+    other[:, 1] += torch.randn_like(other[:, 1])
+    with torch.no_grad(): a, b, va, vb = *(model.pyramid(t)[-1] for t in (x, other)), *(model.embed(t) for t in (x, other))
+    half = model.widths[-1] // 2
+    assert torch.equal(a[:, :half], b[:, :half]) and not torch.allclose(a[:, half:], b[:, half:]) and not torch.allclose(va, vb)

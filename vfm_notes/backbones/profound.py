@@ -43,9 +43,10 @@ class ProFound(Backbone):
            note="dense; the published weights carry no values for the final norm")
 def profound_tiny(
     in_channels: int = 3, # input sequences
+    tiny: bool = False, # a version for tests
 ) -> ProFound: # 29,311,680 parameters with three sequences
     "ProFound's published encoder with random weights."
-    return ProFound("profound_tiny", in_channels)
+    return ProFound("profound_tiny", in_channels, **(dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64), kernel=3) if tiny else {}))
 
 # %% ../../nbs/32_profound.ipynb #9dbf922f
 @backbones("profound_toy", title="ProFound toy", family="reconstruction", toy=True,

@@ -69,9 +69,10 @@ class ProViCNet(Backbone):
                 "reduces the triplets to three channels and has no published values")
 def provicnet_small(
     in_channels: int = 1, # input sequences
+    tiny: bool = False, # a version for tests
 ) -> ProViCNet:
     "ProViCNet's published encoder with random weights."
-    return ProViCNet("provicnet_small", in_channels)
+    return ProViCNet("provicnet_small", in_channels, **(dict(levels=(1, 2), patch=4, dim=24, depth=2, heads=2, registers=2, grid=4) if tiny else {}))
 
 # %% ../../nbs/33_provicnet.ipynb #2991dcc0
 @backbones("provicnet_toy", title="ProViCNet toy", family="contrast", toy=True,

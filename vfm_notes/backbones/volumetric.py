@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'NOTE', 'MEDICAL', 'Volumetric', 'turned', 'Steps', 'dense_maps', 'resnet_maps', 'segresnet_ds',
-           'segresnet_ctfm', 'segresnet', 'densenet121_3d', 'resnet_3d', 'resnet18_3d', 'resnet50_3d', 'simple_3d',
-           'swin', 'register_swin', 'FirstPatch', 'vit_3d', 'swin_keys', 'as_model', 'taps_keys', 'Segmenter',
+           'segresnet_ctfm', 'segresnet', 'densenet121_3d', 'resnet_3d', 'resnet18_3d', 'resnet50_3d', 'swin',
+           'register_swin', 'FirstPatch', 'vit_3d', 'swin_keys', 'as_model', 'taps_keys', 'Segmenter',
            'gland_segmenter']
 
 # %% ../../nbs/38_volumetric.ipynb #d6029103
@@ -159,20 +159,7 @@ def resnet18_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return 
 @backbones("resnet50_3d", title="MedicalNet ResNet-50 3D", **MEDICAL)
 def resnet50_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(50, in_channels, tiny)
 
-# %% ../../nbs/38_volumetric.ipynb #70a2252e
-@backbones("simple_3d", title="Simple 3D CNN (sulcus study)", family="supervision", source="arXiv 2405.19204, github.com/ece7048/3Dsulci", size=(160, 190, 90), note=NOTE + "; no published weights",
-           **CARD | dict(licence="MIT"))
-def simple_3d(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
-) -> Volumetric:
-    "Four times convolution, ReLU, pooling."
-    widths = [4, 4, 8, 16] if tiny else [64, 64, 128, 256]
-    net = nn.ModuleList(nn.Sequential(nn.Conv3d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2)) for a, b in zip([1, *widths], widths))
-    def maps(model, x): return [x := stage(x) for stage in model]
-    return Volumetric("simple_3d", Steps(net, maps, widths, [2, 4, 8, 16]), in_channels)
-
-# %% ../../nbs/38_volumetric.ipynb #02fea717
+# %% ../../nbs/38_volumetric.ipynb #3d002fef
 def swin(
     name: str, # registered name
     width: int, # feature_size
@@ -186,7 +173,7 @@ def swin(
     net = SwinTransformer(1, width, (window,) * 3, (2, 2, 2), (2,) * 4 if not tiny else (1,) * 4, heads, spatial_dims=3, use_v2=second)
     return Volumetric(name, Steps(net, lambda m, x: list(m(x)), [width * 2 ** i for i in range(5)], [2, 4, 8, 16, 32], 1), in_channels)
 
-# %% ../../nbs/38_volumetric.ipynb #f4e7ca1b
+# %% ../../nbs/38_volumetric.ipynb #994dbe40
 def register_swin(
     name: str, title: str, # registered name, name for tables
     width: int, second: bool, # feature_size, use_v2
@@ -198,7 +185,7 @@ def register_swin(
 
 for args in (("swin_unetr_24", "Swin UNETR, 24", 24, False), ("swin_unetr_48", "Swin UNETR, 48", 48, False), ("swin_unetr_48_v2", "Swin UNETR v2, 48 (VoCo)", 48, True)): register_swin(*args)
 
-# %% ../../nbs/38_volumetric.ipynb #05fa526d
+# %% ../../nbs/38_volumetric.ipynb #c21b6134
 class FirstPatch(nn.Module):
     "MONAI's ViT: patch tokens after every block; the vector is the first patch's normalised token."
     def __init__(self,
@@ -219,7 +206,7 @@ class FirstPatch(nn.Module):
         tokens[-1] = self.model.norm(x)
         return [rearrange(t, "b (d h w) e -> b e d h w", d=size[0], h=size[1]) for t in tokens], tokens[-1][:, 0]
 
-# %% ../../nbs/38_volumetric.ipynb #365cdba0
+# %% ../../nbs/38_volumetric.ipynb #a193f44d
 @backbones("vit_3d", title="ViT-B 3D (BrainIAC)", family="contrast", source="github.com/AIM-KannLab/BrainIAC", size=(96, 96, 96), non_commercial=True,
            note=NOTE + "; the feature is the first patch's token, as published", **CARD | dict(licence="non-commercial"))
 def vit_3d(
@@ -231,7 +218,7 @@ def vit_3d(
     sizes = dict(img_size=(16,) * 3, patch_size=(8,) * 3, hidden_size=24, mlp_dim=48, num_layers=2, num_heads=2) if tiny else dict(img_size=(96,) * 3, patch_size=(16,) * 3)
     return Volumetric("vit_3d", FirstPatch(ViT(1, **sizes), sizes["patch_size"][0], sizes["img_size"][0] // sizes["patch_size"][0]), in_channels)
 
-# %% ../../nbs/38_volumetric.ipynb #03ae39a8
+# %% ../../nbs/38_volumetric.ipynb #fb021cc3
 def swin_keys(
     state: dict[str, Tensor], # any of the three layouts
 ) -> dict[str, Tensor]: # the backbone's names
@@ -248,7 +235,7 @@ weights("swin_unetr_48.ssl", title="Swin UNETR, Tang et al. 2022", licence="Apac
         normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(swin_keys)
 weights("swin_unetr_48_v2.voco", title="VoCo-B, self-supervised", licence="Apache-2.0", source="huggingface.co/Luffy503/VoCo", hub="Luffy503/VoCo", file="VoCo_B_SSL_head.pt", normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(swin_keys)
 
-# %% ../../nbs/38_volumetric.ipynb #3ae6f2d9
+# %% ../../nbs/38_volumetric.ipynb #a5d81eb3
 def as_model(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.model.{k}": v for k, v in state.items()}
 
 for depth in (18, 50):
@@ -258,7 +245,7 @@ weights("segresnet_ctfm.ctfm", title="CT-FM", licence="Apache-2.0", source="hugg
         file="ct_fm/model.safetensors", normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(as_model)
 weights("vit_3d.brainiac", title="BrainIAC (2026)", licence="BrainIAC-NonCommercial", source="github.com/AIM-KannLab/BrainIAC", file="brainiac_vit.safetensors", non_commercial=True)(as_model)
 
-# %% ../../nbs/38_volumetric.ipynb #5b475d36
+# %% ../../nbs/38_volumetric.ipynb #015f38bb
 @weights("segresnet_ds.taps", title="TAPS prostate gland segmenter", licence="MIT", source="pypi.org/project/lavlab-taps", wheel="lavlab-taps==1.1.2", member="taps/resources/model_v1.onnx",
          file="model_v1.onnx", sha256="1e39be9d19f6f71810cb0931a7fe895441cfd318d6002730c918ee99b9d79b91", note="T2w; its decoder is used by gland_segmenter")
 def taps_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -269,7 +256,7 @@ def taps_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         named |= {f"{n}.{end}": v.flatten() for n, v in zip(norms, (v for k, v in state.items() if k.endswith(operation)), strict=True)}
     return {re.sub(r"^encoder\.", "encoder.model.", k): v for k, v in named.items()}
 
-# %% ../../nbs/38_volumetric.ipynb #d397ca3d
+# %% ../../nbs/38_volumetric.ipynb #e7e8ed2c
 class Segmenter(nn.Module):
     "MONAI's SegResNetDS for volumes `b 1 d h w`; scores of one class at full size."
     def __init__(self,
@@ -288,7 +275,7 @@ class Segmenter(nn.Module):
         from monai.inferers import sliding_window_inference
         return sliding_window_inference(x, size, 1, self, overlap)
 
-# %% ../../nbs/38_volumetric.ipynb #ac283533
+# %% ../../nbs/38_volumetric.ipynb #b77b5a71
 def gland_segmenter() -> Segmenter: # gland where the sigmoid exceeds 0.55
     "The TAPS network with its published weights, ready to be used or fine-tuned."
     model, state = Segmenter(), read_state(fetch("segresnet_ds.taps"))
