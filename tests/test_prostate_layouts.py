@@ -17,7 +17,7 @@ from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.dicom import write_series
 from vfm_notes.data.manifest import layouts, manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.prostate_layouts import PICAI_LESIONS, picai, prostate158, toy_case
-from vfm_notes.data.table_layouts import TABLE_EXAMPLE, msd, profound, table
+from vfm_notes.data.table_layouts import msd, profound, table
 from vfm_notes.data.tree_layouts import bids, prostatex
 from vfm_notes.data.volume import read_image, split_address, to_array
 from vfm_notes.foundation.registry import VfmError
@@ -39,10 +39,6 @@ def source(name: str, folder: Path) -> Path:
     return Path(shutil.copytree(made(name), folder, dirs_exist_ok=True))
 
 
-def imported(name: str, folder: Path, **options):
-    return layouts[name](folder, **layouts.card(name).get("options", {}) | options)
-
-
 def told(function, *args, **kwargs) -> str:
     with pytest.raises(VfmError) as caught: function(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -62,7 +58,7 @@ def test_all_seven_are_registered():
 @pytest.mark.parametrize("name", OURS)
 def test_a_manifest_points_to_the_images(tmp_path, name):
     "Every path of the manifest, written and read back, opens as what it is."
-    manifest = read_manifest(write_manifest(imported(name, source(name, tmp_path/"src")), tmp_path/"cohort"))
+    manifest = read_manifest(write_manifest(layouts[name](source(name, tmp_path/"src")), tmp_path/"cohort"))
     assert manifest_problems(manifest) == [] and len(manifest) >= 3 and manifest.card.licence
     means = {}
     for row in manifest.table.to_dict("records"):
@@ -75,7 +71,7 @@ def test_a_manifest_points_to_the_images(tmp_path, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_licence_is_on_the_card(tmp_path, name):
-    card = imported(name, source(name, tmp_path)).card
+    card = layouts[name](source(name, tmp_path)).card
     known = {"picai": ("CC BY-NC 4.0", True), "prostatex": ("CC BY 3.0", False), "prostate158": ("CC BY 4.0", False), "msd": ("CC BY-SA 4.0", False)}
     assert (card.licence, card.non_commercial) == known.get(name, ("not stated", True))
     assert card.source and card.citation and card.note
@@ -83,15 +79,15 @@ def test_the_licence_is_on_the_card(tmp_path, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_an_empty_folder_is_no_source(tmp_path, name):
-    assert str(tmp_path) in told(imported, name, tmp_path)
+    assert str(tmp_path) in told(layouts[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_lost_images_are_all_listed(tmp_path, name):
     folder = source(name, tmp_path)
-    lost = [split_address(path)[0] for row in imported(name, folder).table.to_dict("records")[1:3] for path in [folder/row[imported(name, folder).card.sequences[-1]]]]
+    lost = [split_address(path)[0] for row in layouts[name](folder).table.to_dict("records")[1:3] for path in [folder/row[layouts[name](folder).card.sequences[-1]]]]
     for p in lost: shutil.rmtree(p) if p.is_dir() else p.unlink()
-    text = told(imported, name, folder)
+    text = told(layouts[name], folder)
     for p in lost: assert p.name in text or p.parent.parent.name in text, text
 
 
@@ -300,24 +296,32 @@ def test_bids_lists_everything_that_is_wrong(tmp_path):
 
 # tables
 
+HEADINGS = {"case": "id", "t2w": "T2 path", "adc": "ADC path", "mask_gland": "prostate mask", "grade": "result"}
+
+def by_hand(folder: Path) -> Path:
+    "The example with headings of its own."
+    edit(source("table", folder)/"cases.csv", lambda t: t.rename(columns=HEADINGS))
+    return folder
+
+
 def test_a_table_by_hand(tmp_path):
-    folder = source("table", tmp_path)
-    manifest = table(folder, columns=TABLE_EXAMPLE, grades=("cancer", "benign"), licence="CC0")
+    folder = by_hand(tmp_path)
+    manifest = table(folder, columns=HEADINGS, grades=("cancer", "benign"), licence="CC0")
     assert manifest.card.grades == ("cancer", "benign") and not manifest.card.non_commercial and manifest.card.classes == ("background", "gland") and manifest.crop == "mask_gland"
     assert manifest.table["note_psa"].tolist() == ["4", "5", "6", "7"] and manifest.table["patient"].tolist() == manifest.table["case"].tolist()
-    assert "grade is 'cancer'" in told(table, folder, columns=TABLE_EXAMPLE, grades=("benign", "malignant"))
+    assert "grade is 'cancer'" in told(table, folder, columns=HEADINGS, grades=("benign", "malignant"))
     assert "no column 'T2 file' (for t2w) and no 'ident' (for case)" in told(table, folder, columns={"t2w": "T2 file", "case": "ident"})
     assert "no column for case or patient" in told(table, folder) and "no column for an image" in told(table, folder, columns={"case": "id"})
     shutil.copy(folder/"cases.csv", folder/"old.csv")
-    assert "has 2 sheets" in told(table, folder, columns=TABLE_EXAMPLE)
-    assert len(table(folder/"old.csv", columns=TABLE_EXAMPLE)) == len(table(folder, columns=TABLE_EXAMPLE, sheet="old.csv")) == 4
+    assert "has 2 sheets" in told(table, folder, columns=HEADINGS)
+    assert len(table(folder/"old.csv", columns=HEADINGS)) == len(table(folder, columns=HEADINGS, sheet="old.csv")) == 4
 
 
 def test_a_table_lists_everything_that_is_wrong(tmp_path):
-    folder = source("table", tmp_path)
+    folder = by_hand(tmp_path)
     (folder/"P1"/"ADC.nrrd").unlink()
     edit(folder/"cases.csv", lambda t: t.assign(id=["P0", "P1", "P0", ""], **{"prostate mask": ["", *t["prostate mask"][1:]], "T2 path": [*t["T2 path"][:3], "../T2.nrrd"]}))
-    text = told(table, folder, columns=TABLE_EXAMPLE)
+    text = told(table, folder, columns=HEADINGS)
     for words in ("P1/ADC.nrrd does not exist", "case P0 has 2 rows", "case is missing", "mask_gland is missing", "lies outside the root"): assert words in text, text
 
 
@@ -375,7 +379,7 @@ def test_real_cases_read_the_same_through_the_layout(runs_root, real_data, tmp_p
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_example_becomes_a_cohort(runs_root, tmp_path, name):
-    manifest = imported(name, source(name, tmp_path))
+    manifest = layouts[name](source(name, tmp_path))
     n = {} if "split" in manifest.table else {"train": 1, "test": 1}
     cohort = manifest_cohort(manifest, size=(4, 12, 12), spacing=(6, 3, 3), n=n)
     assert problems(cohort) == [] and (cohort.labels > 0).any() == (len(manifest.card.classes) > 1) and len(cohort) == (len(manifest) if not n else 2)
