@@ -196,5 +196,5 @@ def check_manifest(
 ) -> list[str]:  # one sentence each, empty when all is well
     "Everything that is wrong with a table and its files."
     found = [f"{c}: {p}" if c else p for c, p in found_problems(manifest)]
-    if set(known_columns(manifest)[0]) - set(manifest.table): return found  # files without a column cannot be looked at
+    if set(known_columns(manifest)[0]) - set(manifest.table) or manifest.crop not in ("volume", *mask_columns(manifest)): return found  # nothing can be decoded
     return plan_problems(manifest_plan(manifest, *natural_grid(manifest), {}, 0, strict=False))

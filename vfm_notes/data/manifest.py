@@ -9,7 +9,7 @@ __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'FREE', 'Manifest',
 
 # %% ../../nbs/17_manifest.ipynb #3360b00e
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ class Manifest:
     root: Path  # the paths of the table are relative to it
     crop: str = "volume"  # or a mask column that the grid is centred on
     targets: tuple[str, ...] = ()  # names of 0/1 columns
+
+    def __post_init__(self): self.targets, self.card = self.targets or self.card.targets, replace(self.card, targets=self.targets or self.card.targets)
 
     def __len__(self) -> int: return len(self.table)
 
@@ -81,7 +83,7 @@ def read_manifest(
     path: str | Path,  # the folder, or the table or the card in it
 ) -> Manifest:
     "Read a table and its card; what is wrong inside them is told by `manifest_problems`."
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = Path(path).parent if Path(path).name in ("card.yaml", "manifest.csv", "manifest.parquet") else Path(path)
     tables = [p for p in (folder/"manifest.csv", folder/"manifest.parquet") if p.is_file()]
     if len(tables) != 1: raise VfmError(f"{folder} has {'both manifest.csv and manifest.parquet' if tables else 'no manifest.csv or manifest.parquet'}; expected one table of cases beside card.yaml.")
     card, more = read_card(folder/"card.yaml")
