@@ -96,6 +96,7 @@ def npz_array(
 ) -> np.ndarray:
     "One array of an archive."
     try:
+        if not zipfile.is_zipfile(path): raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as archive:
             if name not in archive.files: raise VfmError(f"{path} has no array '{name}'.{nearest(name, archive.files)} Known: {', '.join(archive.files)}.")
             return archive[name]
