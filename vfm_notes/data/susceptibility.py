@@ -22,7 +22,7 @@ def susceptibility_field(
     kz, ky, kx = np.meshgrid(np.fft.fftfreq(shape[0], spacing[0]), np.fft.fftfreq(shape[1], spacing[1]), np.fft.rfftfreq(shape[2], spacing[2]), indexing="ij", sparse=True)
     k2 = kz**2 + ky**2 + kx**2
     kernel = np.where(k2 > 0, 1 / 3 - kz**2 / np.maximum(k2, 1e-12), 0)
-    field = np.fft.irfftn(np.fft.rfftn(chi, shape) * kernel, shape)
+    field = np.fft.irfftn(np.fft.rfftn(chi, shape, axes=(0, 1, 2)) * kernel, shape, axes=(0, 1, 2))
     return field[tuple(slice(n) for n in chi.shape)].astype(np.float32)
 
 # %% ../../nbs/145_susceptibility.ipynb #abf10c74
@@ -46,10 +46,10 @@ def unfolded(
     field: np.ndarray,  # (d, h, w) shift in voxels along h
     fall: float = 0.7,  # largest fall between neighbours
 ) -> np.ndarray:  # the same, higher where it would fold
-    "Let a shift fall no faster than a voxel can be squeezed."
-    out = field.copy()
-    for j in range(1, field.shape[1]): out[:, j] = np.maximum(field[:, j], out[:, j - 1] - np.float32(fall))
-    return out
+    "Let a shift fall no faster than a voxel can be squeezed, and end at zero."
+    out, n = field.copy(), field.shape[1]
+    for j in range(1, n): out[:, j] = np.maximum(field[:, j], out[:, j - 1] - np.float32(fall))
+    return np.minimum(out, np.float32(fall) * np.arange(n, dtype=np.float32)[None, ::-1, None])
 
 # %% ../../nbs/145_susceptibility.ipynb #a607c688
 def gas_field(
