@@ -11,6 +11,7 @@ __all__ = ['FEWEST', 'SHARES', 'GRIDS', 'SECOND_ZONES', 'RESAMPLED', 'PUBLISHED'
 # %% ../../nbs/166_realism.ipynb #09558511
 import ast
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable
 from datetime import date
@@ -19,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError
-from . import anatomy, phantom
+from .anatomy import make_grid
 from .cohort import Cohort, load_cohort
 from .phantom import PhantomCase, phantom_case
 
-# %% ../../nbs/166_realism.ipynb #5b09c274
+# %% ../../nbs/166_realism.ipynb #0d2edd5f
 def noise_level(
     volume: np.ndarray,  # (d, h, w)
     mask: np.ndarray,  # (d, h, w) bool: where
@@ -33,7 +34,7 @@ def noise_level(
     twice = lambda x, axis: np.roll(x, 1, axis) - 2*x + np.roll(x, -1, axis)
     return float(np.median(np.abs(twice(twice(v, 1), 2)[mask])) / 0.6745 / 6)
 
-# %% ../../nbs/166_realism.ipynb #624f59f0
+# %% ../../nbs/166_realism.ipynb #5cce8e1c
 def otsu(
     values: np.ndarray,  # any shape
 ) -> float:  # threshold
@@ -43,7 +44,7 @@ def otsu(
     between = (total[-1] * n / len(v) - total[:-1])**2 / (n * (len(v) - n))
     return float(v[:-1][np.argmax(between)])
 
-# %% ../../nbs/166_realism.ipynb #09fd10b6
+# %% ../../nbs/166_realism.ipynb #5dd892af
 def muscle_level(
     volume: np.ndarray,  # (d, h, w) T2w
     gland: np.ndarray,  # (d, h, w) bool
@@ -58,7 +59,7 @@ def muscle_level(
     beside = np.concatenate([volume[(*rows, slice(low[2] - far, low[2] - near))], volume[(*rows, slice(high[2] + near, high[2] + far))]], 2)
     return float(np.median(beside[beside <= otsu(beside)]))
 
-# %% ../../nbs/166_realism.ipynb #b5322f5c
+# %% ../../nbs/166_realism.ipynb #d0ac165e
 FEWEST = 10  # voxels of a region that is measured
 
 def regions(
@@ -69,7 +70,7 @@ def regions(
     masks = {"PZ": (zones == 1) & (label == 1), "TZ": (zones == 2) & (label == 1), "gland": label == 1, "lesion": label == 2}
     return {k: m for k, m in masks.items() if m.sum() >= FEWEST}
 
-# %% ../../nbs/166_realism.ipynb #665641e5
+# %% ../../nbs/166_realism.ipynb #d291fa3b
 def measure_sequence(
     name: str,  # t2w, dwi or adc
     volume: np.ndarray,  # (d, h, w)
@@ -87,7 +88,7 @@ def measure_sequence(
     out[f"{name} noise/gland"] = noise_level(volume, label > 0) / middle["gland"]
     return {k: v for k, v in out.items() if np.isfinite(v)}
 
-# %% ../../nbs/166_realism.ipynb #151b8d36
+# %% ../../nbs/166_realism.ipynb #45f2bcf7
 SHARES = (np.arange(32) + 0.5) / 32
 
 def gland_quantiles(
@@ -104,7 +105,7 @@ def histogram_distance(
     "Wasserstein-1 distance between two histograms."
     return float(np.mean(np.abs(np.subtract(list(a), list(b)))))
 
-# %% ../../nbs/166_realism.ipynb #c4d86c80
+# %% ../../nbs/166_realism.ipynb #74002126
 def measure_case(
     volumes: dict[str, np.ndarray],  # t2w, dwi, adc → (d, h, w), one grid
     label: np.ndarray, zones: np.ndarray,  # (d, h, w), see `regions`
@@ -115,7 +116,7 @@ def measure_case(
     values = {k: digits(v) for name, volume in volumes.items() for k, v in measure_sequence(name, volume, label, zones, spacing).items()}
     return {"measures": values, "quantiles": {name: [digits(q) for q in gland_quantiles(volume, label)] for name, volume in volumes.items()}}
 
-# %% ../../nbs/166_realism.ipynb #aaba94f3
+# %% ../../nbs/166_realism.ipynb #1046d565
 def measure_cohort(
     cohort: Cohort,  # with the sequences t2w, dwi, adc, or some of them
 ) -> list[dict]:  # one row per case: case, grade, measures, quantiles
@@ -124,7 +125,7 @@ def measure_cohort(
     return [{"case": name, "grade": int(g), **measure_case(dict(zip(cohort.card.sequences, volume)), label, zone, cohort.card.spacing)}
             for name, g, volume, label, zone in zip(cohort.names, cohort.grade, cohort.volumes, cohort.labels, zones)]
 
-# %% ../../nbs/166_realism.ipynb #a15fbfac
+# %% ../../nbs/166_realism.ipynb #7471d757
 GRIDS = {  # name → (size, spacing, sequences) of each scan
     "study": [((12, 48, 48), (4.0, 1.5, 1.5), ("t2w", "dwi", "adc"))],
     "own": [((19, 240, 240), (3.0, 0.5, 0.5), ("t2w",)), ((19, 60, 60), (3.0, 2.0, 2.0), ("dwi", "adc"))],
@@ -148,10 +149,10 @@ def measure_phantom(
     parts = [part(*scan) for scan in GRIDS[grid]]
     return {"case": f"phantom {index}", "grade": parts[0][0].grade, "grid": grid, **joined([p for _, p in parts])}
 
-# %% ../../nbs/166_realism.ipynb #ca504403
+# %% ../../nbs/166_realism.ipynb #91e2ae8e
 def code_hash() -> str:  # 16 hex digits
     "Hash of the code that draws the phantom and measures it; comments do not count."
-    trees = [ast.dump(ast.parse(Path(f).read_text(encoding="utf-8"))) for f in (anatomy.__file__, phantom.__file__, __file__)]
+    trees = [ast.dump(ast.parse(Path(inspect.getfile(f)).read_text(encoding="utf-8"))) for f in (make_grid, phantom_case, code_hash)]
     return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
 
 def measures_file(
@@ -171,7 +172,7 @@ def write_measures(
     path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     return path
 
-# %% ../../nbs/166_realism.ipynb #b3aad046
+# %% ../../nbs/166_realism.ipynb #500ad645
 def write_phantom_measures(
     cases: int = 40,
 ) -> Path:
@@ -181,7 +182,7 @@ def write_phantom_measures(
     rows = [measure_phantom(i, g) for i, g in track(jobs, "Measuring the phantom")]
     return write_measures("phantom", {"code": code_hash(), "cases": cases, "seed": 0}, rows)
 
-# %% ../../nbs/166_realism.ipynb #b6b729a2
+# %% ../../nbs/166_realism.ipynb #61cb96e1
 SECOND_ZONES = "zones_Yuan23"  # the other public zone mask of the PROSTATEx cases
 RESAMPLED = {"provicnet_picai_sample": ("dwi", "adc")}  # already interpolated by the publisher, so their noise is not the scanner's
 
@@ -204,7 +205,7 @@ def own_grids(
         if name in RESAMPLED.get(folder.name, ()): parts[-1]["measures"].pop(f"{name} noise/gland")
     return joined(parts)
 
-# %% ../../nbs/166_realism.ipynb #c20f462e
+# %% ../../nbs/166_realism.ipynb #0a88a707
 def real_measures() -> tuple[dict, list[dict]]:  # provenance, rows
     "Measure the real prostate cases in VFM_DATA, on both grids."
     from vfm_notes.data.datasets import PROSTATES, cohort_folder
@@ -219,7 +220,7 @@ def real_measures() -> tuple[dict, list[dict]]:  # provenance, rows
     card = cohort.card
     return {"cohort": card.name, "licence": card.licence, "source": card.source, "citation": card.citation, "sha256": used}, rows
 
-# %% ../../nbs/166_realism.ipynb #b4cec59e
+# %% ../../nbs/166_realism.ipynb #8763e311
 def write_real_measures() -> Path:
     "Measure the real cases anew; needs VFM_DATA."
     head, rows = real_measures()
@@ -233,7 +234,7 @@ def read_measures(
     if not path.is_file(): raise VfmError(f"{path} does not exist; write it with vfm_notes.data.realism.write_{who}_measures().")
     return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../../nbs/166_realism.ipynb #cf760da3
+# %% ../../nbs/166_realism.ipynb #56fbcc62
 def compare(
     real: list[dict],  # rows of the real cases, of one grid
     drawn: list[dict],  # rows of the phantom, of the same grid
@@ -248,7 +249,7 @@ def compare(
         out.append({"measure": name, "real": values, "n": len(of), "mean": float(np.mean(of)), "low": float(low), "high": float(high), "outside": [c for c, v in values.items() if not low <= v <= high]})
     return out
 
-# %% ../../nbs/166_realism.ipynb #3f5ed4da
+# %% ../../nbs/166_realism.ipynb #7f8beeaa
 def pair_distances(
     a: list[dict], b: list[dict],  # rows; the same list twice: every pair once
     sequence: str,  # t2w, dwi or adc
@@ -257,7 +258,7 @@ def pair_distances(
     pairs = ((x, y) for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i < j)
     return [histogram_distance(x["quantiles"][sequence], y["quantiles"][sequence]) for x, y in pairs]
 
-# %% ../../nbs/166_realism.ipynb #e9e7551f
+# %% ../../nbs/166_realism.ipynb #9f6b8d9b
 PUBLISHED = (  # tissue, quantity, published mean ± sd or range, source; 3 T unless said
     ("peripheral", "T2, ms", "149 ± 49", "Simpkin et al., Br J Radiol 2013"), ("peripheral", "T2, ms", "149 ± 32", "Liu et al., Magn Reson Med 2011"),
     ("transition", "T2, ms", "125 ± 26", "Simpkin et al., Br J Radiol 2013"), ("transition", "T2, ms", "74 ± 9, whole prostate", "de Bazelaire et al., Radiology 2004"),
