@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.dicom import TAGS, b_value, list_series, read_header, read_headers, read_series, sorted_slices, write_series
+from vfm_notes.data.tree_layouts import prostatex
 from vfm_notes.data.volume import read_image, to_array
 from vfm_notes.foundation.registry import VfmError
 
@@ -201,6 +204,7 @@ def test_what_a_message_names(tmp_path):
     assert "letter.txt is not a DICOM file" in message(read_series, spoil("a letter among the slices", tmp_path/"b"))
     text = message(read_series, spoil("two series", tmp_path/"c"))
     assert "t2_tse_tra" in text and "ep2d_diff" in text and "FOLDER#UID" in text
+    assert "(below it: series)" in message(read_series, tmp_path/"c"), "one folder too high"
     assert "is not a folder" in message(read_series, spoil("a file", tmp_path/"d"))
 
 
@@ -242,3 +246,22 @@ def test_a_real_t2_survives_the_way_through_dicom(real_data, tmp_path):
     np.testing.assert_allclose(back.GetSpacing(), direct.GetSpacing(), rtol=1e-5)
     np.testing.assert_allclose(back.GetOrigin(), direct.GetOrigin(), atol=1e-3)
     np.testing.assert_allclose(back.GetDirection(), direct.GetDirection(), atol=1e-5)
+
+
+def test_real_examinations_as_a_tree_of_dicom_series(real_data, runs_root, tmp_path, monkeypatch):
+    "Two PROSTATEx patients as TCIA keeps them (series by description, values rescaled) give the volumes that their NIfTI files give."
+    monkeypatch.setenv("VFM_DATA", str(real_data))
+    for name in ("0000", "0001"):
+        study = tmp_path/"src"/"PROSTATEx"/f"ProstateX-{name}"/"07-07-2011-NA-MR prostaat"
+        for k, (file, description) in enumerate({"t2_tra": "t2_tse_tra", "t2_sag": "t2_tse_sag", "adc": "ep2d_diff_tra_DYNDIST_ADC", "hbv": "ep2d_diff_tra_DYNDISTCALC_BVAL"}.items()):
+            write_series(sitk.ReadImage(str(real_data/f"prostatex_{name}"/f"{file}.nii.gz")), study/f"{k}.000000-{file}", description, k)
+        (tmp_path/"src"/"gland").mkdir(exist_ok=True)
+        (tmp_path/"src"/"gland"/f"ProstateX-{name}.nii.gz").symlink_to(real_data/f"prostatex_{name}"/"gland_Bosma22b.nii.gz")
+    (tmp_path/"src"/"ProstateX-Findings-Train.csv").write_text("ProxID,fid,pos,zone,ClinSig\nProstateX-0000,1,0 0 0,PZ,TRUE\nProstateX-0001,1,0 0 0,PZ,FALSE\n")
+    grid = dict(size=(12, 64, 64), spacing=(4, 1.5, 1.5))
+    cohort = manifest_cohort(prostatex(tmp_path/"src", gland=tmp_path/"src"/"gland"), **grid, n={"test": 2})
+    expected = load_cohort("prostate_cases", **grid, n={})
+    for i, name in enumerate(cohort.names):
+        turned, k = name.endswith("0"), expected.names.index(name.lower().replace("-", "_"))  # image and mask of the first are turned against each other by 0.0002 rad
+        for mine, theirs in zip(cohort.volumes[i], expected.volumes[k]): np.testing.assert_allclose(mine, theirs, atol=0.05 * theirs.std() if turned else 1e-2)
+        assert cohort.grade[i] == turned and ((cohort.labels[i] > 0) != (expected.labels[k] > 0)).mean() < 1e-4

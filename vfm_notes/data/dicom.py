@@ -61,7 +61,9 @@ def read_headers(
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != "DICOMDIR"):
         try: found[path] = read_header(path)
         except VfmError as e: bad.append((path, str(e)))
-    if not found and not bad: raise VfmError(f"{folder} is a folder without files; expected the slices of a DICOM series.")
+    if not found and not bad:
+        below = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        raise VfmError(f"{folder} is a folder without files{' (below it: ' * bool(below)}{', '.join(below[:4])}{')' * bool(below)}; expected the slices of a DICOM series.")
     if not found: raise VfmError(f"{folder} has no DICOM file among its {len(bad)} ({', '.join(p.name for p, _ in bad[:3])}{', ...' * (len(bad) > 3)}); expected the slices of a series.")
     if bad: raise VfmError(f"{len(bad)} of the {len(bad) + len(found)} files in {folder} are no slices: {'; '.join(why.split(';')[0] for _, why in bad)}; expected DICOM slices only, copy them again or move them out.")
     return found
