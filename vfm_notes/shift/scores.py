@@ -33,13 +33,14 @@ def checked(
         if not np.isfinite(y).all() or (y.std(0) == 0).any(): raise VfmError("A column of the target values is constant, NaN or infinite: nothing can be learned from it; sample other voxels.")
     return x, y, np.arange(len(x)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
 
+# %% ../../nbs/53_scores.ipynb #86a0ad8c
 def one_hot(
     y: np.ndarray,  # (n,) classes 0, 1, …
 ) -> np.ndarray:  # (n, classes) float64
     "A column of zeros and ones for each class."
     return np.eye(int(y.max()) + 1)[y]
 
-# %% ../../nbs/53_scores.ipynb #1393b5bd
+# %% ../../nbs/53_scores.ipynb #2d7c7015
 def log_evidence(
     lam: np.ndarray,  # (g,) ratios α/β to try
     s2: np.ndarray,  # (r,) squared singular values of the features
@@ -52,6 +53,7 @@ def log_evidence(
     v = ((1 / gain) @ z2 + rest) / n
     return -0.5 * (np.log(2 * np.pi * v) + 1 + np.log(gain).sum(1, keepdims=True) / n)
 
+# %% ../../nbs/53_scores.ipynb #913e7d9a
 @scores("logme", title="LogME", source="You et al., ICML 2021", takes=("classes", "values"), direction=1, rotation=True)
 def logme(
     features: np.ndarray,  # (n, f), as they are
@@ -71,7 +73,7 @@ def logme(
         grid = best + (np.linspace(-1, 1, 21) * (grid[1] - grid[0]).max())[:, None]
     return float(values.max(0).mean())
 
-# %% ../../nbs/53_scores.ipynb #1dea585a
+# %% ../../nbs/53_scores.ipynb #309e3db7
 def binned(
     values: np.ndarray,  # (n,)
     bins: int = 4,
@@ -79,6 +81,7 @@ def binned(
     "Equally filled bins."
     return np.searchsorted(np.quantile(values, np.arange(1, bins) / bins), values, side="right")
 
+# %% ../../nbs/53_scores.ipynb #6a703965
 @scores("hscore", title="H-score, shrunk", source="Bao et al., ICIP 2019; Ibrahim et al., ECML 2022", takes=("classes", "values"), direction=1, rotation=True)
 def hscore(
     features: np.ndarray,  # (n, f)
@@ -96,7 +99,7 @@ def hscore(
     def one(c): h = one_hot(c); g = h @ (h.T @ x / np.maximum(h.sum(0), 1)[:, None]); return (1 - a) * np.sum(inverse * (g.T @ g)) / len(x)
     return float(one(y) if y.ndim == 1 else np.mean([one(binned(column)) for column in y.T]))
 
-# %% ../../nbs/53_scores.ipynb #1022e463
+# %% ../../nbs/53_scores.ipynb #32f7cb77
 def principal(
     x: np.ndarray,  # (n, f)
     most: int = 64,  # components
@@ -107,6 +110,7 @@ def principal(
     keep = min(most, int((s > 1e-9 * s[0]).sum()), int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), share - 1e-12)) + 1)
     return u[:, :keep] * s[:keep]
 
+# %% ../../nbs/53_scores.ipynb #c708d547
 @scores("gbc", title="GBC", source="Pándy et al., CVPR 2022", takes=("classes",), direction=1, rotation=True)
 def gbc(
     features: np.ndarray,  # (n, f)
@@ -123,7 +127,7 @@ def gbc(
     far = ((mean[:, None] - mean) ** 2 / middle).sum(-1) / 8 + 0.5 * (np.log(middle) - 0.5 * np.log(var[:, None] * var)).sum(-1)
     return float(-(np.exp(-far).sum() - len(parts)))
 
-# %% ../../nbs/53_scores.ipynb #1dac423d
+# %% ../../nbs/53_scores.ipynb #c1bb350b
 def leep(
     source: np.ndarray,  # (n, z) probability of each source class
     y: np.ndarray,  # (n,) classes 0, 1, …
@@ -150,7 +154,7 @@ def nleep(
         warnings.simplefilter("ignore")  # of not having converged after 50 steps: the score is defined by them
         return leep(mixture.fit(x).predict_proba(x), y)
 
-# %% ../../nbs/53_scores.ipynb #2be481ab
+# %% ../../nbs/53_scores.ipynb #3e24c60f
 def agreement(
     y: np.ndarray,  # (n,) classes or (n, k) values
     guess: np.ndarray,  # the same shape
@@ -159,6 +163,7 @@ def agreement(
     if y.ndim == 1: return float(np.mean([(guess[y == c] == c).mean() for c in np.unique(y)]))
     return float((1 - ((y - guess) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)).mean())
 
+# %% ../../nbs/53_scores.ipynb #9d59799a
 def scaled(
     x: np.ndarray,  # (n, f)
 ) -> np.ndarray:  # (n, f'), features that do not vary left out
@@ -167,7 +172,7 @@ def scaled(
     keep = sd > 1e-6 * np.abs(x).max(0)
     return (x[:, keep] - x[:, keep].mean(0)) / sd[keep]
 
-# %% ../../nbs/53_scores.ipynb #ece61241
+# %% ../../nbs/53_scores.ipynb #65d54ede
 @scores("knn", title="5 nearest neighbours", source="leave one group out", takes=("classes", "values"), direction=1, rotation=False)
 def knn(
     features: np.ndarray,  # (n, f)
@@ -186,7 +191,7 @@ def knn(
     answers = (one_hot(y) if y.ndim == 1 else y)[near].mean(1)
     return agreement(y, answers.argmax(1) if y.ndim == 1 else answers)
 
-# %% ../../nbs/53_scores.ipynb #0c03b802
+# %% ../../nbs/53_scores.ipynb #96540ba8
 @scores("probe", title="Linear probe", source="cross-validated by groups", takes=("classes", "values"), direction=1, rotation=False)
 def probe(
     features: np.ndarray,  # (n, f)

@@ -52,12 +52,13 @@ def fit(
     train: Loader,  # batches of "inputs" and "target"
     spec: RunSpec,  # epochs, lr, weight_decay, warmup
     watch: Callable[[int], dict[str, float]],  # epoch → values to keep, called at 0 … epochs
+    early: tuple[int, Callable[[int], None]] | None = None,  # after how many steps, and what to do then with their number
 ) -> pd.DataFrame:  # epoch, seconds, name, value
     "Train and return the curves."
     optimiser = torch.optim.AdamW(parameter_groups(model, spec.weight_decay), lr=spec.lr)
     steps = spec.epochs*len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: rate(i, steps, spec.warmup))
-    rows, seconds = [(0, 0.0, k, v) for k, v in watch(0).items()], 0.0
+    rows, seconds, done = [(0, 0.0, k, v) for k, v in watch(0).items()], 0.0, 0
     model.train()
     for epoch in range(1, spec.epochs + 1):
         start, losses = time.perf_counter(), []
@@ -68,6 +69,11 @@ def fit(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step(); schedule.step()
             losses.append(loss.item())
+            done += 1
+            if early and done == early[0]:
+                seconds += time.perf_counter() - start
+                early[1](done)
+                start = time.perf_counter()
         seconds += time.perf_counter() - start
         mean = sum(losses)/len(losses)
         if not math.isfinite(mean): raise VfmError(f"The loss became {mean} in epoch {epoch} (learning rate {spec.lr}): lower the learning rate.")
