@@ -109,7 +109,7 @@ def test_one_of_two_series_is_chosen_by_its_uid(tmp_path):
     same(read_series(f"{tmp_path/'x'}#{b}"), second)
     table = list_series(tmp_path/"x").set_index("series")
     assert table.loc[b].to_dict() == dict(number="4", description="ep2d_diff_CALC_BVAL", b="1400", n=6, size="9x11", spacing=".75 x .5") and table.loc[a, "n"] == 6
-    text = message(read_series, f"{tmp_path/'x'}#{a[:-1]}0")
+    text = message(read_series, f"{tmp_path/'x'}#{a}9")
     assert "has no series" in text and f"Did you mean '{a}'?" in text
 
 
