@@ -6,7 +6,8 @@
 __all__ = ['Batch', 'IMAGES', 'AUGMENTATIONS', 'tensors', 'spatial', 'intensities', 'draw', 'size', 'flip', 'quarter_turns',
            'intensity', 'gamma', 'noise', 'affine_matrices', 'warp', 'affine', 'augment']
 
-# %% ../../nbs/155_augment.ipynb #0f696364
+# %% ../../nbs/155_augment.ipynb #3ab22e36
+import inspect
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -167,6 +168,9 @@ def augment(
     options = names if isinstance(names, dict) else {n: {} for n in names}
     for n in options:
         if n not in AUGMENTATIONS: raise VfmError(f"Unknown augmentation '{n}'.{nearest(n, AUGMENTATIONS)} Known: {', '.join(AUGMENTATIONS)}.")
+        known = list(inspect.signature(AUGMENTATIONS[n]).parameters)[2:]
+        for key in options[n]:
+            if key not in known: raise VfmError(f"Augmentation '{n}' has no option '{key}'.{nearest(key, known)} Known: {', '.join(known) or 'none'}.")
     def change(batch: dict, rng: np.random.Generator) -> Batch:
         batch = tensors(batch)
         for n, values in options.items(): batch = AUGMENTATIONS[n](batch, rng, **values)
