@@ -232,3 +232,29 @@ def test_papermill_finds_the_engine_whoever_is_imported_first(tmp_path, first):
     code = f"import {first}; from papermill.engines import papermill_engines as e; from vfm_notes.runs.engine import ForkedEngine as f; assert e.get_engine('forked') is f and f is not None"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{python_path()}"})
     assert done.returncode == 0, done.stderr
+
+
+def test_two_shards_at_once_share_the_pretraining_and_finish_the_study(tmp_path, undisturbed):
+    tasks = {t: {"flags": str(tmp_path/"flags"), "sleep": 0.05} for t in ("segmentation", "super_resolution", "distortion_correction")}
+    toy = Toy(tmp_path, tasks=tasks)
+    both = [toy.start_run("--shard", f"{i}/2") for i in (1, 2)]
+    for process in both: process.communicate(timeout=120)
+    assert [p.returncode for p in both] == [0, 0]
+    assert len(toy.records()) == 1 + 3 * 6 and set(Counter(toy.log()).values()) == {1}
+
+
+def test_after_its_hours_it_starts_nothing_more(tmp_path):
+    toy = Toy(tmp_path)
+    done = toy.run("--max-hours", "0.0000001")
+    assert done.returncode == 1 and "the time is over" in done.stdout and not toy.records()
+    assert toy.run("--max-hours", "1", "--seeds", "0-1").returncode == 0 and len(toy.records()) == 5
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_notebook(tmp_path):
+    toy, disk = Toy(tmp_path), tmp_path/"disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("a small tmpfs needs root")
+    try:
+        done = toy.run(VFM_RUNS=str(disk/"runs"))
+        assert done.returncode == 2 and "7 runs will need about 0.1 GB" in done.stderr and "VFM_RUNS" in done.stderr and not list(disk.rglob("record.json"))
+    finally: subprocess.run(["umount", disk])

@@ -10,7 +10,7 @@ from toy_batch import write_template
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import StudySpec, load_study, pretrain_specs, run_id, run_specs
-from vfm_notes.runs.grid import check_template, check_templates, job_specs, known_records, parameter_names, parse_only, plan, run_states, state, template_parameters
+from vfm_notes.runs.grid import check_template, check_templates, job_specs, known_records, parameter_names, parse_only, plan, seed_choice, shard, run_states, state, template_parameters
 from vfm_notes.runs.record import failed_record, job_lock, new_record, write_record
 
 WEIGHTS = {"mae_phantom": "profound_toy", "contrast_phantom": "provicnet_toy", "other": "profound_toy"}
@@ -138,3 +138,21 @@ def test_a_broken_template_is_one_sentence(tmp_path, text):
 def test_the_projects_own_templates_fit():
     for name in ("phantom", "hippocampus"):
         for job in plan(load_study(name)): check_template(job)
+
+
+@given(st.integers(1, 7), st.integers(1, 6))
+@settings(max_examples=20, deadline=None)
+def test_shards_are_a_partition_and_bring_what_they_need(n, seeds):
+    jobs = plan(study(seeds=list(range(seeds))))
+    parts = [shard(jobs, f"{i}/{n}") for i in range(1, n + 1)]
+    transfers = [j.name for p in parts for j in p if j.kind == "transfer"]
+    assert sorted(transfers) == sorted(j.name for j in jobs if j.kind == "transfer")
+    for part in parts: assert {name for j in part for name in j.needs} <= {j.name for j in part}
+
+
+def test_seeds_and_shards_are_read_strictly():
+    assert seed_choice("0-2, 7") == ["seed=0", "seed=1", "seed=2", "seed=7"] and seed_choice(None) == []
+    for text in ("a", "3-1", "-2"):
+        with pytest.raises(VfmError, match="--seeds"): seed_choice(text)
+    for text in ("0/4", "5/4", "2", "a/b"):
+        with pytest.raises(VfmError, match="--shard"): shard([], text)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Spec', 'TUPLES', 'SPLITS', 'PretrainSpec', 'RunSpec', 'ExternalSpec', 'canonical', 'run_id', 'from_values', 'Budget',
-           'StudySpec', 'check_study', 'load_study', 'pretrain_specs', 'run_specs', 'external_specs']
+           'StudySpec', 'check_study', 'cohort_beside', 'load_study', 'pretrain_specs', 'run_specs', 'external_specs']
 
 # %% ../../nbs/03_spec.ipynb #01f264ee
 import hashlib
@@ -23,7 +23,7 @@ from .registry import VfmError, nearest
 @dataclass(frozen=True)
 class PretrainSpec:
     "How one set of pretrained weights is made."
-    cohort: str = "phantom"  # registered cohort; only its `pretrain` split is used
+    cohort: str = "phantom"  # registered cohort, or a folder with a manifest; only its `pretrain` split is used
     size: tuple = (12, 64, 64)  # voxels, d h w
     spacing: tuple = (4.0, 1.5, 1.5)  # mm, d h w
     cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 24, "val": 12, "test": 48})  # cases per split
@@ -36,13 +36,14 @@ class PretrainSpec:
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
     options: dict = field(default_factory=dict)  # of the objective
+    bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     kind = "pretrain"
 
 # %% ../../nbs/03_spec.ipynb #4a67adf5
 @dataclass(frozen=True)
 class RunSpec:
     "One fine-tuning: a task, a backbone, a strategy and a seed."
-    cohort: str = "phantom"  # registered cohort
+    cohort: str = "phantom"  # registered cohort, or a folder with a manifest
     size: tuple = (12, 64, 64)  # voxels, d h w
     spacing: tuple = (4.0, 1.5, 1.5)  # mm, d h w
     cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 24, "val": 12, "test": 48})  # cases per split
@@ -58,19 +59,21 @@ class RunSpec:
     warmup: float = 0.1  # share of the steps
     options: dict = field(default_factory=dict)  # of the task
     parent: str = ""  # run id of the pretraining that made the weights; "" where none is used
+    bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     kind = "transfer"
 
 # %% ../../nbs/03_spec.ipynb #4dc87111
 @dataclass(frozen=True)
 class ExternalSpec:
     "Tuned runs of one task, tried as they are on another cohort."
-    cohort: str = "prostate_cases"  # registered cohort, every case of it is tested
+    cohort: str = "prostate_cases"  # registered cohort or a folder with a manifest; every case of it is tested
     size: tuple = (12, 64, 64)  # voxels, d h w
     spacing: tuple = (4.0, 1.5, 1.5)  # mm, d h w
     task: str = "segmentation"
     backbone: str = "profound_toy.mae_phantom"
     parents: tuple = ()  # run ids of the tuned runs
     options: dict = field(default_factory=dict)  # of the task
+    bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     kind = "external"
 
 # %% ../../nbs/03_spec.ipynb #f6654fed
@@ -80,7 +83,8 @@ def canonical(
     spec: Spec,
 ) -> str:  # JSON with sorted keys and lists for tuples
     "A spec as text that depends on its values only."
-    return json.dumps({"kind": spec.kind} | asdict(spec), sort_keys=True)
+    values = {k: v for k, v in asdict(spec).items() if (k, v) != ("bad_cases", "refuse")}  # a field that came later: its default keeps the older names
+    return json.dumps({"kind": spec.kind} | values, sort_keys=True)
 
 def run_id(
     spec: Spec,
@@ -90,7 +94,7 @@ def run_id(
     match spec.kind:
         case "pretrain": head = f"pretrain-{spec.backbone}-s{spec.seed}"
         case "transfer": head = f"{spec.task}-{spec.backbone}-{spec.strategy}-n{spec.n_train}-s{spec.seed}"
-        case "external": head = f"external-{spec.cohort}-{spec.task}-{spec.backbone}"
+        case "external": head = f"external-{Path(spec.cohort).name}-{spec.task}-{spec.backbone}"
     return f"{head}-{tail}"
 
 # %% ../../nbs/03_spec.ipynb #3ebaa476
@@ -140,6 +144,7 @@ class StudySpec:
     budget: Budget = field(default_factory=Budget)
     external: dict = field(default_factory=dict)  # {cohort, task}: another cohort to try tuned runs on
     licences: list = field(default_factory=list)  # non-commercial licences accepted by name
+    bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them
     slurm: dict = field(default_factory=dict)  # what a job of the cluster asks for, see runs.slurm
 
     def __post_init__(self): check_study(self)
@@ -158,6 +163,7 @@ def check_study(study: StudySpec) -> None:
         v = getattr(study, key)
         need(isinstance(v, list) and v and len(set(map(str, v))) == len(v), key, "a non-empty list without doubles")
     for key in ("tasks", "pretrain", "external", "slurm"): need(isinstance(getattr(study, key), dict), key, "a mapping")
+    need(study.bad_cases in ("refuse", "exclude"), "bad_cases", "refuse or exclude")
     need(bool(study.tasks), "tasks", "at least one task")
     need(set(study.cases) == set(SPLITS) and all(isinstance(v, int) and v >= 0 for v in study.cases.values()), "cases", f"a count for each of {', '.join(SPLITS)}")
     need(all(isinstance(s, int) for s in study.seeds), "seeds", "whole numbers")
@@ -167,7 +173,19 @@ def check_study(study: StudySpec) -> None:
         made = study.pretrain.get(weights, {}).get("backbone", name.partition(".")[0])
         need(made == name.partition(".")[0], "backbones", f"'{name}' to use the weights of its own architecture ('{weights}' is made with '{made}')")
 
-# %% ../../nbs/03_spec.ipynb #e52d2106
+# %% ../../nbs/03_spec.ipynb #1089574b
+def cohort_beside(
+    path: Path,  # the study file
+    cohort,  # as written there
+):  # the folder's path, or what was written
+    "The folder of a cohort that is named by a path."
+    if not isinstance(cohort, str): return cohort
+    folder = (path.parent/Path(cohort).expanduser()).resolve()
+    if (folder/"card.yaml").is_file(): return str(folder)
+    if "/" in cohort or cohort.startswith((".", "~")): raise VfmError(f"{path}: the cohort {cohort} is not a folder with manifest.csv and card.yaml (looked at {folder}); check the path.")
+    return cohort
+
+# %% ../../nbs/03_spec.ipynb #7af2aa79
 def load_study(
     name_or_path: str | Path,  # a name in nbs/studies or a path to a YAML file
 ) -> StudySpec:
@@ -178,15 +196,17 @@ def load_study(
         raise VfmError(f"{path}: not valid YAML ({str(e).splitlines()[0]}); correct the file.") from None
     if not isinstance(values, dict): raise VfmError(f"{path}: expected a mapping of study fields, found {type(values).__name__}.")
     if "budget" in values: values["budget"] = from_values(Budget, values["budget"], f"{path}, budget")
+    if "cohort" in values: values["cohort"] = cohort_beside(path, values["cohort"])
+    if isinstance(values.get("external"), dict) and "cohort" in values["external"]: values["external"]["cohort"] = cohort_beside(path, values["external"]["cohort"])
     values["tasks"] = {k: v or {} for k, v in (values.get("tasks") or {}).items()}
     study = from_values(StudySpec, values, str(path))
     pretrain_specs(study)
     return study
 
-# %% ../../nbs/03_spec.ipynb #da72426a
+# %% ../../nbs/03_spec.ipynb #3594782e
 def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
     "One spec for each set of weights that the study makes itself."
-    common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases}
+    common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases}
     specs = []
     for weights, values in study.pretrain.items():
         where = f"Study '{study.name}', pretrain.{weights}"
@@ -194,22 +214,22 @@ def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
         specs.append(from_values(PretrainSpec, common | values | {"backbone": f"{values['backbone']}.{weights}"}, where))
     return specs
 
-# %% ../../nbs/03_spec.ipynb #4bf5769c
+# %% ../../nbs/03_spec.ipynb #19d6ad41
 def run_specs(study: StudySpec) -> list[RunSpec]:
     "Every point of the study's grid."
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}
-    common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases} | asdict(study.budget)
+    common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases} | asdict(study.budget)
     axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], study.strategies, study.seeds)
     return [RunSpec(**common, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
                     parent="" if strategy == "scratch" else parents.get(backbone, ""))
             for (task, options), backbone, n, strategy, seed in axes]
 
-# %% ../../nbs/03_spec.ipynb #5eaf914b
+# %% ../../nbs/03_spec.ipynb #c9116059
 def external_specs(study: StudySpec) -> list[ExternalSpec]:
     "One spec for each backbone whose tuned runs are tried on the external cohort."
     if not study.external: return []
     where = f"Study '{study.name}', external"
-    base = from_values(ExternalSpec, {"size": study.size, "spacing": study.spacing} | study.external, where)
+    base = from_values(ExternalSpec, {"size": study.size, "spacing": study.spacing, "bad_cases": study.bad_cases} | study.external, where)
     runs = [r for r in run_specs(study) if r.task == base.task]
     if not runs: raise VfmError(f"{where}: task '{base.task}' is not among the study's tasks ({', '.join(study.tasks)}).")
     return [ExternalSpec(**asdict(base) | {"backbone": b, "options": study.tasks[base.task],

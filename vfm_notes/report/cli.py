@@ -42,6 +42,9 @@ def run(
     jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks at a time; default: one for each core.")] = None,
     executor: Annotated[str, typer.Option(help="Where the notebooks run: local or slurm.")] = "local",
     only: Annotated[list[str] | None, typer.Option(help="A part of the study, e.g. task=segmentation,backbone=profound_toy.mae_phantom; also kind, strategy, seed, n_train.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Some of the seeds, e.g. 0-4,7.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: every n-th notebook, beginning with the i-th, for n machines that share the runs folder.")] = None,
+    max_hours: Annotated[float | None, typer.Option(min=0, help="Start no notebook after this time.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: Annotated[Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")] = None,
@@ -50,9 +53,10 @@ def run(
 ) -> None:
     "Compute what the study has not got yet."
     from vfm_notes.runs.batch import run_study
+    from vfm_notes.runs.grid import seed_choice
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
-    if dry_run: return show_plan(study, only, templates, retry_failed)
-    try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile)
+    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard)
+    try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -67,19 +71,19 @@ def print_summary(summary) -> None:
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
-    if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, or their job was cancelled): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
+    if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, their job was cancelled, or the time was over): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed, {len(summary.problems)} more notebooks stopped. To try again: vfm run {summary.study} --retry-failed")
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
 
-def show_plan(study: str, only, templates: Path | None, retry: bool) -> None:
+def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
-    from vfm_notes.runs.grid import check_templates, known_records, plan
+    from vfm_notes.runs.grid import check_templates, known_records, plan, shard
     from vfm_notes.runs.watch import duration, durations, look_at, time_left
     spec = load_study(study)
-    jobs, records = plan(spec, only, templates), known_records(spec.name)
+    jobs, records = shard(plan(spec, only, templates), part), known_records(spec.name)
     todo = to_do(spec.name, jobs, retry)
     check_templates(todo)
     for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
@@ -107,7 +111,7 @@ def status(study: Study) -> None:
     jobs, records, queue = plan(spec), known_records(spec.name), queued_jobs(spec.name)
     looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     for look in looks: print(job_line(look, max(len(j.name) for j in jobs)))
-    summary, running = summarise(spec.name, jobs), [k for k in looks if k.since]
+    summary, running = summarise(spec.name, jobs, records=records), [k for k in looks if k.since]
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
     print(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {f'{len(queue)} in the queue, ' * bool(queue)}{len(summary.failed)} failed, {len(summary.missing)} missing.")
@@ -219,7 +223,7 @@ def weights_check(
 ) -> None:
     "Compare a file with an architecture, key by key; refuse it when too little fits."
     import vfm_notes.tune.catalog
-    from vfm_notes.backbones.weights import check_file, refuse
+    from vfm_notes.backbones.keys import check_file, refuse
     report, state, share = check_file(source, arch, channels, accept or ())
     print(f"{report.name}: {report.share:.1%} of the backbone is filled, wanted {share:.0%}")
     changed = [f"{k} {a} in the file, {b} in the model" for k, a, b in report.reshaped]

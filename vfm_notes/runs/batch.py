@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['error_of', 'execute', 'blame', 'forget_failures', 'note_end', 'end_of', 'complete', 'run_job', 'preflight',
-           'check_first', 'Summary', 'summarise', 'to_do', 'startable', 'Batch', 'start_ready', 'collect', 'outcome',
-           'loop', 'watch', 'maker', 'run_study']
+           'check_disk', 'check_first', 'Summary', 'summarise', 'to_do', 'startable', 'Batch', 'start_ready', 'collect',
+           'outcome', 'loop', 'watch', 'maker', 'run_study']
 
 # %% ../../nbs/76_batch.ipynb #d9c38cb1
 import hashlib
@@ -23,7 +23,7 @@ from ..foundation.places import log_file, notebook_file, run_folder, runs_root
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec, load_study, run_id
 from .executors import Cancelled, Died, LocalExecutor, executors
-from .grid import Job, check_templates, job_states, known_records, plan, run_states, unavailable
+from .grid import Job, check_templates, job_states, known_records, plan, run_states, seed_choice, shard, unavailable
 from .record import (failed_record, job_lock, lock_file, missing, progress_file, read_record, running_since, say, sweep, write_record)
 from .watch import Display, duration, durations, look_at, time_left
 
@@ -128,7 +128,17 @@ def preflight(study: StudySpec) -> None:
     from vfm_notes.tune.catalog import check_names
     check_names(study)
     from vfm_notes.data.cohort import load_cohort
-    load_cohort(study.cohort, study.size, study.spacing, study.cases)
+    load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
+
+def check_disk(study: str, jobs: list[Job]) -> None:
+    "Raise when what is missing would not fit on the disk, judged by the records that exist."
+    records = known_records(study)
+    sizes = [sum(f["bytes"] for f in r.get("files", {}).values()) for r in records.values() if r["status"] == "done"]
+    left = sum(id not in records for j in jobs for id in j.runs)
+    need = 100e6 + left * (sum(sizes) / len(sizes) if sizes else 1e6)
+    root = next(p for p in (runs_root(), *runs_root().parents) if p.exists())
+    free = shutil.disk_usage(root).free
+    if free < need: raise VfmError(f"{left} runs will need about {need / 1e9:.1f} GB in {runs_root()}, and the disk has {free / 1e9:.1f} GB left: free some space or set VFM_RUNS to another disk.")
 
 def check_first(pool, study: StudySpec) -> None:
     "Do so in a worker of this machine, also when the notebooks go to a cluster."
@@ -152,9 +162,9 @@ class Summary:
     @property
     def status(self) -> int: return 1 if self.failed or self.missing or self.problems else 0  # exit status of the command
 
-def summarise(study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 0) -> Summary:
+def summarise(study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 0, records: dict | None = None) -> Summary:
     "Count the records of a plan."
-    records, summary = known_records(study), Summary(study, seconds=seconds, ran=ran)
+    records, summary = known_records(study) if records is None else records, Summary(study, seconds=seconds, ran=ran)
     summary.others = len(records.keys() - {id for j in jobs for id in j.runs})
     for job in jobs:
         states = run_states(job, records)
@@ -200,6 +210,7 @@ class Batch:
     running: dict = field(default_factory=dict)  # job name → (job, future)
     deaths: dict = field(default_factory=dict)  # job name → how often its worker died
     ran: int = 0
+    until: float = float("inf")  # no notebook is started after this (time.monotonic)
 
     def ready(self, job: Job) -> bool:
         "Are the jobs that this one needs done, and is nobody else at work on it?"
@@ -213,6 +224,9 @@ class Batch:
 # %% ../../nbs/76_batch.ipynb #dd37e872
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
+    if self.pending and time.monotonic() > self.until:
+        show.say(f"the time is over: {len(self.pending)} notebooks are left for another time; what runs goes on to its end")
+        self.pending.clear()
     for job in [j for j in self.pending if self.ready(j)]:
         self.pending.remove(job)
         if not self.possible(job): show.say(f"blocked {job.name}: what it needs ({', '.join(job.needs)}) is not done")
@@ -291,24 +305,28 @@ def run_study(
     templates: Path | None = None,  # a folder with one's own templates
     engine: str | None = "forked",  # papermill engine; None: papermill's own
     profile: Path | None = None,  # a file with what the cluster's jobs ask for
+    seeds: str | None = None,  # e.g. "0-4,7"
+    part: str | None = None,  # "i/n": every n-th notebook, beginning with the i-th
+    max_hours: float | None = None,  # no notebook is started after this time
 ) -> Summary:
     "Compute what a study has not got yet."
     begun, study = time.monotonic(), load_study(name_or_path)
     make = maker(executor, study, profile)
-    plan_ = plan(study, only, templates)
+    plan_ = shard(plan(study, [*([only] if isinstance(only, str) else only or []), *seed_choice(seeds)], templates), part)
     todo = startable(study.name, plan_, to_do(study.name, plan_, retry_failed))
     if not todo: return summarise(study.name, plan_, time.monotonic() - begun)
     if reason := unavailable(study.cohort, os.environ.get("VFM_DATA")): raise VfmError(reason)
     check_templates(todo)
+    check_disk(study.name, todo)
     show = Display(sum(len(j.runs) for j in plan_ if not j.skipped))
     os.environ["VFM_RUNS"] = str(runs_root())
     pool = make(jobs, fast=engine == "forked")
     try:
-        show.say(f"{study.name}: {len(todo)} of {len(plan_)} notebooks to run, {pool.jobs} at a time; importing libraries and preparing cohort '{study.cohort}' ...")
+        show.say(f"{study.name}: {len(todo)} of {len(plan_)} notebooks to run, {pool.jobs} at a time; importing libraries and preparing cohort '{Path(study.cohort).name}' ...")
         if not templates: check_first(pool, study)
         show.say("ready")
         sweep(study.name)
-        batch = Batch(study.name, plan_, todo, pool, engine, retry_failed)
+        batch = Batch(study.name, plan_, todo, pool, engine, retry_failed, until=begun + 3600 * max_hours if max_hours else float("inf"))
         batch.loop(show)
     finally:
         pool.shutdown()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECS', 'PLURAL', 'Job', 'unavailable', 'parameter_names', 'job_parameters', 'job_specs', 'axes_of', 'parse_only',
-           'matches', 'template_of', 'plan', 'transfer_jobs', 'external_jobs', 'known_records', 'run_states',
-           'job_states', 'state', 'template_parameters', 'check_template', 'check_templates']
+           'matches', 'seed_choice', 'shard', 'template_of', 'plan', 'transfer_jobs', 'external_jobs', 'known_records',
+           'run_states', 'job_states', 'state', 'template_parameters', 'check_template', 'check_templates']
 
 # %% ../../nbs/71_grid.ipynb #992e015c
 import ast
@@ -122,12 +122,38 @@ def matches(spec: Spec, chosen: dict) -> bool:
     "Is every chosen key, where the spec has it, one of the allowed values?"
     return all(str(getattr(spec, key, None)) in allowed for key, allowed in chosen.items())
 
-# %% ../../nbs/71_grid.ipynb #6a1e7a40
+# %% ../../nbs/71_grid.ipynb #6345de7a
+def seed_choice(
+    text: str | None,  # e.g. "0-4,7"
+) -> list[str]:  # as for --only
+    "Seeds and ranges of seeds as choices."
+    found = []
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))): raise VfmError(f"--seeds '{part}': expected a whole number or a range, e.g. 0-4.")
+        found += [f"seed={k}" for k in range(int(first), int(last or first) + 1)]
+    return found
+
+def shard(
+    jobs: list,  # of a plan
+    text: str | None,  # "i/n", e.g. "2/8"; None: all
+) -> list:
+    "Every n-th notebook, beginning with the i-th, and what it needs."
+    if not text: return jobs
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit() and 0 < int(i) <= int(n)): raise VfmError(f"--shard '{text}': expected i/n with 1 <= i <= n, e.g. 2/8.")
+    leaves = [j for j in jobs if not any(j.name in k.needs for k in jobs) or j.kind == "transfer"]
+    chosen = {j.name for k, j in enumerate(leaves) if k % int(n) == int(i) - 1}
+    wanted = chosen | {name for j in jobs if j.name in chosen for name in j.needs}
+    wanted |= {name for j in jobs if j.name in wanted for name in j.needs}
+    return [j for j in jobs if j.name in wanted]
+
+# %% ../../nbs/71_grid.ipynb #b58dd1d8
 def template_of(kind: str, templates: Path | None) -> Path:
     "The template of a kind, from the project or from a folder of one's own."
     return Path(templates).resolve()/f"{kind}.ipynb" if templates else template_file(kind)
 
-# %% ../../nbs/71_grid.ipynb #af53c73b
+# %% ../../nbs/71_grid.ipynb #2a17152d
 def plan(
     study: StudySpec,
     only=None,  # see parse_only
@@ -144,7 +170,7 @@ def plan(
     transfers = transfer_jobs(study.name, runs, weights, template_of("transfer", templates))
     return weights + transfers + external_jobs(study, kinds, transfers, template_of("external", templates))
 
-# %% ../../nbs/71_grid.ipynb #434cec95
+# %% ../../nbs/71_grid.ipynb #4703134f
 def transfer_jobs(
     study: str,  # name of the study
     runs: list[RunSpec],
@@ -164,10 +190,10 @@ def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: 
     "One job for each backbone whose tuned runs are all in the plan."
     maker = {id: job.name for job in transfers for id in job.runs}
     specs = [s for s in external_specs(study) if "external" in kinds and set(s.parents) <= set(maker)]
-    return [Job(f"external-{s.cohort}-{s.task}-{s.backbone}", "external", template, job_parameters(study.name, [s]), (s,),
+    return [Job(f"external-{Path(s.cohort).name}-{s.task}-{s.backbone}", "external", template, job_parameters(study.name, [s]), (s,),
                 tuple(dict.fromkeys(maker[p] for p in s.parents))) for s in specs]
 
-# %% ../../nbs/71_grid.ipynb #870d29cd
+# %% ../../nbs/71_grid.ipynb #508f4e5b
 def known_records(study: str) -> dict[str, dict]:
     "All records of a study by run id."
     return {r["id"]: r for r in read_records(study)}
@@ -195,7 +221,7 @@ def state(
     if "missing" not in found: return "failed"
     return "skipped" if job.skipped else "missing" if found == {"missing"} else "partial"
 
-# %% ../../nbs/71_grid.ipynb #96549dbd
+# %% ../../nbs/71_grid.ipynb #5220e5e2
 def template_parameters(
     template: Path,
 ) -> list[str]:
@@ -210,7 +236,7 @@ def template_parameters(
     names = [t for s in body for t in (s.targets if isinstance(s, ast.Assign) else [s.target] if isinstance(s, ast.AnnAssign) else [])]
     return [t.id for t in names if isinstance(t, ast.Name)]
 
-# %% ../../nbs/71_grid.ipynb #bc4311c4
+# %% ../../nbs/71_grid.ipynb #46e4fc5f
 def check_template(job: Job) -> None:
     "Raise when a job passes a parameter that its template does not have, or the other way round."
     there = template_parameters(job.template)
