@@ -25,7 +25,7 @@ from .convert import front_matter, joined, parameterised, read_notebook, to_page
 from ..runs.grid import Job, plan, run_states
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
-ORDER = ("index", "alignment", "convergence", "cost", "backbones", "data", "runs", "methods", "log")  # pages in reading order; others follow
+ORDER = ("index", "alignment", "convergence", "cost", "backbones", "data", "runs", "phantom", "methods", "log")  # pages in reading order; others follow
 
 # %% ../../nbs/92_pages.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def report_pages(
 ) -> list[Page]:
     "List the report's own pages in reading order."
     code, made_of = code_print(), {"records": records_print(records), "data": os.environ.get("VFM_DATA", ""),
-                                     "cards": fingerprint(report_notebooks()[0].parent / "backbones.json")}
+                                     "cards": fingerprint(report_notebooks()[0].parent / "backbones.json"),
+                                     "realism": fingerprint(*(report_notebooks()[0].parent / f"{n}.json" for n in ("real_prostate", "phantom_measures")))}
     out = []
     for path in report_notebooks():
         options = front_matter(read_notebook(path))
