@@ -158,6 +158,7 @@ def take(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss a
     self.optimiser.step()
     self.schedule.step()
     if self.average: self.average.update_parameters(self.module)
+    if hasattr(self.module, "after_step"): self.module.after_step()  # e.g. a teacher that follows its student
     return logs
 
 def run_epoch(
