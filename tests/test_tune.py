@@ -134,6 +134,28 @@ def test_the_examples_of_the_contributing_guide_work(cohort):
     assert apply_strategy("head_only", model)["trainable"] == sum(p.numel() for p in model.head.parameters())
 
 
+# --- inputs on the backbone's scale, targets on the task's ---
+
+@pytest.mark.parametrize("name", ["super_resolution", "distortion_correction", "translation", "segmentation"])
+def test_inputs_follow_the_backbones_card_and_targets_do_not(name, cohort):
+    z, whole = (replace(SPEC, task=name, n_train=4, backbone=b) for b in ("profound_toy.x", "efficientnet_lite0.in1k"))
+    (task, a), (other, b) = run_data(z), run_data(whole)
+    how, (mean, sd) = other.scale.keywords.values()
+    train = cohort.subset("train", 4).volumes.astype("float64")
+    assert task.scale.keywords == {"how": "zscore_nonzero"} and how == "cohort"
+    np.testing.assert_allclose(mean, train.mean((0, 2, 3, 4)), err_msg="the cases that the run trains on, and no other")
+    np.testing.assert_allclose(sd, train.std((0, 2, 3, 4)))
+    assert all(torch.equal(a[k].target, b[k].target) for k in a), "one target for all backbones"
+    assert b["test"].inputs.shape == a["test"].inputs.shape and not torch.allclose(b["test"].inputs[:, 0], a["test"].inputs[:, 0], atol=0.01)
+    raw = b["test"].inputs[:, 0].numpy()*sd[0] + mean[0]
+    if name in ("segmentation", "distortion_correction"): np.testing.assert_allclose(raw, cohort.subset("test").volumes[:, 0], atol=0.01*sd[0])
+    guesses = [task.control(d["train"], d["test"]).value.to_numpy() for d in (a, b)]
+    np.testing.assert_array_equal(*guesses)
+    if task.primary == "psnr" and task.residual is not None:
+        first = predict(build_model(whole, other, 3), b["test"].inputs)
+        assert torch.equal(first, a["test"].inputs[:, -1:]), "an untrained network answers with the first guess, in the units of the target"
+
+
 # --- the loop ---
 
 def test_batches_show_every_case_once_and_flip_target_with_input():
