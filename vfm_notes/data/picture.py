@@ -70,9 +70,7 @@ def decode_file(
     values = sitk.GetArrayFromImage(image)
     if path.suffix.lower() == ".dcm":
         if values.shape[0] != 1: raise VfmError(f"{path} has {values.shape[0]} frames, expected one picture.")
-        dark = image.HasMetaDataKey("0028|0004") and image.GetMetaData("0028|0004").strip() == "MONOCHROME1"
         values = values[0].astype(np.float32)
-        if dark: values = values.max() + values.min() - values
     return values if image.GetNumberOfComponentsPerPixel() > 1 else values[..., None]
 
 # %% ../../nbs/135_picture.ipynb #3532fb4d
