@@ -73,6 +73,8 @@ class CohortCard:
     note: str = ""
     non_commercial: bool = False
     targets: tuple[str, ...] = ()  # names of 0/1 labels of a whole case, where it may have several
+    mean: tuple[float, ...] = ()  # published mean of every channel, for backbones that normalise by the cohort; () to take it from the training cases
+    sd: tuple[float, ...] = ()  # published standard deviation of every channel, where mean is given
     empty_labels: bool = False  # whether a case may be background everywhere
 
 # %% ../../nbs/12_cohort.ipynb #6e8db070
