@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'ENTRIES', 'Source', 'Plan', 'deal', 'code_hash', 'stamps', 'case_key', 'marks_of', 'write_text',
            'write_cohort', 'open_cohort', 'read_cohort', 'put', 'progress', 'Known', 'checked', 'fill', 'decoded',
-           'manifest_folder', 'cohort_maker', 'cache_key', 'cache_folder', 'kept_cohort']
+           'plan_problems', 'load_entries', 'manifest_folder', 'cohort_maker', 'cache_key', 'cache_folder',
+           'kept_cohort']
 
 # %% ../../nbs/125_cache.ipynb #603827e8
 import hashlib
@@ -257,8 +258,25 @@ def decoded(
     write_text(replace(cohort, excluded=[{"case": k, "reason": v} for k, v in out.items()]), folder, keys, [known.at[k][2] for k in keys])
     return folder
 
-# %% ../../nbs/125_cache.ipynb #0b026b43
-ENTRIES = ("vfm_notes.data.datasets", "vfm_notes.data.sulcus_cohort")  # modules that register cohorts; not imported before one is asked for
+# %% ../../nbs/125_cache.ipynb #5ceb5897
+def plan_problems(
+    plan: Plan,
+) -> list[str]:  # one sentence each, that begins with the case
+    "Everything that is wrong with the cases of a plan."
+    bad, marks = {k: [v] for k, v in plan.bad.items()}, []
+    for source in progress(plan.sources, f"checking {plan.card.name}"):
+        parts, wrong = checked(plan, source, None) if source.name not in bad else (None, "")
+        if wrong: bad[source.name] = [wrong]
+        marks.append(fingerprints(parts[0]) if parts and not wrong else [])
+    for i, j, c in copies(marks): bad.setdefault(plan.sources[i].name, []).append(f"has the same {plan.card.sequences[c]} as {plan.sources[j].name}")
+    return [f"{k}: {p}" if k else p for k, found in bad.items() for p in found]
+
+# %% ../../nbs/125_cache.ipynb #fd9b7431
+ENTRIES = ("datasets", "sulcus_cohort", "prostate_layouts", "tree_layouts", "table_layouts", "picture_sets", "brainvisa")  # modules that register cohorts and layouts
+
+def load_entries() -> None:
+    "Import them; not done before one is asked for."
+    for module in ENTRIES: importlib.import_module(f"vfm_notes.data.{module}")
 
 def manifest_folder(
     name: str,  # a path, or a name under VFM_DATA
@@ -273,7 +291,7 @@ def cohort_maker(
     name: str,
 ) -> tuple[Callable, dict]:  # (size, spacing, n, seed) → Cohort or Plan; its card in the registry
     "Who makes a cohort."
-    for module in () if name in cohorts else ENTRIES: importlib.import_module(module)
+    if name not in cohorts: load_entries()
     folder = None if name in cohorts else manifest_folder(name)
     if folder:
         from vfm_notes.data.decode import manifest_plan
@@ -282,7 +300,7 @@ def cohort_maker(
     try: return cohorts[name], cohorts.card(name)
     except VfmError as e: raise VfmError(f"{e} Or give a folder with manifest.csv and card.yaml: its path, or its name under VFM_DATA.") from None
 
-# %% ../../nbs/125_cache.ipynb #96bdc7be
+# %% ../../nbs/125_cache.ipynb #f41ad2eb
 def cache_key(
     name: str,
     made: Plan | tuple[Callable, dict],  # a plan, or maker and registry card of a cohort that is made as a whole
@@ -300,7 +318,7 @@ def cache_key(
 
 def cache_folder(name: str, key: str) -> Path: return cache_root()/f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(name).name)}-{key[:20]}"
 
-# %% ../../nbs/125_cache.ipynb #cbba75f4
+# %% ../../nbs/125_cache.ipynb #d597793b
 def kept_cohort(
     name: str,
     maker: tuple[Callable, dict],  # from `cohort_maker`

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_picture', 'times', 'check_fit', 'check_plane', 'grid_of', 'read_masks', 'voxel_point', 'crop_centre', 'decode_row',
-           'painted', 'decode_pictures', 'manifest_plan', 'manifest_cohort', 'plan_problems', 'natural_grid',
-           'check_manifest']
+           'painted', 'decode_pictures', 'manifest_plan', 'manifest_cohort', 'natural_grid', 'check_manifest']
 
 # %% ../../nbs/175_decode.ipynb #ef76505c
 from dataclasses import replace
@@ -13,8 +12,8 @@ from functools import partial
 
 import numpy as np
 import SimpleITK as sitk
-from .cache import Plan, Source, checked, kept_cohort, progress
-from .cohort import Cohort, check_arguments, copies, fingerprints
+from .cache import Plan, Source, kept_cohort, plan_problems
+from .cohort import Cohort, check_arguments
 from .manifest import VOXEL, Manifest, crop_problem, found_problems, grade_index, known_columns, located, mask_columns
 from .picture import ENDINGS, read_picture, resize_crop
 from .volume import centre_of, grid_around, read_image, read_mask, resample, split_address
@@ -192,19 +191,7 @@ def manifest_cohort(
     "The cohort of a manifest, from the cache where it is known."
     return kept_cohort(manifest.card.name, (partial(manifest_plan, manifest), {"plan": True}), {**check_arguments(size, spacing, n), "seed": int(seed)}, exclude_bad)
 
-# %% ../../nbs/175_decode.ipynb #c452c6ad
-def plan_problems(
-    plan: Plan,
-) -> list[str]:  # one sentence each, that begins with the case
-    "Everything that is wrong with the cases of a plan."
-    bad, marks = {k: [v] for k, v in plan.bad.items()}, []
-    for source in progress(plan.sources, f"checking {plan.card.name}"):
-        parts, wrong = checked(plan, source, None) if source.name not in bad else (None, "")
-        if wrong: bad[source.name] = [wrong]
-        marks.append(fingerprints(parts[0]) if parts and not wrong else [])
-    for i, j, c in copies(marks): bad.setdefault(plan.sources[i].name, []).append(f"has the same {plan.card.sequences[c]} as {plan.sources[j].name}")
-    return [f"{k}: {p}" if k else p for k, found in bad.items() for p in found]
-
+# %% ../../nbs/175_decode.ipynb #51d2d27b
 def natural_grid(
     manifest: Manifest,
 ) -> tuple[tuple, tuple]:  # size (d, h, w) voxels, spacing (d, h, w) mm

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'FREE', 'VOXEL', 'Manifest', 'as_text', 'read_card', 'card_type',
            'read_manifest', 'write_manifest', 'mask_columns', 'known_columns', 'crop_problem', 'table_problems',
-           'located', 'file_problem', 'grade_index', 'row_problems', 'found_problems', 'manifest_problems']
+           'located', 'file_problem', 'grade_index', 'row_problems', 'found_problems', 'manifest_problems',
+           'count_cases']
 
 # %% ../../nbs/17_manifest.ipynb #08eba5e9
 import os
@@ -66,7 +67,7 @@ def read_card(
     return card, more
 
 TEXT, WORDS = "text (in quotes where YAML reads something else)", "a list of texts (in quotes where YAML reads something else)"
-CARD_TYPES = dict(sequences=WORDS, classes="'background' and the names of the other classes", grades=WORDS, targets=WORDS, spacing="three numbers of mm [d, h, w]", non_commercial="true or false", empty_labels="true or false")
+CARD_TYPES = dict(sequences=WORDS, classes="'background' and the names of the other classes", grades=WORDS, targets=WORDS, spacing="three numbers of mm [d, h, w]", mean="one number per sequence", sd="one number per sequence", non_commercial="true or false", empty_labels="true or false")
 
 def card_type(key: str, value) -> bool:
     "Whether the value of a card's field is of the right type."
@@ -75,6 +76,7 @@ def card_type(key: str, value) -> bool:
         case "sequences": return words and len(value) > 0
         case "classes": return words and value[:1] == ("background",)
         case "grades" | "targets": return words
+        case "mean" | "sd": return isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)
         case "spacing": return isinstance(value, tuple) and len(value) == 3 and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in value)
         case "non_commercial" | "empty_labels": return isinstance(value, bool)
     return isinstance(value, str)
@@ -207,3 +209,15 @@ def manifest_problems(
 ) -> list[str]:  # one sentence each, empty when all is well
     "The same as sentences that name the case."
     return [f"{case}: {p}" if case else p for case, p in found_problems(manifest)]
+
+# %% ../../nbs/17_manifest.ipynb #aeaafcd0
+def count_cases(
+    manifest: Manifest,
+) -> pd.DataFrame:  # one row per split
+    "Cases, patients and grades by split, counted in the table."
+    table, card = manifest.table, manifest.card
+    def row(split: str, of: pd.DataFrame) -> dict:
+        grades = [grade_index(card, g) for g in of["grade"]] if card.grades and "grade" in of else []
+        return {"split": split, "cases": len(of), "patients": of["patient"].nunique(), **{g: grades.count(k) for k, g in enumerate(card.grades)}, **{t: int((of[f"target_{t}"] == "1").sum()) for t in manifest.targets if f"target_{t}" in of}}
+    if "split" not in table: return pd.DataFrame([row("dealt by the study", table)])
+    return pd.DataFrame([row(s, table[table["split"] == s]) for s in SPLITS if (table["split"] == s).any()])
