@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from einops import rearrange, repeat
 
 # %% ../../nbs/26_mae3d.ipynb #2011ea9e
-from .convnext3d import ChannelNorm, enlarge, triple
+from .convnext3d import ChannelNorm, DepthwiseConv3d, enlarge, triple
 from .vit import MLP, Attention
 
 # %% ../../nbs/26_mae3d.ipynb #dfcffe2d
@@ -163,7 +163,7 @@ class ConvBlock(nn.Module):
         one = lambda a, b: nn.Conv3d(a, b, 1)
         self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
         self.conv1, self.conv2 = one(channels, channels), one(channels, channels)
-        self.dw_conv = nn.Conv3d(channels, channels, 5, padding=2, groups=channels)
+        self.dw_conv = DepthwiseConv3d(channels, 5)
         self.mlp = nn.ModuleDict({"fc1": one(channels, 4 * channels), "fc2": one(4 * channels, channels)})
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
