@@ -15,6 +15,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from vfm_notes.data import picture
+from vfm_notes.data.cohort import problems
+from vfm_notes.data.decode import manifest_cohort
+from vfm_notes.data.loader import normalise
 from vfm_notes.data.manifest import layouts
 from vfm_notes.data.picture import read_picture, resize, resize_crop
 from vfm_notes.data.picture_sets import MEDMNIST, aptos2019, cbis_ddsm, chexpert, isic2019, medmnist
@@ -349,6 +352,18 @@ def test_medmnist_labels(tmp_path):
     assert "no array 'val_labels'" in message(medmnist, tmp_path)
 
 
+def test_a_cohort_of_pictures_by_the_published_recipe(tmp_path, runs_root):
+    "Resized to 256, the middle 224 kept, normalised by the published moments."
+    manifest = aptos2019(made("aptos2019", tmp_path))
+    cohort = manifest_cohort(manifest, (1, 56, 56), (1.0, 1.0, 1.0), {})
+    assert cohort.volumes.shape == (20, 3, 1, 56, 56) and (cohort.labels == 0).all() and problems(cohort) == []
+    whole = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/"train_images"/f"{cohort.names[4]}.png"))).astype(np.float32) / 255
+    large = torch.nn.functional.interpolate(torch.from_numpy(np.moveaxis(whole, -1, 0))[None], size=(64, 64), mode="bilinear", antialias=True)[0].numpy()
+    np.testing.assert_allclose(cohort.volumes[4, :, 0], large[:, 4:60, 4:60], atol=2e-5)
+    mean, sd = STATISTICS["aptos2019"]
+    np.testing.assert_allclose(normalise(cohort.volumes, "cohort", (mean, sd))[4, 2, 0], (large[2, 4:60, 4:60] - mean[2]) / sd[2], atol=1e-3)
+
+
 def test_statistics_have_a_value_for_each_channel(tmp_path):
     for name, (mean, sd) in STATISTICS.items():
         folder = tmp_path/name
@@ -371,3 +386,11 @@ def test_real_breastmnist(real_data):
     for case, values in zip(manifest.table["case"], read): twins += [(seen[values.tobytes()], case)] if values.tobytes() in seen else []; seen.setdefault(values.tobytes(), case)
     assert twins == [("breastmnist-train-0115", "breastmnist-test-0076")]
     assert manifest.table.set_index("case").loc[list(twins[0]), "grade"].tolist() == ["0", "1"]
+
+
+def test_real_breastmnist_does_not_load_with_its_twins(real_data, runs_root):
+    manifest = medmnist(real_data/"breastmnist_28")
+    manifest.table = pd.concat([manifest.table.iloc[110:120], manifest.table.iloc[546 + 78 + 70:546 + 78 + 80]], ignore_index=True)
+    assert "have the same grey" in (text := message(manifest_cohort, manifest, (1, 28, 28), (1.0, 1.0, 1.0), {})) or "has the same grey" in text
+    cohort = manifest_cohort(manifest, (1, 28, 28), (1.0, 1.0, 1.0), {}, exclude_bad=True)
+    assert len(cohort) < 20 and {e["case"] for e in cohort.excluded} <= {"breastmnist-train-0115", "breastmnist-test-0076"}

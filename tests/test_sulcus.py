@@ -14,8 +14,9 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vfm_notes.data.brainvisa import brainvisa, brainvisa_example, sequential_split, sulcus_labels
+from vfm_notes.data.brainvisa import CENTRES, brainvisa, brainvisa_example, sequential_split, sulcus_labels
 from vfm_notes.data.cohort import load_cohort, problems
+from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.sulcus import BLOCK, GRADES, Fold, SulcusCase, fold_distance, skeleton, sulcus_case, unroll
 from vfm_notes.foundation.registry import VfmError
 
@@ -179,6 +180,30 @@ def test_names_are_looked_up_less_their_ending(tmp_path):
     assert "no line for sub00_T1" in message(brainvisa, tmp_path, key_drop=0)
     (tmp_path/"labels.csv").write_text((tmp_path/"labels.csv").read_text().replace(",", "_T1,"))
     assert len(brainvisa(tmp_path, key_drop=0)) == 10
+
+
+def test_the_published_box_is_monais(tmp_path, runs_root):
+    "Voxels around a voxel, by SpatialCrop on the file's own array; the file's axes point right, front, up."
+    import nibabel as nib
+    from monai.transforms import SpatialCrop
+    brainvisa_example(tmp_path)
+    big = np.random.default_rng(0).random((40, 36, 44), dtype=np.float32)
+    for array, path in ((big, tmp_path/"subjects"/"sub00_T1"/"t1mri/default_acquisition/default_analysis/segmentation"/"Lskeleton_sub00_T1.nii.gz"), ((big > 0.5).astype(np.uint8), tmp_path/"labels"/"Lsub00_T1.nii.gz")):
+        nib.save(nib.Nifti1Image(array, np.diag([-1.0, 1, 1, 1]) @ np.diag([-1.0, 1, 1, 1])), path)
+    manifest = brainvisa(tmp_path, crop="voxel 15 20 25", split="sequential")
+    manifest.table = manifest.table.iloc[:1]
+    ours = manifest_cohort(manifest, (16, 20, 12), (1.0, 1.0, 1.0), {})
+    theirs = np.asarray(SpatialCrop(roi_center=(15, 20, 25), roi_size=(12, 20, 16))(big[None]))[0]
+    np.testing.assert_allclose(ours.volumes[0, 0], theirs[::-1, ::-1].transpose(2, 1, 0), atol=1e-6, err_msg="(x, y, z) to the left, the back and up, slices first")
+    np.testing.assert_array_equal(ours.labels[0], theirs[::-1, ::-1].transpose(2, 1, 0) > 0.5)
+    manifest.crop = "voxel 15 20 44"
+    assert "centred on voxel 15x20x44" in message(manifest_cohort, manifest, (16, 20, 12), (1.0, 1.0, 1.0), {})
+
+
+def test_centres_by_cohort_and_hemisphere(tmp_path):
+    brainvisa_example(tmp_path)
+    assert brainvisa(tmp_path, crop="benemin").crop == "voxel 60 109 85" and CENTRES["top"]["R"] == (115, 35, 171)
+    assert "crop is 'topp'" in message(brainvisa, tmp_path, crop="topp")
 
 
 @pytest.mark.parametrize("options, words", [(dict(hemisphere="left"), "hemisphere is 'left'"), (dict(split="squential"), "Did you mean 'sequential'?"), (dict(subjects="none"), "has no folder none"), (dict(labels="x.csv"), "x.csv does not exist"), (dict(hemisphere="R"), "Rskeleton_sub09_T1.nii.gz does not exist")])

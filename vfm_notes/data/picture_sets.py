@@ -143,7 +143,7 @@ def aptos2019(
     rows = [dict(case=i, patient=i, split=s, **rgb(picture_file(src, f"train_images/{i}.png")), grade=g) for i, g, s in zip(table["id_code"], table["diagnosis"], split)]
     card = picture_card("aptos2019", "APTOS 2019 blindness detection", "rules of the Kaggle competition APTOS 2019", "kaggle.com/c/aptos2019-blindness-detection, train.csv", "Asia Pacific Tele-Ophthalmology Society, 2019",
         f"Split 70/15/15 by picture as released (shuffle with seed 42): the set has no patient identifiers. {statistics_note('aptos2019')}", grades=("no DR", "mild", "moderate", "severe", "proliferative DR"), colour=True, non_commercial=True)
-    return finished("aptos2019", src, rows, card, [])
+    return finished("aptos2019", src, rows, card, [], "middle")
 
 # %% ../../nbs/19_picture_sets.ipynb #823db7b3
 def isic_example(folder: Path) -> None:
@@ -170,7 +170,7 @@ def isic2019(
     rule = "by picture, as released: pictures of one lesion may stand in several splits" if as_released else "as released, then every lesion kept in one split; pictures without a lesion count as their own, and patients are not published"
     card = picture_card("isic2019", "ISIC 2019 skin lesions", "CC BY-NC 4.0", "challenge.isic-archive.com, ISIC 2019 training set", "Tschandl et al. 2018 (HAM10000); Codella et al. 2018; Combalia et al. 2019 (BCN20000)",
         f"Split 80/10/10 (shuffle with seed 42) {rule}. {statistics_note('isic2019')}", grades=tuple(ISIC.values()), colour=True, non_commercial=True)
-    return finished("isic2019", src, rows, card, bad)
+    return finished("isic2019", src, rows, card, bad, "middle")
 
 # %% ../../nbs/19_picture_sets.ipynb #d4b8fb25
 VIEW = r"^(.+?)[._-]*(?:LEFT|RIGHT)[._-]"  # of a file's name; the group is the patient
@@ -215,7 +215,7 @@ def cbis_ddsm(
     rule = "patients not checked, as released" if as_released else "a patient is the part of the name before the side"
     card = picture_card("cbis_ddsm", "DDSM mammograms", "CC BY 3.0 (CBIS-DDSM); DDSM is public for research", "TCIA CBIS-DDSM and the DDSM of the University of South Florida", "Lee et al., Scientific Data 2017; Heath et al. 2001",
         f"Splits are the given lists; {rule}. " + ("Class 1 holds benign and cancer, called 'Cancer' in the released code. " if classes == 2 else "") + statistics_note("cbis_ddsm"), grades=("normal", "abnormal") if classes == 2 else DDSM_WORDS)
-    return finished("cbis_ddsm", src, [row for row, _ in done], card, [b for _, problems in done for b in problems])
+    return finished("cbis_ddsm", src, [row for row, _ in done], card, [b for _, problems in done for b in problems], "middle")
 
 # %% ../../nbs/19_picture_sets.ipynb #eeb9f945
 def chexpert_example(folder: Path) -> None:
@@ -251,4 +251,4 @@ def chexpert(
     rule = f"boundaries as released, cutting {cut} patient{'s' * (cut != 1)}; shared rows in the earlier part" if as_released else f"boundaries as released, but the {cut} patient{'s' * (cut != 1)} cut by one and the rows shared by two parts are in the earlier part only"
     card = picture_card("chexpert", "CheXpert chest X-rays", "Stanford University Dataset Research Use Agreement", "stanfordmlgroup.github.io/competitions/chexpert, train.csv (the official valid.csv is not used)", "Irvin et al., CheXpert, AAAI 2019",
         f"Sorted by path, first 20 % and 15 rows held out: {rule}. Blank and uncertain labels are 0; No Finding where nothing is found. {statistics_note('chexpert')}", targets=targets, non_commercial=True)
-    return finished("chexpert", src, rows, card, bad)
+    return finished("chexpert", src, rows, card, bad, "middle")
