@@ -19,7 +19,7 @@ from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.metric import auc, dice_per_class, hd95_per_class, psnr, quadratic_kappa, ssim
 from vfm_notes.tune.strategy import apply_strategy
 from vfm_notes.tune.task import TaskData, build_task
-from vfm_notes.tune.transfer import build_model, run_data, transfer
+from vfm_notes.tune.transfer import build_model, input_scale, run_data, transfer
 
 CASES = {"pretrain": 0, "train": 8, "val": 4, "test": 8}
 SPEC = RunSpec(size=(4, 32, 32), spacing=(8.0, 3.0, 3.0), cases=CASES, n_train=8, epochs=1, strategy="scratch")
@@ -154,6 +154,12 @@ def test_inputs_follow_the_backbones_card_and_targets_do_not(name, cohort):
     if task.primary == "psnr" and task.residual is not None:
         first = predict(build_model(whole, other, 3), b["test"].inputs)
         assert torch.equal(first, a["test"].inputs[:, -1:]), "an untrained network answers with the first guess, in the units of the target"
+
+
+def test_published_statistics_come_before_those_of_the_training_cases(cohort):
+    given = replace(cohort, card=replace(cohort.card, mean=(1.0, 2.0, 3.0), sd=(4.0, 5.0, 6.0)))
+    assert input_scale("efficientnet_lite0.in1k", given) == {"how": "cohort", "moments": ([1, 2, 3], [4, 5, 6])}
+    assert input_scale("profound_toy.x", given) == {"how": "zscore_nonzero"}
 
 
 # --- the loop ---

@@ -58,9 +58,10 @@ def input_scale(
     backbone: str,  # architecture.weights
     train: Cohort,  # the cases that a run trains on
 ) -> dict:  # arguments of data.loader.normalise
-    "How a backbone wants its inputs; where it takes statistics of a cohort, those of the training cases."
-    how = normalisation(backbone)
-    return {"how": how} | ({"moments": cohort_moments(train.volumes)} if how == "cohort" else {})
+    "How a backbone wants its inputs; where that is by statistics of the cohort, those of its card, or else of the training cases."
+    how, card = normalisation(backbone), train.card
+    if how != "cohort": return {"how": how}
+    return {"how": how, "moments": (list(card.mean), list(card.sd)) if card.mean else cohort_moments(train.volumes)}
 
 def run_data(
     spec: RunSpec,
