@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("monai")
 pytest.importorskip("transformers")
 from vfm_notes.backbones.protocol import backbone_card, build, check_backbone, load
-from vfm_notes.backbones.weights import build_tiny, normalisation, weights
+from vfm_notes.backbones.keys import build_tiny
+from vfm_notes.backbones.weights import normalisation, weights
 from vfm_notes.data.loader import RULES
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, backbones

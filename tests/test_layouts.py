@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from vfm_notes.backbones import profound_layouts as pl
 from vfm_notes.backbones import provicnet_layouts as vl
 from vfm_notes.backbones.protocol import build
-from vfm_notes.backbones.weights import compare, load_weights, weights
+from vfm_notes.backbones.keys import compare, load_weights
+from vfm_notes.backbones.weights import weights
 from vfm_notes.nets.convnext3d import ConvNeXt3d
 from vfm_notes.nets.dense_heads import ResidualUnit, UNETRDecoder
 from vfm_notes.nets.mae3d import ConvMAE3d, MAE3d

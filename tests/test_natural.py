@@ -9,7 +9,8 @@ import vfm_notes.backbones.profound_layouts # noqa: F401 (registers)
 import vfm_notes.backbones.promptable # noqa: F401 (registers)
 import vfm_notes.backbones.provicnet_layouts # noqa: F401 (registers)
 from vfm_notes.backbones.lifted import LIFTS, Lifted, inflate
-from vfm_notes.backbones.weights import build_tiny, compare, load_weights, weights, weights_card
+from vfm_notes.backbones.keys import build_tiny, compare, load_weights
+from vfm_notes.backbones.weights import weights, weights_card
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.nets.focal import FocalBlock, FocalModulation, FocalNet
 
@@ -60,6 +61,50 @@ def test_features_are_the_ones_of_the_study():
     assert torch.equal(vector, out.pooler_output)
     vector, out = outputs("vit_base", x)
     assert torch.equal(vector, out.last_hidden_state[:, 0])
+
+
+def head_tokens(name):
+    "A backbone, its tokens of two images, and what transformers gives for them."
+    model = tiny(name, 3).eval()
+    x = torch.randn(2, 3, 32, 48)
+    net, options = model.encoder.model, model.encoder.options
+    with torch.no_grad(): return model, model.tokens(x[:, :, None]), net(pixel_values=x, output_hidden_states=True, **options)
+
+
+@pytest.mark.parametrize("name, extra", [("dinov2_base", 1), ("dinov2_reg_small", 3)])
+def test_dinov2_gives_a_transformer_head_its_patches_before_the_norm(name, extra):
+    model, tokens, out = head_tokens(name)
+    assert tokens.shape == (2, 24, 24) and torch.equal(tokens, out.hidden_states[-1][:, extra:])
+    with torch.no_grad(): normed = model.encoder.model.layernorm(tokens)
+    assert torch.allclose(normed, out.last_hidden_state[:, extra:], atol=1e-6) and not torch.allclose(tokens, out.last_hidden_state[:, extra:], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["blip_base", "blip_base_token1", "deit_base", "openclip_b16"])
+def test_other_transformers_give_their_patches_after_the_last_block(name):
+    model, tokens, out = head_tokens(name)
+    assert tokens.shape == (2, 24, 24) and torch.equal(tokens, out.last_hidden_state[:, 1:])
+    if name == "blip_base_token1": # the study's reading takes the first patch for the class token
+        assert torch.equal(model.embed(torch.zeros(1, 3, 1, 32, 32)), model.tokens(torch.zeros(1, 3, 1, 32, 32))[:, 0])
+
+
+def test_cells_are_the_tokens_of_sam_and_seem():
+    for name, cells in (("sam_vit_b", (4, 6)), ("seem_focal_t", (1, 2))):
+        model, x = tiny(name, 3).eval(), torch.randn(2, 3, 1, 32, 48 if name == "sam_vit_b" else 64)
+        with torch.no_grad(): tokens, last = model.tokens(x), model.pyramid(x)[-1]
+        assert tokens.shape[:2] == (2, cells[0] * cells[1]) and torch.equal(tokens.mT.reshape(last[:, :, 0].shape), last[:, :, 0])
+
+
+@pytest.mark.parametrize("name, wanted", [("sam_vit_b", (196, 768)), ("dinov2_base", (256, 768)), ("blip_base", (196, 768)), ("seem_focal_t", (49, 768))])
+def test_numbers_of_tokens_at_224_are_the_studys(name, wanted):
+    "Full-size networks, without making their numbers."
+    with torch.device("meta"): assert backbones[name](3).tokens(torch.zeros(1, 3, 1, 224, 224)).shape == (1, *wanted)
+
+
+def test_tokens_of_a_volume_are_those_of_its_slices():
+    model = tiny("dinov2_small", 1).eval()
+    x = torch.randn(2, 1, 3, 32, 32)
+    with torch.no_grad(): whole, parts = model.tokens(x), [model.tokens(x[:, :, i:i + 1]) for i in range(3)]
+    assert torch.allclose(whole, torch.cat(parts, 1), atol=1e-5)
 
 
 def test_sam_without_neck_equals_transformers_at_its_own_size():

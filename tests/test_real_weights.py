@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import vfm_notes.backbones.natural # noqa: F401 (registers)
 import vfm_notes.backbones.promptable as promptable
 import vfm_notes.backbones.volumetric as volumetric
-from vfm_notes.backbones.weights import compare, converted_file, load_backbone, weights_card
+from vfm_notes.backbones.keys import compare, load_backbone
+from vfm_notes.backbones.weights import converted_file, weights_card
 from vfm_notes.foundation.registry import backbones
 from vfm_notes.nets.files import read_state, strip
 

@@ -5,7 +5,8 @@ import torch
 pytest.importorskip("monai")
 import vfm_notes.backbones.sulcal # noqa: F401 (registers)
 import vfm_notes.backbones.volumetric as v
-from vfm_notes.backbones.weights import build_tiny, compare, weights
+from vfm_notes.backbones.keys import build_tiny, compare
+from vfm_notes.backbones.weights import weights
 from vfm_notes.foundation.registry import backbones
 
 

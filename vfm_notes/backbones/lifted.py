@@ -98,7 +98,7 @@ def inflate(
     for name, child in net.named_children(): setattr(net, name, inflate(inflated_layer(child, depth), depth))
     return net
 
-# %% ../../nbs/36_lifted.ipynb #readclass
+# %% ../../nbs/36_lifted.ipynb #93fd7b55
 class ReadBackbone(Backbone):
     "A backbone around an encoder, answered from one reading of its maps."
     def read(self,
@@ -116,7 +116,7 @@ class ReadBackbone(Backbone):
         maps, vector = self.read(x)
         return {n: m.mean((2, 3, 4)) for n, m in zip(self.encoder.names, maps)} | {"embed": vector}
 
-# %% ../../nbs/36_lifted.ipynb #9ddd425e
+# %% ../../nbs/36_lifted.ipynb #05569089
 LIFTS = ("slices", "attention", "triplets", "inflated")
 
 class Lifted(ReadBackbone):
@@ -136,36 +136,53 @@ class Lifted(ReadBackbone):
         self.embed_dim, self.widths = encoder.embed_dim, [encoder.widths[i] for i in encoder.levels]
         self.strides = [(1, encoder.strides[i], encoder.strides[i]) for i in encoder.levels]
 
+    def images(self, x: Tensor) -> Tensor: # b c d h w → (b d) 3 h w
+        "The slices as the encoder sees them."
+        x = self.channels(self.check_input(x))
+        return neighbours(x) if self.lift == "triplets" else rearrange(x, "b c d h w -> (b d) c h w")
+
+    def tokens(self, x: Tensor) -> Tensor: # b c d h w → b (d n) e
+        "What a transformer head reads: an encoder's own patch tokens, or the cells of its last map."
+        if not hasattr(self.encoder, "patches"): return rearrange(self.read(x)[0][-1], "b e d h w -> b (d h w) e")
+        return rearrange(self.encoder.patches(self.images(x)), "(b d) n e -> b (d n) e", b=len(x))
+
     def read(self,
              x: Tensor, # b c d h w
             ) -> tuple[list[Tensor], Tensor]: # every map b e d h w, and the vector b e
         "All maps of the encoder as volumes, and the pooled vector."
-        b, x = len(x), self.channels(self.check_input(x))
-        if self.lift == "inflated": return self.encoder(x)
-        maps, vectors = self.encoder(neighbours(x) if self.lift == "triplets" else rearrange(x, "b c d h w -> (b d) c h w"))
+        b = len(x)
+        if self.lift == "inflated": return self.encoder(self.channels(self.check_input(x)))
+        maps, vectors = self.encoder(self.images(x))
         vectors = rearrange(vectors, "(b d) e -> b d e", b=b)
         return [stack_slices(m, b) for m in maps], self.pool(vectors) if self.lift == "attention" else vectors.mean(1)
 
-# %% ../../nbs/36_lifted.ipynb #d4e33ba9
+# %% ../../nbs/36_lifted.ipynb #64b9a9d4
 def spread(
     n: int, # blocks
 ) -> list[int]: # at most four of them, evenly spread, the last one included
     "The blocks that make a pyramid."
     return sorted({max(round(n * i / 4) - 1, 0) for i in (1, 2, 3, 4)})
 
-# %% ../../nbs/36_lifted.ipynb #f105ab81
+# %% ../../nbs/36_lifted.ipynb #604e1311
 class Tokens(nn.Module):
     "A vision transformer of transformers: patch tokens after every block; the last map is the model's own normalised output."
     def __init__(self,
                  model: nn.Module, # a vision model of transformers
                  reading: str, # cls, mean, token1, projected or pooler
+                 prenorm: bool = False, # `patches` come before the final norm
                 ):
         super().__init__()
-        self.model, self.reading, c = model, reading, model.config
+        self.model, self.reading, self.prenorm, c = model, reading, prenorm, model.config
         n, self.patch = c.num_hidden_layers, c.patch_size
         self.widths, self.strides, self.levels, self.names = [c.hidden_size] * n, [self.patch] * n, spread(n), [f"block{i + 1}" for i in range(n)]
         self.embed_dim = c.projection_dim if reading == "projected" else c.hidden_size
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters else {}
+
+    def patches(self, images: Tensor) -> Tensor: # b 3 h w → b n e
+        "Patch tokens of the last block, for a transformer head."
+        out = self.model(pixel_values=images, output_hidden_states=True, **self.options)
+        tokens = out.hidden_states[-1] if self.prenorm else out.last_hidden_state
+        return tokens[:, -(images.shape[2] // self.patch) * (images.shape[3] // self.patch):]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         out = self.model(pixel_values=images, output_hidden_states=True, **self.options)
@@ -175,7 +192,7 @@ class Tokens(nn.Module):
         return maps, {"cls": lambda: tokens[-1][:, 0], "token1": lambda: tokens[-1][:, 1], "mean": lambda: maps[-1].mean((2, 3)),
                       "projected": lambda: out.image_embeds, "pooler": lambda: out.pooler_output}[self.reading]()
 
-# %% ../../nbs/36_lifted.ipynb #d6ec7ec8
+# %% ../../nbs/36_lifted.ipynb #18ca4591
 class SamMaps(nn.Module):
     "SAM's image encoder without neck, at any size that the patch divides."
     def __init__(self,
@@ -198,7 +215,7 @@ class SamMaps(nn.Module):
         maps = [rearrange(m, "b h w e -> b e h w") for m in maps]
         return maps, maps[-1].mean((2, 3))
 
-# %% ../../nbs/36_lifted.ipynb #cd1aeb83
+# %% ../../nbs/36_lifted.ipynb #b8a2bfd7
 class Stages(nn.Module):
     "A network of stages (ResNet, SAM 2's Hiera): the map of every stage."
     def __init__(self,

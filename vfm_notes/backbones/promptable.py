@@ -13,7 +13,8 @@ from einops import repeat
 
 # %% ../../nbs/39_promptable.ipynb #75183ba4
 from .lifted import Lifted
-from .weights import fetch, load_weights, weights
+from .keys import load_weights
+from .weights import fetch, weights
 from ..foundation.registry import VfmError, backbones
 from ..nets.files import read_state
 from ..nets.lite import TinyViT

@@ -35,7 +35,7 @@ class BackboneCard:
     toy: bool = False # small enough for a laptop's CPU
     non_commercial: bool = False # licence forbids commercial use
     note: str = "" # what differs from the published model
-    compile: bool = True # torch.compile captures it as one graph
+    compile: bool = True # torch.compile captures it as one graph, after one uncompiled call
     bf16: bool = True # bfloat16 autocast gives close to the same features
     checkpointing: bool = True # `checkpoint_blocks` gives the same gradients
 

@@ -19,7 +19,8 @@ from einops import rearrange
 
 # %% ../../nbs/38_volumetric.ipynb #75183ba4
 from .lifted import Channels, ReadBackbone, spread
-from .weights import fetch, load_weights, weights
+from .keys import load_weights
+from .weights import fetch, weights
 from ..foundation.registry import backbones
 from ..nets.files import read_state, strip
 

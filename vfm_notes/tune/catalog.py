@@ -37,7 +37,9 @@ from torch import Tensor
 
 # %% ../../nbs/69_catalog.ipynb #69fc3ece
 from ..backbones.protocol import backbone_card
-from ..backbones.weights import check_licence, fetch, load_backbone, skeleton, weights, weights_card
+from ..backbones.keys import load_backbone, skeleton
+from ..backbones.weights import check_licence, fetch, weights, weights_card
+from ..data.cache import cohort_maker
 from ..foundation.places import report_notebooks, studies
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
 from ..foundation.spec import StudySpec, load_study
@@ -61,14 +63,14 @@ def check_names(
     study: StudySpec,
 ) -> None:
     "Raise on the first name that no registry knows, suggesting the nearest."
-    cohorts[study.cohort]
+    cohort_maker(study.cohort)
     pretrained = any(strategies.card(s)["pretrained"] for s in study.strategies)
     for made in study.pretrain.values(): objectives[made.get("objective", "masked_reconstruction")]; backbones[made["backbone"]]
     for name in study.backbones:
         backbones[name.partition(".")[0]]
         if pretrained: check_weights(study, name)
     for name in study.tasks: tasks[name]
-    if study.external: cohorts[study.external["cohort"]]
+    if study.external: cohort_maker(study.external["cohort"])
 
 # %% ../../nbs/69_catalog.ipynb #ac66e109
 def published_state(
