@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/51_features.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from .mmd import mmd2_paired, two_sample_test
+from .mmd import as_features, mmd2_paired, two_sample_test
 
 # %% ../../nbs/51_features.ipynb #0d6eabc5
 @contextmanager
@@ -64,7 +64,7 @@ def standardise(
     layer: str = "features",  # how an error message calls it
 ) -> tuple[Tensor, Tensor, int]:  # both (n, f') in deviations of `before` (float64), features left out
     "Both tables in standard deviations of the first."
-    before, after = before.double(), after.double()
+    before, after = as_features(before, f"Layer '{layer}' before").double(), as_features(after, f"Layer '{layer}' after").double()
     mean, sd = before.mean(0), before.std(0, correction=0)
     keep = ~(sd <= FLAT * before.abs().amax(0))
     if not bool(keep.any()): raise VfmError(f"All {len(sd)} features of layer '{layer}' are constant over the {len(before)} cases before training: they cannot be standardised.")
