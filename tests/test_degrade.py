@@ -128,3 +128,52 @@ def test_impossible_fields_are_refused():
     folding[:, 16:] = -5
     with pytest.raises(VfmError, match="folds"): epi_distort(np.ones(GRID), folding)
     with pytest.raises(VfmError, match="grid"): epi_distort(np.ones(GRID), np.zeros((6, 30, 16)))
+
+
+# --- on real volumes, and through the tasks' options as a study file gives them ---
+
+@pytest.fixture(scope="module", params=["phantom", "prostate_cases"])
+def cohort(request, tmp_path_factory):
+    "Three cases, drawn or real, on the study's grid."
+    from vfm_notes.data.cohort import load_cohort
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("runs")))
+        if request.param != "phantom": patch.setenv("VFM_DATA", str(request.getfixturevalue("real_data")))
+        yield load_cohort(request.param, (12, 48, 48), (4.0, 1.5, 1.5), {"test": 3})
+
+
+@pytest.mark.parametrize("factor", [[1, 2, 2], [3, 1, 1], [2, 2, 1]], ids=["in-plane", "through-plane", "mixed"])
+def test_truncation_of_a_cohort(cohort, factor):
+    "The lines that were not measured are empty, the mean of every volume stays."
+    low = kspace_downsample(cohort.volumes, tuple(factor), magnitude=False)
+    spectrum, whole = np.abs(np.fft.fftn(low.astype(float), axes=(2, 3, 4))), np.abs(np.fft.fftn(cohort.volumes.astype(float), axes=(2, 3, 4)))
+    for axis, f in zip((2, 3, 4), factor):
+        n = low.shape[axis]
+        beyond = np.abs(np.fft.fftfreq(n, 1 / n)) > n / f / 2
+        assert beyond.any() == (f > 1)
+        if f > 1: assert spectrum.compress(beyond, axis).max() < 1e-4 * spectrum.max() and whole.compress(beyond, axis).max() > 1e-3 * whole.max()
+    np.testing.assert_allclose(low.mean((2, 3, 4)), cohort.volumes.mean((2, 3, 4)), rtol=1e-4)
+
+
+def test_distortion_of_a_cohort_keeps_lines_and_can_be_undone(cohort):
+    dwi, gland = cohort.volumes[:, 1], cohort.labels > 0
+    fields = epi_fields(cohort.names, dwi.shape[1:], cohort.card.spacing, amplitude=3.0)
+    bent = epi_distort(dwi, fields)
+    np.testing.assert_allclose(bent.sum(2), dwi.sum(2), rtol=1e-4, atol=1e-2)
+    error = lambda x: np.abs(x - dwi)[gland].mean()
+    assert error(epi_correct(bent, fields)) < 0.6 * error(bent)
+
+
+def test_a_studys_options_reach_the_degradation(cohort):
+    "What a study file says under a task is what its input has gone through."
+    from vfm_notes.data.loader import moments, standardise
+    from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+    from vfm_notes.tune.task import build_task
+    def input_of(name, options): return build_task(name, cohort.card, options).prepare(cohort).inputs.numpy()[:, :3]
+    same = lambda ours, volumes: np.testing.assert_allclose(ours, standardise(volumes, *moments(volumes)), rtol=1e-4, atol=1e-4)
+    same(input_of("super_resolution", {"factor": [3, 1, 1]}), kspace_downsample(cohort.volumes, (3, 1, 1)))
+    fields = epi_fields(cohort.names, cohort.volumes.shape[2:], cohort.card.spacing, amplitude=1.5, seed=4, roughness=0.3)
+    bent = cohort.volumes.copy()
+    bent[:, 1], bent[:, 2] = epi_distort(bent[:, 1], fields), epi_distort(bent[:, 2], fields, modulate=False)
+    same(input_of("distortion_correction", {"amplitude": 1.5, "seed": 4, "roughness": 0.3}), bent)
+    with pytest.raises(VfmError, match="amplitude"): build_task("distortion_correction", cohort.card, {"amplitud": 2})

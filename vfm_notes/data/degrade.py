@@ -97,9 +97,10 @@ def epi_fields(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),  # (d, h, w) mm
     amplitude: float = 3.0,  # typical largest shift, voxels along h
     seed: int = 0,
+    roughness: float = 0.12,  # sd of the random part over the dipole's strength
 ) -> np.ndarray:  # (n, d, h, w) float32, voxels along h
     "One field per case, that depends on nothing but the seed, the grid and the case's name."
-    return np.stack([epi_field(tuple(shape), tuple(spacing), case_rng(seed, name), amplitude) for name in names])
+    return np.stack([epi_field(tuple(shape), tuple(spacing), case_rng(seed, name), amplitude, roughness) for name in names])
 
 # %% ../../nbs/14_degrade.ipynb #755f8fb8
 def borders(

@@ -78,14 +78,15 @@ class DistortionCorrection(ImageTask):
     def __init__(self, card: CohortCard,
                  sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
                  amplitude: float = 3.0,  # typical largest displacement, voxels along h
+                 roughness: float = 0.12,  # random part of the field over its dipole
                  seed: int = 0):  # of the fields
         super().__init__(card)
         sequence = sequence or ("dwi" if "dwi" in card.sequences else card.sequences[0])
-        self.residual, self.amplitude, self.seed = channel(card, sequence, "distortion_correction"), amplitude, seed
+        self.residual, self.field = channel(card, sequence, "distortion_correction"), dict(amplitude=amplitude, roughness=roughness, seed=seed)
         self.planar = [i for i, s in enumerate(card.sequences) if s in ("dwi", "adc") or i == self.residual]
 
     def prepare(self, cohort: Cohort) -> TaskData:
-        fields = epi_fields(cohort.names, cohort.volumes.shape[2:], cohort.card.spacing, amplitude=self.amplitude, seed=self.seed)
+        fields = epi_fields(cohort.names, cohort.volumes.shape[2:], cohort.card.spacing, **self.field)
         warped = cohort.volumes.copy()
         for c in self.planar: warped[:, c] = epi_distort(cohort.volumes[:, c], fields, modulate=self.card.sequences[c] != "adc")
         return self.pair(warped, cohort.volumes[:, self.residual], warped[:, self.residual], cohort)
