@@ -309,6 +309,7 @@ def test_ddsm_words_and_patients(tmp_path):
     text = message(cbis_ddsm, tmp_path)
     assert "is in the splits train and val" in text and "begins with 'odd'" in text and "odd_1.LEFT_CC.png does not exist" in text
     assert "no patient in its name" in message(cbis_ddsm, tmp_path, patient="^(P[0-9]+)")
+    assert "is no pattern" in message(cbis_ddsm, tmp_path, patient="(P") and "has no group" in message(cbis_ddsm, tmp_path, patient="P[0-9]+")
     (lists/"test.txt").unlink()
     assert "has no test.txt" in message(cbis_ddsm, tmp_path)
 

@@ -207,6 +207,9 @@ def cbis_ddsm(
 ) -> Manifest:
     "Mammograms, with the given lists as splits."
     if classes not in (2, 3): raise VfmError(f"cbis_ddsm has 2 or 3 classes, not {classes}.")
+    try: groups = re.compile(patient).groups
+    except re.error as e: raise VfmError(f"The option patient is no pattern ({e}): {patient}") from None
+    if not groups: raise VfmError(f"The option patient has no group: {patient}; put the part that names the patient in brackets.")
     src = Path(src).resolve()
     lists = src/"ddsm_raw_image_lists"
     missing = [s for s in ("train", "val", "test") if not (lists/f"{s}.txt").is_file()]
