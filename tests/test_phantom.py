@@ -72,6 +72,16 @@ def test_t2w_signal_decays_with_the_tissues_t2():
     np.testing.assert_allclose(late[inside] / early[inside], np.exp(-50 / patient.t2[inside].astype(float)), rtol=1e-4)
 
 
+def test_the_bias_field_is_smooth_and_of_the_stated_strength():
+    patient, logs = draw_patient(np.random.SeedSequence(3), 0, (8, 32, 32), (6.0, 3.0, 3.0)), []
+    for seed in range(8):
+        on, off = (scan(patient, dict(SCANNERS[0], noise_t2=0.0, shading=s), np.random.default_rng(seed), (6.0, 3.0, 3.0))[0].astype(float) for s in (0.2, 0.0))
+        inside = off > 1
+        logs.append(np.where(inside, np.log(np.maximum(on, 1e-9) / np.maximum(off, 1e-9)), np.nan))
+    assert np.nanstd(logs) == pytest.approx(0.2, rel=0.35)
+    assert np.nanmax(np.abs(np.diff(logs, axis=-1))) < 0.06, "at most a few per cent from voxel to voxel"
+
+
 def test_partial_volume_is_the_mean_of_signals_and_not_of_tissues():
     patient = draw_patient(np.random.SeedSequence(3), 0, (6, 24, 24), (4.0, 1.5, 1.5))
     assert patient.grid.fine == (2, 2, 2)
