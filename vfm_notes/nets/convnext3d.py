@@ -70,12 +70,14 @@ def kernel_gradient(
     (pd, ph, pw), (d, h, w) = (k // 2 for k in kernel), x.shape[2:]
     planes = min(max(PIECE // (h * w), 1), d)
     cases, total = max(PIECE // (planes * h * w), 1), 0
-    x = F.pad(x, (0, 0, 0, 0, pd, pd))
     for xs, gs in zip(x.split(cases), g.split(cases)):
         for z in range(0, d, planes):
-            gz = gs[:, :, z:z + planes]
-            xz = rearrange(xs[:, :, z:z + gz.shape[2] + 2 * pd], "b c d h w -> 1 (b c) d h w")
-            part = F.conv3d(xz, rearrange(gz, "b c d h w -> (b c) 1 d h w"), padding=(0, ph, pw), groups=xz.shape[1])
+            gz = rearrange(gs[:, :, z:z + planes], "b c d h w -> (b c) 1 d h w")
+            first, last = z - pd, min(z + planes, d) + pd # slices that the piece looks at, some of them outside
+            xz = rearrange(xs[:, :, max(first, 0):last], "b c d h w -> 1 (b c) d h w")
+            before, after = max(-first, 0), max(last - d, 0)
+            if before != after: xz, before = F.pad(xz, (0, 0, 0, 0, before, after)), 0
+            part = F.conv3d(xz, gz, padding=(before, ph, pw), groups=len(gz))
             total = total + rearrange(part, "1 (b c) d h w -> b c 1 d h w", b=len(gs)).sum(0)
     return total
 
