@@ -1,12 +1,9 @@
 """Manifests: a table and a card become a cohort, every layout the same way; damage is named, and nothing leaves silently."""
 import importlib
-import json
 import pkgutil
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,49 +12,16 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 import vfm_notes.data
+from made_cases import CARD, GLAND, GRID, boxes, message, nifti
 from vfm_notes.data import cache
 from vfm_notes.data.cache import cohort_maker, read_cohort
-from vfm_notes.data.cohort import Cohort, CohortCard, load_cohort, problems
+from vfm_notes.data.cohort import load_cohort, problems
 from vfm_notes.data.decode import check_manifest, is_picture, manifest_cohort
-from vfm_notes.data.manifest import Manifest, as_text, layouts, located, mask_columns, manifest_problems, read_manifest, write_manifest
+from vfm_notes.data.manifest import Manifest, as_text, layouts, located, manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.volume import read_image, split_address, to_array
 from vfm_notes.foundation.registry import VfmError
 
 for module in pkgutil.iter_modules(vfm_notes.data.__path__): importlib.import_module(f"vfm_notes.data.{module.name}")  # all layouts register
-
-GRID = dict(size=(4, 12, 12), spacing=(3.0, 1.0, 1.0))
-CARD = CohortCard("boxes", "Boxes", "Apache-2.0", "made here", "none", ("t2w", "adc"), ("background", "gland", "lesion"), ("low", "high"), (3.0, 1.0, 1.0))
-
-
-def message(function, *args, **kwargs) -> str:
-    with pytest.raises(VfmError) as caught: function(*args, **kwargs)
-    return str(caught.value)
-
-
-def nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, np.diag([1.0, 1, 3, 1]) if affine is None else affine), path)
-    return path.name
-
-
-def picture_of(seed: int) -> np.ndarray: return np.random.default_rng(seed).normal(100, 20, (16, 16, 6)).astype(np.float32)
-
-
-GLAND, LESION = np.zeros((16, 16, 6), np.uint8), np.zeros((16, 16, 6), np.uint8)
-GLAND[4:12, 4:12, 1:5], LESION[5:7, 6:9, 2:4] = 1, 1
-
-
-def boxes(folder: Path, n: int = 6, **columns) -> Manifest:
-    "A cohort of n cases as files; columns replace those of the table."
-    for i in range(n):
-        for j, s in enumerate(CARD.sequences): nifti(folder/f"c{i}_{s}.nii.gz", picture_of(10*i + j))
-        nifti(folder/f"c{i}_gland.nii.gz", GLAND)
-        if i % 2: nifti(folder/f"c{i}_lesion.nii.gz", LESION)
-    names = [f"c{i}" for i in range(n)]
-    table = dict(case=names, patient=[f"p{i}" for i in range(n)], t2w=[f"{c}_t2w.nii.gz" for c in names], adc=[f"{c}_adc.nii.gz" for c in names],
-                 mask_gland=[f"{c}_gland.nii.gz" for c in names], mask_lesion=[f"{c}_lesion.nii.gz" if i % 2 else "none" for i, c in enumerate(names)], grade=["low", "high"] * (n // 2) + ["low"] * (n % 2))
-    return Manifest(as_text(pd.DataFrame({k: v for k, v in (table | columns).items() if v is not None})), CARD, folder, crop="mask_gland")
-
 
 # the contract of a layout: registering it is being tested
 
@@ -190,6 +154,7 @@ TABLES = {
     "absolute path outside": (cell("t2w", "/etc/hostname"), "lies outside the root"),
     "missing sequence": (cell("adc", ""), "c1: adc is missing, expected a path"),
     "absent file": (cell("adc", "nowhere.nii.gz"), "nowhere.nii.gz does not exist"),
+    "one file in two rows": (cell("adc", "c0_adc.nii.gz"), "c1: adc is c0_adc.nii.gz, which is also that of c0"),
     "missing label": (cell("mask_gland", ""), "c1: mask_gland is missing, expected a path (or 'none'"),
     "missing grade": (cell("grade", ""), "c1: grade is missing"),
     "grade out of range": (cell("grade", "2"), "c1: grade is '2', expected 0 to 1, low, high or unknown"),
@@ -217,74 +182,6 @@ def test_all_problems_of_a_table_are_listed(tmp_path):
     manifest = boxes(tmp_path)
     for i, (column, value) in enumerate([("t2w", ""), ("grade", "huge"), ("adc", "no.nii.gz"), ("mask_gland", ""), ("patient", "")]): manifest.table.loc[i, column] = value
     assert [p.split(":")[0] for p in manifest_problems(manifest)] == ["c0", "c1", "c2", "c3", "c4"]
-
-
-# what may be wrong with the files of a case
-
-def flat(path: Path) -> None:
-    "An image whose header maps it onto a plane."
-    image = nib.Nifti1Image(picture_of(0), None)
-    image.header.set_sform(np.diag([1.0, 1, 0, 1]), code=1)
-    image.header.set_qform(np.eye(4), code=0)
-    nib.save(image, path)
-
-
-def turned(values: np.ndarray, folder: Path) -> None:
-    "An image with sagittal slices of 3 mm."
-    nifti(folder/"c1_adc.nii.gz", values, np.diag([3.0, 1, 1, 1]))
-
-
-FILES = {
-    "cut off": (lambda f: (f/"c1_t2w.nii.gz").write_bytes((f/"c1_t2w.nii.gz").read_bytes()[:-40]), "c1_t2w.nii.gz is cut off or damaged"),
-    "not an image": (lambda f: (f/"c1_t2w.nii.gz").write_text("no volume"), "c1_t2w.nii.gz ends in .gz but is not a gzip file"),
-    "empty": (lambda f: (f/"c1_t2w.nii.gz").write_bytes(b""), "c1_t2w.nii.gz is empty (0 bytes)"),
-    "4D": (lambda f: nifti(f/"c1_t2w.nii.gz", np.stack([picture_of(0), picture_of(1)], -1)), "c1_t2w.nii.gz has 4 dimensions"),
-    "NaN": (lambda f: nifti(f/"c1_t2w.nii.gz", np.where(picture_of(0) > 150, np.nan, picture_of(0)).astype(np.float32)), "voxels that are not finite"),
-    "constant": (lambda f: nifti(f/"c1_adc.nii.gz", picture_of(0) * 0 + 3), "c1_adc.nii.gz is constant (3 everywhere)"),
-    "absurd spacing": (lambda f: nifti(f/"c1_adc.nii.gz", picture_of(0), np.diag([500.0, 1, 1, 1])), "c1_adc.nii.gz has a spacing of 500"),
-    "singular affine": (lambda f: flat(f/"c1_adc.nii.gz"), "c1_adc.nii.gz has a singular affine"),
-    "no overlap": (lambda f: nifti(f/"c1_adc.nii.gz", picture_of(0), np.array([[1.0, 0, 0, 900], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), "c1_adc.nii.gz does not overlap with the grid of the case"),
-    "other plane": (lambda f: turned(picture_of(0), f), "c1_adc.nii.gz has sagittal slices (3x1x1 mm), expected axial ones"),
-    "mask of other shape": (lambda f: nifti(f/"c1_gland.nii.gz", GLAND[:, :, :4]), "c1_gland.nii.gz has 16x16x4 voxels, expected as many as an image of the case (t2w 16x16x6"),
-    "mask without the organ": (lambda f: nifti(f/"c1_gland.nii.gz", GLAND * 0), "c1_gland.nii.gz: The mask is empty"),
-    "copied": (lambda f: shutil.copy(f/"c0_adc.nii.gz", f/"c1_adc.nii.gz"), "c1: has the same adc as c0"),
-    "unsigned overflow": (lambda f: nifti(f/"c1_t2w.nii.gz", (picture_of(0) - 110).astype(np.int16).astype(np.uint16)), "c1_t2w.nii.gz has"),
-    "outside the grid": (lambda f: nifti(f/"c1_gland.nii.gz", GLAND, np.array([[1.0, 0, 0, 400], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), "does not overlap with the grid"),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_what_is_wrong_with_the_files_of_a_case(tmp_path, runs_root, kind):
-    manifest, (damage, words) = boxes(tmp_path, 4), FILES[kind]
-    damage(tmp_path)
-    assert manifest_problems(manifest) == [], "seen only when it is opened"
-    said = message(manifest_cohort, manifest, **GRID, n={})
-    assert words in said and "c1:" in said and "1 bad case" in said and "\n" not in said
-    assert len(check_manifest(manifest)) == 1 and words in check_manifest(manifest)[0]
-    left = manifest_cohort(manifest, **GRID, n={}, exclude_bad=True)
-    assert left.names == ["c0", "c2", "c3"] and [e["case"] for e in left.excluded] == ["c1"] and words.removeprefix("c1: ") in left.excluded[0]["reason"]
-    assert problems(left) == []
-
-
-@pytest.mark.parametrize("values, words", [(np.where(GLAND > 0, 7, 0), "has the values 7, expected only 0, 1, 2"), (GLAND * 0, "background everywhere")])
-def test_one_label_file_for_all_classes(tmp_path, runs_root, values, words):
-    manifest = boxes(tmp_path, 4, mask_gland=None, mask_lesion=None, label=[f"c{i}_label.nii.gz" for i in range(4)])
-    manifest.crop = "label"
-    for i in range(4): nifti(tmp_path/f"c{i}_label.nii.gz", (GLAND + LESION).astype(np.uint8))
-    masks = manifest_cohort(boxes(tmp_path, 4, mask_lesion=[f"c{i}_l.nii.gz" for i in range(4) if nifti(tmp_path/f"c{i}_l.nii.gz", LESION)]), **GRID, n={})
-    assert np.array_equal(manifest_cohort(manifest, **GRID, n={}).labels, masks.labels), "the same as one mask for each class"
-    nifti(tmp_path/"c1_label.nii.gz", values.astype(np.uint8))
-    manifest.crop = "volume"
-    said = message(manifest_cohort, manifest, **GRID, n={})
-    assert words in said and "c1:" in said
-
-
-def test_absent_is_not_missing(tmp_path, runs_root):
-    manifest = boxes(tmp_path, 4)
-    cohort = manifest_cohort(manifest, **GRID, n={})
-    assert [(cohort.labels[i] == 2).any() for i in range(4)] == [False, True, False, True]
-    manifest.table.loc[1, "mask_lesion"] = ""
-    assert "c1: mask_lesion is missing" in message(manifest_cohort, manifest, **GRID, n={})
 
 
 # geometry
@@ -358,65 +255,6 @@ def test_another_case_takes_the_place_of_a_bad_one(tmp_path, runs_root):
     rest = manifest_cohort(manifest, **GRID, n=n, exclude_bad=True)
     assert victim not in rest.names and len(rest) == 6 and [e["case"] for e in rest.excluded] == [victim] and "is empty" in rest.excluded[0]["reason"]
     assert [c.excluded for p in (runs_root/"cache").iterdir() if (c := read_cohort(p)) and c.excluded] == [rest.excluded], "also from the cache"
-
-
-# the cache
-
-def counted(monkeypatch) -> list:
-    seen, real = [], vfm_notes.data.decode.decode_row
-    monkeypatch.setattr(vfm_notes.data.decode, "decode_row", lambda m, row, *rest: (seen.append(row["case"]), real(m, row, *rest))[1])
-    return seen
-
-
-def test_only_new_and_changed_cases_are_decoded(tmp_path, runs_root, monkeypatch):
-    seen = counted(monkeypatch)
-    first = manifest_cohort(boxes(tmp_path, 4), **GRID, n={})
-    assert sorted(seen) == ["c0", "c1", "c2", "c3"]
-    manifest_cohort(read_manifest(write_manifest(Manifest(boxes_table(tmp_path, 4), CARD, tmp_path, "mask_gland"), tmp_path)), **GRID, n={})
-    assert len(seen) == 4, "nothing changed"
-    nifti(tmp_path/"c1_adc.nii.gz", picture_of(77))
-    for s in CARD.sequences: nifti(tmp_path/f"c4_{s}.nii.gz", picture_of(50 + len(s) + ord(s[0])))
-    nifti(tmp_path/"c4_gland.nii.gz", GLAND)
-    more = manifest_cohort(Manifest(boxes_table(tmp_path, 5), CARD, tmp_path, "mask_gland"), **GRID, n={})
-    assert seen[4:] == ["c1", "c4"] and np.array_equal(more.volumes[0], first.volumes[0])
-    manifest_cohort(Manifest(boxes_table(tmp_path, 5), CARD, tmp_path, "mask_gland"), (4, 12, 10), (3, 1, 1), {})
-    assert len(seen) == 11, "another transform"
-
-
-def boxes_table(folder: Path, n: int) -> pd.DataFrame:
-    return as_text(pd.DataFrame([dict(case=f"c{i}", patient=f"p{i}", t2w=f"c{i}_t2w.nii.gz", adc=f"c{i}_adc.nii.gz", mask_gland=f"c{i}_gland.nii.gz", mask_lesion=f"c{i}_lesion.nii.gz" if i % 2 else "none", grade=("low", "high")[i % 2]) for i in range(n)]))
-
-
-def test_a_known_case_that_is_damaged_is_decoded_again(tmp_path, runs_root, monkeypatch):
-    seen, manifest = counted(monkeypatch), boxes(tmp_path, 4)
-    first = manifest_cohort(manifest, **GRID, n={})
-    folder, = (runs_root/"cache").iterdir()
-    raw = bytearray((folder/"volumes.npy").read_bytes())
-    raw[-5] ^= 1  # in the last case
-    (folder/"volumes.npy").write_bytes(raw)
-    seen.clear()
-    again = manifest_cohort(manifest, **GRID, n={})
-    assert seen == ["c3"] and problems(again) == [] and again.hash() == read_cohort(folder).hash()
-
-
-def test_the_cohort_is_mapped_and_a_split_is_a_view(tmp_path, runs_root):
-    cohort = manifest_cohort(boxes(tmp_path, 6), **GRID, n={"train": 3, "test": 3})
-    assert isinstance(cohort.volumes, np.memmap)
-    test = cohort.subset("test")
-    assert np.shares_memory(test.volumes, cohort.volumes) and test.hash() == test.pick(range(3)).hash() != cohort.hash()
-    before = cohort.hash()
-    cohort.volumes[:] = 0  # the process's own copy
-    assert manifest_cohort(boxes_manifest(tmp_path), **GRID, n={"train": 3, "test": 3}).hash() == before
-
-
-def boxes_manifest(folder: Path) -> Manifest: return Manifest(boxes_table(folder, 6), CARD, folder, "mask_gland")
-
-
-def test_a_stopped_decoding_leaves_nothing(tmp_path, runs_root, monkeypatch):
-    def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(vfm_notes.data.decode, "decode_row", stop)
-    with pytest.raises(KeyboardInterrupt): manifest_cohort(boxes(tmp_path, 2), **GRID, n={})
-    assert list((runs_root/"cache").iterdir()) == []
 
 
 # names

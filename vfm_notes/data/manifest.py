@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'FREE', 'VOXEL', 'Manifest', 'as_text', 'read_card', 'card_type',
            'read_manifest', 'write_manifest', 'mask_columns', 'known_columns', 'crop_problem', 'table_problems',
-           'located', 'file_problem', 'grade_index', 'row_problems', 'found_problems', 'manifest_problems',
+           'located', 'file_problem', 'grade_index', 'row_problems', 'doubled', 'found_problems', 'manifest_problems',
            'count_cases']
 
 # %% ../../nbs/17_manifest.ipynb #08eba5e9
@@ -196,13 +196,25 @@ def row_problems(
     if card.grades and "grade" in row and grade_index(card, row["grade"]) is None: found.append(f"grade is {row['grade']!r}, expected 0 to {len(card.grades) - 1}, {', '.join(card.grades)} or unknown" if row["grade"] else "grade is missing, expected a number or a name (or 'unknown')")
     return found + [f"target_{t} is {row[f'target_{t}']!r}, expected 0 or 1" for t in manifest.targets if row.get(f"target_{t}", "0") not in ("0", "1")]
 
-# %% ../../nbs/17_manifest.ipynb #7af079a2
+# %% ../../nbs/17_manifest.ipynb #aad52ebe
+def doubled(
+    manifest: Manifest,
+) -> list[tuple[str, str]]:  # later case, sentence
+    "Images that stand in two rows."
+    seen, found = {}, []
+    for row in manifest.table.to_dict("records"):
+        for c in manifest.card.sequences:
+            first = seen.setdefault((c, row[c]), row["case"]) if row.get(c) else row["case"]
+            if first != row["case"]: found.append((row["case"], f"{c} is {row[c]}, which is also that of {first}; expected another file"))
+    return found
+
 def found_problems(
     manifest: Manifest,
 ) -> list[tuple[str, str]]:  # case ("" for the table as a whole), sentence
     "Everything that can be told without decoding an image."
     rows = manifest.table.to_dict("records")
-    return [("", p) for p in table_problems(manifest)] + [(row.get("case") or f"row {i + 2}", p) for i, row in enumerate(rows) for p in row_problems(manifest, row)]
+    found = [("", p) for p in table_problems(manifest)] + [(row.get("case") or f"row {i + 2}", p) for i, row in enumerate(rows) for p in row_problems(manifest, row)]
+    return found + (doubled(manifest) if "case" in manifest.table else [])
 
 def manifest_problems(
     manifest: Manifest,

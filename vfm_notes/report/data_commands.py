@@ -82,11 +82,13 @@ def study_cohort(name: str):  # → Cohort
     "Load a cohort as a study would."
     from vfm_notes.data.cohort import load_cohort
     from vfm_notes.foundation.places import studies
+    from vfm_notes.foundation.registry import cohorts
     from vfm_notes.foundation.spec import RunSpec, load_study
     known = [load_study(s) for s in studies()]
     like = next((s for s in known if s.cohort == name), None)
     grid = like or next((s for s in known if s.external.get("cohort") == name), RunSpec())
-    return load_cohort(name, grid.size, grid.spacing, like.cases if like else {})
+    few = {} if cohorts.card(name).get("plan") else {"train": 4, "test": 4}  # of a made cohort
+    return load_cohort(name, grid.size, grid.spacing, like.cases if like else few)
 
 def manifest_here(name: str):  # → Manifest, or None for a registered cohort
     "The manifest of a cohort on disk; an unknown name is an error."

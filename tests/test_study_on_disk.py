@@ -1,0 +1,125 @@
+"""A study on a cohort of files: named by a path in the study file, run once, with and without a bad case; and the data commands."""
+import sys
+
+import pytest
+import yaml
+
+import vfm_notes.tune.catalog
+from made_cases import boxes, message
+from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.manifest import layouts, read_manifest, write_manifest
+from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
+from vfm_notes.report import cli
+from vfm_notes.runs.record import new_record, read_record, write_record
+from vfm_notes.tune.catalog import check_names
+from vfm_notes.tune.transfer import transfer
+
+STUDY = dict(name="mine", title="made", cohort="cohorts/boxes", size=[4, 32, 32], spacing=[3.0, 1.0, 1.0], cases={"pretrain": 0, "train": 4, "val": 2, "test": 4}, backbones=["profound_toy.mae_phantom"],
+             tasks={"segmentation": {}}, strategies=["scratch"], seeds=[0], pretrain={"mae_phantom": {"backbone": "profound_toy"}}, budget={"epochs": 1, "batch_size": 2})
+
+
+@pytest.fixture
+def study(tmp_path, runs_root):
+    "A study file beside a cohort of 12 cases."
+    folder = tmp_path/"cohorts"/"boxes"
+    write_manifest(boxes(folder, 12), folder)
+    def write(**changes):
+        (tmp_path/"mine.yaml").write_text(yaml.safe_dump(STUDY | changes))
+        return load_study(tmp_path/"mine.yaml")
+    return write
+
+
+def test_a_study_runs_on_a_folder_of_files(study, tmp_path):
+    spec = study()
+    check_names(spec)
+    run, = run_specs(spec)
+    outcome = transfer(run)
+    assert set(outcome.summary["metrics"]) == {"dice", "hd95"} and outcome.cases.case.nunique() == 4
+    assert outcome.summary["excluded"] == [] and outcome.summary["licences"] == ["Apache-2.0"]
+    cohort = load_cohort(run.cohort, run.size, run.spacing, run.cases)
+    assert outcome.summary["cohort_hash"] == cohort.hash() and set(outcome.cases.case) == set(cohort.subset("test").names)
+
+
+def test_a_bad_case_is_refused_or_left_out_and_recorded(study, tmp_path):
+    run, = run_specs(study())
+    victim = load_cohort(run.cohort, run.size, run.spacing, run.cases).subset("test").names[0]
+    (tmp_path/"cohorts"/"boxes"/f"{victim}_adc.nii.gz").write_bytes(b"")
+    said = message(transfer, run_specs(study(cases=STUDY["cases"] | {"test": 5, "val": 3}))[0])  # all twelve cases
+    assert f"{victim}:" in said and "is empty (0 bytes)" in said
+    spec, = run_specs(study(bad_cases="exclude"))
+    outcome = transfer(spec)
+    assert [e["case"] for e in outcome.summary["excluded"]] == [victim] and victim not in set(outcome.cases.case) and outcome.cases.case.nunique() == 4
+    write_record(tmp_path/run_id(spec), new_record(spec, "mine", **outcome.summary))
+    record = read_record(tmp_path/run_id(spec))
+    assert "is empty" in record["excluded"][0]["reason"] and record["spec"]["bad_cases"] == "exclude"
+    assert "without its 1 bad case" in message(transfer, run_specs(study(bad_cases="exclude", cases=STUDY["cases"] | {"test": 6}))[0])
+
+
+def test_what_concerns_no_single_case_is_refused_all_the_same(study, tmp_path):
+    manifest = read_manifest(tmp_path/"cohorts"/"boxes")
+    manifest.table.insert(2, "split", ["train"] * 6 + ["val"] * 2 + ["test"] * 4)
+    manifest.table.loc[11, "patient"] = "p0"
+    write_manifest(manifest, tmp_path/"cohorts"/"boxes")
+    assert "patient p0 is in the splits test and train" in message(transfer, run_specs(study(bad_cases="exclude"))[0])
+
+
+def test_the_names_of_older_runs_stay():
+    assert run_id(RunSpec()) == run_id(RunSpec(bad_cases="refuse")) != run_id(RunSpec(bad_cases="exclude"))
+    assert "bad_cases" not in canonical(RunSpec()) and "bad_cases" in canonical(RunSpec(bad_cases="exclude"))
+
+
+@pytest.mark.parametrize("changes, words", [(dict(cohort="cohorts/nowhere"), "is not a folder with manifest.csv and card.yaml"), (dict(bad_cases="drop"), "expected refuse or exclude, found 'drop'"), (dict(external={"cohort": "./no", "task": "segmentation"}), "./no is not a folder")])
+def test_wrong_study_files(study, changes, words): assert words in message(study, **changes)
+
+
+# vfm data
+
+def vfm(capsys, *args: str) -> tuple[int, str, str]:  # exit status, stdout, stderr
+    "Run the command line in this process."
+    old, sys.argv = sys.argv, ["vfm", *args]
+    try: cli.main()
+    except SystemExit as e: status = e.code or 0
+    finally: sys.argv = old
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_check_lists_every_problem(study, tmp_path, capsys):
+    folder = tmp_path/"cohorts"/"boxes"
+    assert vfm(capsys, "data", "check", str(folder))[:2] == (0, f"{folder}: 12 cases, no problems\n")
+    for i, damage in ((1, b""), (4, b"a letter"), (7, b"")): (folder/f"c{i}_t2w.nii.gz").write_bytes(damage)
+    (folder/"c9_gland.nii.gz").unlink()
+    status, out, err = vfm(capsys, "data", "check", str(folder/"card.yaml"))
+    assert status == 1 and out.endswith("12 cases, 4 problems\n") and all(f"c{i}: " in out for i in (1, 4, 7, 9)) and len(out.splitlines()) == 5
+
+
+def test_import_describe_and_check(runs_root, tmp_path, capsys, monkeypatch):
+    layouts.card("prostate158")["example"](tmp_path)
+    status, out, err = vfm(capsys, "data", "import", "prostate158", str(tmp_path), str(tmp_path/"data"/"p158"))
+    assert status == 0 and "cases of" in out and "licence" in out, err
+    monkeypatch.setenv("VFM_DATA", str(tmp_path/"data"))
+    status, out, _ = vfm(capsys, "data", "describe", "p158")
+    assert status == 0 and "Prostate158" in out and "split" in out
+    assert vfm(capsys, "data", "check", "p158")[0] == 0
+    status, out, _ = vfm(capsys, "data", "list")
+    assert status == 0 and "p158" in out and "phantom" in out and "picai" in out
+
+
+@pytest.mark.parametrize("args, words", [
+    (("check", "fantom"), "Unknown cohort 'fantom'. Did you mean 'phantom'?"), (("describe", "nowhere/at/all"), "Unknown cohort"), (("import", "picia", ".", "x"), "Did you mean 'picai'"), (("import", "picai", "nowhere", "x"), "nowhere does not exist"),
+    (("import", "picai", ".", "x", "-o", "glnd=x"), "has no option 'glnd'"), (("import", "picai"), "Missing argument")])
+def test_bad_input_is_status_2(runs_root, capsys, monkeypatch, args, words):
+    monkeypatch.delenv("VFM_DATA", raising=False)
+    status, out, err = vfm(capsys, "data", *args)
+    assert status == 2 and words in err.replace("\n", " ")
+
+
+def test_check_of_made_cohorts(runs_root, capsys):
+    status, out, _ = vfm(capsys, "data", "check", "sulcus_phantom")
+    assert status == 0 and "no problems" in out
+
+
+def test_check_of_real_cohorts(runs_root, real_data, capsys, monkeypatch):
+    monkeypatch.setenv("VFM_DATA", str(real_data))
+    assert vfm(capsys, "data", "check", "hippocampus")[:2] == (0, "hippocampus: 100 cases, no problems\n")
+    assert vfm(capsys, "data", "check", "prostate_cases")[:2] == (0, "prostate_cases: 3 cases, no problems\n")
