@@ -213,7 +213,7 @@ def test_every_organ_is_there(cases):
 def test_tumours_measure_what_is_published():
     "Meyer et al., BMC Cancer 2020: pooled mean ADC 860 in significant and 1100 in insignificant cancer; the phantom is noisy and blurred, so a little more is allowed."
     adc = {1: [], 2: []}
-    for i in range(60):
+    for i in range(40):
         case = phantom_case(1, i, (12, 48, 48), (4.0, 1.5, 1.5))
         if case.grade and (case.label == 2).sum() >= 10: adc[case.grade].append(np.median(case.volume[2][case.label == 2]))
     assert 830 < np.mean(adc[2]) < 1040 < np.mean(adc[1]) < 1300
