@@ -1,5 +1,6 @@
 """A study on a cohort of files: named by a path in the study file, run once, with and without a bad case; and the data commands."""
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -123,3 +124,42 @@ def test_check_of_real_cohorts(runs_root, real_data, capsys, monkeypatch):
     monkeypatch.setenv("VFM_DATA", str(real_data))
     assert vfm(capsys, "data", "check", "hippocampus")[:2] == (0, "hippocampus: 100 cases, no problems\n")
     assert vfm(capsys, "data", "check", "prostate_cases")[:2] == (0, "prostate_cases: 3 cases, no problems\n")
+
+
+# the data page
+
+def page(study: str) -> str:
+    "The data page's HTML, its cells run in this process."
+    import ast
+    import json
+    from pathlib import Path
+    shown, scope = [], {"display": lambda block: shown.append(block)}
+    for cell in json.loads((Path(__file__).resolve().parents[1]/"nbs"/"report"/"data.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code": continue
+        source = "".join(cell["source"]).replace("from IPython.display import display", "").replace('study = "phantom"', f"study = {study!r}")
+        tree = ast.parse(source)
+        last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "page", "exec"), scope)
+        if last: shown.append(eval(compile(last, "page", "eval"), scope))
+    return "".join(b._repr_html_() for b in shown if hasattr(b, "_repr_html_"))
+
+
+def test_the_data_page_tells_licences_and_cases_left_out(study, tmp_path, runs_root):
+    (tmp_path/"cohorts"/"boxes"/"c3_adc.nii.gz").write_bytes(b"")
+    manifest = read_manifest(tmp_path/"cohorts"/"boxes")
+    write_manifest(replace(manifest, card=replace(manifest.card, licence="CC BY-NC 4.0", non_commercial=True)), tmp_path/"cohorts"/"boxes")
+    spec, = run_specs(study(bad_cases="exclude"))
+    cohort = load_cohort(spec.cohort, spec.size, spec.spacing, {"train": 4, "val": 2, "test": 5}, bad_cases="exclude")
+    assert "No record yet" in page(str(tmp_path/"mine.yaml"))
+    assert [e["case"] for e in cohort.excluded] == ["c3"]
+    write_record(runs_root/"mine"/run_id(spec), new_record(spec, "mine", licences=[cohort.card.licence, "MIT"], excluded=cohort.excluded, metrics={"dice": 0.5}, primary="dice", n={"test": 4}))
+    html = page(str(tmp_path/"mine.yaml"))
+    assert "must not be used commercially: cohort boxes (CC BY-NC 4.0)" in html and "weights profound_toy.mae_phantom" in html
+    assert "c3" in html and "c3_adc.nii.gz is empty (0 bytes)" in html
+
+
+def test_the_data_page_of_a_free_study_has_no_notice(study, tmp_path, runs_root):
+    spec, = run_specs(study())
+    write_record(runs_root/"mine"/run_id(spec), new_record(spec, "mine", licences=["Apache-2.0"], metrics={"dice": 0.5}, primary="dice", n={"test": 4}))
+    html = page(str(tmp_path/"mine.yaml"))
+    assert "commercially" not in html and "every case that the runs asked for could be used" in html and "Boxes" in html
