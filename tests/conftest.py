@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
+import json
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,26 @@ def runs_root(tmp_path, monkeypatch) -> Path:
     "A scratch runs folder."
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
     return tmp_path/"runs"
+
+
+# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py
+
+def pytest_configure(config): config.evidence = {}
+
+
+@pytest.fixture
+def evidence(request):
+    "Keep what a test measured, by kind and name, when the test has got so far."
+    def keep(kind, name, **values):
+        request.config.evidence[f"{kind}: {name}"] = dict(kind=kind, name=name, **values, test=request.node.nodeid.split("[")[0])
+    return keep
+
+
+def pytest_sessionfinish(session):
+    path, found = os.environ.get("VFM_EVIDENCE"), session.config.evidence
+    if not path or not found: return
+    from vfm_notes.foundation.origin import device_name, versions
+    made = dict(date=datetime.now(timezone.utc).strftime("%Y-%m-%d"), device=device_name(), versions={k: v for k, v in versions().items() if k in ("python", "torch", "monai", "transformers")})
+    rows = {f"{r['kind']}: {r['name']}": r for r in (json.loads(Path(path).read_text()) if Path(path).is_file() else [])}
+    rows |= {k: r | made for k, r in found.items()}
+    Path(path).write_text("[\n" + ",\n".join(json.dumps(rows[k]) for k in sorted(rows)) + "\n]\n", encoding="utf-8")

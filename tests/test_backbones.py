@@ -108,6 +108,16 @@ def test_the_cards_of_the_report_are_up_to_date(tmp_path):
     assert (tmp_path/"cards.json").read_text() == kept.read_text(), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
 
 
+def test_the_costs_of_the_report_are_measured_or_say_why_not():
+    path = report_notebooks()[0].parent/"backbone_costs.json"
+    for run in json.loads(path.read_text()):
+        assert run["device"] and run["date"] and run["versions"]["torch"] and run["seconds"] > 0 and run["gib"] > 0
+        for row in run["rows"]:
+            assert row["name"] in NAMES and row["card_size"] == list(backbone_card(row["name"]).size), row["name"]
+            assert row["left_out"] or {"forward_s", "step_s", "step_mib"} <= set(row), row["name"]
+            if "size" in row and row["size"] < row["card_size"]: assert row["left_out"], f"{row['name']}: a smaller size without a reason"
+
+
 def test_the_weights_own_rule_comes_before_the_backbones():
     for name in weights: assert normalisation(name) in RULES, name
     assert [normalisation(n) for n in ("swin_unetr_48", "swin_unetr_48.ssl", "dinov2_base.rad_dino", "profound_toy.mae")] == ["zscore_nonzero", "unit_range", "cohort", "zscore_nonzero"]

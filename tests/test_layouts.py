@@ -50,11 +50,14 @@ def test_number_of_keys_and_values(name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_keys_and_shapes(name, real_data):
+def test_keys_and_shapes(name, real_data, evidence):
     path = real_data.parent/"checkpoints"/f"{name}_keys.json"
     if not path.is_file(): pytest.skip(f"no key list at {path}")
     with torch.device("meta"): got = published(LAYOUTS[name][0]())
-    assert got == json.loads(path.read_text())
+    wanted = json.loads(path.read_text())
+    assert got == wanted
+    evidence("keys", name, against="published list of keys and shapes", matched=sum(got[k] == wanted.get(k) for k in got), missing=len(got.keys() - wanted.keys()),
+             unexpected=len(wanted.keys() - got.keys()), reshaped=sum(got[k] != wanted.get(k, got[k]) for k in got))
 
 
 def fresh(net, seed=0):
@@ -138,13 +141,16 @@ def small_pair(seed=0):
     return state, encoder
 
 
-def test_dense_features_equal_sparse_ones_on_an_unmasked_input():
+def test_dense_features_equal_sparse_ones_on_an_unmasked_input(evidence):
     state, encoder = small_pair()
     x = torch.randn(1, 2, 16, 32, 48, dtype=torch.float64)
     with torch.no_grad(): maps = encoder(x)
+    worst = 0.
     for got, sparse in zip(maps, sparse_encoder(x, state, SMALL["depths"], 3)):
         wanted = dense(sparse, got)
         assert len(sparse) == got[0, 0].numel() and (got - wanted).abs().max() < 1e-10 * wanted.abs().max() + 1e-11
+        worst = max(worst, (got - wanted).abs().max().item())
+    evidence("equality", "ProFound, sparse checkpoint as a dense network (small, float64)", against="a slow sparse convolution written for the test, all four stages", difference=worst, largest=maps[-1].abs().max().item())
 
 
 def test_dense_features_equal_sparse_ones_on_a_masked_input():
@@ -186,7 +192,7 @@ def test_mae_checkpoints_fill_their_backbones(name):
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
 
-def test_unetr_blocks_equal_monai():
+def test_unetr_blocks_equal_monai(evidence):
     blocks = pytest.importorskip("monai.networks.blocks")
     dyn = pytest.importorskip("monai.networks.blocks.dynunet_block")
     ours, theirs = fresh(ResidualUnit(3, 6)), dyn.UnetResBlock(3, 3, 6, 3, 1, "instance").eval()
@@ -197,7 +203,9 @@ def test_unetr_blocks_equal_monai():
     up = blocks.UnetrUpBlock(3, 12, 32, 3, 2, "instance", res_block=True).eval()
     up.load_state_dict(decoder.decoder5.state_dict())
     x, skip = torch.randn(1, 12, 2, 3, 4), torch.randn(1, 32, 4, 6, 8)
-    with torch.no_grad(): assert (decoder.decoder5(x, skip) - up(x, skip)).abs().max() < 1e-5
+    with torch.no_grad(): difference = (decoder.decoder5(x, skip) - up(x, skip)).abs().max().item()
+    assert difference < 1e-5
+    evidence("equality", "ProFound's UNETR decoder block", against="MONAI's UnetrUpBlock", difference=difference, largest=up(x, skip).abs().max().item())
     pre = blocks.UnetrPrUpBlock(3, 4, 8, 0, 3, 1, 2, "instance", conv_block=True, res_block=True)
     assert {k: v.shape for k, v in pre.state_dict().items()} == {k: v.shape for k, v in decoder.encoder2.state_dict().items()}
 
@@ -228,7 +236,7 @@ def test_upernet_equals_transformers_in_a_plane():
     with torch.no_grad(): assert (ours([m[:, :, None] for m in maps])[:, :, 0] - theirs(maps)).abs().max() < 1e-4
 
 
-def test_mae_equals_transformers_in_a_plane(tmp_path):
+def test_mae_equals_transformers_in_a_plane(tmp_path, evidence):
     "ViT-MAE's encoder in transformers, fed with one slice, gives the same tokens."
     from transformers import ViTMAEConfig, ViTMAEModel
     ours = fresh(MAE3d(2, size=(1, 16, 16), patch=(1, 4, 4), dim=24, depth=2, heads=2, decoder_dim=12, decoder_depth=1, decoder_heads=2))
@@ -249,7 +257,9 @@ def test_mae_equals_transformers_in_a_plane(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     x = torch.randn(2, 2, 16, 16)
     noise = torch.arange(16.)[None].expand(2, -1) # keeps the order of patches
-    with torch.no_grad(): assert (theirs.eval()(x, noise=noise).last_hidden_state - ours.encode(x[:, :, None])[-1]).abs().max() < 1e-5
+    with torch.no_grad(): wanted, got = theirs.eval()(x, noise=noise).last_hidden_state, ours.encode(x[:, :, None])[-1]
+    assert (wanted - got).abs().max() < 1e-5
+    evidence("equality", "ProFound-ViT's encoder in a plane (small)", against="transformers' ViTMAEModel", difference=(wanted - got).abs().max().item(), largest=wanted.abs().max().item())
 
 
 # ---- ProViCNet ------------------------------------------------------------------------------------------------------
@@ -271,7 +281,7 @@ def to_transformers(state, layers):
 
 
 @pytest.mark.parametrize("sizes, image", [(dict(dim=24, depth=2, heads=2, patch=4, grid=5, registers=3), 12), ({}, 448)], ids=["tiny", "ViT-S/14 at 448"])
-def test_patch_tokens_equal_transformers(sizes, image, tmp_path):
+def test_patch_tokens_equal_transformers(sizes, image, tmp_path, evidence):
     "The hub's names go through transformers' own loading, which may rename them."
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     s = dict(dim=384, depth=12, heads=6, patch=14, grid=37, registers=4) | sizes
@@ -284,6 +294,7 @@ def test_patch_tokens_equal_transformers(sizes, image, tmp_path):
     x = torch.randn(1, 3, image, image)
     with torch.no_grad(): a, b = ours(x)[-1], theirs.eval()(x).last_hidden_state
     assert a.shape == b.shape and (a - b).abs().max() < 2e-4
+    if not sizes: evidence("equality", "ProViCNet's ViT-S/14 with registers at 448 pixels, all tokens", against="transformers' Dinov2WithRegistersModel", difference=(a - b).abs().max().item(), largest=b.abs().max().item())
 
 
 def test_extra_tokens_stand_between_registers_and_patches():

@@ -107,7 +107,7 @@ def test_tokens_of_a_volume_are_those_of_its_slices():
     assert torch.allclose(whole, torch.cat(parts, 1), atol=1e-5)
 
 
-def test_sam_without_neck_equals_transformers_at_its_own_size():
+def test_sam_without_neck_equals_transformers_at_its_own_size(evidence):
     import transformers
     torch.manual_seed(0)
     net = transformers.SamVisionModel(natural.settings("sam_vit_b", tiny=True)).eval()
@@ -118,6 +118,7 @@ def test_sam_without_neck_equals_transformers_at_its_own_size():
         net(x)
         reader = natural.SamMaps(net)
         maps, vector = reader(x)
+        evidence("equality", "SAM's encoder without neck (small)", against="transformers' SamVisionModel, before its neck", difference=(maps[-1].permute(0, 2, 3, 1) - seen["x"]).abs().max().item(), largest=seen["x"].abs().max().item())
         assert torch.allclose(maps[-1].permute(0, 2, 3, 1), seen["x"], atol=1e-5) and torch.allclose(vector, seen["x"].mean((1, 2)), atol=1e-5)
         assert reader(torch.randn(1, 3, 24, 40))[0][-1].shape == (1, 24, 3, 5) # other sizes: resized position tables
 
@@ -221,7 +222,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
     with pytest.raises(VfmError): natural.from_folder("dinov2_small", tmp_path)
 
 
-def test_original_vit_files_give_the_same_tokens():
+def test_original_vit_files_give_the_same_tokens(evidence):
     "The original layout (one qkv matrix), run by a few lines here, equals the mapped network."
     g = torch.Generator().manual_seed(0)
     r = lambda *s: torch.randn(*s, generator=g) * 0.2
@@ -245,7 +246,9 @@ def test_original_vit_files_give_the_same_tokens():
     model = tiny("deit_base", 3).eval()
     report = load_weights(model, natural.hub_state(natural.original_vit(s), "deit_base", config))
     assert report.share == 1 and report.unexpected == ("head.weight",)
-    with torch.no_grad(): assert (model.embed(x[:, :, None]) - norm(t, "norm")[:, 0]).abs().max() < 1e-4
+    with torch.no_grad(): difference = (model.embed(x[:, :, None]) - norm(t, "norm")[:, 0]).abs().max().item()
+    assert difference < 1e-4
+    evidence("equality", "DeiT from the original file's layout (small)", against="a ViT written out in the test", difference=difference, largest=norm(t, "norm").abs().max().item())
 
 
 def test_every_card_belongs_to_a_backbone():

