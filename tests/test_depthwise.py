@@ -120,6 +120,12 @@ def test_refuses_what_is_not_depthwise():
         with pytest.raises(VfmError, match="odd sides"): depthwise_conv3d(x, w)
 
 
+def test_refuses_own_gradients_in_half_precision():
+    args = inputs((1, 16, 3, 4, 4), (3, 3, 3), torch.float)
+    with pytest.raises(VfmError, match="float32 and float64"): depthwise_conv3d(*[a.bfloat16() for a in args], own=True)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(VfmError, match="autocast"): depthwise_conv3d(*args, own=True)
+
+
 def test_layer_is_the_frameworks_to_state_and_seed():
     torch.manual_seed(0); ours = DepthwiseConv3d(32, 5)
     torch.manual_seed(0); theirs = torch.nn.Conv3d(32, 32, 5, padding=2, groups=32)
