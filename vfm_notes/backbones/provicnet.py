@@ -12,7 +12,7 @@ from einops import rearrange
 
 from .protocol import Backbone
 from ..foundation.registry import backbones
-from ..nets.convnext3d import enlarge
+from ..nets.convnext3d import enlarge, initialise
 from ..nets.lift import ChannelReducer, slice_numbers, slice_triplets, stack_slices
 from ..nets.vit import ViT, patch_map
 
@@ -31,26 +31,26 @@ class ProViCNet(Backbone):
         self.backbone = ViT(3, **sizes)
         self.embed_dim = self.backbone.norm.normalized_shape[0]
         self.axis_pos, self.axis_max = nn.Linear(1, self.embed_dim), nn.Linear(1, self.embed_dim)
-        for linear in (self.axis_pos, self.axis_max):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for linear in (self.axis_pos, self.axis_max): initialise(linear)
         self.widths = [self.embed_dim] * len(levels)
         self.strides = [(1, self.backbone.patch, self.backbone.patch)] * len(levels)
+
+    def images(self, x: Tensor) -> tuple[Tensor, Tensor]: # b c d h w → (b d) 3 h w, and the slice tokens (b d) 2 e
+        "The slices as the transformer sees them."
+        images = slice_triplets(self.check_input(x))
+        j, n = slice_numbers(len(x), x.shape[2], x)
+        return self.ChannelReducer(images) if self.in_channels > 1 else images, torch.cat([self.axis_pos(j), self.axis_max(n)], 1)
 
     def maps(self,
              x: Tensor, # b c d h w
              keep: Tensor | None = None, # b 1 d h w on the patch grid: 1 kept, 0 hidden
             ) -> list[Tensor]: # b e d h w after every block; the last block's is normalised
         "Patch tokens of every block as volumes."
-        b, _, d, *size = self.check_input(x).shape
-        images = slice_triplets(x if keep is None else x * enlarge(keep, x.shape[2:]))
-        if self.in_channels > 1: images = self.ChannelReducer(images)
-        j, n = slice_numbers(b, d, x)
-        place = torch.cat([self.axis_pos(j), self.axis_max(n)], 1)
+        images, place = self.images(x if keep is None else x * enlarge(keep, x.shape[2:]))
         seen = None if keep is None else rearrange(keep.to(x.dtype), "b 1 d h w -> (b d) 1 h w")
         *tokens, _, last = self.backbone(images, place, seen)
-        grid = [s // self.backbone.patch for s in size]
-        return [stack_slices(patch_map(t, grid), b) for t in [*tokens, last]]
+        grid = [s // self.backbone.patch for s in x.shape[3:]]
+        return [stack_slices(patch_map(t, grid), len(x)) for t in [*tokens, last]]
 
     def pyramid(self, x: Tensor) -> list[Tensor]: return self.choose(self.maps(x))
     def masked_pyramid(self, x: Tensor, keep: Tensor) -> list[Tensor]: return self.choose(self.maps(x, keep))
