@@ -200,7 +200,7 @@ def transfer(
     cohort = run_cohort(spec)
     summary = summarise(task, data, cases) | {
         "d2p": d2p.to_dict("records"), "d2p_moments": moments(spec, watch), "scores": scores, "parameters": parameters, "peak_memory_mib": memory.mib,
-        "seconds": {"total": time.perf_counter() - start, "training": float(curves.seconds.max()), "waiting": train.waited, "evaluation": watch.seconds, "scores": looked},
+        "seconds": {"total": time.perf_counter() - start - looked, "training": float(curves.seconds.max()), "waiting": train.waited, "evaluation": watch.seconds, "scores": looked},
         "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "licences": licences(spec, state)}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
     return Outcome(summary, curves, cases, features, {k: v.numpy() for k, v in model.state_dict().items()})
