@@ -1,13 +1,16 @@
 """The cache of decoded cohorts: only what changed is decoded, what is damaged is made again, nothing is half written."""
+import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import rich.console
 
 import vfm_notes.data.decode
-from made_cases import CARD, GLAND, GRID, boxes, nifti, picture_of
-from vfm_notes.data.cache import read_cohort
+from made_cases import CARD, GLAND, GRID, boxes, message, nifti, picture_of
+from vfm_notes.data.cache import progress, put, read_cohort
 from vfm_notes.data.cohort import problems
 from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.manifest import Manifest, as_text, read_manifest, write_manifest
@@ -67,4 +70,33 @@ def test_a_stopped_decoding_leaves_nothing(tmp_path, runs_root, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
     monkeypatch.setattr(vfm_notes.data.decode, "decode_row", stop)
     with pytest.raises(KeyboardInterrupt): manifest_cohort(boxes(tmp_path, 2), **GRID, n={})
+    assert list((runs_root/"cache").iterdir()) == []
+
+
+# two processes, and people who wait
+
+@pytest.mark.parametrize("state", ["absent", "sound", "damaged"])
+def test_the_first_sound_folder_stays(tmp_path, runs_root, state):
+    manifest_cohort(boxes(tmp_path/"files", 2), **GRID, n={})
+    made, = (runs_root/"cache").iterdir()
+    new, there = shutil.copytree(made, tmp_path/"new"), tmp_path/"there"
+    if state != "absent": shutil.copytree(made, there)
+    if state == "damaged": (there/"labels.npy").write_bytes(b"half")
+    inode = there.stat().st_ino if state == "sound" else new.stat().st_ino
+    put(new, there)
+    assert read_cohort(there) is not None and there.stat().st_ino == inode and not new.exists()
+
+
+def test_who_waits_sees_what_is_left(monkeypatch):
+    seen, real = io.StringIO(), rich.console.Console
+    monkeypatch.setattr(rich.console, "Console", lambda stderr: real(file=seen, force_terminal=True, width=80))
+    assert list(progress(range(5), "decoding boxes", patience=9)) == list(range(5)) and seen.getvalue() == ""
+    assert list(progress(range(5), "decoding boxes", patience=-1)) == list(range(5))
+    assert "decoding boxes" in seen.getvalue() and "/5" in seen.getvalue()
+
+
+def test_nothing_is_left_out_of_a_cohort_without_any_good_case(tmp_path, runs_root):
+    manifest = boxes(tmp_path, 2)
+    for i in range(2): (tmp_path/f"c{i}_t2w.nii.gz").write_bytes(b"")
+    assert "has no case that can be used (c0: " in message(manifest_cohort, manifest, **GRID, n={}, exclude_bad=True)
     assert list((runs_root/"cache").iterdir()) == []

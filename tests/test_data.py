@@ -16,9 +16,10 @@ import SimpleITK as sitk
 from hypothesis import given, settings, strategies as st
 
 from vfm_notes.data import cohort as cohort_module
-from vfm_notes.data.cache import cache_folder, cache_key, cohort_maker, read_cohort
+from vfm_notes.data.cache import read_cohort
 from vfm_notes.data.cohort import Cohort, CohortCard, check_arguments, content_hash, load_cohort, problems, split_by_patient, stratified_order, validate
 from vfm_notes.data.datasets import HIPPOCAMPUS, PROSTATES
+from vfm_notes.data.load import cache_key, cohort_maker
 from vfm_notes.data.loader import RULES, batches, cohort_moments, moments, normalise, standardise
 from vfm_notes.data.volume import centre_of, crop_or_pad, grid_around, read_image, read_mask, resample, to_array
 from vfm_notes.foundation.registry import VfmError, cohorts

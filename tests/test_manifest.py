@@ -14,9 +14,10 @@ from hypothesis import given, settings, strategies as st
 import vfm_notes.data
 from made_cases import CARD, GLAND, GRID, boxes, message, nifti
 from vfm_notes.data import cache
-from vfm_notes.data.cache import cohort_maker, read_cohort
+from vfm_notes.data.cache import read_cohort
 from vfm_notes.data.cohort import load_cohort, problems
 from vfm_notes.data.decode import check_manifest, is_picture, manifest_cohort
+from vfm_notes.data.load import cohort_maker
 from vfm_notes.data.manifest import Manifest, as_text, layouts, located, manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.volume import read_image, split_address, to_array
 from vfm_notes.foundation.registry import VfmError

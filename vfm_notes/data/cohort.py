@@ -256,7 +256,7 @@ def load_cohort(
     bad_cases: str = "refuse",  # or exclude: run without them, and list them in `excluded`
 ) -> Cohort:  # validated
     "Make a cohort, or take it from the cache."
-    from vfm_notes.data.cache import cohort_maker, kept_cohort
+    from vfm_notes.data.load import cohort_maker, kept_cohort
     if bad_cases not in BAD_CASES: raise VfmError(f"bad_cases is '{bad_cases}'.{nearest(bad_cases, BAD_CASES)} Known: {', '.join(BAD_CASES)}.")
     return kept_cohort(name, cohort_maker(name), {**check_arguments(size, spacing, n), "seed": int(seed)}, bad_cases == "exclude")
 

@@ -12,8 +12,9 @@ from functools import partial
 
 import numpy as np
 import SimpleITK as sitk
-from .cache import Plan, Source, kept_cohort, plan_problems
+from .cache import Plan, Source, plan_problems
 from .cohort import Cohort, check_arguments
+from .load import kept_cohort
 from .manifest import VOXEL, Manifest, crop_problem, found_problems, grade_index, known_columns, located, mask_columns
 from .picture import ENDINGS, read_picture, resize_crop
 from .volume import centre_of, grid_around, read_image, read_mask, resample, split_address

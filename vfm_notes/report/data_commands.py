@@ -26,7 +26,7 @@ def data_list() -> None:
     "Cohorts, whether they are here, and the layouts that can be imported."
     import os
 
-    from vfm_notes.data.cache import load_entries
+    from vfm_notes.data.load import load_entries
     from vfm_notes.data.manifest import layouts, read_manifest
     from vfm_notes.foundation.registry import cohorts
     from vfm_notes.runs.grid import unavailable
@@ -66,7 +66,7 @@ def data_import(
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE, an option of the layout; may be repeated.")] = None,
 ) -> None:
     "Write the manifest of somebody else's folder."
-    from vfm_notes.data.cache import load_entries
+    from vfm_notes.data.load import load_entries
     from vfm_notes.data.manifest import layouts, write_manifest
     load_entries()
     layouts[layout]
@@ -92,7 +92,7 @@ def study_cohort(name: str):  # → Cohort
 
 def manifest_here(name: str):  # → Manifest, or None for a registered cohort
     "The manifest of a cohort on disk; an unknown name is an error."
-    from vfm_notes.data.cache import cohort_maker, manifest_folder
+    from vfm_notes.data.load import cohort_maker, manifest_folder
     from vfm_notes.data.manifest import read_manifest
     from vfm_notes.foundation.registry import cohorts
     cohort_maker(name)
@@ -114,8 +114,9 @@ def data_describe(name: Named) -> None:
 # %% ../../nbs/98_data_commands.ipynb #989b5920
 def found_in(name: str) -> tuple[int, list[str]]:  # cases, problems
     "Everything that is wrong with a cohort."
-    from vfm_notes.data.cache import Plan, cohort_maker, plan_problems
+    from vfm_notes.data.cache import plan_problems
     from vfm_notes.data.cohort import problems
+    from vfm_notes.data.load import cohort_maker
     from vfm_notes.foundation.registry import cohorts
     if manifest := manifest_here(name):
         from vfm_notes.data.decode import check_manifest

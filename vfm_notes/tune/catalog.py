@@ -39,7 +39,7 @@ from torch import Tensor
 from ..backbones.protocol import backbone_card
 from ..backbones.keys import load_backbone, skeleton
 from ..backbones.weights import check_licence, fetch, weights, weights_card
-from ..data.cache import cohort_maker
+from ..data.load import cohort_maker
 from ..foundation.places import report_notebooks, studies
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
 from ..foundation.spec import StudySpec, load_study
