@@ -17,8 +17,14 @@ import vfm_notes.backbones.volumetric
 import vfm_notes.data.datasets
 import vfm_notes.data.phantom
 import vfm_notes.data.sulcus_cohort
+import vfm_notes.pretrain.adversarial
+import vfm_notes.pretrain.autoencoding
 import vfm_notes.pretrain.contrast
+import vfm_notes.pretrain.diffusion
+import vfm_notes.pretrain.distillation
 import vfm_notes.pretrain.reconstruction
+import vfm_notes.pretrain.tokens
+import vfm_notes.pretrain.views
 import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
 import vfm_notes.shift.scores
