@@ -12,7 +12,7 @@ from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.tune import catalog # noqa: F401 (fills the registries)
 
-NAMES, QUICK = list(backbones), ("profound_toy", "provicnet_toy", "efficientnet_toy", "dinov2_small", "resnet18_3d", "simple_mhl")
+NAMES, QUICK = list(backbones), ("profound_toy", "efficientnet_toy", "dinov2_small", "simple_mhl")
 
 
 def same_network(name):
