@@ -56,14 +56,14 @@ def test_early_is_the_state_after_so_many_steps(state):
         def early(step):
             seen[stop] = collect(model.backbone, data["test"].inputs), step, model.training
             if stop: raise Stop
-        try: curves = fit(model, task, training_batches(data["train"], SPEC), SPEC, lambda epoch: {}, (4, early))
+        try: curves, _ = fit(model, task, training_batches(data["train"], SPEC), SPEC, lambda epoch: {}, (4, early))
         except Stop: return None
         return curves
     torch.manual_seed(0); train(True)
     torch.manual_seed(0); curves = train(False)
     assert seen[True][1] == seen[False][1] == 4 and seen[False][2]
     for layer in seen[True][0]: assert torch.equal(seen[True][0][layer], seen[False][0][layer])
-    plain = fit(build_model(SPEC, task, 3, state), task, training_batches(data["train"], SPEC), SPEC, lambda epoch: {})
+    plain, _ = fit(build_model(SPEC, task, 3, state), task, training_batches(data["train"], SPEC), SPEC, lambda epoch: {})
     assert np.array_equal(plain[plain.name == "loss"].value, curves[curves.name == "loss"].value)  # looking changes nothing
 
 

@@ -14,7 +14,7 @@ from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError, strategies, tasks
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
-from vfm_notes.pretrain.loop import rate
+from vfm_notes.pretrain.trainer import rate
 from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.metric import auc, dice_per_class, hd95_per_class, psnr, quadratic_kappa, ssim
 from vfm_notes.tune.strategy import apply_strategy

@@ -120,7 +120,7 @@ def waiting(cohort):
             torch.manual_seed(0)
             backbone, spec = build(name, 3), RunSpec(batch_size=BATCH, epochs=1)
             train = training_batches(data, spec, what)
-            seconds = float(fit(Network(backbone, task.head(backbone, 3)), task, train, spec, lambda epoch: {}).seconds.max())
+            seconds = float(fit(Network(backbone, task.head(backbone, 3)), task, train, spec, lambda epoch: {})[0].seconds.max())
             print(f"{name + ': ' + ', '.join(what):52}{1e3*train.waited/len(train):10.2f}{1e3*seconds/len(train):10.1f}{100*train.waited/seconds:10.2f}", flush=True)
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'studies', 'study_file', 'template_file', 'report_notebooks', 'data_root', 'weights_root', 'runs_root',
-           'cache_root', 'study_root', 'run_folder', 'notebook_file', 'log_file', 'pages_root', 'site_root']
+           'cache_root', 'study_root', 'run_folder', 'notebook_file', 'log_file', 'checkpoint_file', 'pages_root',
+           'site_root']
 
 # %% ../../nbs/02_places.ipynb #7e7f8530
 import os
@@ -70,5 +71,6 @@ def study_root(study: str) -> Path: return runs_root()/study
 def run_folder(study: str, run_id: str) -> Path: return study_root(study)/run_id
 def notebook_file(study: str, job: str) -> Path: return study_root(study)/"notebooks"/f"{job}.ipynb"
 def log_file(study: str, job: str) -> Path: return study_root(study)/"logs"/f"{job}.log"
+def checkpoint_file(study: str, run_id: str) -> Path: return study_root(study)/"checkpoints"/f"{run_id}.pt"  # while it trains
 def pages_root() -> Path: return runs_root().parent/"pages"
 def site_root() -> Path: return runs_root().parent/"_site"

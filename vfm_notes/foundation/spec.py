@@ -35,6 +35,10 @@ class PretrainSpec:
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
+    schedule: str = "cosine"  # after the warm-up: cosine or constant
+    precision: str = "no"  # no (32 bit), bf16 or fp16
+    accumulate: int = 1  # parts into which a batch is cut to save memory
+    ema: float = 0.0  # share of the old weights that an average keeps at each step; 0: no average
     options: dict = field(default_factory=dict)  # of the objective
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     kind = "pretrain"
@@ -57,6 +61,11 @@ class RunSpec:
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
+    schedule: str = "cosine"  # after the warm-up: cosine or constant
+    precision: str = "no"  # no (32 bit), bf16 or fp16
+    accumulate: int = 1  # parts into which a batch is cut to save memory
+    patience: int = 0  # epochs without a better validation score until it stops; 0: never
+    keep: str = "last"  # weights that are tested: last, or best on the validation cases
     options: dict = field(default_factory=dict)  # of the task
     parent: str = ""  # run id of the pretraining that made the weights; "" where none is used
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
@@ -125,6 +134,11 @@ class Budget:
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
+    schedule: str = "cosine"  # after the warm-up: cosine or constant
+    precision: str = "no"  # no (32 bit), bf16 or fp16
+    accumulate: int = 1  # parts into which a batch is cut to save memory
+    patience: int = 0  # epochs without a better validation score until it stops; 0: never
+    keep: str = "last"  # weights that are tested: last, or best on the validation cases
 
 @dataclass(frozen=True)
 class StudySpec:

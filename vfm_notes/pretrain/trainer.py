@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rate', 'parameter_groups', 'parts', 'out_of_memory', 'Diverged', 'Step', 'Trainer', 'gradients', 'smaller',
-           'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'Stopped', 'train']
+           'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'Stopped', 'train', 'guarded']
 
 # %% ../../nbs/44_trainer.ipynb #1659ea55
 import copy
@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 # %% ../../nbs/44_trainer.ipynb #9f598902
 from ..data.loader import Loader
+from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
+from ..foundation.spec import run_id
 
 # %% ../../nbs/44_trainer.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Recipe:
         if self.precision not in ("no", "bf16", "fp16"): raise VfmError(f"precision is '{self.precision}', expected no, bf16 or fp16.")
         if self.accumulate < 1: raise VfmError(f"accumulate is {self.accumulate}, expected at least 1.")
         if not 0 <= self.ema < 1: raise VfmError(f"ema is {self.ema}, expected 0 (none) to below 1.")
+
+    @classmethod
+    def of(cls, spec, **more) -> "Recipe":
+        "What a spec says about steps, and more."
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(cls) if hasattr(spec, f.name)} | more)
 
 # %% ../../nbs/44_trainer.ipynb #26d8fc72
 def rate(
@@ -115,7 +122,7 @@ class Trainer:
         self.step, self.optimiser = self.accelerator.prepare(Step(module, loss), optimiser)
         self.average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
         self.epoch, self.done, self.seconds, self.logs, self.notes = 1, 0, 0.0, [], []  # next epoch; steps of it taken; time; their losses; what happened
-        self.good = None
+        self.good, self.best = None, {}  # weights before this epoch; those of the best epoch and its score, where `fit` keeps them
 
 # %% ../../nbs/44_trainer.ipynb #4e59cef2
 def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
@@ -168,12 +175,13 @@ def run_epoch(
     "The steps of an epoch, or what is left of it."
     if self.done == 0: self.good = copy.deepcopy(self.module.state_dict())
     self.module.train()
+    start = time.perf_counter()
     for batch in islice(self.loader.epoch(self.epoch), self.done, None):
-        start = time.perf_counter()
         self.logs.append(self.take(batch))
         self.done += 1
         self.seconds += time.perf_counter() - start
         between()
+        start = time.perf_counter()
     logs, self.logs = self.logs, []
     self.epoch, self.done = self.epoch + 1, 0
     return {k: sum(l[k] for l in logs) / len(logs) for k in logs[0]}
@@ -184,7 +192,7 @@ for method in (gradients, smaller, take, run_epoch): setattr(Trainer, method.__n
 def snapshot(self: Trainer, key: str, extra: dict) -> dict:
     "All that the next step depends on."
     return {"key": key, "extra": extra, "epoch": self.epoch, "done": self.done, "seconds": self.seconds, "waited": self.loader.waited, "logs": self.logs, "notes": self.notes, "micro": self.micro,
-            "module": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(), "good": self.good,
+            "module": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(), "good": self.good, "best": self.best,
             "average": self.average.state_dict() if self.average else None, "random": torch.get_rng_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "cuda": torch.cuda.get_rng_state_all() if self.accelerator.device.type == "cuda" else None}
@@ -229,7 +237,7 @@ def restore(
     torch.set_rng_state(kept["random"])
     if kept["cuda"]: torch.cuda.set_rng_state_all(kept["cuda"])
     self.loader.waited = kept["waited"]
-    for name in ("epoch", "done", "seconds", "logs", "notes", "micro", "good"): setattr(self, name, kept[name])
+    for name in ("epoch", "done", "seconds", "logs", "notes", "micro", "good", "best"): setattr(self, name, kept[name])
     return kept["extra"]
 
 for method in (snapshot, save, restore): setattr(Trainer, method.__name__, method)
@@ -244,27 +252,53 @@ class Keeper:
     stop: Callable[[], bool] = lambda: False  # asked after every epoch: shall the training be left?
     last: float = field(default_factory=time.monotonic)
 
+    @property
+    def good(self) -> Path: return self.path.with_suffix(".last_good.safetensors")
+
+def keeper(study: str, spec, minutes: float = 10.0) -> Keeper:  # spec: of the run; minutes: between two checkpoints
+    "The keeper of a run of a study."
+    return Keeper(checkpoint_file(study, run_id(spec)), run_id(spec), minutes)
+
 class Stopped(VfmError):
     "The training was asked to leave, and left a checkpoint."
 
+# %% ../../nbs/44_trainer.ipynb #3e806aa5
 def train(
     trainer: Trainer,
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
     rows: list,  # curves before training, changed in place: (epoch, seconds, name, value)
     keeper: Keeper = Keeper(),
+    each: Callable[[], None] = lambda: None,  # called after every step, outside the clock
+    carried: dict | None = None,  # plain values and tensors that checkpoints keep, changed in place
+    enough: Callable[[int], bool] = lambda epoch: False,  # asked after every epoch: shall it end early?
 ) -> list:  # curves
     "Take all steps, from the beginning or from a checkpoint."
+    carried = {} if carried is None else carried
     def save() -> None:
-        trainer.save(keeper.path, keeper.key, {"rows": [list(r) for r in rows]})
+        trainer.save(keeper.path, keeper.key, {"rows": [list(r) for r in rows], "carried": carried})
         keeper.last = time.monotonic()
     def between() -> None:
+        each()
         if keeper.path and time.monotonic() - keeper.last > 60 * keeper.minutes: save()
-    kept = trainer.restore(keeper.path, keeper.key) if keeper.path else None
-    if kept: rows[:] = [tuple(r) for r in kept["rows"]]
-    while trainer.epoch <= trainer.recipe.epochs:
-        epoch, logs = trainer.epoch, trainer.run_epoch(between)
+    if keeper.path and (kept := trainer.restore(keeper.path, keeper.key)):
+        rows[:] = [tuple(r) for r in kept["rows"]]
+        carried.update(kept["carried"])
+    while trainer.epoch <= trainer.recipe.epochs and not enough(trainer.epoch - 1):
+        epoch, logs = trainer.epoch, guarded(trainer, between, keeper)
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]
         if keeper.stop():
             if keeper.path: save()
             raise Stopped(f"Stopped after epoch {epoch} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
     return rows
+
+def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> dict[str, float]:  # losses
+    "An epoch; the last good weights are written when it ends in no number."
+    try: return trainer.run_epoch(between)
+    except Diverged as error:
+        if not keeper.path: raise
+        from safetensors.torch import save_file
+        keeper.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().clone() for k, v in error.state.items()}, keeper.good)
+        told = Diverged(f"{error} They are in {keeper.good}.")
+        told.state = error.state
+        raise told from None

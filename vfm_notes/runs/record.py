@@ -34,7 +34,7 @@ from ..foundation.spec import Spec, canonical, run_id
 # %% ../../nbs/70_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY = {"metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [], "scores": [], "seconds": {}, "peak_memory_mib": None,
-         "parameters": {}, "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "licences": [], "excluded": [], "notebook": "", "template_hash": "", "error": None}
+         "parameters": {}, "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
 
 def new_record(
     spec: Spec,
@@ -123,6 +123,7 @@ def write_record(
         (new/"record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         fsync(new/"record.json"); fsync(new)
         replace_folder(new, folder)
+        if record["status"] == "done": (folder.parent/"checkpoints"/f"{folder.name}.pt").unlink(missing_ok=True)  # of the training, see pretrain.trainer
     finally: shutil.rmtree(new, ignore_errors=True)
     return record
 
@@ -184,7 +185,7 @@ def read_record(
     return record
 
 # %% ../../nbs/70_record.ipynb #324da5e4
-OTHER = {"notebooks", "logs", "progress", "locks"}  # folders of a study that are no runs
+OTHER = {"notebooks", "logs", "progress", "locks", "checkpoints"}  # folders of a study that are no runs
 
 def read_records(
     study: str,  # name of the study

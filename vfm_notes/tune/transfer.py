@@ -29,6 +29,7 @@ from ..foundation.origin import PeakMemory
 from ..foundation.registry import VfmError, strategies
 from ..foundation.spec import RunSpec, canonical
 from ..nets.decoder import Network
+from ..pretrain.trainer import Keeper
 from ..shift.features import collect, distance, distance_to_pretraining
 from ..shift.transferability import transferability
 from .fit import fit, predict, training_batches
@@ -95,14 +96,14 @@ class Watch:
     def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int], None] = lambda epoch: None):
         self.model, self.task, self.data, self.progress, self.seconds = model, task, data, progress, 0.0
         self.before = self.after = None
-        self.moments, self.best = {}, -math.inf
+        self.carried = {"moments": {}, "best": -math.inf}  # what a checkpoint keeps
 
     def look(self) -> dict[str, Tensor]: return collect(self.model.backbone, self.data["test"].inputs[:, :self.model.backbone.in_channels])
 
     def early(self, step: int) -> None:
         "Keep the features after so many steps."
         start = time.perf_counter()
-        self.moments["early"] = {"step": step}, self.look()
+        self.carried["moments"]["early"] = {"step": step}, self.look()
         self.seconds += time.perf_counter() - start
 
     def __call__(self, epoch: int) -> dict[str, float]:
@@ -111,8 +112,8 @@ class Watch:
         if self.before is None: self.before = self.after
         moved = {f"d2p_{layer}": value for layer, value in distance(self.before, self.after).items()}
         score = self.task.validate(predict(self.model, self.data["val"].inputs), self.data["val"])
-        if epoch and (good := score * METRICS[self.task.primary].direction) > self.best:
-            self.best, self.moments["best"] = good, ({"epoch": epoch}, self.after)
+        if epoch and (good := score * METRICS[self.task.primary].direction) > self.carried["best"]:
+            self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
         self.seconds += time.perf_counter() - start
         self.progress(epoch)
         return {f"val_{self.task.primary}": score} | moved
@@ -125,7 +126,7 @@ def moments(
     watch: Watch,  # after the fit
 ) -> list[dict]:  # rows as of distance_to_pretraining, with `when`: early, best, random weights
     "Distances other than the last one."
-    found = dict(watch.moments)
+    found = dict(watch.carried["moments"])
     if strategies.card(spec.strategy)["pretrained"]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
@@ -182,6 +183,7 @@ def transfer(
     spec: RunSpec,
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     progress: Callable[[int], None] = lambda epoch: None,  # called after every epoch
+    keeper: Keeper = Keeper(),  # where checkpoints go
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
     start = time.perf_counter()
@@ -194,13 +196,14 @@ def transfer(
     parameters = apply_strategy(spec.strategy, model)
     watch, train = Watch(model, task, data, progress), training_batches(data["train"], spec)
     with PeakMemory() as memory:
-        curves = fit(model, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early))
+        curves, notes = fit(model, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early), keeper, watch.carried)
+        if spec.keep == "best": watch.after = watch.look()
         cases = task.evaluate(predict(model, data["test"].inputs), data["test"])
     d2p = distance_to_pretraining(watch.before, watch.after, seed=spec.seed)
     cohort = run_cohort(spec)
     summary = summarise(task, data, cases) | {
         "d2p": d2p.to_dict("records"), "d2p_moments": moments(spec, watch), "scores": scores, "parameters": parameters, "peak_memory_mib": memory.mib,
         "seconds": {"total": time.perf_counter() - start - looked, "training": float(curves.seconds.max()), "waiting": train.waited, "evaluation": watch.seconds, "scores": looked},
-        "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "licences": licences(spec, state)}
+        "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "licences": licences(spec, state)}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
     return Outcome(summary, curves, cases, features, {k: v.numpy() for k, v in model.state_dict().items()})
