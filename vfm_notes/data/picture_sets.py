@@ -45,11 +45,12 @@ def rgb(
     "The three columns of a colour picture."
     return {c: f"{cell}{mark}{c}" for c in ("red", "green", "blue")}
 
+# %% ../../nbs/19_picture_sets.ipynb #70559cf1
 def picture_card(name: str, title: str, licence: str, source: str, citation: str, note: str, *, grades: Sequence[str] = (), targets: tuple[str, ...] = (), colour: bool = False, non_commercial: bool = False) -> CohortCard:
     "A card of a set of pictures: one or three channels, no masks, a pixel counted as a millimetre."
     return CohortCard(name, title, licence, source, citation, ("red", "green", "blue") if colour else ("grey",), ("background",), tuple(grades), (1.0, 1.0, 1.0), f"{note} The size of a pixel in mm is unknown; 1 stands for a pixel.", non_commercial, targets)
 
-# %% ../../nbs/19_picture_sets.ipynb #f593ac32
+# %% ../../nbs/19_picture_sets.ipynb #f12fa439
 ORGANS = ("bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver", "left lung", "right lung", "pancreas", "spleen")
 MEDMNIST = {  # file: title, grades (or targets of chestmnist)
     "pathmnist": ("colorectal histology", ("adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal mucosa", "stroma", "adenocarcinoma")),
@@ -65,7 +66,7 @@ MEDMNIST = {  # file: title, grades (or targets of chestmnist)
 }
 LICENCES = {name: "CC BY 4.0" for name in MEDMNIST} | {"dermamnist": "CC BY-NC 4.0"}
 
-# %% ../../nbs/19_picture_sets.ipynb #b9a387f0
+# %% ../../nbs/19_picture_sets.ipynb #ff5e38c7
 def medmnist_rows(
     path: Path,  # the archive
     name: str,  # of the set
@@ -87,13 +88,14 @@ def medmnist_rows(
         pictures.append(images)
     return rows, pictures, bad
 
-# %% ../../nbs/19_picture_sets.ipynb #4b67b144
+# %% ../../nbs/19_picture_sets.ipynb #cbf82391
 def medmnist_example(folder: Path) -> None:
     "Twelve pictures under the name of BreastMNIST."
     rng = np.random.default_rng(0)
     parts = {f"{s}_images": rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for s, n in (("train", 6), ("val", 2), ("test", 4))}
     np.savez_compressed(folder/"breastmnist.npz", **parts, **{k.replace("images", "labels"): (np.arange(len(v)) % 2).astype(np.uint8)[:, None] for k, v in parts.items()})
 
+# %% ../../nbs/19_picture_sets.ipynb #126110b6
 @layouts("medmnist", title="MedMNIST .npz archives (2D)", example=medmnist_example)
 def medmnist(
     src: Path,  # the archive, or a folder with one
@@ -116,7 +118,7 @@ def medmnist(
     card = picture_card(name, f"{name}: {title}", licence, "MedMNIST v2", "Yang et al., MedMNIST v2, Scientific Data 2023", note, grades=() if several else grades, targets=targets, colour=colour, non_commercial="NC" in licence)
     return finished("medmnist", path.parent, rows, card, bad)
 
-# %% ../../nbs/19_picture_sets.ipynb #85ce50bf
+# %% ../../nbs/19_picture_sets.ipynb #6a8f69cf
 def write_noise(
     path: Path,  # .png or .jpg
     rng: np.random.Generator,
@@ -126,12 +128,14 @@ def write_noise(
     values = rng.integers(0, 256, (20, 24, 3) if colour else (20, 24), dtype=np.uint8)
     save(sitk.GetImageFromArray(values, isVector=colour), path)
 
+# %% ../../nbs/19_picture_sets.ipynb #3cd81e81
 def aptos_example(folder: Path) -> None:
     "Twenty pictures of noise in the layout of APTOS 2019."
     rng = np.random.default_rng(0)
     for i in range(20): write_noise(folder/"train_images"/f"eye{i:02d}.png", rng, colour=True)
     pd.DataFrame([dict(id_code=f"eye{i:02d}", diagnosis=i % 5) for i in range(20)]).to_csv(folder/"train.csv", index=False)
 
+# %% ../../nbs/19_picture_sets.ipynb #5c2b81a7
 @layouts("aptos2019", title="APTOS 2019 blindness detection", example=aptos_example)
 def aptos2019(
     src: Path,  # with train.csv and train_images/
@@ -145,7 +149,7 @@ def aptos2019(
         f"Split 70/15/15 by picture as released (shuffle with seed 42): the set has no patient identifiers. {statistics_note('aptos2019')}", grades=("no DR", "mild", "moderate", "severe", "proliferative DR"), colour=True, non_commercial=True)
     return finished("aptos2019", src, rows, card, [], "middle")
 
-# %% ../../nbs/19_picture_sets.ipynb #823db7b3
+# %% ../../nbs/19_picture_sets.ipynb #a69db1eb
 def isic_example(folder: Path) -> None:
     "Twenty pictures of noise in the layout of ISIC 2019."
     rng, names = np.random.default_rng(0), [f"ISIC_{i:07d}" for i in range(20)]
@@ -153,7 +157,7 @@ def isic_example(folder: Path) -> None:
     pd.DataFrame([dict(image=n) | {k: float(i % 8 == j) for j, k in enumerate(ISIC)} | {"UNK": 0.0} for i, n in enumerate(names)]).to_csv(folder/"ISIC_2019_Training_GroundTruth.csv", index=False)
     pd.DataFrame([dict(image=n, age_approx=50.0, anatom_site_general="", lesion_id=f"L{i // 2}" if i < 14 else "", sex="female") for i, n in enumerate(names)]).to_csv(folder/"ISIC_2019_Training_Metadata.csv", index=False)
 
-# %% ../../nbs/19_picture_sets.ipynb #966e1857
+# %% ../../nbs/19_picture_sets.ipynb #fbfa7892
 @layouts("isic2019", title="ISIC 2019 skin lesions", example=isic_example)
 def isic2019(
     src: Path,  # with the two tables and train/
@@ -172,7 +176,7 @@ def isic2019(
         f"Split 80/10/10 (shuffle with seed 42) {rule}. {statistics_note('isic2019')}", grades=tuple(ISIC.values()), colour=True, non_commercial=True)
     return finished("isic2019", src, rows, card, bad, "middle")
 
-# %% ../../nbs/19_picture_sets.ipynb #d4b8fb25
+# %% ../../nbs/19_picture_sets.ipynb #c676df32
 VIEW = r"^(.+?)[._-]*(?:LEFT|RIGHT)[._-]"  # of a file's name; the group is the patient
 DDSM_WORDS = ("normal", "benign", "cancer")
 
@@ -185,6 +189,7 @@ def ddsm_example(folder: Path) -> None:
         (folder/"ddsm_raw_image_lists").mkdir(exist_ok=True)
         (folder/"ddsm_raw_image_lists"/f"{split}.txt").write_text("\n".join(names) + "\n")
 
+# %% ../../nbs/19_picture_sets.ipynb #0a2851a9
 def ddsm_row(
     src: Path, line: str, split: str,  # one line of a list
     classes: int, patient: str | None,  # see cbis_ddsm
@@ -197,7 +202,7 @@ def ddsm_row(
     grade = min(DDSM_WORDS.index(word), classes - 1) if word in DDSM_WORDS else "unknown"
     return dict(case=name, patient=match[1] if match else name, split=split, grey=picture_file(src, f"ddsm_raw/{line}") + "#grey", grade=grade), bad
 
-# %% ../../nbs/19_picture_sets.ipynb #8ec69560
+# %% ../../nbs/19_picture_sets.ipynb #8f32b16f
 @layouts("cbis_ddsm", title="DDSM mammograms by lists", example=ddsm_example)
 def cbis_ddsm(
     src: Path,  # with ddsm_raw_image_lists/ and ddsm_raw/
@@ -220,7 +225,7 @@ def cbis_ddsm(
         f"Splits are the given lists; {rule}. " + ("Class 1 holds benign and cancer, called 'Cancer' in the released code. " if classes == 2 else "") + statistics_note("cbis_ddsm"), grades=("normal", "abnormal") if classes == 2 else DDSM_WORDS)
     return finished("cbis_ddsm", src, [row for row, _ in done], card, [b for _, problems in done for b in problems], "middle")
 
-# %% ../../nbs/19_picture_sets.ipynb #eeb9f945
+# %% ../../nbs/19_picture_sets.ipynb #1b9b02be
 def chexpert_example(folder: Path) -> None:
     "Forty X-rays of noise in the layout of CheXpert."
     rng, rows = np.random.default_rng(0), []
@@ -230,7 +235,7 @@ def chexpert_example(folder: Path) -> None:
         rows.append({"Path": path, "Sex": "Male", "Age": 60, "Frontal/Lateral": "Frontal", "AP/PA": "AP"} | {k: rng.choice(["", "", 0.0, 1.0, -1.0]) for k in CHEXPERT})
     pd.DataFrame(rows).to_csv(folder/"train.csv", index=False)
 
-# %% ../../nbs/19_picture_sets.ipynb #4bd60e11
+# %% ../../nbs/19_picture_sets.ipynb #5dc0c494
 @layouts("chexpert", title="CheXpert chest X-rays", example=chexpert_example)
 def chexpert(
     src: Path,  # the folder with train.csv and train/, whatever its name
