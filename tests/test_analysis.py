@@ -10,7 +10,7 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from scipy import stats
 from vfm_notes.analysis import gain
 from vfm_notes.analysis.association import associate, association_table, cell_points, in_words, orders, run_points
-from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_by, run_convergence
+from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_curves, reached_table, run_convergence
 from vfm_notes.analysis.findings import findings
 from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
 from vfm_notes.analysis.tables import cohort_value, load_tables
@@ -326,14 +326,6 @@ def test_reach_is_the_first_crossing(values, target, direction):
     assert (late, e) == ((True, len(values) - 1) if at is None else (False, at)) and s == 1.5 * e
 
 
-def test_kaplan_meier_against_scipy():
-    r = np.random.default_rng(0)
-    epochs, late = r.integers(1, 9, 40), r.random(40) < 0.3
-    ours = reached_by(epochs, late)
-    ref = stats.ecdf(stats.CensoredData.right_censored(epochs, late)).cdf
-    np.testing.assert_allclose(ours.share, ref.evaluate(ours.epoch), atol=1e-12)
-
-
 def test_mean_interval_against_scipy():
     x = np.array([3.0, 4.0, 8.0])
     low, high = stats.t.interval(0.95, 2, loc=x.mean(), scale=stats.sem(x))
@@ -439,7 +431,7 @@ def test_findings_say_what_the_tables_hold(study):
     t = convergence_table(study)
     sooner = t[(t.rule == "rise") & (t.strategy == "full")].sooner.dropna()
     assert f"{sooner.mean():.1f} epochs sooner" in said[3] and "4 cells, 12 runs" in said[3]
-    assert "Over 4 cells" in said[4] and "no association, however strong" in said[4] and "1 run failed and is missing" in said[5]
+    assert "over 4 cells of 2 tasks and 2 backbones" in said[4] and "no association, however strong" in said[4] and "1 run failed and is missing" in said[5]
 
 
 def test_findings_of_nothing_claim_nothing(runs_root):

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/85_findings.ipynb #1a2a5d90
-from .association import associate, cell_points, in_words
+from .association import cell_points
 from .convergence import convergence_table, mean_interval
+from .crossed import crossed, crossed_words
 from .gain import gain_table
+from .prediction import prediction_finding, prediction_table
 from .tables import Tables, load_tables
 
 # %% ../../nbs/85_findings.ipynb #c367a936
@@ -90,4 +92,5 @@ def findings(
     layer = layer if layer in set(tables.d2p.layer) else tables.d2p.layer.iloc[-1]
     points = cell_points(tables, gains, layer)
     failed = int((tables.runs.status == "failed").sum())
-    return said + [in_words(associate(points.d2p, points.rpg))] + ([f"{failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} missing from all of this."] if failed else [])
+    known = [] if tables.scores.empty else [prediction_finding(prediction_table(tables, draws=500))]
+    return said + [crossed_words(crossed(points)), *known] + ([f"{failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} missing from all of this."] if failed else [])
