@@ -6,16 +6,18 @@
 __all__ = ['Spec', 'TUPLES', 'SPLITS', 'PretrainSpec', 'RunSpec', 'ExternalSpec', 'canonical', 'run_id', 'from_values', 'Budget',
            'StudySpec', 'check_study', 'cohort_beside', 'load_study', 'pretrain_specs', 'run_specs', 'external_specs']
 
-# %% ../../nbs/03_spec.ipynb #01f264ee
+# %% ../../nbs/03_spec.ipynb #d9c38cb1
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 
 import yaml
 
-# %% ../../nbs/03_spec.ipynb #50ca2e5f
+# %% ../../nbs/03_spec.ipynb #1d2e4aad
+from .options import parent_of, strategy_text
 from .places import study_file
 from .registry import VfmError, nearest
 
@@ -53,7 +55,7 @@ class RunSpec:
     cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 24, "val": 12, "test": 48})  # cases per split
     task: str = "segmentation"
     backbone: str = "profound_toy.mae_phantom"  # architecture.weights
-    strategy: str = "full"
+    strategy: str = "full"  # with its options, e.g. "lora rank=8"
     seed: int = 0
     n_train: int = 24  # training cases, at most cases['train']
     epochs: int = 8
@@ -70,6 +72,8 @@ class RunSpec:
     parent: str = ""  # run id of the pretraining that made the weights; "" where none is used
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     kind = "transfer"
+
+    def __post_init__(self): object.__setattr__(self, "strategy", strategy_text(self.strategy))  # written one way
 
 # %% ../../nbs/03_spec.ipynb #4dc87111
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def run_id(
         case "pretrain": head = f"pretrain-{spec.backbone}-s{spec.seed}"
         case "transfer": head = f"{spec.task}-{spec.backbone}-{spec.strategy}-n{spec.n_train}-s{spec.seed}"
         case "external": head = f"external-{Path(spec.cohort).name}-{spec.task}-{spec.backbone}"
-    return f"{head}-{tail}"
+    return re.sub(r"[^\w.=-]+", "_", head) + f"-{tail}"  # also the name of a folder
 
 # %% ../../nbs/03_spec.ipynb #3ebaa476
 def from_values(
@@ -151,7 +155,7 @@ class StudySpec:
     cases: dict  # split → number of cases
     backbones: list  # architecture.weights
     tasks: dict  # task → its options
-    strategies: list
+    strategies: list  # with their options, e.g. "lora rank=8"
     seeds: list
     pretrain: dict = field(default_factory=dict)  # weights name → fields of PretrainSpec
     n_train: list = field(default_factory=list)  # training-set sizes; empty: cases['train']
@@ -160,8 +164,12 @@ class StudySpec:
     licences: list = field(default_factory=list)  # non-commercial licences accepted by name
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them
     slurm: dict = field(default_factory=dict)  # what a job of the cluster asks for, see runs.slurm
+    local: dict = field(default_factory=dict)  # what a notebook on this machine asks for, see runs.executors
+    time_limit: float = 0.0  # minutes that one run may take before it is ended as failed; 0: any
 
-    def __post_init__(self): check_study(self)
+    def __post_init__(self):
+        if isinstance(self.strategies, list): object.__setattr__(self, "strategies", [strategy_text(s) for s in self.strategies])
+        check_study(self)
 
 # %% ../../nbs/03_spec.ipynb #a64dd464
 SPLITS = ("pretrain", "train", "val", "test")
@@ -176,7 +184,8 @@ def check_study(study: StudySpec) -> None:
     for key in ("backbones", "strategies", "seeds"):
         v = getattr(study, key)
         need(isinstance(v, list) and v and len(set(map(str, v))) == len(v), key, "a non-empty list without doubles")
-    for key in ("tasks", "pretrain", "external", "slurm"): need(isinstance(getattr(study, key), dict), key, "a mapping")
+    for key in ("tasks", "pretrain", "external", "slurm", "local"): need(isinstance(getattr(study, key), dict), key, "a mapping")
+    need(isinstance(study.time_limit, (int, float)) and study.time_limit >= 0, "time_limit", "minutes, 0 for any")
     need(study.bad_cases in ("refuse", "exclude"), "bad_cases", "refuse or exclude")
     need(bool(study.tasks), "tasks", "at least one task")
     need(set(study.cases) == set(SPLITS) and all(isinstance(v, int) and v >= 0 for v in study.cases.values()), "cases", f"a count for each of {', '.join(SPLITS)}")
@@ -235,7 +244,7 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
     common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases} | asdict(study.budget)
     axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], study.strategies, study.seeds)
     return [RunSpec(**common, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
-                    parent="" if strategy == "scratch" else parents.get(backbone, ""))
+                    parent=parent_of(strategy, parents.get(backbone, "")))
             for (task, options), backbone, n, strategy, seed in axes]
 
 # %% ../../nbs/03_spec.ipynb #c9116059

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange, reduce
 
-from ..foundation.registry import VfmError
-
 # %% ../../nbs/22_decoder.ipynb #205c5187
 class ClassificationHead(nn.Module):
     "Scores of classes from the mean and the maximum of the coarsest feature map."
@@ -29,12 +27,17 @@ class ClassificationHead(nn.Module):
         self.layers = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, hidden),
                                     nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
 
+    def pool(self,
+             maps: list[Tensor], # the backbone's pyramid, fine to coarse
+            ) -> Tensor: # b 2·width
+        "All that this head reads of a case."
+        return torch.cat([reduce(maps[-1], "b c d h w -> b c", how) for how in ("mean", "max")], 1)
+
     def forward(self,
                 maps: list[Tensor], # the backbone's pyramid, fine to coarse
                 x: Tensor | None = None, # the volume; not used
                ) -> Tensor: # b n_classes
-        pooled = [reduce(maps[-1], "b c d h w -> b c", how) for how in ("mean", "max")]
-        return self.layers(torch.cat(pooled, 1))
+        return self.layers(self.pool(maps))
 
 # %% ../../nbs/22_decoder.ipynb #6d62a974
 def space_to_depth(
@@ -98,15 +101,14 @@ class DenseDecoder(nn.Module):
                 maps: list[Tensor], # the backbone's pyramid, fine to coarse
                 x: Tensor, # b c d h w, the raw volume
                ) -> Tensor: # b out_channels d h w
-        if any(s % f for s, f in zip(x.shape[2:], self.subpixel)):
-            raise VfmError(f"DenseDecoder needs a size (d, h, w) divisible by {self.subpixel}, not {tuple(x.shape[2:])}: "
-                           "resample the volumes or pass another subpixel.")
-        raw, y = self.skip(space_to_depth(x[:, :self.in_channels], self.subpixel)), None
+        more = [-s % f for s, f in zip(x.shape[2:], self.subpixel)]
+        padded = F.pad(x[:, :self.in_channels], (0, more[2], 0, more[1], 0, more[0]), mode="replicate") if any(more) else x[:, :self.in_channels]
+        raw, y = self.skip(space_to_depth(padded, self.subpixel)), None
         for level, lateral, fuse in list(zip(maps, self.laterals, self.fuse))[::-1]:
             level = lateral(level)
             y = fuse(level if y is None else level + resize(y, level))
         y = self.last(self.mix(torch.cat([raw, resize(y, raw)], 1)))
-        y = depth_to_space(y, self.subpixel)
+        y = depth_to_space(y, self.subpixel)[..., :x.shape[2], :x.shape[3], :x.shape[4]]
         return y if self.residual_channel is None else y + x[:, self.residual_channel, None]
 
 # %% ../../nbs/22_decoder.ipynb #5c8cd290
@@ -128,9 +130,25 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(getattr(self.backbone, self.head.reads)(x[:, :self.backbone.in_channels]), x)
+    def read(self,
+             x: Tensor, # b c d h w
+            ) -> list[Tensor] | Tensor: # maps, or a vector b e
+        "What the head wants from the backbone."
+        return getattr(self.backbone, self.head.reads)(x[:, :self.backbone.in_channels])
 
-# %% ../../nbs/22_decoder.ipynb #81879087
+    def forward(self, x: Tensor) -> Tensor: return self.head(self.read(x), x)
+
+    def train(self,
+              mode: bool = True, # False is evaluation mode
+             ) -> "Network": # itself
+        "Training mode, but not for what no strategy trains."
+        super().train(mode)
+        for name, part in self.named_modules():
+            own = [p.requires_grad for p in part.parameters()]
+            if name and own and not any(own): part.eval()
+        return self
+
+# %% ../../nbs/22_decoder.ipynb #cf9b4796
 class TokenHead(nn.Module):
     "Class scores of every pixel from a map of tokens, eight times as wide and high."
     reads = "pyramid"

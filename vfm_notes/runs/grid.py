@@ -17,7 +17,8 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
 
-# %% ../../nbs/71_grid.ipynb #50ca2e5f
+# %% ../../nbs/71_grid.ipynb #1d2e4aad
+from ..foundation.options import parent_of, strategy_text
 from ..foundation.places import run_folder, template_file
 from ..foundation.registry import VfmError, cohorts, nearest
 from ..foundation.spec import (ExternalSpec, PretrainSpec, RunSpec, Spec, StudySpec, external_specs, from_values, pretrain_specs,
@@ -92,7 +93,7 @@ def job_specs(
         if not isinstance(values.get(many), (list, tuple)): raise VfmError(f"{where}: '{many}' must be a list, found {values.get(many)!r}.")
     axes = product(values.pop("strategies"), values.pop("seeds"))
     weights = values.pop("parent", "")
-    return [from_values(RunSpec, values | {"strategy": strategy, "seed": seed, "parent": "" if strategy == "scratch" else weights}, where)
+    return [from_values(RunSpec, values | {"strategy": strategy, "seed": seed, "parent": parent_of(strategy, weights)}, where)
             for strategy, seed in axes]
 
 # %% ../../nbs/71_grid.ipynb #6dc4116f
@@ -112,6 +113,7 @@ def parse_only(
         key, equals, value = (w.strip() for w in part.partition("="))
         if not equals: raise VfmError(f"--only '{part}': expected key=value, e.g. task={next(iter(study.tasks))}.")
         if key not in axes: raise VfmError(f"--only: unknown key '{key}'.{nearest(key, axes)} Known: {', '.join(axes)}.")
+        if key == "strategy": value = strategy_text(value)
         if value not in axes[key]:
             raise VfmError(f"--only: study '{study.name}' has no {key} '{value}'.{nearest(value, axes[key])} It has: {', '.join(axes[key])}.")
         chosen.setdefault(key, set()).add(value)

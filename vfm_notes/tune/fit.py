@@ -9,6 +9,7 @@ __all__ = ['training_batches', 'predict', 'fit', 'Best']
 import copy
 import math
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import pandas as pd
 import torch
@@ -40,7 +41,7 @@ def predict(
     batch_size: int = 8,
 ) -> Tensor:  # n …
     "Outputs for all inputs, in evaluation mode."
-    was, device = model.training, next(model.parameters()).device
+    was, device = model.training, next(chain(model.parameters(), model.buffers())).device
     model.eval()
     out = torch.cat([model(x.to(device)).cpu() for x in inputs.split(batch_size)])
     model.train(was)
