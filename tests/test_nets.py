@@ -219,12 +219,17 @@ def test_residual_decoder_starts_as_the_identity_and_can_leave_it():
     assert decoder.last.weight.grad.abs().sum() > 0
 
 
-def test_decoder_refuses_a_size_that_its_cells_do_not_divide():
+@pytest.mark.parametrize("size", [(3, 16, 16), (1, 16, 18), (4, 16, 16)])
+def test_decoder_fills_up_what_its_cells_do_not_divide(size):
     from types import SimpleNamespace
-    from vfm_notes.foundation.registry import VfmError
     from vfm_notes.nets.decoder import DenseDecoder
-    decoder = DenseDecoder(SimpleNamespace(widths=[6], strides=[(1, 4, 4)]), 1, 1)
-    with pytest.raises(VfmError, match="divisible"): decoder([torch.randn(1, 6, 3, 4, 4)], torch.randn(1, 1, 3, 16, 16))
+    torch.manual_seed(0)
+    decoder = DenseDecoder(SimpleNamespace(widths=[6], strides=[(1, 4, 4)]), 1, 1).eval()
+    maps, x = [torch.randn(1, 6, size[0], 4, 4)], torch.randn(1, 1, *size)
+    full = [-(-s // 2) * 2 for s in size]
+    copied = x[:, :, [min(i, size[0] - 1) for i in range(full[0])]]
+    assert decoder(maps, x).shape == (1, 1, *size)
+    torch.testing.assert_close(decoder(maps, x), decoder(maps, copied)[:, :, :size[0]])
 
 
 def test_published_provicnet_head_key_list(checkpoints):

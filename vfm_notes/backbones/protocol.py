@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
     def pyramid(self, x: Tensor) -> list[Tensor]: raise NotImplementedError
     def embed(self, x: Tensor) -> Tensor: raise NotImplementedError
     def layers(self, x: Tensor) -> dict[str, Tensor]: raise NotImplementedError
+    def tokens(self, x: Tensor) -> Tensor: return rearrange(self.pyramid(x)[-1], "b e d h w -> b (d h w) e") # what a transformer head reads
     def forward(self, x: Tensor) -> Tensor: return self.embed(x)
 
     def masked_pyramid(self,
