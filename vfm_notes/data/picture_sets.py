@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from .cohort import CohortCard
 from .manifest import Manifest, layouts
 from .picture import npz_array_of
-from .picture_splits import CHEXPERT, ISIC, chexpert_labels, chexpert_parts, keep_together, one_hot_grades, shuffled_split, statistics_note
+from .picture_splits import CHEXPERT, ISIC, STATISTICS, chexpert_labels, chexpert_parts, keep_together, one_hot_grades, shuffled_split, statistics_note
 from .prostate_layouts import finished, read_sheet, save
 from ..foundation.registry import VfmError, nearest
 
@@ -48,7 +48,9 @@ def rgb(
 # %% ../../nbs/19_picture_sets.ipynb #70559cf1
 def picture_card(name: str, title: str, licence: str, source: str, citation: str, note: str, *, grades: Sequence[str] = (), targets: tuple[str, ...] = (), colour: bool = False, non_commercial: bool = False) -> CohortCard:
     "A card of a set of pictures: one or three channels, no masks, a pixel counted as a millimetre."
-    return CohortCard(name, title, licence, source, citation, ("red", "green", "blue") if colour else ("grey",), ("background",), tuple(grades), (1.0, 1.0, 1.0), f"{note} The size of a pixel in mm is unknown; 1 stands for a pixel.", non_commercial, targets)
+    mean, sd = STATISTICS.get(name, ((), ()))
+    return CohortCard(name, title, licence, source, citation, ("red", "green", "blue") if colour else ("grey",), ("background",), tuple(grades), (1.0, 1.0, 1.0),
+                      f"{note} The size of a pixel in mm is unknown; 1 stands for a pixel.", non_commercial, targets, mean=tuple(mean), sd=tuple(sd))
 
 # %% ../../nbs/19_picture_sets.ipynb #f12fa439
 ORGANS = ("bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver", "left lung", "right lung", "pancreas", "spleen")
