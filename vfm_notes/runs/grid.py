@@ -113,7 +113,7 @@ def parse_only(
         key, equals, value = (w.strip() for w in part.partition("="))
         if not equals: raise VfmError(f"--only '{part}': expected key=value, e.g. task={next(iter(study.tasks))}.")
         if key not in axes: raise VfmError(f"--only: unknown key '{key}'.{nearest(key, axes)} Known: {', '.join(axes)}.")
-        if key == "strategy": value = strategy_text(value)
+        if key == "strategy" and value: value = strategy_text(value)
         if value not in axes[key]:
             raise VfmError(f"--only: study '{study.name}' has no {key} '{value}'.{nearest(value, axes[key])} It has: {', '.join(axes[key])}.")
         chosen.setdefault(key, set()).add(value)
