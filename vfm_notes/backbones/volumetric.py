@@ -197,12 +197,17 @@ class FirstPatch(nn.Module):
         self.model, self.grid, n, e = model, grid, len(model.blocks), model.norm.normalized_shape[0]
         self.widths, self.strides, self.levels, self.names, self.embed_dim = [e] * n, [patch] * n, spread(n), [f"block{i + 1}" for i in range(n)], e
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def enter(self, x: Tensor) -> Tensor: # b 1 w h d → b (w h d) e
+        "The tokens that enter the first block."
         x = self.model.patch_embedding.patch_embeddings(x)
-        size, g = x.shape[2:], self.grid
+        g = self.grid
         table = rearrange(self.model.patch_embedding.position_embeddings, "1 (a b c) e -> 1 e a b c", a=g, b=g)
-        if size != table.shape[2:]: table = F.interpolate(table, size=size, mode="trilinear")
-        x, tokens = rearrange(x + table, "b e d h w -> b (d h w) e"), []
+        if x.shape[2:] != table.shape[2:]: table = F.interpolate(table, size=x.shape[2:], mode="trilinear")
+        return rearrange(x + table, "b e d h w -> b (d h w) e")
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        size = [s // self.strides[0] for s in x.shape[2:]]
+        x, tokens = self.enter(x), []
         for block in self.model.blocks: tokens.append(x := block(x))
         tokens[-1] = self.model.norm(x)
         return [rearrange(t, "b (d h w) e -> b e d h w", d=size[0], h=size[1]) for t in tokens], tokens[-1][:, 0]
