@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+# %% ../../nbs/46_evidence.ipynb #94d78603
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet
 import vfm_notes.pretrain.adversarial
@@ -34,7 +35,7 @@ from ..nets.decoder import resize
 from .contrast import dice_ce
 from .loop import pretrain
 
-# %% ../../nbs/46_evidence.ipynb #e574b6f0
+# %% ../../nbs/46_evidence.ipynb #a30ac235
 @dataclass(frozen=True)
 class Plan:
     "What the evidence is measured on."
@@ -52,7 +53,7 @@ class Plan:
         "The pretraining of one cell."
         return PretrainSpec(size=self.size, spacing=self.spacing, backbone=self.backbone, objective=objective, seed=seed, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
 
-# %% ../../nbs/46_evidence.ipynb #b7e04d39
+# %% ../../nbs/46_evidence.ipynb #f22b2404
 def standard(
     train: Tensor, # n …
     test: Tensor, # m …
@@ -62,6 +63,7 @@ def standard(
     mean, sd = train.mean(axes, keepdim=True), train.std(axes, keepdim=True).clamp_min(1e-6)
     return (train - mean) / sd, (test - mean) / sd
 
+# %% ../../nbs/46_evidence.ipynb #ca41bb51
 def probe_classes(
     train: Tensor, # n f, features
     test: Tensor, # m f
@@ -75,7 +77,7 @@ def probe_classes(
     model = LogisticRegression(C=strength, max_iter=2000).fit(train.numpy(), truth[0])
     return float(roc_auc_score(truth[1], model.decision_function(test.numpy())))
 
-# %% ../../nbs/46_evidence.ipynb #0de53d73
+# %% ../../nbs/46_evidence.ipynb #1b4f7369
 def dice_of(
     found: Tensor, # n d h w, bool
     true: Tensor, # n d h w, bool
@@ -85,6 +87,7 @@ def dice_of(
     overlap, total = (found & true).flatten(1).sum(1), found.flatten(1).sum(1) + true.flatten(1).sum(1)
     return float((2 * overlap[there] / total[there]).mean())
 
+# %% ../../nbs/46_evidence.ipynb #3b9d7651
 def probe_labels(
     train: Tensor, # n f d h w, features on the finest grid
     test: Tensor, # m f d h w
@@ -103,7 +106,7 @@ def probe_labels(
     with torch.no_grad(): found = resize(head(test), truth[1][:, None]).argmax(1)
     return {"Dice of gland": dice_of(found > 0, truth[1] > 0), "Dice of lesion": dice_of(found == 2, truth[1] == 2)}
 
-# %% ../../nbs/46_evidence.ipynb #01c76c35
+# %% ../../nbs/46_evidence.ipynb #bb36f326
 @torch.no_grad()
 def frozen_features(
     backbone: Backbone, # pretrained or random
@@ -113,6 +116,7 @@ def frozen_features(
     maps = backbone.eval().pyramid(volumes)
     return torch.cat([maps[-1].mean((2, 3, 4)), maps[-1].amax((2, 3, 4))], 1), torch.cat([resize(m, maps[0]) for m in maps], 1)
 
+# %% ../../nbs/46_evidence.ipynb #56699804
 def probe(
     backbone: Backbone, # pretrained or random
     cohort: Cohort, # with train and test cases
@@ -123,6 +127,7 @@ def probe(
     return {"AUC of cancer": probe_classes(*vectors, tuple((p.grade == 2).astype(int) for p in parts)),
             **probe_labels(*maps, tuple(torch.from_numpy(p.labels) for p in parts))}
 
+# %% ../../nbs/46_evidence.ipynb #d57e2f2f
 def probe_cell(
     objective: str, # registered name
     seed: int,
@@ -139,7 +144,7 @@ def random_cell(seed: int, plan: Plan, cohort: Cohort) -> dict[str, float]:
     torch.manual_seed(seed)
     return probe(build(plan.backbone, cohort.volumes.shape[1]), cohort)
 
-# %% ../../nbs/46_evidence.ipynb #77c2f24a
+# %% ../../nbs/46_evidence.ipynb #f29ca26c
 def probe_gain(
     names: Iterable[str], # registered objectives
     seeds: Iterable[int],
@@ -158,6 +163,7 @@ def probe_gain(
         rows += [{"objective": name, "seed": seed, "probe": k, "value": v, "random": start[seed][k], "gain": v - start[seed][k], "seconds": seconds} for k, v in values.items()]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/46_evidence.ipynb #40434b48
 def gains(
     frame: pd.DataFrame, # as `probe_gain` gives it
     level: float = 0.95, # of the interval
@@ -170,9 +176,10 @@ def gains(
         return pd.Series({"random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": mean - half, "high": mean + half, "n": n, "seconds": g.seconds.mean()})
     return frame.dropna(subset=["gain"]).groupby(["objective", "probe"], sort=False)[["random", "value", "gain", "seconds"]].apply(row).reset_index()
 
-# %% ../../nbs/46_evidence.ipynb #ba9e09bd
+# %% ../../nbs/46_evidence.ipynb #da67865d
 def evidence_file() -> Path: return report_notebooks()[0].parent/"pretraining_evidence.json"
 
+# %% ../../nbs/46_evidence.ipynb #2b83d32b
 def write_evidence(
     backbones: Iterable[str] = ("provicnet_toy", "profound_toy"), # toys
     seeds: Iterable[int] = range(5),
@@ -187,6 +194,7 @@ def write_evidence(
     path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     return path
 
+# %% ../../nbs/46_evidence.ipynb #fccb205b
 def read_evidence(
     path: Path | None = None, # None is the one that the report reads
 ) -> tuple[dict, pd.DataFrame]: # plans and origin; rows as `probe_gain` gives them, with the backbone

@@ -32,6 +32,7 @@ def choose(
     first = tokens.shape[1] - patches
     return torch.cat([tokens[:, :first], gather(tokens[:, first:], index)], 1)
 
+# %% ../../nbs/405_tokens.ipynb #474ede90
 def visible_provicnet(backbone: ProViCNet, x: Tensor, index: Tensor) -> Tensor: # b c d h w, (b d) k → (b d) k e
     "ProViCNet: slices with their two slice tokens."
     vit, (images, place) = backbone.backbone, backbone.images(x)
@@ -44,6 +45,7 @@ def visible_mae(backbone: MAEBackbone, x: Tensor, index: Tensor) -> Tensor: # b 
     tokens = backbone.net.encode(backbone.check_input(x), index)
     return (tokens[1] if backbone.convolutional else tokens)[-1][:, 1:]
 
+# %% ../../nbs/405_tokens.ipynb #eacc9e37
 def visible_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor: # b c d h w, (b d) k → (b d) k e
     "A 2D transformer of transformers: the patches are chosen as they leave its embeddings."
     encoder, images = backbone.encoder, backbone.images(x)
@@ -62,7 +64,7 @@ def visible_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor
     for block in net.model.blocks: tokens = block(tokens)
     return net.model.norm(tokens)
 
-# %% ../../nbs/405_tokens.ipynb #b358e829
+# %% ../../nbs/405_tokens.ipynb #35922b15
 def reader(
     backbone: Backbone, # any
 ) -> Callable[[Backbone, Tensor, Tensor], Tensor]: # (backbone, volumes, numbers of visible patches) → their tokens, s k e
@@ -73,7 +75,7 @@ def reader(
     if isinstance(getattr(backbone, "encoder", None), FirstPatch): return visible_volumetric
     raise VfmError(f"masked_tokens: backbone '{backbone.name}' is no plain transformer whose tokens can be left out; use masked_reconstruction, which works with every backbone.")
 
-# %% ../../nbs/405_tokens.ipynb #0ae094a6
+# %% ../../nbs/405_tokens.ipynb #923ff42d
 @objectives("masked_tokens", title="masked autoencoding of tokens", family="reconstruction", source="MAE, He et al. 2022, as in ProFound-ViT, arXiv 2603.03961",
             published=dict(mask_ratio=0.75, width=384, depth=8, heads=16))
 class MaskedTokens(Masked):
