@@ -14,13 +14,14 @@ METRICS = {"auc": (0.72, "", 0.5), "kappa": (0.4, "", 0.0), "dice": (0.7, "", 0.
 NAMES = {"classification": ("auc", "kappa"), "segmentation": ("dice", "hd95"), "super_resolution": ("psnr", "ssim"),
          "distortion_correction": ("psnr", "ssim"), "translation": ("psnr", "ssim")}
 LAYERS = ("stem", "stage1", "stage2", "embed")
+TUNED = {"full": 1.0, "probe": 0.3, "decoder": 0.6, "lora rank=4": 0.8, "top k=1": 0.7}  # how much of the gain and of the distance each strategy has
 
 
 def curves(spec, final, metric, distance, rng):
     "Loss, validation metric and distance of each epoch."
     rows, span = [], spec.epochs
     for e in range(span + 1):
-        t, rise = 2.1 * e, 1 - np.exp(-(3 + 3 * (spec.strategy == "full")) * e / span)
+        t, rise = 2.1 * e, 1 - np.exp(-(3 + 3 * TUNED.get(spec.strategy, 0)) * e / span)
         rows.append((e, t, f"val_{metric}", float(final * (0.5 + 0.5 * rise) + rng.normal(0, 0.004) * final)))
         if e: rows.append((e, t, "loss", float(1.2 - rise + rng.normal(0, 0.01))))
         rows += [(e, t, f"d2p_{layer}", float(distance * (k + 1) / 4 * rise)) for k, layer in enumerate(LAYERS)]
@@ -41,17 +42,30 @@ def cases(task, metrics, n, rng):
     return rows
 
 
+def known(spec):
+    "Scores before fine-tuning: LogME knows the better backbone, kNN does not, GBC is not defined for one task."
+    good, cases = spec.backbone.startswith("profound"), spec.task == "classification"
+    rows = []
+    for layer in LAYERS if cases else ("pyramid 0", "pyramid 1"):
+        for name, value in (("logme", 0.2 + 0.1 * good), ("knn", 0.6 - 0.1 * good), ("gbc", None if spec.task == "segmentation" else -0.3)):
+            rows.append(dict(score=name, layer=layer, value=value, n=40, features=16, direction=1, seconds=0.02, reason="" if value is not None else "GBC needs <two> rows in every class."))
+    return rows
+
+
 def transfer(study, spec, rng):
     "One fine-tuning with invented values."
     better = 0.03 + 0.02 * spec.backbone.startswith("profound") * (spec.task != "classification")
-    factor = 1 + (better if spec.strategy == "full" else 0) + rng.normal(0, 0.008)
+    share = TUNED.get(spec.strategy, 0.0)
+    factor = 1 + better * share + rng.normal(0, 0.008)
     metrics = {m: METRICS[m][0] * (factor if m != "hd95" else 2 - factor) for m in NAMES[spec.task]}
-    distance = {"profound": 0.06, "provicne": 0.12}.get(spec.backbone[:8], 0.1) * (1.5 if spec.strategy == "scratch" else 1) + 0.02 * list(PRIMARY).index(spec.task)
+    distance = {"profound": 0.06, "provicne": 0.12}.get(spec.backbone[:8], 0.1) * (share or 1.5) + 0.02 * list(PRIMARY).index(spec.task)
     d2p = [dict(layer=layer, mmd2=distance * (k + 1) / 4, mmd2_independent=distance * (k + 1) / 4, p_value=0.001, bandwidth=8.1 + k, n=48, estimator="unbiased", bandwidth_rule="median",
                 pooling="mean over voxels", standardised="by pretrained features", permutations=1000, seed=0) for k, layer in enumerate(LAYERS)]
+    at = lambda when, part, **more: [d | {"when": when, "mmd2": part * d["mmd2"]} | more for d in d2p]
+    moments = at("early", 0.2, step=3) + at("best", 0.9, epoch=spec.epochs - 1) + (at("random weights", 2.0) if share else [])
     primary = PRIMARY[spec.task]
     record = new_record(spec, study.name, metrics=metrics, primary=primary, directions={m: -1 if m == "hd95" else 1 for m in metrics},
-                        units={m: METRICS[m][1] for m in metrics}, controls={m: METRICS[m][2] for m in metrics}, d2p=d2p,
+                        units={m: METRICS[m][1] for m in metrics}, controls={m: METRICS[m][2] for m in metrics}, d2p=d2p, d2p_moments=moments, scores=known(spec) if share else [],
                         seconds={"total": 24.0 + rng.normal(0, 1), "training": 20.0, "waiting": 0.2, "evaluation": 3.0}, peak_memory_mib=400.0 + 150 * spec.backbone.startswith("provicnet"),
                         parameters={"trainable": 450_000, "total": 450_000}, n={"train": spec.n_train, "val": 12, "test": 48}, licences=["synthetic"])
     write_record(run_folder(study.name, run_id(spec)), record, curves(spec, metrics[primary], primary, distance, rng), cases(spec.task, metrics, 48, rng))

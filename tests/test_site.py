@@ -22,8 +22,8 @@ from vfm_notes.runs.record import new_record, write_record
 STUDY = {"name": "made_up", "title": "Which <b>toy</b> backbone?", "cohort": "phantom", "size": [4, 24, 24], "spacing": [8.0, 4.0, 4.0], "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6},
          "pretrain": {"mae_of_a_long_name": {"backbone": "profound_toy", "epochs": 3}, "contrast": {"backbone": "provicnet_toy", "epochs": 3}}, "backbones": ["profound_toy.mae_of_a_long_name", "provicnet_toy.contrast"],
          "tasks": {"classification": {}, "segmentation": {}, "super_resolution": {}}, "strategies": ["scratch", "full"], "seeds": [0, 1], "budget": {"epochs": 4}, "external": {"cohort": "prostate_cases", "task": "segmentation"}}
-OWN = ["index", "alignment", "convergence", "cost", "backbones", "data", "runs", "phantom", "methods", "log"]
-CHARTS = {"index": 1, "alignment": 4, "convergence": 2, "cost": 1, "phantom": 1}  # drawn charts of each page
+OWN = ["index", "alignment", "convergence", "prediction", "cost", "backbones", "data", "runs", "phantom", "methods", "log"]
+CHARTS = {"index": 1, "alignment": 6, "convergence": 4, "prediction": 2, "cost": 1, "phantom": 1}  # drawn charts of each page
 silent = lambda line: None
 
 
@@ -167,7 +167,7 @@ def test_every_page_opens_clean_over_http(project, browser, server):
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), f"{path.name} is wider than the window"
 
 
-@pytest.mark.parametrize("name", ["index", "alignment", "runs", "methods", "run-segmentation-profound_toy.mae_of_a_long_name-n4"])
+@pytest.mark.parametrize("name", ["index", "alignment", "prediction", "runs", "methods", "run-segmentation-profound_toy.mae_of_a_long_name-n4"])
 def test_pages_open_from_files(project, browser, name):
     errors, elsewhere = visit(browser, (project["root"] / "_site").as_uri(), name)
     assert errors == [] and elsewhere == []

@@ -2691,8 +2691,8 @@ d = { 'settings': { 'branch': 'main',
                                                                                             'vfm_notes/tune/value_task.py'),
                                            'vfm_notes.tune.value_task.Regression.why': ( 'value_task.html#regression.why',
                                                                                          'vfm_notes/tune/value_task.py'),
-                                           'vfm_notes.tune.value_task.Scaled': ('value_task.html#scaled', 'vfm_notes/tune/value_task.py'),
-                                           'vfm_notes.tune.value_task.Scaled.__init__': ( 'value_task.html#scaled.__init__',
-                                                                                          'vfm_notes/tune/value_task.py'),
-                                           'vfm_notes.tune.value_task.Scaled.forward': ( 'value_task.html#scaled.forward',
-                                                                                         'vfm_notes/tune/value_task.py')}}}
+                                           'vfm_notes.tune.value_task.Scale': ('value_task.html#scale', 'vfm_notes/tune/value_task.py'),
+                                           'vfm_notes.tune.value_task.Scale.__init__': ( 'value_task.html#scale.__init__',
+                                                                                         'vfm_notes/tune/value_task.py'),
+                                           'vfm_notes.tune.value_task.Scale.forward': ( 'value_task.html#scale.forward',
+                                                                                        'vfm_notes/tune/value_task.py')}}}

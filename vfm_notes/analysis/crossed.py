@@ -139,14 +139,14 @@ def crossed(
         low, high = two_way(x, y, t.task, t.backbone, draws, seed)
         p, n, least = two_way_test(x, y, t.task, t.backbone, t.strategy.astype(str) + " " + t.n_train.astype(str), min(draws, 2000), seed)
     spread = x.std(ddof=1) if len(x) > 1 else np.nan
-    line = mixed_slope(x / spread if spread > 0 else x, y, {"task": t.task.to_numpy(), "backbone": t.backbone.to_numpy()})
+    line = mixed_slope(x / spread if spread > 0 else x, y, {k: t[k].to_numpy() for k in ("task", "backbone", "strategy")[: 3 if t.strategy.nunique() > 1 else 2]})
     return Crossed(simple, low, high, p, n, least, line, t.task.nunique(), t.backbone.nunique(), leave_out(x, y, t.task), leave_out(x, y, t.backbone))
 
 # %% ../../nbs/835_crossed.ipynb #73bad709
 def span(values: dict) -> str:
     "Smallest and largest, as words."
-    known = [v for v in values.values() if np.isfinite(v)]
-    return f"{min(known):+.2f} to {max(known):+.2f}" if known else ""
+    known = sorted({f"{v:+.2f}" for v in values.values() if np.isfinite(v)}, key=float)
+    return " to ".join(known[:1] + known[1:][-1:])
 
 def crossed_words(
     c: Crossed,
@@ -159,19 +159,19 @@ def crossed_words(
     if not a.tested: return in_words(a, first, second)
     said = f"{first[0].upper() + first[1:]} and {second} over {a.n} cells of {c.tasks} {'task' if c.tasks == 1 else 'tasks'} and {c.backbones} {'backbone' if c.backbones == 1 else 'backbones'}: rank correlation {a.rho:+.2f}"
     if np.isfinite(c.low): said += f" (95 % interval {c.low:+.2f} to {c.high:+.2f} when tasks and backbones are re-drawn; p = {c.p:.2g} from {c.ways} exchanges of whole tasks and backbones)"
-    out = [f"without one {n} it lies between {s.replace(' to ', ' and ')}" for n, s in (("backbone", span(c.without_backbone)), ("task", span(c.without_task))) if s]
-    if out: said += "; " + ", ".join(out)
+    out = [f"{s} without one {n}" for n, s in (("backbone", span(c.without_backbone)), ("task", span(c.without_task))) if s]
+    if out: said += ", and " + ", ".join(out)
     said += "."
-    if np.isfinite(c.line.low): said += f" A standard deviation more {first} goes with {c.line.slope:+.2g}{unit} of {second} (95 % interval {c.line.low:+.2g} to {c.line.high:+.2g}; mixed model, {c.line.free} degrees of freedom)."
+    if np.isfinite(c.line.low): said += f" A standard deviation more {first} goes with {c.line.slope:+.2g}{unit} of {second} (95 % interval {c.line.low:+.2g} to {c.line.high:+.2g}; mixed model, {c.line.free} {'degree' if c.line.free == 1 else 'degrees'} of freedom)."
     return said + " " + verdict(c)
 
 # %% ../../nbs/835_crossed.ipynb #aabab9bc
 def verdict(c: Crossed) -> str:
     "The last sentence: shown or not, and for whom."
-    if np.isfinite(c.p) and c.p <= 0.05 and (c.low > 0 or c.high < 0): said = "An association is shown, and it shows no cause"
+    if np.isfinite(c.p) and c.p <= 0.05 and (c.low > 0 or c.high < 0): said = "The ranks show an association, and it shows no cause"
     else:
         can = f"an association would have had to reach {c.visible:.2f} to stand out" if np.isfinite(c.visible) else "no association, however strong, could have stood out"
-        said = f"This does not show an association, nor that there is none: with these tasks and backbones {can}"
+        said = f"The ranks do not show an association, nor that there is none: with these tasks and backbones {can}"
     few = [f"{n} {name if n == 1 else name + 's'}" for n, name in ((c.backbones, "backbone"), (c.tasks, "task")) if n < 5]
     return said + (f"; {' and '.join(few)} cannot say what holds for others." if few else ".")
 
@@ -217,6 +217,6 @@ def crossed_table(
         points = cells.merge(own.astype({"n_train": cells.n_train.dtype}), on=CELL, how="left")
         for column, (second, unit) in OUTCOMES.items():
             c = crossed(points, "d2p", column, draws)
-            rows.append(dict(distance=first, outcome=second, rho=c.simple.rho, low=c.low, high=c.high, p=c.p, n=c.simple.n, tasks=c.tasks, backbones=c.backbones, slope=c.line.slope, slope_low=c.line.low,
+            rows.append(dict(when=when, distance=first, outcome=second, rho=c.simple.rho, low=c.low, high=c.high, p=c.p, n=c.simple.n, tasks=c.tasks, backbones=c.backbones, slope=c.line.slope, slope_low=c.line.low,
                              slope_high=c.line.high, without_backbone=span(c.without_backbone), without_task=span(c.without_task), tested=c.simple.tested, says=crossed_words(c, first, second, unit)))
-    return pd.DataFrame(rows, columns=["distance", "outcome", "rho", "low", "high", "p", "n", "tasks", "backbones", "slope", "slope_low", "slope_high", "without_backbone", "without_task", "tested", "says"])
+    return pd.DataFrame(rows, columns=["when", "distance", "outcome", "rho", "low", "high", "p", "n", "tasks", "backbones", "slope", "slope_low", "slope_high", "without_backbone", "without_task", "tested", "says"])

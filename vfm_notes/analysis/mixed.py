@@ -7,6 +7,7 @@ __all__ = ['MOST', 'indicators', 'profile', 'best_ratios', 'Mixed', 'mixed_slope
 
 # %% ../../nbs/825_mixed.ipynb #d2bd86f7
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -48,15 +49,18 @@ def best_ratios(
     z: list[np.ndarray],  # indicators of each group
 ) -> np.ndarray:  # (groups,) variance ratios
     "The variance ratios of the highest restricted likelihood."
-    if not z: return np.zeros(0)
-    goal = lambda r: profile(np.minimum(np.square(r), MOST), x, y, z)[0]
-    starts = np.stack(np.meshgrid(*[[0.0, 0.5, 1.5, 5.0]] * len(z)), -1).reshape(-1, len(z))
-    first = sorted(starts, key=goal)[:3]
-    found = [minimize(goal, s, method="Nelder-Mead", options=dict(xatol=1e-7, fatol=1e-10, maxiter=2000)).x for s in first]
-    for i in range(len(z)):  # one variance at 0
-        rest = [g for j, g in enumerate(z) if j != i]
-        found.append(np.insert(np.sqrt(best_ratios(x, y, rest)), i, 0.0))
-    return np.minimum(np.square(min(found, key=goal)), MOST)
+    def search(free: tuple) -> tuple[float, np.ndarray]:
+        "The best ratios of some groups, the others at 0."
+        def full(r): return np.minimum(np.square(np.bincount(free, r, len(z))), MOST)
+        goal = lambda r: profile(full(r), x, y, z)[0]
+        starts = sorted(product(*[(0.3, 1.0, 4.0)] * len(free)), key=goal)[:2]
+        found = [minimize(goal, s, method="Nelder-Mead", options=dict(xatol=1e-6, fatol=1e-9, maxiter=2000)) for s in starts]
+        top = min(found, key=lambda f: f.fun)
+        return float(top.fun), full(top.x)
+
+    none = np.zeros(len(z))
+    some = [search(free) for k in range(1, len(z) + 1) for free in combinations(range(len(z)), k)]
+    return min([(profile(none, x, y, z)[0], none), *some], key=lambda f: f[0])[1]
 
 # %% ../../nbs/825_mixed.ipynb #c57ff904
 @dataclass(frozen=True)

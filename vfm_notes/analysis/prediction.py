@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIRST', 'TITLES', 'QUESTION', 'OUTCOMES', 'ROW', 'NUMBERS', 'regret', 'random_regret', 'right_pairs', 'task_rights',
            'rights_test', 'predictors', 'ended', 'outcome_draws', 'Question', 'ask', 'answer', 'pooled',
-           'prediction_table', 'answers', 'points', 'title', 'prediction_words', 'prediction_finding']
+           'prediction_table', 'answers', 'points', 'title', 'prediction_words', 'prediction_verdict', 'judged',
+           'prediction_finding']
 
 # %% ../../nbs/84_prediction.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -223,7 +224,9 @@ def points(
     known = known[known.layer.isin(FIRST) & known.value.notna()].assign(n_train=lambda t: t.n_train.astype(ends.n_train.dtype))
     some, any_ = known[known.strategy.notna()], known[known.strategy.isna()].drop(columns="strategy")
     out = pd.concat([any_.merge(ends, on=["task", "backbone", "n_train"]), some.merge(ends, on=["task", "backbone", "strategy", "n_train"])], ignore_index=True).dropna(subset="rpg")
-    each = (out.value * out.direction).groupby([out[c] for c in ("predictor", *QUESTION)])
+    by = ["predictor", *QUESTION]
+    out = out[out.groupby(by)["backbone"].transform("nunique") > 1]
+    each = (out.value * out.direction).groupby([out[c] for c in by])
     return out.assign(place=((out.value * out.direction - each.transform("mean")) / each.transform("std").where(lambda s: s > 0)).fillna(0.0).astype(float))
 
 # %% ../../nbs/84_prediction.ipynb #930342e3
@@ -233,7 +236,7 @@ def prediction_words(
     row: pd.Series,  # of prediction_table
 ) -> str:
     "What one predictor's picks were worth, in one or two sentences."
-    name, unit = title(row.predictor), " percentage points of gain" if row.outcome == "gain" else " of the score"
+    name, unit = title(row.predictor)[0].upper() + title(row.predictor)[1:], " percentage points of gain" if row.outcome == "gain" else " of the score"
     if not row.pairs: return f"{name}: {row.why}."
     said = f"{name} put {row.right * row.pairs:g} of {row.pairs} pairs of backbones in the right order over {row.tasks} {'task' if row.tasks == 1 else 'tasks'}"
     if np.isfinite(row.right_low): said += f" ({100 * row.right:.0f} %, 95 % interval {100 * row.right_low:.0f} to {100 * row.right_high:.0f} %)"
@@ -242,15 +245,26 @@ def prediction_words(
     if not row.tested: return f"{said}. Shown, not tested: {row.why}."
     return f"{said}; p = {row.p:.2g}" + (f", and no result of so few tasks and backbones could have been below {row.least_p:.2g}." if row.least_p > 0.05 else ".")
 
-# %% ../../nbs/84_prediction.ipynb #4edc00b7
-def prediction_finding(
+# %% ../../nbs/84_prediction.ipynb #9e1bab4d
+def prediction_verdict(
     table: pd.DataFrame,  # from prediction_table
 ) -> str:
     "Whether one could have known, as far as the data can say."
-    start, t = "Known before fine-tuning: ", table[table.counts.astype(bool) & (table.pairs > 0)] if len(table) else table
+    start, t = "Known before fine-tuning: ", judged(table)
     if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so nothing can be said yet."
-    best = t.loc[t.saved.idxmax()]
     clear = t[(t.saved_low > 0) & (t.p_holm <= 0.05)]
-    verdict = f"{', '.join(map(title, clear.predictor))} picked better than chance" if len(clear) else "none of them is shown to pick better than chance"
-    few = f" With {best.backbones} backbones a rank correlation is +1 or −1 in each task and says little more than a coin." if best.backbones == 2 else ""
-    return f"{start}of {len(t)} early numbers, {verdict}. The one that did best here, chosen with hindsight: {prediction_words(best)}{few}"
+    verdict = f"{', '.join(map(title, clear.predictor))} picked better than chance" if len(clear) else "none is shown to pick better than chance"
+    few = " With two backbones a rank correlation is +1 or −1 in each task, so a task says no more than a coin." if t.backbones.max() == 2 else ""
+    return f"{start}of {len(t)} early numbers, asked for the best of {t.backbones.max()} backbones in {t.tasks.max()} {'task' if t.tasks.max() == 1 else 'tasks'}, {verdict}.{few}"
+
+# %% ../../nbs/84_prediction.ipynb #f3f58387
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows that count and have two backbones to choose from."
+    return table[table.counts.astype(bool) & (table.pairs > 0)] if len(table) else table
+
+def prediction_finding(
+    table: pd.DataFrame,  # from prediction_table
+) -> str:
+    "The verdict, and the one that did best."
+    t = judged(table)
+    return prediction_verdict(table) + (f" Best here, with hindsight: {prediction_words(t.loc[t.saved.idxmax()])}" if len(t) else "")

@@ -25,7 +25,7 @@ from .convert import front_matter, joined, parameterised, read_notebook, to_page
 from ..runs.grid import Job, plan, run_states
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
-ORDER = ("index", "alignment", "convergence", "cost", "backbones", "data", "runs", "phantom", "methods", "log")  # pages in reading order; others follow
+ORDER = ("index", "alignment", "convergence", "prediction", "cost", "backbones", "data", "runs", "phantom", "methods", "log")  # pages in reading order; others follow
 
 # %% ../../nbs/92_pages.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def fingerprint(
 def code_print() -> str:
     "Fingerprint of the code that pages run."
     package = project_root() / "vfm_notes"
-    used = [package / "runs" / n for n in ("record.py", "grid.py")] + [package / "report" / n for n in ("figures.py", "convert.py", "pages.py", "site.py")]
+    used = [package / "runs" / n for n in ("record.py", "grid.py")] + sorted((package / "report").glob("*.py"))
     return fingerprint(package / "foundation", package / "analysis", *used)
 
 # %% ../../nbs/92_pages.ipynb #b4b76f53
