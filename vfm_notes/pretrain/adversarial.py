@@ -71,8 +71,9 @@ class Adversarial(Autoencoding):
             ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
         x = batch["volumes"]
         made = self(x)
-        (g, told), (d, more) = self.generator_loss(made, x), self.discriminator_loss(made, x)
-        mine, yours = (1, 1) if not self.alternate else (1, 0) if self.steps % 2 == 0 else (0, 1)
-        return mine * g + yours * d, told | more
+        turn = int(self.steps % 2) if self.alternate else None
+        with torch.set_grad_enabled(turn != 1 and torch.is_grad_enabled()): g, told = self.generator_loss(made, x)
+        with torch.set_grad_enabled(turn != 0 and torch.is_grad_enabled()): d, more = self.discriminator_loss(made, x)
+        return (g + d if turn is None else (g, d)[turn]), told | more
 
     def after_step(self) -> None: self.steps += 1
