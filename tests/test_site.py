@@ -68,6 +68,14 @@ def test_names_and_messages_are_escaped(project):
     assert "Which <b>toy</b>" not in index and "Which &lt;b&gt;toy&lt;/b&gt; backbone?" in index
 
 
+def test_definitions_are_one_click_away(project):
+    site = project["root"] / "_site"
+    methods = (site / "methods.html").read_text()
+    for name in ("index", "alignment", "convergence", "prediction"):
+        to = re.findall(r'href="methods\.html#([^"]+)"', (site / f"{name}.html").read_text())
+        assert to and all(f'id="{t}"' in methods for t in to), name
+
+
 def test_huge_and_remote_outputs_are_cut_with_a_link(project):
     text = (project["root"] / "_site" / "run-pretrain-profound_toy.mae_of_a_long_name.html").read_text()
     assert "characters left out here" in text and "asks the network is left out" in text and "cdn.example.org" not in text

@@ -220,9 +220,9 @@ class Cell:
 
 def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, reference: str) -> Cell:
     "Match one cell."
-    runs = tables.done()
-    for k in ("task", "backbone", "n_train"): runs = runs[runs[k] == key[k]]
-    tuned, ref = runs[runs.strategy == key["strategy"]], runs[runs.strategy == reference]
+    runs, (other, _, strategy) = tables.done(), reference.rpartition("/")
+    for k in ("task", "n_train"): runs = runs[runs[k] == key[k]]
+    tuned, ref = (runs[(runs.backbone == b) & (runs.strategy == s)] for b, s in ((key["backbone"], key["strategy"]), (other or key["backbone"], strategy)))
     if tuned.empty: pair = "no finished run"
     elif ref.empty: pair = f"no finished run of the reference '{reference}'"
     else: pair = match(cases, tuned, ref, metric, direction)
@@ -232,14 +232,16 @@ def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, r
 def study_cells(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric; tasks without it are left out
-    reference: str = "scratch",  # a strategy
+    reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> list[Cell]:
     "Every cell other than the reference."
     known = tables.metrics.drop_duplicates(["task", "metric"])
     if metric != "primary" and metric not in set(known.metric):
         raise VfmError(f"No finished run of study '{tables.study}' has the metric '{metric}'.{nearest(metric, set(known.metric))}")
     wanted = known[known.primary.astype(bool)] if metric == "primary" else known[known.metric == metric]
-    runs, cases, found = tables.runs[(tables.runs.kind == "transfer") & (tables.runs.strategy != reference)], dict(list(tables.cases.groupby("id"))), []
+    (other, _, strategy), cases, found = reference.rpartition("/"), dict(list(tables.cases.groupby("id"))), []
+    itself = (tables.runs.strategy == strategy) & ((tables.runs.backbone == other) | (not other))
+    runs = tables.runs[(tables.runs.kind == "transfer") & ~itself]
     for key in runs[CELL].drop_duplicates().to_dict("records"):
         what = wanted[wanted.task == key["task"]]
         if len(what): found.append(_find(tables, cases, key, what.metric.iloc[0], int(what.direction.iloc[0]), reference))
@@ -266,7 +268,7 @@ def _row(cell: Cell, draws: int, seed: int) -> dict:
 def gain_table(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric
-    reference: str = "scratch",  # a strategy
+    reference: str = "scratch",  # a strategy, or backbone/strategy
     draws: int = 2000,  # of bootstrap and test
     seed: int = 0,
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) other than the reference
@@ -280,7 +282,7 @@ def gain_table(
 def run_gains(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric
-    reference: str = "scratch",  # a strategy
+    reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> pd.DataFrame:  # a row per tuned run with a reference: the cell, seed, tuned, reference, rpg
     "The gain of every seed alone, over the same cases."
     rows = []

@@ -1,0 +1,90 @@
+"""The report's charts on a made-up study of six strategies: valid, complete, and drawn by the same library as in the browser."""
+import altair as alt
+import numpy as np
+import pandas as pd
+import pytest
+import vl_convert
+from fake_runs import write_study
+from vfm_notes.analysis.association import cell_points, run_points
+from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
+from vfm_notes.analysis.crossed import crossed
+from vfm_notes.analysis.gain import gain_table
+from vfm_notes.analysis.prediction import points, prediction_table
+from vfm_notes.analysis.tables import load_tables
+from vfm_notes.foundation.spec import load_study
+from vfm_notes.report import curves, evidence, figures
+
+SIX = ["scratch", "full", "probe", "decoder", "lora rank=4", "top k=1"]
+STUDY = """
+name: six
+title: Six strategies
+cohort: phantom
+size: [4, 24, 24]
+spacing: [8.0, 4.0, 4.0]
+cases: {pretrain: 2, train: 4, val: 2, test: 6}
+pretrain: {mae: {backbone: profound_toy, epochs: 2}, contrast: {backbone: provicnet_toy, epochs: 2}}
+backbones: [profound_toy.mae, provicnet_toy.contrast]
+tasks: {segmentation: {}, translation: {}}
+strategies: [scratch, full, probe, decoder, lora rank=4, top k=1]
+seeds: [0, 1]
+budget: {epochs: 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("six")
+        patch.setenv("VFM_RUNS", str(root / "runs"))
+        (root / "six.yaml").write_text(STUDY)
+        write_study(load_study(str(root / "six.yaml")), failed=1, absent=1)
+        return load_tables("six")
+
+
+def drawn(chart: alt.TopLevelMixin) -> str:
+    "The chart as SVG; a container has no width here."
+    spec = chart.to_dict()
+    if spec.get("width") == "container": spec["width"] = 500
+    return vl_convert.vegalite_to_svg(spec)
+
+
+def test_six_strategies_are_told_apart():
+    assert figures.in_turn([*SIX[1:], "scratch"])[0] == "scratch"
+    for marks, scratch in ((figures.DASHES, [5, 4]), (figures.SHAPES, "circle"), (figures.PALETTE[2:7], "#000")):
+        scale = figures.strategy_marks(SIX, marks, scratch)
+        assert scale.domain == SIX and len({str(m) for m in scale.range[1:]}) == 5
+    assert figures.strategy_marks(["full"], figures.DASHES, [5, 4]).range == [[1, 0]]
+
+
+def test_matrix_puts_many_strategies_below_each_other(tables):
+    gains = gain_table(tables, draws=100)
+    cells = figures.gain_cells(gains)
+    assert cells["column"].nunique() == 2 and cells.groupby(["row", "column"]).size().eq(1).all() and cells["row"].nunique() == 2 * 5
+    svg = drawn(figures.gain_matrix(gains))
+    assert all(s in svg for s in SIX[1:]) and svg.count("missing") >= 1
+
+
+def test_every_chart_is_drawn(tables):
+    gains = gain_table(tables, draws=100)
+    moved, done = tables.curves[tables.curves.name == "d2p_embed"], tables.done()
+    reached = convergence_table(tables)
+    reached = reached[(reached.rule == "rise")].assign(value=lambda t: t.epochs, low=lambda t: t.epochs_low, high=lambda t: t.epochs_high)
+    cells = cell_points(tables, gains)
+    charts = {"scatter": figures.alignment_scatter(cells, crossed(cells, draws=100)), "layers": figures.distance_layers(tables.d2p[tables.d2p.strategy != "scratch"], "t", "s"), "dots": figures.dots(reached, "epochs"), "cost": figures.cost_chart(done, "t", "s"),
+              "curves": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}), "way": curves.trajectories(tables.curves, {"segmentation": "dice", "translation": "psnr"}, "t", "s"), "reached": curves.reached_panels(reached_curves(run_convergence(tables)), "t", "s"),
+              "scores": evidence.score_panels(points(tables, gains), "t", "s"), "regret": evidence.regret_chart(prediction_table(tables, draws=20).query("counts"), "t", "s"), "moments": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"), "seeds": evidence.seed_panels(run_points(tables), "t", "s")}
+    for name, chart in charts.items():
+        svg = drawn(chart)
+        assert svg.count("<path") > 12 and "NaN" not in svg, name
+    for name in ("curves", "way", "reached", "moments", "seeds", "dots"): assert all(s in drawn(charts[name]) for s in SIX[1:]), name
+
+
+def test_charts_hold_what_the_tables_hold(tables):
+    at = evidence.distances_at(tables.d2p, tables.moments)
+    own = tables.d2p[(tables.d2p.layer == "embed") & (tables.d2p.task == "segmentation") & (tables.d2p.backbone == "profound_toy.mae") & (tables.d2p.strategy == "probe")].mmd2
+    row = at[(at.task == "segmentation") & (at.backbone == "profound_toy.mae") & (at.strategy == "probe")].set_index("when")
+    assert row.loc["at the end"].value == pytest.approx(own.mean()) and row.loc["after 5 % of training"].value == pytest.approx(0.2 * own.mean()) and row.loc["random weights"].value == pytest.approx(2 * own.mean())
+    old = evidence.distances_at(tables.d2p, tables.moments[:0])
+    assert set(old.when) == {"at the end"} and evidence.distances_at(tables.d2p[:0], tables.moments[:0]).empty
+    data = pd.DataFrame(evidence.score_panels(points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
+    assert np.allclose(data.groupby(["panel", "question"]).more.sum(), 0, atol=0.05) and set(data.panel) == {"LogME", "nearest neighbours", "GBC", "early distance"}
