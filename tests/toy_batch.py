@@ -27,6 +27,21 @@ def work(spec):
     if (flags/f"raise-{name}").exists(): raise RuntimeError(f"told to fail: {name}")
     if (flags/f"die-{name}").exists(): os.kill(os.getpid(), signal.SIGKILL)
     if (flags/f"die-once-{name}").exists(): (flags/f"die-once-{name}").unlink(); os.kill(os.getpid(), signal.SIGKILL)
+    if (flags/f"hungry-{name}").exists():  # no room for what it wants; as a system without memory to give
+        import resource
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (int(open("/proc/self/statm").read().split()[0]) * 4096 + (200 << 20), before[1]))
+        try: np.ones(1 << 28)
+        finally: resource.setrlimit(resource.RLIMIT_AS, before)
+    if (flags/f"hungry-group-{name}").exists():  # a cgroup with little memory, in which the system kills
+        Path(options["group"], "cgroup.procs").write_text(str(os.getpid()))
+        np.ones(1 << 28)
+    if (flags/f"fill-{name}").exists():
+        with open((flags/"where").read_text(), "wb") as f:
+            try:
+                while True: f.write(b"0" * 4096); f.flush()
+            except OSError: pass
+    while (flags/f"hang-{name}").exists(): time.sleep(0.01)
     if (flags/"hold").exists():
         (flags/f"holding-{os.getpid()}").touch()
         while (flags/"hold").exists(): time.sleep(0.01)
@@ -43,6 +58,33 @@ todo = missing(study, specs)
 for i, spec in enumerate(todo):
     with attempt(study, spec, i, len(todo)): work(spec)
 '''
+TRAINING = '''
+import os, time, torch
+from pathlib import Path
+from torch import nn
+from vfm_notes.data.loader import Loader
+from vfm_notes.pretrain.trainer import Recipe, Trainer, keeper, train
+here = globals()
+specs = job_specs(KIND, **{n: here[n] for n in NAMES})
+flags = Path(options.get("flags", "/nonexistent"))
+torch.manual_seed(0)
+x = torch.randn(8, 4)
+for spec in missing(study, specs):
+    with attempt(study, spec, 0, 1):
+        def loss(module, batch):
+            (flags/f"holding-{os.getpid()}").touch()
+            if (flags/"slow").exists(): time.sleep(0.02)
+            while trainer.epoch * 4 + trainer.done == 11 and (flags/"endless-step-7").exists():  # the last step of the second epoch
+                (flags/"endless").touch()
+                time.sleep(0.01)
+            return (module(batch["x"]) - batch["y"]).square().mean(), {}
+        def look(epoch, logs):
+            with open(flags/"epochs", "a") as f: f.write(f"{epoch}\\n")
+            return {}
+        trainer = Trainer(nn.Linear(4, 4), loss, Loader({"x": x, "y": x.roll(1, -1)}, 2, seed=3), Recipe(epochs=40, lr=0.01))
+        rows = train(trainer, look, [], keeper(study, spec))
+        write_record(run_folder(study, run_id(spec)), new_record(spec, study, metrics={"last": rows[-1][3], "sum": float(trainer.module.weight.sum())}, primary="last"), [dict(zip(("epoch", "seconds", "name", "value"), r)) for r in rows])
+'''
 IMPORTS = '''
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.spec import run_id
@@ -50,6 +92,7 @@ from vfm_notes.runs.grid import job_specs
 from vfm_notes.runs.record import attempt, missing, new_record, read_record, write_record
 '''
 LAST = '''
+while (flags/"hang-at-the-end").exists(): time.sleep(0.01)
 records = [read_record(run_folder(study, run_id(s))) for s in specs]
 if (flags/"raise-at-the-end").exists(): raise ValueError("told to fail at the end")
 print([(r["status"], r["metrics"]) for r in records])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rate', 'parameter_groups', 'parts', 'out_of_memory', 'Diverged', 'Step', 'Trainer', 'gradients', 'smaller',
-           'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'Stopped', 'train', 'guarded']
+           'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'train', 'guarded']
 
 # %% ../../nbs/44_trainer.ipynb #1659ea55
 import copy
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/44_trainer.ipynb #9f598902
 from ..data.loader import Loader
+from ..foundation.leave import Stopped, asked, listen
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
 from ..foundation.spec import run_id
@@ -249,18 +250,17 @@ class Keeper:
     path: Path | None = None  # None: none
     key: str = ""  # run id
     minutes: float = 10.0  # between two checkpoints
-    stop: Callable[[], bool] = lambda: False  # asked after every epoch: shall the training be left?
+    stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
     last: float = field(default_factory=time.monotonic)
+    hurried: bool = False  # is there a checkpoint since it was asked to stop?
 
     @property
     def good(self) -> Path: return self.path.with_suffix(".last_good.safetensors")
 
 def keeper(study: str, spec, minutes: float = 10.0) -> Keeper:  # spec: of the run; minutes: between two checkpoints
-    "The keeper of a run of a study."
-    return Keeper(checkpoint_file(study, run_id(spec)), run_id(spec), minutes)
-
-class Stopped(VfmError):
-    "The training was asked to leave, and left a checkpoint."
+    "The keeper of a run of a study; in a batch it listens to SIGTERM."
+    if os.environ.get("VFM_JOB"): listen()
+    return Keeper(checkpoint_file(study, run_id(spec)), run_id(spec), minutes, stop=lambda: bool(asked()))
 
 # %% ../../nbs/44_trainer.ipynb #3e806aa5
 def train(
@@ -279,16 +279,17 @@ def train(
         keeper.last = time.monotonic()
     def between() -> None:
         each()
-        if keeper.path and time.monotonic() - keeper.last > 60 * keeper.minutes: save()
+        asked = keeper.stop() and not keeper.hurried
+        if keeper.path and (asked or time.monotonic() - keeper.last > 60 * keeper.minutes): save()
+        keeper.hurried |= asked
     if keeper.path and (kept := trainer.restore(keeper.path, keeper.key)):
         rows[:] = [tuple(r) for r in kept["rows"]]
         carried.update(kept["carried"])
     while trainer.epoch <= trainer.recipe.epochs and not enough(trainer.epoch - 1):
+        if keeper.stop(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
         epoch, logs = trainer.epoch, guarded(trainer, between, keeper)
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]
-        if keeper.stop():
-            if keeper.path: save()
-            raise Stopped(f"Stopped after epoch {epoch} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
+        if keeper.path and keeper.stop(): save()
     return rows
 
 def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> dict[str, float]:  # losses

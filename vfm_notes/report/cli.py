@@ -44,6 +44,7 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="Some of the seeds, e.g. 0-4,7.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: every n-th notebook, beginning with the i-th, for n machines that share the runs folder.")] = None,
     max_hours: Annotated[float | None, typer.Option(min=0, help="Start no notebook after this time.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes that one run may take before it is ended and recorded as failed; 0: any; default: as the study says.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: Annotated[Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")] = None,
@@ -55,7 +56,7 @@ def run(
     from vfm_notes.runs.grid import seed_choice
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
     if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard)
-    try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours)
+    try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -71,6 +72,8 @@ def print_summary(summary) -> None:
     for id, error in summary.failed.items(): print(f"failed  {id}: {error}")
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
     if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, their job was cancelled, or the time was over): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
+    if summary.stopped: print(f"vfm: {summary.stopped}", file=sys.stderr)
+    for template, n in summary.stale.items(): print(f"note: {n} records were made by another version of {template}")
     if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed, {len(summary.problems)} more notebooks stopped. To try again: vfm run {summary.study} --retry-failed")
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
@@ -115,6 +118,7 @@ def status(study: Study) -> None:
     for job, error in summary.problems.items(): print(f"stopped {job}: its runs are done, but the notebook stopped at {error}")
     print(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {f'{len(queue)} in the queue, ' * bool(queue)}{len(summary.failed)} failed, {len(summary.missing)} missing.")
     if summary.others: print(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
+    for template, n in summary.stale.items(): print(f"{n} records were made by another version of {template}; they are kept as they are. To compute them again, delete their folders.")
     waiting = [k for k in looks if k.missing and not k.job.skipped]
     if running: print(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")
     raise typer.Exit(1 if summary.failed or summary.problems else 0)
@@ -130,10 +134,14 @@ def table(
     "One row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import metrics_table, runs_table
     from vfm_notes.foundation.spec import load_study
+    from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import read_records
     writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
-    records = read_records(load_study(study).name)
+    spec = load_study(study)
+    known, ids = read_records(spec.name), {id for j in plan(spec) for id in j.runs}
+    records = [r for r in known if r["id"] in ids]
+    if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
     runs = runs_table(records)
     if not output: return print(runs[SHOWN].to_string(index=False) if records else "No records yet.")
     wide = metrics_table(records).pivot(index="id", columns="metric", values="value").reset_index()

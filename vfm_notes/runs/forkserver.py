@@ -119,7 +119,7 @@ class Server:
         for fd in (self.wake, wake): os.set_blocking(fd, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to everybody when a machine is shut down; it ends with its owner
         self.folder = os.path.dirname(address)
 
     def loop(self) -> None:
@@ -201,6 +201,7 @@ def serve(
 class Forked:
     "A process forked by the server."
     stdin = stdout = stderr = None
+    started = set()  # process numbers of those that this process has started and that go on
     def __init__(
         self,
         address: str,  # socket of the fork server
@@ -219,6 +220,7 @@ class Forked:
         answer = self._answers.readline()
         if not answer: raise VfmError("The fork server ended before it could start a process; its log tells why.")
         self.pid = json.loads(answer)["pid"]
+        self.started.add(self.pid)
 
     def poll(self) -> int | None:
         "The exit status (minus the signal's number), None while it runs."
@@ -230,6 +232,7 @@ class Forked:
         except OSError: answer = ""
         self.returncode = json.loads(answer)["exit"] if answer else -signal.SIGKILL  # no answer: the server died, and its children with it
         self._lease.close()
+        self.started.discard(self.pid)
 
 # %% ../../nbs/72_forkserver.ipynb #33ba52aa
 def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds

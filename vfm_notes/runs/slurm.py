@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SlurmSettings', 'sbatch_options', 'slurm_settings', 'SlurmCall', 'ask', 'in_queue', 'try_out', 'last_state', 'Queued',
-           'SlurmExecutor', 'note_file', 'find', 'send', 'pump', 'why', 'end', 'shutdown', 'queued_jobs']
+           'SlurmExecutor', 'note_file', 'find', 'send', 'pump', 'batched', 'why', 'end', 'leave', 'shutdown',
+           'queued_jobs']
 
 # %% ../../nbs/745_slurm.ipynb #d7227552
 import getpass
@@ -14,15 +15,17 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-# %% ../../nbs/745_slurm.ipynb #50ca2e5f
+# %% ../../nbs/745_slurm.ipynb #0acfe8d7
+from ..foundation.leave import asked
 from ..foundation.places import study_root
 from ..foundation.registry import VfmError
 from ..foundation.spec import from_values
-from .executors import Cancelled, Died, Future, encode, executors, thread_env, work
+from .executors import Cancelled, Died, Future, answer_of, encode, executors, leave_answer, thread_env
 from .forkserver import python_path
 from .record import say
 
@@ -81,8 +84,12 @@ class SlurmCall:
         if self.log:
             with open(self.log, "ab") as out: os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
         os.environ["VFM_LOG"] = self.log
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-        work(self.call, str(Path(self.call).with_suffix(".result")))
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # where nobody listens
+        answer = answer_of(self.call)
+        if answer == (True, "left") and asked() == signal.SIGUSR2: requeue(signal.SIGUSR2, None)
+        if answer == (True, "left") and asked(): os._exit(143)
+        leave_answer(answer, str(Path(self.call).with_suffix(".result")))
 
     def checkpoint(self):
         "The same call, once more."
@@ -129,11 +136,11 @@ class Queued:
         "None while it waits or runs; 0 with a result, 1 without."
         if self.returncode is None:
             seen = self.states()
-            if self.result.exists(): self.returncode = 0
-            elif self.id in seen: self.absent = 0
-            elif seen is not self.last: self.absent += 1  # a file may come late on a shared disk, so look three times
+            if seen is self.last: return None  # nothing new, so the disk is not asked either
             self.last = seen
-            if self.absent > 2: self.returncode = 1
+            self.absent = 0 if self.id in seen else self.absent + 1  # a file may come late on a shared disk, so look three times
+            if self.result.exists(): self.returncode = 0
+            elif self.absent > 2: self.returncode = 1
         return self.returncode
 
 # %% ../../nbs/745_slurm.ipynb #1e44c622
@@ -153,19 +160,24 @@ class SlurmExecutor:
         self.settings, self.jobs, self.poll = settings, jobs or settings.parallel, poll
         self.folder = Path(folder or study_root(".slurm")).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.list, self.active, self.seen, self.looked = [], [], {}, float("-inf")
+        self.list, self.active, self.seen, self.looked, self.silent = [], [], {}, float("-inf"), 0
 
     def states(self) -> dict[str, str]:
         "The queue, as of not long ago."
         if time.monotonic() - self.looked > self.poll:
-            self.seen, self.looked = in_queue(), time.monotonic()
+            self.looked = time.monotonic()
+            try: self.seen, self.silent = in_queue(), 0
+            except VfmError as error:
+                self.silent += 1
+                if self.silent > 20: raise
+                if self.silent == 1: say(f"{error} It is asked again.")
         return self.seen
 
     def submit(self, function: Callable, /, *args, log: Path | None = None) -> Future:
         "Put a call on the list, or find the job that is in the queue for it."
         data = encode(function, *args)
         if found := self.find(data, log): return found
-        call = self.folder/f"{time.time_ns()}-{os.getpid()}.call"
+        call = self.folder/f"{uuid.uuid4().hex}.call"
         call.write_bytes(data)
         future = Future(self, call, log)
         self.list.append(future)
@@ -179,7 +191,7 @@ def find(self: SlurmExecutor, data: bytes, log: Path | None) -> Future | None:
     try:
         note = json.loads(note_file(log).read_text())
         call = Path(note["call"])
-        if note["id"] not in in_queue() or call.read_bytes() != data: return None
+        if note["id"] not in self.states() or call.read_bytes() != data: return None
     except (OSError, ValueError, KeyError, TypeError): return None
     future = Future(self, call, log)
     future.process = Queued(note["id"], call.with_suffix(".result"), self.states)
@@ -204,15 +216,15 @@ def send(self: SlurmExecutor, futures: list[Future]) -> list[str]:  # Slurm's id
 
 # %% ../../nbs/745_slurm.ipynb #aeb5f7cc
 def pump(self: SlurmExecutor) -> None:
-    "Send what is on the list."
-    self.active = [f for f in self.active if f._answer is None]
+    "Send what is on the list, as arrays of at most a thousand jobs (Slurm's usual limit)."
     futures, self.list = [f for f in self.list if f._answer is None], []
-    if not futures: return
-    for future, id in zip(futures, self.send(futures)):
+    for future, id in [pair for few in batched(futures, 1000) for pair in zip(few, self.send(few))]:
         future.process = Queued(id, future.call.with_suffix(".result"), self.states)
         if future.log: note_file(future.log).write_text(json.dumps({"id": id, "call": str(future.call)}))
         self.active.append(future)
-    self.looked = float("-inf")
+        self.looked = float("-inf")
+
+def batched(items: list, n: int) -> list[list]: return [items[i:i + n] for i in range(0, len(items), n)]
 
 def why(self: SlurmExecutor, future: Future) -> Died:
     "What happened to a job that left no result."
@@ -224,12 +236,16 @@ def end(self: SlurmExecutor, process: Queued) -> None:
     "Take a job out of the queue, or kill it."
     ask("scancel", process.id)
 
+def leave(self: SlurmExecutor) -> bool:  # not worth waiting for
+    "Nothing: jobs on the cluster do not need this command."
+    return False
+
 def shutdown(self: SlurmExecutor) -> None:
     "Leave the queue as it is: what was sent goes on."
     going = [f.process.id for f in self.active if not f.done()]
     if going: say(f"{len(going)} Slurm jobs go on without this command ({going[0]} ...): the same command finds them again; `scancel -n vfm` stops them.")
 
-for method in (find, send, pump, why, end, shutdown): setattr(SlurmExecutor, method.__name__, method)
+for method in (find, send, pump, why, end, leave, shutdown): setattr(SlurmExecutor, method.__name__, method)
 SlurmExecutor.__enter__ = lambda self: self
 SlurmExecutor.__exit__ = lambda self, *_: self.shutdown()
 

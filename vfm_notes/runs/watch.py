@@ -31,11 +31,11 @@ class Look:
     @property
     def missing(self) -> int: return list(self.states.values()).count("missing")
     @property
-    def elapsed(self) -> float: return time.time() - self.since if self.since else 0.0
+    def elapsed(self) -> float: return max(0.0, time.time() - self.since) if self.since else 0.0
     @property
     def whole(self) -> float | None:
         "How long the notebook will have taken, as far as it can tell."
-        return (self.said - self.since) / self.part if self.since and self.part > 0.05 else None
+        return (self.said - self.since) / self.part if self.since and self.part > 0.05 and self.said > self.since else None
 
 def look_at(
     study: str,  # name of the study
@@ -48,7 +48,7 @@ def look_at(
     if look.since:
         try: said = json.loads(progress_file(study, job.name).read_text())
         except (OSError, ValueError): said = {}
-        if said.get("time", 0) >= look.since: look.part, look.text, look.said = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"], said["time"]
+        if "done" in said: look.part, look.text, look.said = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"], said["time"]
     return look
 
 # %% ../../nbs/75_watch.ipynb #c62744ae
