@@ -1,0 +1,77 @@
+"""The evidence for each objective: its readers beside other computations, and one kept cell made again."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vfm_notes.backbones.protocol import build
+from vfm_notes.foundation.registry import VfmError, objectives
+from vfm_notes.pretrain import evidence
+from vfm_notes.pretrain.evidence import Plan, gains, probe_cell, probe_gain, random_cell, read_evidence, write_evidence
+
+SMALL = Plan(size=(4, 16, 16), spacing=(12.0, 6.0, 6.0), cases={"pretrain": 8, "train": 12, "test": 10}, epochs=1)
+
+
+def test_dice_by_monai():
+    from monai.metrics import DiceMetric
+    torch.manual_seed(0)
+    found, true = torch.rand(6, 3, 8, 8) > 0.5, torch.rand(6, 3, 8, 8) > 0.8
+    true[2] = False # a case without any is left out
+    there = [i for i in range(6) if i != 2]
+    assert np.isclose(evidence.dice_of(found, true), DiceMetric(include_background=True)(found[there, None].float(), true[there, None].float()).mean(), atol=1e-6)
+
+
+def test_readers_see_no_test_case_when_they_are_fitted():
+    torch.manual_seed(0)
+    x, y, labels = torch.randn(20, 4), torch.randn(20, 4), np.arange(20) % 2
+    a = evidence.standard(x, y, (0,))[0]
+    assert torch.equal(a, evidence.standard(x, 9 * y + 1, (0,))[0]) and torch.allclose(a.mean(0), torch.zeros(4), atol=1e-6)
+    assert evidence.probe_classes(x, x, (labels, labels)) > evidence.probe_classes(x, y, (labels, labels))
+
+
+def test_before_any_training_nothing_is_gained():
+    "A pretraining that learns nothing (rate 0) leaves the encoder that the random one is."
+    plan = replace(SMALL, lr=0.0)
+    cohort = plan.cohort()
+    assert probe_cell("autoencoding", 3, plan, cohort)[0] == random_cell(3, plan, cohort)
+
+
+def test_seeds_pair_and_repeat():
+    frame = probe_gain(["autoencoding"], [0, 1], SMALL)
+    again = probe_gain(["autoencoding"], [1], SMALL)
+    assert list(frame.seed.unique()) == [0, 1] and np.allclose(frame.gain, frame.value - frame.random)
+    assert frame[frame.seed == 1].drop(columns="seconds").reset_index(drop=True).equals(again.drop(columns="seconds"))
+    assert frame[frame.seed == 0].random.tolist() != frame[frame.seed == 1].random.tolist()
+    table = gains(frame)
+    assert (table.low <= table.gain).all() and (table.gain <= table.high).all() and (table.n == 2).all()
+
+
+def test_an_objective_that_does_not_fit_is_told_not_hidden(tmp_path):
+    frame = probe_gain(["masked_tokens"], [0], replace(SMALL, backbone="profound_toy"))
+    assert "no plain transformer" in frame.reason[0] and len(frame) == 1
+
+
+def test_kept_evidence_is_whole():
+    head, frame = read_evidence()
+    assert head["origin"]["versions"]["torch"] and len({p["backbone"] for p in head["plans"]}) == 2
+    for plan in head["plans"]:
+        rows = frame[frame.backbone == plan["backbone"]]
+        assert set(rows.objective) == set(objectives) and rows.seed.nunique() == 5
+        told = rows.dropna(subset=["gain"])
+        assert (told.groupby(["objective", "seed"]).size() == 3).all() and told.value.between(0, 1).all() and (told.seconds > 0).all()
+        assert set(rows[rows.gain.isna()].objective) <= {"masked_tokens"}
+
+
+def test_one_kept_cell_made_again():
+    head, frame = read_evidence()
+    values = next(p for p in head["plans"] if p["backbone"] == "provicnet_toy")
+    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    again = probe_gain(["masked_tokens"], [4], plan).set_index("probe")
+    kept = frame[(frame.backbone == plan.backbone) & (frame.objective == "masked_tokens") & (frame.seed == 4)].set_index("probe")
+    for name in kept.index: assert abs(kept.value[name] - again.value[name]) < 0.02 and abs(kept.random[name] - again.random[name]) < 0.005
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(VfmError, match="does not exist; write it with"): read_evidence(tmp_path/"none.json")
