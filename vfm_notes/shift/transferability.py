@@ -34,7 +34,7 @@ class Rows:
 def case_rows(
     backbone: nn.Module,  # follows the backbone protocol
     inputs: Tensor,  # (cases, c, d, h, w)
-    target: Tensor,  # (cases,) classes
+    target: Tensor,  # (cases,) classes, or (cases, k) values
     patients: list,  # of the cases
 ) -> Iterator[Rows]:  # one per layer
     "A row per case."
@@ -133,5 +133,5 @@ def transferability(
     taken = [np.sort(rng.permutation(len(s.inputs))[: round(share * len(s.inputs))]) for s in splits]
     inputs, target = (torch.cat([getattr(s, part)[torch.from_numpy(i)] for s, i in zip(splits, taken)]) for part in ("inputs", "target"))
     patients = [str(s.patients[j]) for s, i in zip(splits, taken) for j in i]
-    if target.ndim == 1: return score_rows(case_rows(backbone, inputs[:, : backbone.in_channels], target, patients), names)
+    if target.ndim < 3: return score_rows(case_rows(backbone, inputs[:, : backbone.in_channels], target, patients), names)
     return score_rows(cell_rows(backbone, inputs, target, patients, rows, seed), names)

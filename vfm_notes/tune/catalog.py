@@ -28,11 +28,14 @@ import vfm_notes.pretrain.views
 import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
 import vfm_notes.shift.scores
+import vfm_notes.tune.case_task
+import vfm_notes.tune.detection
 import vfm_notes.tune.image_task
 import vfm_notes.tune.lora
 import vfm_notes.tune.probe
 import vfm_notes.tune.strategy
 import vfm_notes.tune.task
+import vfm_notes.tune.value_task
 
 # %% ../../nbs/69_catalog.ipynb #f9450cf7
 import json

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..data.cohort import Cohort, CohortCard
 from ..data.degrade import epi_distort, epi_fields, kspace_downsample
 from ..data.loader import moments, normalise, standardise
-from ..foundation.registry import tasks
-from ..nets.decoder import DenseDecoder
+from ..foundation.registry import VfmError, tasks
+from .heads import dense_head
 from .metric import psnr, ssim
 from .task import Task, TaskData, case_rows, channel
 
@@ -28,7 +28,7 @@ class ImageTask(Task):
     residual: int | None = None  # sequence that is a first guess of the target
 
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
-        return DenseDecoder(backbone, in_channels, 1, residual_channel=None if self.residual is None else in_channels)
+        return dense_head("decoder", backbone, in_channels, 1, residual=None if self.residual is None else in_channels)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
@@ -68,6 +68,8 @@ class SuperResolution(ImageTask):
         self.factor, self.residual = tuple(factor), channel(card, sequence or card.sequences[0], "super_resolution")
 
     def prepare(self, cohort: Cohort) -> TaskData:
+        size = cohort.volumes.shape[2:]
+        if any(f < 1 or s // f < 1 for s, f in zip(size, self.factor)): raise VfmError(f"Task 'super_resolution': factor {self.factor} leaves nothing of volumes of {size} voxels (d, h, w); give 1 for an axis that keeps its resolution, e.g. [1, 2, 2].")
         low = kspace_downsample(cohort.volumes, self.factor)
         return self.pair(low, cohort.volumes[:, self.residual], low[:, self.residual], cohort)
 
@@ -100,6 +102,7 @@ class Translation(ImageTask):
                  target: str = "dwi"):
         super().__init__(card)
         self.source, self.target = channel(card, source, "translation"), channel(card, target, "translation")
+        if self.source == self.target: raise VfmError(f"Task 'translation': source and target are both '{source}', which would be copying; choose two of {', '.join(card.sequences)}.")
 
     def prepare(self, cohort: Cohort) -> TaskData:
         wanted = cohort.volumes[:, self.target]

@@ -70,9 +70,11 @@ def run_data(
 ) -> tuple[Task, dict[str, TaskData]]:  # the task; train, val, test
     "The task of a run and its three splits."
     cohort = run_cohort(spec)
+    if any(abs(a - b) > 1e-3 for a, b in zip(cohort.card.spacing, spec.spacing)): raise VfmError(f"Cohort '{spec.cohort}' has voxels of {tuple(cohort.card.spacing)} mm, but the study asks for {tuple(spec.spacing)} mm (d, h, w): its maker must resample volumes and masks.")
     task = build_task(spec.task, cohort.card, dict(spec.options))
     splits = {"train": cohort.subset("train", spec.n_train), "val": cohort.subset("val"), "test": cohort.subset("test")}
     task.scale = partial(normalise, **input_scale(spec.backbone, splits["train"]))
+    task.learn(splits["train"])
     return task, {k: task.prepare(v) for k, v in splits.items()}
 
 # %% ../../nbs/66_transfer.ipynb #dbe2bd49
@@ -220,7 +222,7 @@ def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dic
     "Metrics of a run beside those of the trivial control."
     return {"metrics": task.summary(cases), "primary": task.primary,
             "controls": task.summary(task.control(data["train"], data["test"])),
-            "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: METRICS[m].unit for m in task.metrics},
+            "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
             "n": {k: len(v) for k, v in data.items()}}
 
 # %% ../../nbs/66_transfer.ipynb #7d16d12b
@@ -255,6 +257,7 @@ def transfer(
         if spec.keep == "best": watch.after = watch.look()
         tuning.finish(model)
         cases = task.evaluate(watch.answer("test"), data["test"])
+        notes = [*notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
     d2p = distance_to_pretraining(watch.before, watch.after, seed=spec.seed)
     cohort = run_cohort(spec)
     summary = summarise(task, data, cases) | {
