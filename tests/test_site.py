@@ -22,8 +22,8 @@ from vfm_notes.runs.record import new_record, write_record
 STUDY = {"name": "made_up", "title": "Which <b>toy</b> backbone?", "cohort": "phantom", "size": [4, 24, 24], "spacing": [8.0, 4.0, 4.0], "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6},
          "pretrain": {"mae_of_a_long_name": {"backbone": "profound_toy", "epochs": 3}, "contrast": {"backbone": "provicnet_toy", "epochs": 3}}, "backbones": ["profound_toy.mae_of_a_long_name", "provicnet_toy.contrast"],
          "tasks": {"classification": {}, "segmentation": {}, "super_resolution": {}}, "strategies": ["scratch", "full"], "seeds": [0, 1], "budget": {"epochs": 4}, "external": {"cohort": "prostate_cases", "task": "segmentation"}}
-OWN = ["index", "alignment", "convergence", "prediction", "cost", "backbones", "data", "runs", "phantom", "methods", "log"]
-CHARTS = {"index": 1, "alignment": 6, "convergence": 4, "prediction": 2, "cost": 1, "phantom": 1}  # drawn charts of each page
+OWN = ["index", "alignment", "convergence", "prediction", "strategies", "cost", "backbones", "data", "runs", "phantom", "methods", "log"]
+CHARTS = {"index": 1, "alignment": 6, "convergence": 4, "prediction": 2, "strategies": 1, "cost": 1, "phantom": 1}  # drawn charts of each page
 silent = lambda line: None
 
 
