@@ -3,15 +3,18 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.ndimage import binary_dilation, label as components
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
+from vfm_notes.analysis.gain import gain_table
+from vfm_notes.analysis.tables import Tables
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError, cohorts, tasks
-from vfm_notes.foundation.spec import RunSpec
+from vfm_notes.foundation.spec import RunSpec, load_study, run_specs
 from vfm_notes.nets.decoder import Network
 from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
 from vfm_notes.tune.case_task import corn_loss, corn_probabilities
@@ -237,6 +240,38 @@ def test_detection_agrees_with_picai_eval(cohort):
     ours = task.summary(task.evaluate(p, data))
     assert ours["auc"] == pytest.approx(theirs.auroc) and ours["ap"] == pytest.approx(theirs.AP) and ours["picai"] == pytest.approx(theirs.score)
     assert 0 < ours["ap"] < 1
+
+
+# --- specialists ---
+
+@pytest.mark.parametrize(("task", "network"), [("segmentation", "unet_3d"), ("super_resolution", "srresnet_3d"), ("segmentation_and_presence", "unet_2d"), ("classification", "cnn_3d")])
+def test_a_specialist_learns_its_task(task, network):
+    task, data = run_data(replace(SPEC, task=task))
+    backbone = build_tiny(network, 3)
+    model = Network(backbone, task.head(backbone, 3))
+    optimiser, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(6):
+        losses.append(task.loss(model(data["train"].inputs[:4]), data["train"].target[:4]))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1].item() < losses[0].item()
+    assert math.isfinite(task.validate(predict(model, data["test"].inputs), data["test"]))
+
+
+def test_a_study_runs_its_specialists_once_and_gains_refer_to_them():
+    study = replace(load_study("phantom"), specialists={"segmentation": "unet_3d"})
+    more = run_specs(study)[len(run_specs(load_study("phantom"))):]
+    assert [(s.task, s.backbone, s.strategy, s.seed, s.parent) for s in more] == [("segmentation", "unet_3d", "specialist", k, "") for k in study.seeds]
+    catalog.check_names(study)
+    with pytest.raises(VfmError, match="specialists"): replace(study, specialists={"detection": "unet_3d"})
+    with pytest.raises(VfmError, match="Did you mean 'unet_3d'"): catalog.check_names(replace(study, specialists={"segmentation": "unet_3"}))
+    runs = [("a", "profound_toy.x", "full", 0.8), ("b", "unet_3d", "specialist", 0.5), ("c", "provicnet_toy.x", "scratch", 0.4)]
+    rows = pd.DataFrame([dict(id=i, task="segmentation", backbone=b, strategy=s, n_train=8, seed=0, kind="transfer", status="done", positive=None) for i, b, s, _ in runs])
+    cases = pd.DataFrame([dict(id=i, case=f"c{k}", patient=f"c{k}", metric="dice", value=v + 0.01*k) for i, _, _, v in runs for k in range(3)])
+    metrics = rows[["id", "task", "backbone", "strategy", "n_train", "seed"]].assign(metric="dice", value=0.0, control=0.0, direction=1, unit="", primary=True)
+    table = gain_table(Tables("made", rows, metrics, cases, pd.DataFrame(), pd.DataFrame()), reference="specialist", draws=50).set_index("backbone")
+    assert set(table.index) == {"profound_toy.x", "provicnet_toy.x"} and table.rpg["profound_toy.x"] == pytest.approx(100*(0.81 - 0.51)/0.51)
 
 
 # --- bad input, one sentence each ---

@@ -86,7 +86,7 @@ def test_psnr_and_ssim_know_the_identity():
     assert psnr(y, x)[0] == pytest.approx(20*math.log10(span/0.1), abs=1e-3)
 
 
-# --- every registered task ---
+# --- the guide ---
 
 def test_the_examples_of_the_contributing_guide_work(cohort):
     text = (Path(__file__).parents[1]/"CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -222,7 +222,9 @@ def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, r
     "Match one cell."
     runs, (other, _, strategy) = tables.done(), reference.rpartition("/")
     for k in ("task", "n_train"): runs = runs[runs[k] == key[k]]
-    tuned, ref = (runs[(runs.backbone == b) & (runs.strategy == s)] for b, s in ((key["backbone"], key["strategy"]), (other or key["backbone"], strategy)))
+    own = runs.backbone == key["backbone"]
+    whose = runs.backbone == other if other else own | (reference == "specialist")  # a study has one specialist per task
+    tuned, ref = runs[own & (runs.strategy == key["strategy"])], runs[whose & (runs.strategy == strategy)]
     if tuned.empty: pair = "no finished run"
     elif ref.empty: pair = f"no finished run of the reference '{reference}'"
     else: pair = match(cases, tuned, ref, metric, direction)

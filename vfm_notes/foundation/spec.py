@@ -159,6 +159,7 @@ class StudySpec:
     seeds: list
     pretrain: dict = field(default_factory=dict)  # weights name → fields of PretrainSpec
     n_train: list = field(default_factory=list)  # training-set sizes; empty: cases['train']
+    specialists: dict = field(default_factory=dict)  # task → a network made for it, trained from scratch as a reference
     budget: Budget = field(default_factory=Budget)
     external: dict = field(default_factory=dict)  # {cohort, task}: another cohort to try tuned runs on
     licences: list = field(default_factory=list)  # non-commercial licences accepted by name
@@ -188,6 +189,7 @@ def check_study(study: StudySpec) -> None:
     need(isinstance(study.time_limit, (int, float)) and study.time_limit >= 0, "time_limit", "minutes, 0 for any")
     need(study.bad_cases in ("refuse", "exclude"), "bad_cases", "refuse or exclude")
     need(bool(study.tasks), "tasks", "at least one task")
+    need(isinstance(study.specialists, dict) and set(study.specialists) <= set(study.tasks), "specialists", "a network for some of the study's tasks, e.g. {segmentation: unet_3d}")
     need(set(study.cases) == set(SPLITS) and all(isinstance(v, int) and v >= 0 for v in study.cases.values()), "cases", f"a count for each of {', '.join(SPLITS)}")
     need(all(isinstance(s, int) for s in study.seeds), "seeds", "whole numbers")
     need(all(0 < n <= study.cases["train"] for n in study.n_train), "n_train", f"numbers from 1 to cases.train = {study.cases['train']}")
@@ -243,9 +245,11 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}
     common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases} | asdict(study.budget)
     axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], study.strategies, study.seeds)
-    return [RunSpec(**common, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
+    runs = [RunSpec(**common, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
                     parent=parent_of(strategy, parents.get(backbone, "")))
             for (task, options), backbone, n, strategy, seed in axes]
+    beside = product(study.specialists.items(), study.n_train or [study.cases["train"]], study.seeds)
+    return runs + [RunSpec(**common, task=task, options=study.tasks[task], backbone=network, n_train=n, strategy="specialist", seed=seed) for (task, network), n, seed in beside]
 
 # %% ../../nbs/03_spec.ipynb #c9116059
 def external_specs(study: StudySpec) -> list[ExternalSpec]:

@@ -99,7 +99,7 @@ def job_specs(
 # %% ../../nbs/71_grid.ipynb #6dc4116f
 def axes_of(study: StudySpec) -> dict[str, list[str]]:
     "What `--only` can choose from."
-    return {"kind": list(SPECS), "task": list(study.tasks), "backbone": list(study.backbones), "strategy": list(study.strategies),
+    return {"kind": list(SPECS), "task": list(study.tasks), "backbone": list(dict.fromkeys([*study.backbones, *study.specialists.values()])), "strategy": [*study.strategies, *["specialist"]*bool(study.specialists)],
             "seed": [str(s) for s in study.seeds], "n_train": [str(n) for n in study.n_train or [study.cases["train"]]]}
 
 def parse_only(

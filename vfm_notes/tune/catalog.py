@@ -12,6 +12,7 @@ import vfm_notes.backbones.profound_layouts
 import vfm_notes.backbones.promptable
 import vfm_notes.backbones.provicnet
 import vfm_notes.backbones.provicnet_layouts
+import vfm_notes.backbones.specialists
 import vfm_notes.backbones.sulcal
 import vfm_notes.backbones.volumetric
 import vfm_notes.data.datasets
@@ -94,6 +95,7 @@ def check_names(
     for name in study.backbones:
         backbones[name.partition(".")[0]]
         if pretrained: check_weights(study, name)
+    for name in study.specialists.values(): backbones[name]
     for name in study.tasks: tasks[name]
     if study.external: cohort_maker(study.external["cohort"])
 
