@@ -218,3 +218,17 @@ def test_a_changed_study_lists_old_records_and_never_mixes_them(toy):
     assert toy.run("--seeds", "0").returncode == 0 and len(toy.records()) == 6
     table = toy.vfm("table", str(toy.study))
     assert "3 records belong to no run" in table.stderr and table.stdout.count("done") == 3, table
+
+
+def test_status_can_be_watched_to_the_end(tmp_path):
+    toy = Toy(tmp_path, seeds=[0])
+    toy.flag("hold")
+    runner = toy.start_run()
+    kernel_at_work(toy)
+    watcher = toy.start("status", str(toy.study), "--watch", "--every", "0.2")
+    wait_until(lambda: "0 done, " in watcher.stdout.readline())
+    toy.flag("hold", False)
+    assert runner.wait(60) == 0
+    out, err = watcher.communicate(timeout=60)
+    assert watcher.returncode == 0 and "3 done, 0 notebooks running, 0 failed, 0 missing" in out and "running " not in out.splitlines()[-1], out + err
+    runner.communicate()

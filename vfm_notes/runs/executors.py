@@ -29,6 +29,7 @@ def encode(function: Callable, *args) -> bytes:
     "A call as it travels; function and arguments must be importable and picklable."
     return pickle.dumps((function, args))
 
+# %% ../../nbs/74_executors.ipynb #85505a4f
 def work(
     call: str,  # file with the pickled (function, args)
     result: str,  # file for the pickled (ok, value)
@@ -48,6 +49,7 @@ def answer_of(call: str) -> tuple[bool, object]:  # what it returned, or False a
         error.add_note(f"In the worker:\n{traceback.format_exc()}")
         return False, error
 
+# %% ../../nbs/74_executors.ipynb #0538b0b0
 def leave_answer(answer: tuple[bool, object], result: str) -> None:
     "Write it, whole or not at all."
     try: data = pickle.dumps(answer)
@@ -55,14 +57,14 @@ def leave_answer(answer: tuple[bool, object], result: str) -> None:
     Path(f"{result}.part").write_bytes(data)
     os.replace(f"{result}.part", result)
 
-# %% ../../nbs/74_executors.ipynb #c74d2906
+# %% ../../nbs/74_executors.ipynb #132bf64f
 class Died(RuntimeError):
     "A worker ended without leaving a result."
 
 class Cancelled(Died):
     "Somebody wanted it to end."
 
-# %% ../../nbs/74_executors.ipynb #91a75669
+# %% ../../nbs/74_executors.ipynb #dff8a464
 class Future:
     "A call on its way."
     def __init__(self, executor, call: Path, log: Path | None):
@@ -101,7 +103,7 @@ class Future:
         if self.process is None: self._answer = (False, Cancelled("cancelled before it started"))
         elif self.process.poll() is None: self.executor.end(self.process)
 
-# %% ../../nbs/74_executors.ipynb #03265759
+# %% ../../nbs/74_executors.ipynb #3d97bf46
 executors = Registry("executor")
 
 def cores() -> int:
@@ -112,7 +114,7 @@ def thread_env(n: int) -> dict[str, str]:  # n: threads for each process
     "Environment that limits numeric libraries to `n` threads."
     return {k: str(n) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
-# %% ../../nbs/74_executors.ipynb #9a4bddc7
+# %% ../../nbs/74_executors.ipynb #d641a779
 @executors("local", title="processes on this machine")
 class LocalExecutor:
     "Runs each call in a process of its own, a few at a time."
@@ -149,7 +151,7 @@ class LocalExecutor:
         self.pump()
         return future
 
-# %% ../../nbs/74_executors.ipynb #92cbdf96
+# %% ../../nbs/74_executors.ipynb #f1e8c129
 def pump(self: LocalExecutor) -> None:
     "Start what is queued, as far as there are slots."
     self.active = [f for f in self.active if f._answer is None and f.process.poll() is None]
@@ -172,7 +174,7 @@ def start(self: LocalExecutor, future: Future):  # → something like a Popen
     with open(future.log or os.devnull, "a") as out:
         return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
 
-# %% ../../nbs/74_executors.ipynb #e5add514
+# %% ../../nbs/74_executors.ipynb #be52d44b
 def why(self: LocalExecutor, future: Future) -> Died:
     "What happened to a worker that left no result."
     code = future.process.returncode
