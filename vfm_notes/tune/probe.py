@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/642_probe.ipynb #03b2baca
 from ..foundation.registry import VfmError, strategies
-from ..nets.decoder import Network, resize
+from ..nets.decoder import ClassificationHead, Network, resize
 from ..shift.features import looking
 from .strategy import Tuning
 from .task import TaskData
@@ -45,7 +45,7 @@ class CaseHead(nn.Module):
         width = 2 * backbone.widths[-1]
         self.layers = nn.Sequential(nn.LayerNorm(width), *([nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out)] if hidden else [nn.Linear(width, out)]))
 
-    def pool(self, maps: list[Tensor]) -> Tensor: return torch.cat([maps[-1].mean((2, 3, 4)), maps[-1].amax((2, 3, 4))], 1)
+    pool = ClassificationHead.pool
     def forward(self, maps: list[Tensor], x: Tensor | None = None) -> Tensor: return self.layers(self.pool(maps))
 
 class VoxelHead(nn.Module):

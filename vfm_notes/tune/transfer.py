@@ -35,7 +35,7 @@ from ..shift.transferability import transferability
 from .fit import fit, predict, training_batches
 from .metric import METRICS
 from .probe import Cached, cached
-from .strategy import Tuning, apply_strategy, drop_blocks, strategy_card, strategy_options
+from .strategy import apply_strategy, drop_blocks, strategy_card, strategy_options
 from .task import Task, TaskData, build_task
 
 # %% ../../nbs/66_transfer.ipynb #ffa5adb5
@@ -200,7 +200,7 @@ def frozen_data(
     weights_hash: str,
 ) -> tuple[Cached, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
     "The features that a head on a frozen encoder is trained on."
-    key = cell(spec, weights_hash), strategy_options(spec.strategy)[1]["drop"], model.head.reads, hasattr(model.head, "pool")
+    key = cell(spec, weights_hash), strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
     if key not in _rows:
         _rows.clear()
         start = time.perf_counter()
