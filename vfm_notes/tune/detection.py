@@ -40,6 +40,7 @@ def check_both(
     "Training cases with and without a structure."
     if present.all() or not present.any(): raise VfmError(f"Task '{task}': {int(present.sum())} of the {len(present)} training cases of cohort '{card.name}' contain '{structure}', so presence cannot be learned; use more training cases or another structure.")
 
+# %% ../../nbs/613_detection.ipynb #5165f131
 def verdict(
     present: np.ndarray,  # n, 0 or 1
     score: np.ndarray,  # n, probability of 1
@@ -47,6 +48,7 @@ def verdict(
     "Rows from which an AUC can be computed again."
     return {"label": present, "score_0": 1 - score, "score_1": score}
 
+# %% ../../nbs/613_detection.ipynb #b1a59d61
 def table(cases: pd.DataFrame) -> pd.DataFrame: return cases.pivot(index="case", columns="metric", values="value")
 
 def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
@@ -54,7 +56,7 @@ def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().a
 def one_kind(cases: pd.DataFrame, structure: str) -> str:
     return f"{'all' if table(cases)['label'].iloc[0] else 'none'} of them contain '{structure}'"
 
-# %% ../../nbs/613_detection.ipynb #28cdc2b9
+# %% ../../nbs/613_detection.ipynb #f9fe4358
 @tasks("detection", title="Lesion detection")
 class Detection(Segmentation):
     "Find lesions, and say which cases have one."
@@ -105,7 +107,7 @@ class Detection(Segmentation):
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         return super().pictures(output, data) | {"probability": output.softmax(1)[:, 1].numpy()}
 
-# %% ../../nbs/613_detection.ipynb #6a5a6d14
+# %% ../../nbs/613_detection.ipynb #184359a7
 class PresenceHead(nn.Module):
     "A dense head, and two scores per case as constant channels behind its own."
     reads = "pyramid"
@@ -126,7 +128,7 @@ def split_verdict(
     "Scores of voxels, scores of the case."
     return output[:, :-2], output[:, -2:].mean((2, 3, 4))
 
-# %% ../../nbs/613_detection.ipynb #252f2fb6
+# %% ../../nbs/613_detection.ipynb #933c3c29
 @tasks("segmentation_and_presence", title="Segmentation and presence")
 class SegmentationAndPresence(Segmentation):
     "A label for every voxel, and whether a structure is there."

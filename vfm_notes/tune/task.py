@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUXILIARY', 'TaskData', 'case_rows', 'Task', 'build_task', 'channel', 'image_statistics', 'statistics_reader',
-           'class_scores', 'check_masks', 'check_scores', 'Segmentation', 'mean_defined']
+           'class_scores', 'check_masks', 'check_scores', 'dice_and_entropy', 'mask_rows', 'Segmentation',
+           'mean_defined']
 
 # %% ../../nbs/61_task.ipynb #3ab22e36
 import inspect
@@ -153,7 +154,29 @@ def check_scores(
     if output.shape[1] != len(names): raise VfmError(f"Task '{task}': the head gives {output.shape[1]} scores, but there are {len(names)} classes ({', '.join(names)}); use the task's own head, or one with as many scores.")
     if int(target.max()) >= len(names): raise VfmError(f"Task '{task}': the target has the label {int(target.max())}, but the classes are 0 to {len(names) - 1} ({', '.join(names)}); correct the labels or the card.")
 
-# %% ../../nbs/61_task.ipynb #8508ee25
+# %% ../../nbs/61_task.ipynb #6a43df39
+def dice_and_entropy(
+    output: Tensor,  # b k d h w
+    target: Tensor,  # b d h w
+    weight: Tensor | None,  # k, of the cross-entropy
+) -> Tensor:
+    "Soft Dice of the foreground plus cross-entropy."
+    from monai.losses import DiceCELoss
+    loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True, weight=None if weight is None else weight.to(output.device))
+    return loss(output, rearrange(target, "b d h w -> b 1 d h w"))
+
+def mask_rows(
+    labels: Tensor,  # n d h w, predicted
+    data: TaskData,
+    classes: tuple,  # their names, background first
+) -> pd.DataFrame:
+    "Dice and distance of every case, of each class and their mean."
+    dice, hd95 = dice_per_class(labels, data.target, len(classes)), hd95_per_class(labels, data.target, len(classes), data.spacing)
+    values = {"dice": mean_defined(dice), "hd95": mean_defined(hd95)}
+    for k, name in enumerate(classes[1:]): values |= {f"dice_{name}": dice[:, k], f"hd95_{name}": hd95[:, k]}
+    return case_rows(data, values)
+
+# %% ../../nbs/61_task.ipynb #3ea21e5c
 @tasks("segmentation", title="Segmentation")
 class Segmentation(Task):
     "A label for every voxel."
@@ -180,20 +203,13 @@ class Segmentation(Task):
 
     def loss(self, output: Tensor | list, target: Tensor) -> Tensor:
         if isinstance(output, list): return self.loss(output[0], target) + AUXILIARY*self.loss(output[1], target)
-        from monai.losses import DiceCELoss
         check_scores(output, target, self.classes, self.called)
-        weight = None if self.class_weights is None else self.class_weights.to(output.device)
-        loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True, weight=weight)
-        return loss(output, rearrange(target, "b d h w -> b 1 d h w"))
+        return dice_and_entropy(output, target, self.class_weights)
 
     def labels(self, output: Tensor) -> Tensor: return output if output.dim() == 4 else output.argmax(1)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
-        dice = dice_per_class(self.labels(output), data.target, len(self.classes))
-        hd95 = hd95_per_class(self.labels(output), data.target, len(self.classes), data.spacing)
-        values = {"dice": mean_defined(dice), "hd95": mean_defined(hd95)}
-        for k, name in enumerate(self.classes[1:]): values |= {f"dice_{name}": dice[:, k], f"hd95_{name}": hd95[:, k]}
-        return case_rows(data, values)
+        return mask_rows(self.labels(output), data, self.classes)
 
     def validate(self, output: Tensor, data: TaskData) -> float:
         dice = mean_defined(dice_per_class(self.labels(output), data.target, len(self.classes)))
@@ -209,7 +225,7 @@ class Segmentation(Task):
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         return {"input": data.inputs.numpy(), "target": data.target.numpy(), "prediction": self.labels(output).numpy()}
 
-# %% ../../nbs/61_task.ipynb #493912d7
+# %% ../../nbs/61_task.ipynb #809d5039
 def mean_defined(
     values: np.ndarray,  # n k, may hold NaN
 ) -> np.ndarray:  # n, NaN only where all k are
