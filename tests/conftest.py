@@ -40,6 +40,6 @@ def pytest_sessionfinish(session):
     if not path or not found: return
     from vfm_notes.foundation.origin import device_name, versions
     made = dict(date=datetime.now(timezone.utc).strftime("%Y-%m-%d"), device=device_name(), versions={k: v for k, v in versions().items() if k in ("python", "torch", "monai", "transformers")})
-    rows = {f"{r['kind']}: {r['name']}": r for r in (json.loads(Path(path).read_text()) if Path(path).is_file() else [])}
+    rows = {f"{r['kind']}: {r['name']}": r for r in (json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else [])}
     rows |= {k: r | made for k, r in found.items()}
     Path(path).write_text("[\n" + ",\n".join(json.dumps(rows[k]) for k in sorted(rows)) + "\n]\n", encoding="utf-8")

@@ -105,12 +105,12 @@ def test_build_with_a_state(name):
 def test_the_cards_of_the_report_are_up_to_date(tmp_path):
     catalog.write_cards(tmp_path/"cards.json")
     kept = report_notebooks()[0].parent/"backbones.json"
-    assert (tmp_path/"cards.json").read_text() == kept.read_text(), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
+    assert (tmp_path/"cards.json").read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
 
 
 def test_the_costs_of_the_report_are_measured_or_say_why_not():
     path = report_notebooks()[0].parent/"backbone_costs.json"
-    for run in json.loads(path.read_text()):
+    for run in json.loads(path.read_text(encoding="utf-8")):
         assert run["device"] and run["date"] and run["versions"]["torch"] and run["seconds"] > 0 and run["gib"] > 0
         for row in run["rows"]:
             assert row["name"] in NAMES and row["card_size"] == list(backbone_card(row["name"]).size), row["name"]
@@ -142,7 +142,7 @@ def test_toys_take_other_sizes(name, size):
 def test_published_provicnet_keys(real_data):
     path = real_data.parent / "checkpoints" / "provicnet_plain_vits14reg_4class_keys.json"
     if not path.is_file(): pytest.skip(f"no key list at {path}")
-    wanted = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("head.")}
+    wanted = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("head.")}
     with torch.device("meta"): net = build("provicnet_small", 1)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted
 
@@ -150,6 +150,6 @@ def test_published_provicnet_keys(real_data):
 def test_published_profound_keys_with_prefix(real_data):
     path = real_data.parent / "checkpoints" / "profound_classification_risk_keys.json"
     if not path.is_file(): pytest.skip(f"no key list at {path}")
-    wanted = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("head.")}
+    wanted = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("head.")}
     with torch.device("meta"): net = build("profound_tiny", 3)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted

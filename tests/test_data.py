@@ -175,7 +175,7 @@ def test_a_damaged_cache_is_made_again(runs_root, how):
     match how:
         case "cut": (folder/"volumes.npy").write_bytes(raw[:5000])
         case "one bit": (folder/"volumes.npy").write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
-        case "no text": (folder/"cohort.json").write_text((folder/"cohort.json").read_text()[:-9])
+        case "no text": (folder/"cohort.json").write_text((folder/"cohort.json").read_text(encoding="utf-8")[:-9])
         case "one array missing": (folder/"labels.npy").unlink()
         case "other shape": np.save(folder/"zones.npy", np.zeros((2, 4, 16, 16), np.uint8))
     assert read_cohort(folder) is None
@@ -195,7 +195,7 @@ def test_the_cache_key_knows_arguments_and_code(runs_root, monkeypatch, tmp_path
     keys = {key(a) for a in (base, {**base, "seed": 1}, {**base, "n": {"train": 4}}, {**base, "size": (4, 16, 17)}, {**base, "spacing": (4.0, 3.0, 3.1)})}
     assert len(keys) == 5
     changed, find = tmp_path/"phantom.py", importlib.util.find_spec
-    changed.write_text(Path(find("vfm_notes.data.phantom").origin).read_text() + "\n# another version\n")
+    changed.write_text(Path(find("vfm_notes.data.phantom").origin).read_text(encoding="utf-8") + "\n# another version\n")
     monkeypatch.setattr(importlib.util, "find_spec", lambda m: SimpleNamespace(origin=str(changed)) if m == "vfm_notes.data.phantom" else find(m))
     assert key(base) not in keys
 

@@ -124,7 +124,7 @@ def test_a_killed_worker_gets_a_second_chance(toy, undisturbed):
     runner = toy.start_run("--jobs", "1")
     wait_until(lambda: list(toy.flags.glob("holding-*")))
     lock = toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock"
-    worker = int(lock.read_text().split()[0])
+    worker = int(lock.read_text(encoding="utf-8").split()[0])
     os.kill(worker, signal.SIGKILL)
     kernel = int(next(toy.flags.glob("holding-*")).name.split("-")[1])
     wait_until(lambda: not lives(kernel))  # a kernel does not outlive its worker
@@ -215,7 +215,7 @@ def test_threads_are_set_after_the_fork_and_operations_work_there():
         for n in ("1", "2"):
             log = server.log.with_name(f"child-{n}")
             assert Forked(server.address, "builtins:exec", code, env=os.environ | {"OMP_NUM_THREADS": n}, log=log).wait(60) == 0
-            said.append(log.read_text().split())
+            said.append(log.read_text(encoding="utf-8").split())
     import torch
     torch.manual_seed(0)
     a = torch.randn(300, 300)

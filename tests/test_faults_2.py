@@ -69,20 +69,20 @@ def test_sigterm_ends_the_epoch_and_leaves_a_checkpoint(tmp_path, trained, whom)
     toy.flag("slow")
     runner = toy.start_run(*ONLY)
     kernel = kernel_at_work(toy)
-    worker = int((toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock").read_text().split()[0])
+    worker = int((toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock").read_text(encoding="utf-8").split()[0])
     os.kill({"runner": runner.pid, "worker": worker, "kernel": kernel}[whom], signal.SIGTERM)
     out, err = runner.communicate(timeout=60)
     assert runner.returncode == 1 and "left    pretrain" in out and not any(r["status"] == "failed" for r in toy.records().values()), out + err
     assert whom != "runner" or ("asked to leave" in out and not toy.records() and "SIGTERM" in err)
     kept, = (toy.runs/"toy"/"checkpoints").glob("*.pt")
-    epochs = (toy.flags/"epochs").read_text().split()
+    epochs = (toy.flags/"epochs").read_text(encoding="utf-8").split()
     import torch
     at = torch.load(kept, weights_only=True)
     assert (at["epoch"], at["done"]) == (int(epochs[-1]) + 1, 0) and int(epochs[-1]) < 40  # after a whole epoch, long before the end
     toy.flag("slow", False)
     again = toy.run(*ONLY)
     assert again.returncode == 0 and numbers(toy) == trained, again.stdout + again.stderr
-    assert (toy.flags/"epochs").read_text().split() == [str(e) for e in range(1, 41)]  # none was taken twice
+    assert (toy.flags/"epochs").read_text(encoding="utf-8").split() == [str(e) for e in range(1, 41)]  # none was taken twice
     assert not kept.exists()
 
 
@@ -200,7 +200,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path):
 def test_a_template_edited_in_the_middle_of_a_study_is_told(toy):
     assert toy.run("--seeds", "0").returncode == 0 and "another version" not in toy.vfm("status", str(toy.study)).stdout
     template = toy.templates/"transfer.ipynb"
-    template.write_text(template.read_text().replace("# files in this folder cause faults", "# edited"))
+    template.write_text(template.read_text(encoding="utf-8").replace("# files in this folder cause faults", "# edited"))
     before = toy.results()
     status = toy.vfm("status", str(toy.study)).stdout
     assert f"2 records were made by another version of {template}" in status

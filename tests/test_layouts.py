@@ -54,7 +54,7 @@ def test_keys_and_shapes(name, real_data, evidence):
     path = real_data.parent/"checkpoints"/f"{name}_keys.json"
     if not path.is_file(): pytest.skip(f"no key list at {path}")
     with torch.device("meta"): got = published(LAYOUTS[name][0]())
-    wanted = json.loads(path.read_text())
+    wanted = json.loads(path.read_text(encoding="utf-8"))
     assert got == wanted
     evidence("keys", name, against="published list of keys and shapes", matched=sum(got[k] == wanted.get(k) for k in got), missing=len(got.keys() - wanted.keys()),
              unexpected=len(wanted.keys() - got.keys()), reshaped=sum(got[k] != wanted.get(k, got[k]) for k in got))

@@ -119,7 +119,7 @@ def test_a_crash_leaves_no_half_manifest(tmp_path, monkeypatch):
     ({"spacing": [1, 1]}, "three numbers of mm"), ({"non_commercial": "no"}, "expected true or false"), ({"lisence": "x"}, "Did you mean 'licence'"), ({"name": ...}, "'name'")])
 def test_a_wrong_card_is_told(tmp_path, change, words):
     folder = write_manifest(boxes(tmp_path), tmp_path)
-    values = yaml.safe_load((folder/"card.yaml").read_text()) | change
+    values = yaml.safe_load((folder/"card.yaml").read_text(encoding="utf-8")) | change
     (folder/"card.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not ...}))
     said = message(read_manifest, folder)
     assert words in said and "card.yaml" in said and "\n" not in said

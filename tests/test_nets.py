@@ -16,7 +16,7 @@ def checkpoints(real_data):
     "Key lists of published checkpoints: name → {key: shape}."
     folder = real_data.parent / "checkpoints"
     if not folder.is_dir(): pytest.skip(f"no key lists at {folder}")
-    return lambda name: json.loads((folder / f"{name}_keys.json").read_text())
+    return lambda name: json.loads((folder / f"{name}_keys.json").read_text(encoding="utf-8"))
 
 
 def small(**changes):

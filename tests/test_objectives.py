@@ -157,7 +157,7 @@ def test_published_decoder_layout(real_data):
     from vfm_notes.backbones.profound import profound_tiny
     path = real_data.parent / "checkpoints" / "profound_fcmae_pretrain_keys.json"
     if not path.is_file(): pytest.skip(f"no key list at {path}")
-    wanted = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("encoder.")}
+    wanted = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("encoder.")}
     with torch.device("meta"): objective = reconstruction.MaskedReconstruction(profound_tiny(), kernel=7)
     assert {k: list(v.shape) for k, v in objective.state_dict().items() if not k.startswith("backbone.")} == wanted
 

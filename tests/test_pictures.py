@@ -305,7 +305,7 @@ def test_ddsm_words_and_patients(tmp_path):
     assert two.table["grade"].astype(int).tolist() == [int(w != "normal") for w in words] and three.table["grade"].astype(int).tolist() == [["normal", "benign", "cancer"].index(w) for w in words]
     assert two.table["patient"].nunique() == 6 and three.card.grades == ("normal", "benign", "cancer") and "2 or 3 classes" in message(cbis_ddsm, tmp_path, classes=4)
     lists = tmp_path/"ddsm_raw_image_lists"
-    (lists/"val.txt").write_text((lists/"train.txt").read_text().splitlines()[0].replace("LEFT", "RIGHT") + "\nodd_1.LEFT_CC.png\n")
+    (lists/"val.txt").write_text((lists/"train.txt").read_text(encoding="utf-8").splitlines()[0].replace("LEFT", "RIGHT") + "\nodd_1.LEFT_CC.png\n")
     text = message(cbis_ddsm, tmp_path)
     assert "is in the splits train and val" in text and "begins with 'odd'" in text and "odd_1.LEFT_CC.png does not exist" in text
     assert "no patient in its name" in message(cbis_ddsm, tmp_path, patient="^(P[0-9]+)")
@@ -323,7 +323,7 @@ def test_chexpert_patients(tmp_path):
     moved = kept.table["split"] != released.table["split"]
     assert kept.table["patient"].nunique() == 20 and kept.table.groupby("patient")["split"].nunique().max() == 1
     assert kept.table.loc[moved, "patient"].nunique() == int(kept.card.note.split("but the ")[1].split()[0]) and len(kept.targets) == 14
-    (tmp_path/"train.csv").write_text("\n".join((tmp_path/"train.csv").read_text().splitlines()[:12]))
+    (tmp_path/"train.csv").write_text("\n".join((tmp_path/"train.csv").read_text(encoding="utf-8").splitlines()[:12]))
     assert "holds out 17 of them" in message(chexpert, tmp_path)
 
 

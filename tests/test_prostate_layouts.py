@@ -248,7 +248,7 @@ def test_msd_volumes_of_a_4d_file(tmp_path):
 def test_msd_of_one_modality(tmp_path):
     "Task04's form: one volume per file, the modality is called MRI."
     folder = source("msd", tmp_path)
-    index = json.loads((folder/"dataset.json").read_text())
+    index = json.loads((folder/"dataset.json").read_text(encoding="utf-8"))
     for p in folder.glob("imagesT?/*"): sitk.WriteImage(sitk.ReadImage(str(p))[:, :, :, 0], str(p))
     (folder/"dataset.json").write_text(json.dumps(index | dict(name="Hippocampus", modality={"0": "MRI"}, labels={"0": "background", "1": "Anterior", "2": "Posterior"})))
     manifest = msd(folder)
@@ -259,7 +259,7 @@ def test_msd_lists_everything_that_is_wrong(tmp_path):
     folder = source("msd", tmp_path)
     (folder/"labelsTr"/"prostate_01.nii.gz").unlink()
     shutil.copy(folder/"imagesTr"/"prostate_00.nii.gz", folder/"imagesTr"/"prostate_77.nii.gz")
-    index = json.loads((folder/"dataset.json").read_text())
+    index = json.loads((folder/"dataset.json").read_text(encoding="utf-8"))
     (folder/"dataset.json").write_text(json.dumps(index | {"training": [*index["training"], index["training"][0]]}))
     text = told(msd, folder)
     for words in ("prostate_01.nii.gz does not exist", "prostate_77.nii.gz is not listed in dataset.json", "case prostate_00 has 2 rows"): assert words in text, text

@@ -117,7 +117,7 @@ def test_real_contrasts_lie_within_the_phantoms_range():
 
 def test_no_pixels_are_kept():
     for who in ("real", "phantom"):
-        text = measures_file(who).read_text()
+        text = measures_file(who).read_text(encoding="utf-8")
         assert len(text) < 200_000
         for r in json.loads(text)["rows"]: assert all(len(q) == 32 for q in r["quantiles"].values()) and len(r["measures"]) < 40
     assert all(len(h) == 64 for h in read_measures("real")["sha256"].values())

@@ -38,7 +38,7 @@ def test_a_record_comes_back_as_it_was(runs_root, spec):
     record = write_record(folder, new_record(spec, "s", metrics={"dice": np.float32(0.25), "hd95": float("nan")}), weights={"w": np.arange(6.0).reshape(2, 3).T})
     assert read_record(folder) == record == read_records("s")[0] and set(record) == KEYS | {"files", "host"}
     assert record["metrics"] == {"dice": 0.25, "hd95": None} and valid(record, spec)
-    json.loads((folder/"record.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    json.loads((folder/"record.json").read_text(encoding="utf-8"), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert (read_arrays("s", run_id(spec), "weights")["w"] == np.arange(6.0).reshape(2, 3).T).all() and read_table("s", run_id(spec), "cases") is None
 
 
@@ -84,7 +84,7 @@ def cut(path): path.write_bytes(path.read_bytes()[:-7])
 DAMAGE = {"cut record": lambda f: cut(f/"record.json"), "empty record": lambda f: (f/"record.json").write_text(""), "no object": lambda f: (f/"record.json").write_text("[1]"),
           "not a record": lambda f: (f/"record.json").write_text("{}"), "no record": lambda f: (f/"record.json").unlink(), "cut table": lambda f: cut(f/"curves.parquet"),
           "no weights": lambda f: (f/"weights.safetensors").unlink(), "no text": lambda f: (f/"record.json").write_bytes(b"\xff\xfe\x00{"),
-          "other id": lambda f: (f/"record.json").write_text((f/"record.json").read_text().replace(run_id(SPEC), "somebody-else"))}
+          "other id": lambda f: (f/"record.json").write_text((f/"record.json").read_text(encoding="utf-8").replace(run_id(SPEC), "somebody-else"))}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -102,7 +102,7 @@ def test_a_corrupt_record_is_set_aside_and_said(runs_root, capsys, damage):
 def test_another_schema_is_refused_and_left_alone(runs_root):
     write()
     path = run_folder("s", run_id(SPEC))/"record.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"schema": 1', '"schema": 99'))
     with pytest.raises(VfmError, match="schema 99"): read_records("s")
     assert path.exists()
 

@@ -48,7 +48,7 @@ def test_site_is_complete(project):
     assert made.problems == () and not made.up_to_date and made.path == site / "index.html" and len(made.findings) >= 3
     assert {p.stem for p in site.glob("*.html")} == {*OWN, *(f"run-{j.name}" for j in jobs)} and made.pages == len(OWN) + len(jobs)
     assert {p.stem for p in (site / "notebooks").glob("*.ipynb")} == {j.name for j in jobs}
-    pages = {p.stem: p.read_text() for p in site.glob("*.html")}
+    pages = {p.stem: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
     assert max(len(t) for t in pages.values()) < 3e6
     assert all("study made_up" in t and "site made from commit" in t for t in pages.values())
 
@@ -63,21 +63,21 @@ def test_nothing_in_the_site_asks_the_network(project):
 
 def test_names_and_messages_are_escaped(project):
     site = project["root"] / "_site"
-    runs, index = (site / "runs.html").read_text(), (site / "index.html").read_text()
+    runs, index = (site / "runs.html").read_text(encoding="utf-8"), (site / "index.html").read_text(encoding="utf-8")
     assert "<b>out of memory</b>" not in runs and "&lt;b&gt;out of memory&lt;/b&gt;" in runs
     assert "Which <b>toy</b>" not in index and "Which &lt;b&gt;toy&lt;/b&gt; backbone?" in index
 
 
 def test_definitions_are_one_click_away(project):
     site = project["root"] / "_site"
-    methods = (site / "methods.html").read_text()
+    methods = (site / "methods.html").read_text(encoding="utf-8")
     for name in ("index", "alignment", "convergence", "prediction"):
-        to = re.findall(r'href="methods\.html#([^"]+)"', (site / f"{name}.html").read_text())
+        to = re.findall(r'href="methods\.html#([^"]+)"', (site / f"{name}.html").read_text(encoding="utf-8"))
         assert to and all(f'id="{t}"' in methods for t in to), name
 
 
 def test_huge_and_remote_outputs_are_cut_with_a_link(project):
-    text = (project["root"] / "_site" / "run-pretrain-profound_toy.mae_of_a_long_name.html").read_text()
+    text = (project["root"] / "_site" / "run-pretrain-profound_toy.mae_of_a_long_name.html").read_text(encoding="utf-8")
     assert "characters left out here" in text and "asks the network is left out" in text and "cdn.example.org" not in text
     assert 'href="notebooks/pretrain-profound_toy.mae_of_a_long_name.ipynb"' in text and len(text) < 200_000
 
@@ -92,7 +92,7 @@ def test_a_change_touches_only_what_depends_on_it(project):
     study = load_study(project["study"])
     job = next(j for j in plan(study) if j.kind == "transfer")
     path = notebook_file(study.name, job.name)
-    nb = json.loads(path.read_text())
+    nb = json.loads(path.read_text(encoding="utf-8"))
     nb["cells"][0]["source"] += "\n\nA word more."
     path.write_text(json.dumps(nb))
     assert build_site(project["study"], "smalldocs", silent).made == (f"run-{job.name}",)
@@ -107,8 +107,8 @@ def test_study_without_records_says_so(project, tmp_path, monkeypatch):
     monkeypatch.setenv("VFM_RUNS", str(tmp_path / "runs"))
     made = build_site(project["study"], "smalldocs", silent)
     assert made.problems == () and made.pages == len(OWN) and made.findings
-    assert "No finished run of study" in (tmp_path / "_site" / "index.html").read_text()
-    assert "missing" in (tmp_path / "_site" / "runs.html").read_text()
+    assert "No finished run of study" in (tmp_path / "_site" / "index.html").read_text(encoding="utf-8")
+    assert "missing" in (tmp_path / "_site" / "runs.html").read_text(encoding="utf-8")
 
 
 def test_wrong_words_are_answered(project):

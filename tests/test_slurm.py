@@ -54,7 +54,7 @@ def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path):
     assert "In the worker" in "".join(raised.value.__notes__)
     ids = [f.process.id for f in futures]
     assert len({id.split("_")[0] for id in ids}) == 1 and [id.split("_")[1] for id in ids] == ["0", "1", "2"]
-    assert json.loads(note_file(log).read_text())["id"] == ids[1]
+    assert json.loads(note_file(log).read_text(encoding="utf-8"))["id"] == ids[1]
     assert "JobId" in slurm("scontrol", "show", "job", ids[0]).stdout
 
 

@@ -34,6 +34,8 @@ class Cluster:
 
     def loop(self) -> None:
         from submitit.core.submission import process_job  # imported once, for all jobs
+        from vfm_notes.foundation.origin import provenance
+        provenance()  # asked once, not by each job
         self.process_job, told = process_job, 0.0
         while not (self.folder/"over").exists():
             for script in (self.folder/"inbox").iterdir():
@@ -56,7 +58,7 @@ class Cluster:
         os.replace(self.folder/f".{name}", self.folder/name)
 
     def take(self, script) -> None:
-        text = script.read_text()
+        text = script.read_text(encoding="utf-8")
         array, folder = re.search(r"--array=0-(\d+)%", text), shlex.split(text.split("submitit.core._submit")[1])[0]
         ids = [f"{script.name}_{k}" for k in range(int(array[1]) + 1)] if array else [script.name]
         if not list(Path(folder.replace("%j", ids[-1])).glob("*submitted.pkl")): return  # it comes a moment after the script
@@ -145,8 +147,8 @@ def test_a_thousand_jobs_end_complete(made_up, tmp_path, runs_root, monkeypatch)
             batch.Batch("big", jobs, todo, pool, retry=True).loop(Display(1000, every=1e9))
     records = known_records("big")
     assert set(records) == {id for j in jobs for id in j.runs} and {r["status"] for r in records.values()} == {"done"}
-    done = Counter((runs_root/"big"/"log").read_text().split())
+    done = Counter((runs_root/"big"/"log").read_text(encoding="utf-8").split())
     assert max(done.values()) == 1 and len(done) >= 990  # a record may lack its line, where the process died between the two; none has two
-    faults = eval((made_up/"faults").read_text())
+    faults = eval((made_up/"faults").read_text(encoding="utf-8"))
     assert min(faults.get(k, 0) for k in ("cancelled", "FAILED", "NODE_FAIL", "requeued")) >= 5, faults
     assert not subprocess.run(["squeue"], capture_output=True, text=True).stdout

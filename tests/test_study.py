@@ -34,7 +34,7 @@ def done(tmp_path_factory):
     return folder
 
 
-def records(folder, study="small"): return {p.parent.name: json.loads(p.read_text()) for p in (folder/"runs"/study).glob("*/record.json")}
+def records(folder, study="small"): return {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in (folder/"runs"/study).glob("*/record.json")}
 
 
 def test_every_run_of_the_study_has_its_record(done):
@@ -64,7 +64,7 @@ def test_notebooks_are_executed_and_show_images(done):
     notebooks = sorted((done/"runs"/"small"/"notebooks").glob("*.ipynb"))
     assert len(notebooks) == 6
     for path in notebooks:
-        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         outputs = [o for c in cells for o in c["outputs"]]
         assert not any(o["output_type"] == "error" for o in outputs)
         assert sum("<svg" in "".join(o.get("data", {}).get("text/html", "")) for o in outputs) >= 2

@@ -178,7 +178,7 @@ def test_a_brainvisa_tree(tmp_path):
 def test_names_are_looked_up_less_their_ending(tmp_path):
     brainvisa_example(tmp_path)
     assert "no line for sub00_T1" in message(brainvisa, tmp_path, key_drop=0)
-    (tmp_path/"labels.csv").write_text((tmp_path/"labels.csv").read_text().replace(",", "_T1,"))
+    (tmp_path/"labels.csv").write_text((tmp_path/"labels.csv").read_text(encoding="utf-8").replace(",", "_T1,"))
     assert len(brainvisa(tmp_path, key_drop=0)) == 10
 
 

@@ -74,11 +74,11 @@ def test_a_checksum_that_nobody_knows_is_kept_from_the_first_file(folder):
     "The card has none: say so, keep what was found, refuse another content later."
     sha, name = publish(folder, Net().state_dict()), register()
     with pytest.warns(UserWarning, match=f"No checksum of weights 'net.test' is known: {sha}"): path = w.fetch(name)
-    assert (folder/"net.test.sha256").read_text() == f"{sha}  net.pth\n" and "not known before" in w.provenance(name)["checksum"]
+    assert (folder/"net.test.sha256").read_text(encoding="utf-8") == f"{sha}  net.pth\n" and "not known before" in w.provenance(name)["checksum"]
     path.unlink()
     assert publish(folder, {"other": torch.ones(1)}) != sha
     with pytest.raises(VfmError, match=f"expected {sha} .that of the first file"): w.fetch(name)
-    assert not path.exists() and sha in (folder/"net.test.sha256").read_text()
+    assert not path.exists() and sha in (folder/"net.test.sha256").read_text(encoding="utf-8")
     assert publish(folder, Net().state_dict() | {"x": torch.ones(1)}) != sha
     (folder/"net.test.sha256").unlink() # somebody decided that the new file is right
     with pytest.warns(UserWarning, match="No checksum"): assert "x" in load_file(w.fetch(name))

@@ -37,7 +37,7 @@ def work(spec):
         Path(options["group"], "cgroup.procs").write_text(str(os.getpid()))
         np.ones(1 << 28)
     if (flags/f"fill-{name}").exists():
-        with open((flags/"where").read_text(), "wb") as f:
+        with open((flags/"where").read_text(encoding="utf-8"), "wb") as f:
             try:
                 while True: f.write(b"0" * 4096); f.flush()
             except OSError: pass
@@ -151,10 +151,10 @@ class Toy:
         (self.flags/name).touch() if on else (self.flags/name).unlink()
 
     def log(self) -> list[str]:  # ids in the order in which they were computed
-        return (self.flags/"log").read_text().split() if (self.flags/"log").exists() else []
+        return (self.flags/"log").read_text(encoding="utf-8").split() if (self.flags/"log").exists() else []
 
     def records(self) -> dict[str, dict]:
-        return {p.parent.name: json.loads(p.read_text()) for p in sorted((self.runs/"toy").glob("[!.]*/record.json")) if ".corrupt-" not in p.parent.name}
+        return {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted((self.runs/"toy").glob("[!.]*/record.json")) if ".corrupt-" not in p.parent.name}
 
     def results(self) -> dict[str, tuple]:  # what must not depend on what happened on the way
         return {i: (r["status"], r["metrics"], {k: v["sha256"] for k, v in r["files"].items()}) for i, r in self.records().items()}
@@ -171,7 +171,7 @@ def alive_with(text: str) -> list[int]:  # process numbers
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if folder.name != str(os.getpid()) and text.encode() in (folder/"environ").read_bytes() + (folder/"cmdline").read_bytes() and (folder/"stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            if folder.name != str(os.getpid()) and text.encode() in (folder/"environ").read_bytes() + (folder/"cmdline").read_bytes() and (folder/"stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z":
                 found.append(int(folder.name))
         except (OSError, IndexError): pass
     return found

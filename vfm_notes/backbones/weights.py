@@ -112,7 +112,7 @@ def first_seen(
     name: str, # registered weights
 ) -> str: # sha256, hex; "" when nothing was fetched before
     "The checksum that the first fetch kept."
-    return seen_file(name).read_text().split()[0] if seen_file(name).is_file() else ""
+    return seen_file(name).read_text(encoding="utf-8").split()[0] if seen_file(name).is_file() else ""
 
 # %% ../../nbs/31_weights.ipynb #ea2709ef
 def by_hand(

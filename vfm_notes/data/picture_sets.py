@@ -221,7 +221,7 @@ def cbis_ddsm(
     lists = src/"ddsm_raw_image_lists"
     missing = [s for s in ("train", "val", "test") if not (lists/f"{s}.txt").is_file()]
     if missing: raise VfmError(f"{lists} has no {' and no '.join(f'{s}.txt' for s in missing)}; expected the lists of train, val and test.")
-    done = [ddsm_row(src, line.strip(), s, classes, None if as_released else patient) for s in ("train", "val", "test") for line in (lists/f"{s}.txt").read_text().splitlines() if line.strip()]
+    done = [ddsm_row(src, line.strip(), s, classes, None if as_released else patient) for s in ("train", "val", "test") for line in (lists/f"{s}.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
     rule = "patients not checked, as released" if as_released else "a patient is the part of the name before the side"
     card = picture_card("cbis_ddsm", "DDSM mammograms", "CC BY 3.0 (CBIS-DDSM); DDSM is public for research", "TCIA CBIS-DDSM and the DDSM of the University of South Florida", "Lee et al., Scientific Data 2017; Heath et al. 2001",
         f"Splits are the given lists; {rule}. " + ("Class 1 holds benign and cancer, called 'Cancer' in the released code. " if classes == 2 else "") + statistics_note("cbis_ddsm"), grades=("normal", "abnormal") if classes == 2 else DDSM_WORDS)

@@ -81,7 +81,7 @@ def write_assets(
     (folder / "site.js").write_text(f"window.vfmThemes = {themes};\n" + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8")
     import vl_convert
     bundle, mark = folder / "vega.js", folder / "vega.version"
-    if not bundle.exists() or not mark.exists() or mark.read_text() != vl_convert.__version__:
+    if not bundle.exists() or not mark.exists() or mark.read_text(encoding="utf-8") != vl_convert.__version__:
         bundle.write_text("(() => {" + vl_convert.javascript_bundle() + "})();", encoding="utf-8")  # its names stay its own
         mark.write_text(vl_convert.__version__)
 

@@ -58,7 +58,7 @@ def note_end(study: str, job: Job, error: dict | None, seconds: float) -> None:
 
 def end_of(study: str, job: Job) -> dict | None:  # {ended, runs, error}
     "How the job's notebook ended; None if it never did with all of the job's runs."
-    try: note = json.loads(progress_file(study, job.name).read_text())
+    try: note = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     return note if set(job.runs) <= set(note.get("runs", [])) else None
 
@@ -163,7 +163,7 @@ def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
     "Which templates were edited after some of the records were made? (Asked of the file that the notebook was last made from.)"
     found, now = {}, {}
     for job in jobs:
-        try: file = json.loads(progress_file(study, job.name).read_text())["template"]
+        try: file = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["template"]
         except (OSError, ValueError, KeyError): file = str(job.template)
         if file not in now: now[file] = template_hash(Path(file)) if Path(file).is_file() else ""
         made = [h for id in job.runs if (h := records.get(id, {}).get("template_hash"))]

@@ -275,7 +275,7 @@ class ForkServer:
             self.process = subprocess.Popen([*command, *(preload_list() if modules is None else modules)], stdin=subprocess.PIPE, stdout=out,
                                             stderr=out, env=os.environ | QUIET | {"PYTHONPATH": python_path()}, start_new_session=True)
         while not os.path.exists(self.address):
-            if self.process.poll() is not None: raise VfmError(f"The fork server did not start: {self.log.read_text()[-500:]}")
+            if self.process.poll() is not None: raise VfmError(f"The fork server did not start: {self.log.read_text('utf-8')[-500:]}")
             time.sleep(0.01)
 
     def close(self) -> None:

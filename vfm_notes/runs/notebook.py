@@ -40,14 +40,14 @@ def template_hash(template: Path) -> str: return hashlib.sha256(template.read_by
 
 def cell_at_work(notebook: Path) -> int | None:
     "The last cell that was begun."
-    try: cells = json.loads(notebook.read_text())["cells"]
+    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError): return None
     return max((i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")), default=None)
 
 # %% ../../nbs/755_notebook.ipynb #44c757f1
 def run_at_work(study: str, job: Job) -> str:  # its id, "" between runs
     "The run that the notebook says it computes."
-    try: return json.loads(progress_file(study, job.name).read_text())["run"]
+    try: return json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError): return ""
 
 def kernels() -> list[int]:

@@ -189,7 +189,7 @@ def note_file(log: Path) -> Path: return Path(log).with_suffix(".slurm")  # wher
 def find(self: SlurmExecutor, data: bytes, log: Path | None) -> Future | None:
     "The job that an earlier runner has sent for the same call."
     try:
-        note = json.loads(note_file(log).read_text())
+        note = json.loads(note_file(log).read_text(encoding="utf-8"))
         call = Path(note["call"])
         if note["id"] not in self.states() or call.read_bytes() != data: return None
     except (OSError, ValueError, KeyError, TypeError): return None
@@ -256,7 +256,7 @@ def queued_jobs(
     "The notebooks of a study that are in the queue; nothing is asked when none was ever sent."
     notes = {}
     for path in study_root(study).glob("logs/*.slurm"):
-        try: notes[path.stem] = json.loads(path.read_text())["id"]
+        try: notes[path.stem] = json.loads(path.read_text(encoding="utf-8"))["id"]
         except (OSError, ValueError, KeyError): continue
     if not notes or not shutil.which("squeue"): return {}
     now = in_queue()

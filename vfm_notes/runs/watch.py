@@ -46,7 +46,7 @@ def look_at(
     "How a job stands now."
     look = Look(job, run_states(job, records), running_since(study, job.name), queued=queued)
     if look.since:
-        try: said = json.loads(progress_file(study, job.name).read_text())
+        try: said = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
         except (OSError, ValueError): said = {}
         if "done" in said: look.part, look.text, look.said = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"], said["time"]
     return look
