@@ -116,6 +116,7 @@ def test_objectives_that_compare_cases_are_refused_instead_of_cut():
     def hungry(module, batch): raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     trainer.step.loss = hungry
     with pytest.raises(VfmError, match="cannot be cut: lower batch_size"): trainer.run_epoch()
+    with pytest.raises(VfmError, match="cannot be cut: set accumulate to 1"): Trainer(trainer.module, hungry, trainer.loader, Recipe(epochs=1, lr=0.1, accumulate=2))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="a full disk is made by root, with a small tmpfs")

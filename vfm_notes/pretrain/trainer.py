@@ -112,6 +112,7 @@ class Trainer:
         recipe: Recipe,
         groups: list[dict] | None = None,  # parameter groups; None: see `parameter_groups`
     ):
+        if recipe.accumulate > 1 and getattr(module, "whole_batches", False): raise VfmError(f"accumulate is {recipe.accumulate}, but {type(module).__name__} compares the cases of a batch, so it cannot be cut: set accumulate to 1.")
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision: AcceleratorState._reset_state()
