@@ -165,7 +165,6 @@ class StudySpec:
     licences: list = field(default_factory=list)  # non-commercial licences accepted by name
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them
     slurm: dict = field(default_factory=dict)  # what a job of the cluster asks for, see runs.slurm
-    local: dict = field(default_factory=dict)  # what a notebook on this machine asks for, see runs.executors
     time_limit: float = 0.0  # minutes that one run may take before it is ended as failed; 0: any
 
     def __post_init__(self):
@@ -185,7 +184,7 @@ def check_study(study: StudySpec) -> None:
     for key in ("backbones", "strategies", "seeds"):
         v = getattr(study, key)
         need(isinstance(v, list) and v and len(set(map(str, v))) == len(v), key, "a non-empty list without doubles")
-    for key in ("tasks", "pretrain", "external", "slurm", "local"): need(isinstance(getattr(study, key), dict), key, "a mapping")
+    for key in ("tasks", "pretrain", "external", "slurm"): need(isinstance(getattr(study, key), dict), key, "a mapping")
     need(isinstance(study.time_limit, (int, float)) and study.time_limit >= 0, "time_limit", "minutes, 0 for any")
     need(study.bad_cases in ("refuse", "exclude"), "bad_cases", "refuse or exclude")
     need(bool(study.tasks), "tasks", "at least one task")
