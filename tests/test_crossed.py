@@ -211,3 +211,14 @@ def test_table_of_distances_and_outcomes():
     assert end == pytest.approx(stats.spearmanr(rows.d2p, rows.rpg).statistic) and early == pytest.approx(-end)
     assert t.rho.xs("seconds of training", level=1).iloc[0] == pytest.approx(stats.spearmanr(rows.d2p, np.arange(10)).statistic)
     assert crossed_table(Tables("s", runs, runs, pd.DataFrame(), tables.curves, moved[:0]), rows).empty
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_higher_of_two_tops_is_found(seed):
+    "Large differences between tasks against a slope of its own inside them: the likelihood has a second, lower top."
+    rng = np.random.default_rng(seed)
+    level = np.repeat(np.arange(6.0), 3)
+    x = level + rng.normal(0, 0.3, 18)
+    y = 4 * level - 2 * (x - level) + rng.normal(0, 0.2, 18)
+    inside = x - np.repeat(x.reshape(6, 3).mean(1), 3)
+    assert abs(mixed_slope(x, y, {"task": level, "backbone": np.tile(range(3), 6)}).slope - inside @ y / (inside @ inside)) < 0.4

@@ -53,7 +53,7 @@ def best_ratios(
         "The best ratios of some groups, the others at 0."
         def full(r): return np.minimum(np.square(np.bincount(free, r, len(z))), MOST)
         goal = lambda r: profile(full(r), x, y, z)[0]
-        starts = sorted(product(*[(0.3, 1.0, 4.0)] * len(free)), key=goal)[:2]
+        starts = sorted(product(*[(0.3, 1.0, 4.0, 16.0, 64.0)] * len(free)), key=goal)[:2]  # the likelihood can have several tops
         found = [minimize(goal, s, method="Nelder-Mead", options=dict(xatol=1e-6, fatol=1e-9, maxiter=2000)) for s in starts]
         top = min(found, key=lambda f: f.fun)
         return float(top.fun), full(top.x)
