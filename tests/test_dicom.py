@@ -10,7 +10,7 @@ from vfm_notes.data.cohort import load_cohort
 from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.dicom import TAGS, b_value, list_series, read_header, read_headers, read_series, sorted_slices, write_series
 from vfm_notes.data.tree_layouts import prostatex
-from vfm_notes.data.volume import read_image, to_array
+from vfm_notes.data.volume import same_locale, read_image, to_array
 from vfm_notes.foundation.registry import VfmError
 
 
@@ -41,6 +41,7 @@ def oblique(image: sitk.Image) -> sitk.Image:
     return image
 
 
+@same_locale()
 def rewrite(path: Path, **changes: str) -> None:
     "The same slice with other tags, by the names of TAGS."
     image = sitk.ReadImage(str(path))[:, :, 0]
@@ -265,3 +266,13 @@ def test_real_examinations_as_a_tree_of_dicom_series(real_data, runs_root, tmp_p
         turned, k = name.endswith("0"), expected.names.index(name.lower().replace("-", "_"))  # image and mask of the first are turned against each other by 0.0002 rad
         for mine, theirs in zip(cohort.volumes[i], expected.volumes[k]): np.testing.assert_allclose(mine, theirs, atol=0.05 * theirs.std() if turned else 1e-2)
         assert cohort.grade[i] == turned and ((cohort.labels[i] > 0) != (expected.labels[k] > 0)).mean() < 1e-4
+
+
+def test_reading_leaves_the_locale_alone(tmp_path):
+    "GDCM sets the C locale, in which text files would be read as ASCII from then on."
+    import locale
+    before = locale.setlocale(locale.LC_ALL), locale.getencoding()
+    write_series(sitk.GetImageFromArray(np.zeros((3, 6, 5), np.int16)), tmp_path/"series")
+    read_series(tmp_path/"series")
+    list_series(tmp_path/"series")
+    assert (locale.setlocale(locale.LC_ALL), locale.getencoding()) == before

@@ -71,10 +71,12 @@ class Cluster:
             if self.random.random() < 0.04:
                 self.ended[id], self.faults = "CANCELLED", self.faults + Counter(cancelled=1)
                 continue
-            killed = self.random.choice(("FAILED", "NODE_FAIL")) if self.random.random() < 0.12 else ""
+            killed, when = self.random.choice(("FAILED", "NODE_FAIL")) if self.random.random() < 0.15 else "", 10 ** self.random.uniform(-4, -1.7)
             pid = os.fork()
-            if not pid: self.work(id, folder)
-            self.running[pid] = id, folder, (time.monotonic() + self.random.uniform(0, 0.03), killed) if killed else None
+            if not pid:
+                if killed: signal.setitimer(signal.ITIMER_REAL, when)  # its SIGALRM ends the process, wherever it is
+                self.work(id, folder)
+            self.running[pid] = id, folder, killed
 
     def work(self, id, folder) -> None:
         code = 1
@@ -89,17 +91,16 @@ class Cluster:
 
     def bury(self) -> None:
         for pid, (id, folder, fate) in list(self.running.items()):
-            if fate and time.monotonic() > fate[0]: os.kill(pid, signal.SIGKILL)
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done: continue
             del self.running[pid]
             if not os.WIFSIGNALED(status): self.ended[id] = "COMPLETED" if status == 0 else "FAILED"
-            elif fate[1] == "NODE_FAIL" and self.random.random() < 0.5:  # Slurm puts it back into the queue itself
+            elif fate == "NODE_FAIL" and self.random.random() < 0.5:  # Slurm puts it back into the queue itself
                 self.waiting.append((id, folder))
                 self.faults["requeued"] += 1
             else:
-                self.ended[id] = fate[1]
-                self.faults[fate[1]] += 1
+                self.ended[id] = fate
+                self.faults[fate] += 1
 
 
 @pytest.fixture

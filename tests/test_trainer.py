@@ -144,6 +144,8 @@ trainer = toy()
 trainer.module[2].p = 0.0  # each process draws its own dropout
 train(trainer, lambda e, l: {}, [])
 if trainer.accelerator.is_main_process: torch.save([trainer.accelerator.num_processes, trainer.module.state_dict()], sys.argv[1])
+trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
+trainer.accelerator.end_training()
 """)
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for n, launch in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"])):

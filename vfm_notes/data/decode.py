@@ -17,7 +17,7 @@ from .cohort import Cohort, check_arguments
 from .load import kept_cohort
 from .manifest import VOXEL, Manifest, crop_problem, found_problems, grade_index, known_columns, located, mask_columns
 from .picture import ENDINGS, read_picture, resize_crop
-from .volume import centre_of, grid_around, read_image, read_mask, resample, split_address
+from .volume import centre_of, grid_around, read_image, read_mask, resample, same_locale, split_address
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/175_decode.ipynb #eef58fd0
@@ -81,7 +81,8 @@ def read_masks(
         found[column] = file, mask
     return found
 
-# %% ../../nbs/175_decode.ipynb #4acba949
+# %% ../../nbs/175_decode.ipynb #8cfe49f3
+@same_locale()
 def voxel_point(
     file: str,
     index: tuple[int, int, int],  # voxel (x, y, z) in the file's own order of axes

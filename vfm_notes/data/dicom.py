@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
-from .volume import check_wrap, split_address
+from .volume import check_wrap, same_locale, split_address
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/131_dicom.ipynb #0cf1ab16
@@ -29,7 +29,8 @@ def dicom_reader(path: Path) -> sitk.ImageFileReader:
     reader.SetFileName(str(path))
     return reader
 
-# %% ../../nbs/131_dicom.ipynb #6025360c
+# %% ../../nbs/131_dicom.ipynb #28421f9f
+@same_locale()
 def read_header(
     path: Path,  # one DICOM file
 ) -> dict[str, str]:  # by the names of TAGS, "" where the file has none
@@ -68,7 +69,8 @@ def read_headers(
     if bad: raise VfmError(f"{len(bad)} of the {len(bad) + len(found)} files in {folder} are no slices: {'; '.join(why.split(';')[0] for _, why in bad)}; expected DICOM slices only, copy them again or move them out.")
     return found
 
-# %% ../../nbs/131_dicom.ipynb #66274573
+# %% ../../nbs/131_dicom.ipynb #d07f3570
+@same_locale()
 def write_series(
     image: sitk.Image,  # int16 or uint16
     folder: Path,
@@ -170,7 +172,8 @@ def sorted_slices(
     if abs(drift).max() > 0.1 * float(next(iter(headers.values()))["spacing"].split("\\")[0]): raise VfmError(f"{folder} has slices that are shifted sideways by up to {abs(drift).max():.2f} mm (a tilted gantry?), expected them above each other.")
     return files, np.array([place[p] for p in files])
 
-# %% ../../nbs/131_dicom.ipynb #3dbc1c67
+# %% ../../nbs/131_dicom.ipynb #82a676a2
+@same_locale()
 def read_series(
     path: Path | str,  # a folder with one series, or FOLDER#SeriesInstanceUID
 ) -> sitk.Image:  # float32, in the orientation of the slices

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from .volume import check_values, split_address
+from .volume import check_values, same_locale, split_address
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/135_picture.ipynb #7f38816b
@@ -58,7 +58,8 @@ def check_picture(
     problem = (png_problem if ending == ".png" else jpeg_problem)(path.read_bytes())
     if problem: raise VfmError(f"{path} {problem}.")
 
-# %% ../../nbs/135_picture.ipynb #0e61d27c
+# %% ../../nbs/135_picture.ipynb #bb0391e5
+@same_locale()
 def decode_file(
     path: Path,  # checked
 ) -> np.ndarray:  # (h, w, c) of the file's type
