@@ -8,7 +8,7 @@ from collections import Counter
 
 import nbformat
 import pytest
-from toy_batch import LIGHT, Toy, alive_with
+from toy_batch import alive_with, LIGHT, Toy, wait_until
 
 from vfm_notes.runs.forkserver import ForkServer, python_path
 from vfm_notes.runs.record import lives
@@ -42,13 +42,6 @@ def same(toy: Toy, reference: Toy) -> bool:
     "Same runs, metrics and files? (The folder of the flags is part of the spec, so compare what does not depend on it.)"
     def table(t): return {k.rsplit("-", 1)[0]: v[0] for k, v in t.results().items()}
     return table(toy) == table(reference)
-
-
-def wait_until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_an_undisturbed_study(undisturbed):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from toy_batch import LIGHT, TRAINING, Toy, write_template
+from toy_batch import LIGHT, Toy, TRAINING, wait_until, write_template
 
 from vfm_notes.runs.forkserver import ForkServer
 
@@ -25,14 +25,6 @@ def shared_server():
 
 @pytest.fixture
 def toy(tmp_path) -> Toy: return Toy(tmp_path)
-
-
-def wait_until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not (answer := true()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return answer
 
 
 def kernel_at_work(toy: Toy) -> int:

@@ -11,12 +11,14 @@ from functools import partial
 
 import pytest
 from slurm_cluster import absent, cluster
+import toy_batch
 from toy_batch import Toy, alive_with
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.runs.executors import Cancelled, Died
 from vfm_notes.runs.slurm import SlurmExecutor, SlurmSettings, last_state, note_file, sbatch_options, slurm_settings
 
+wait_until = partial(toy_batch.wait_until, seconds=90)
 SETTINGS = {"cpus": 1, "memory": "0", "time": 10}
 here = pytest.mark.skipif(bool(absent()), reason=absent() or "-")
 
@@ -35,14 +37,6 @@ def executor(slurm, tmp_path):
 def toy(tmp_path, **axes) -> Toy:
     "Three backbones' worth of notebooks on the cluster."
     return Toy(tmp_path, slurm=SETTINGS, backbones=["profound_toy.mae_phantom"], **axes)
-
-
-def wait_until(true, seconds=90):
-    end = time.monotonic() + seconds
-    while not (answer := true()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-    return answer
 
 
 def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -175,3 +176,12 @@ def alive_with(text: str) -> list[int]:  # process numbers
                 found.append(int(folder.name))
         except (OSError, IndexError): pass
     return found
+
+
+def wait_until(true, seconds=60):
+    "Wait for something to become true, and hand it back."
+    end = time.monotonic() + seconds
+    while not (answer := true()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return answer
