@@ -70,16 +70,18 @@ def report_pages(
     records: list[dict],  # of the study
 ) -> list[Page]:
     "List the report's own pages in reading order."
-    code, made_of = code_print(), {"records": records_print(records), "data": os.environ.get("VFM_DATA", ""),
-                                     "cards": fingerprint(*(report_notebooks()[0].parent / f"{n}.json" for n in ("backbones", "backbone_costs", "real_weights"))),
-                                     "realism": fingerprint(*(report_notebooks()[0].parent / f"{n}.json" for n in ("real_prostate", "phantom_measures")))}
+    code, folder = code_print(), report_notebooks()[0].parent
+    made_of = {"records": records_print(records), "data": os.environ.get("VFM_DATA", "")} | {p.stem: fingerprint(p) for p in sorted(folder.glob("*.json"))}
     out = []
     for path in report_notebooks():
         options = front_matter(read_notebook(path))
+        if options.pop("optional", False) and path.stem not in study.pages: continue
         needs = options.pop("needs", ["records"])
         for n in needs:
             if n not in made_of: raise VfmError(f"{path}: unknown 'needs: {n}'.{nearest(n, made_of)} Known: {', '.join(made_of)}.")
         out.append(Page(path.stem, path, options, fingerprint(path, repr(study), code, [made_of[n] for n in needs])))
+    for name in study.pages:
+        if name not in {p.name for p in out}: raise VfmError(f"Study '{study.name}', field 'pages': unknown page '{name}'.{nearest(name, [p.stem for p in report_notebooks()])} Known: {', '.join(p.stem for p in report_notebooks())}.")
     rank = {n: i for i, n in enumerate(ORDER)}
     return sorted(out, key=lambda p: (rank.get(p.name, len(rank)), p.name))
 
