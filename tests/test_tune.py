@@ -1,8 +1,6 @@
 """Tasks, strategies, the loop and whole runs, against independent calculations."""
 import math
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,20 +82,6 @@ def test_psnr_and_ssim_know_the_identity():
     y = x.clone(); y[0] += 0.1
     span = (x[0].max() - x[0].min()).item()
     assert psnr(y, x)[0] == pytest.approx(20*math.log10(span/0.1), abs=1e-3)
-
-
-# --- the guide ---
-
-def test_the_examples_of_the_contributing_guide_work(cohort):
-    text = (Path(__file__).parents[1]/"CONTRIBUTING.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(examples) == 2
-    for example in examples: exec(example, {})
-    spec = replace(SPEC, task="denoising", strategy="head_only")
-    task, data = run_data(spec)
-    assert task.summary(task.control(data["train"], data["test"]))["psnr"] > 5
-    model = build_model(spec, task, 3, build_model(replace(SPEC, task="denoising"), task, 3).backbone.state_dict())
-    assert apply_strategy("head_only", model).parameters["trainable"] == sum(p.numel() for p in model.head.parameters())
 
 
 # --- inputs on the backbone's scale, targets on the task's ---
