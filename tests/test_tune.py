@@ -15,7 +15,6 @@ from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
 from vfm_notes.pretrain.trainer import rate
 from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.metric import auc, dice_per_class, hd95_per_class, psnr, quadratic_kappa, ssim
-from vfm_notes.tune.strategy import apply_strategy
 from vfm_notes.tune.task import TaskData, build_task
 from vfm_notes.tune.transfer import build_model, input_scale, run_data, transfer
 
