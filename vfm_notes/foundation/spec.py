@@ -72,6 +72,8 @@ class RunSpec:
     options: dict = field(default_factory=dict)  # of the task
     parent: str = ""  # run id of the pretraining that made the weights; "" where none is used
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
+    checkpointing: bool = False  # compute the encoder's blocks a second time instead of remembering what they gave: less memory, more time
+    augment: dict = field(default_factory=dict)  # augmentations of data.augment and their options; none named: mirrored left-right
     kind = "transfer"
 
     def __post_init__(self): object.__setattr__(self, "strategy", strategy_text(self.strategy))  # written one way
@@ -93,13 +95,13 @@ class ExternalSpec:
 # %% ../../nbs/03_spec.ipynb #f6654fed
 Spec = PretrainSpec | RunSpec | ExternalSpec
 
-LATER = {"bad_cases": "refuse"}  # fields that came later: at their default they are left out, so that older runs keep their names
+LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}}  # fields that came later: at their default they are left out, so that older runs keep their names
 
 def canonical(
     spec: Spec,
 ) -> str:  # JSON with sorted keys and lists for tuples
     "A spec as text that depends on its values only."
-    values = {k: v for k, v in asdict(spec).items() if k not in LATER or v != LATER[k]}
+    values = {k: v for k, v in vars(spec).items() if k not in LATER or v != LATER[k]}
     return json.dumps({"kind": spec.kind} | values, sort_keys=True)
 
 def run_id(
@@ -146,6 +148,8 @@ class Budget:
     accumulate: int = 1  # parts into which a batch is cut to save memory
     patience: int = 0  # epochs without a better validation score until it stops; 0: never
     keep: str = "last"  # weights that are tested: last, or best on the validation cases
+    checkpointing: bool = False  # compute the encoder's blocks a second time instead of remembering what they gave: less memory, more time
+    augment: dict = field(default_factory=dict)  # augmentations of data.augment and their options; none named: mirrored left-right
 
 @dataclass(frozen=True)
 class StudySpec:
@@ -168,6 +172,7 @@ class StudySpec:
     licences: list = field(default_factory=list)  # non-commercial licences accepted by name
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them
     slurm: dict = field(default_factory=dict)  # what a job of the cluster asks for, see runs.slurm
+    local: dict = field(default_factory=dict)  # what a job on this machine asks for, see runs.devices
     time_limit: float = 0.0  # minutes that one run may take before it is ended as failed; 0: any
     pages: list = field(default_factory=list)  # optional pages of the report that this study shows
 
@@ -188,7 +193,7 @@ def check_study(study: StudySpec) -> None:
     for key in ("backbones", "strategies", "seeds"):
         v = getattr(study, key)
         need(isinstance(v, list) and v and len(set(map(str, v))) == len(v), key, "a non-empty list without doubles")
-    for key in ("tasks", "pretrain", "external", "slurm"): need(isinstance(getattr(study, key), dict), key, "a mapping")
+    for key in ("tasks", "pretrain", "external", "slurm", "local"): need(isinstance(getattr(study, key), dict), key, "a mapping")
     need(isinstance(study.time_limit, (int, float)) and study.time_limit >= 0, "time_limit", "minutes, 0 for any")
     need(study.bad_cases in ("refuse", "exclude"), "bad_cases", "refuse or exclude")
     need(isinstance(study.pages, list) and all(isinstance(p, str) for p in study.pages), "pages", "a list of page names")
