@@ -135,6 +135,7 @@ class Lifted(ReadBackbone):
         if lift == "attention": self.pool = SliceAttention(encoder.embed_dim)
         self.embed_dim, self.widths = encoder.embed_dim, [encoder.widths[i] for i in encoder.levels]
         self.strides = [(1, encoder.strides[i], encoder.strides[i]) for i in encoder.levels]
+        self.ragged = getattr(encoder, "ragged", False) # fills up at the edge by itself
 
     def images(self, x: Tensor) -> Tensor: # b c d h w → (b d) 3 h w
         "The slices as the encoder sees them."

@@ -59,6 +59,7 @@ class Backbone(nn.Module):
     embed_dim: int # length of `embed`
     widths: list[int] # channels per pyramid level
     strides: list[tuple[int, int, int]] # voxels per cell (d, h, w) per pyramid level, fine to coarse
+    ragged: bool = False # takes any size: the last cell of a row may be cut
 
     @property
     def card(self) -> BackboneCard: return backbone_card(self.name)
@@ -79,11 +80,11 @@ class Backbone(nn.Module):
     def check_input(self,
                     x: Tensor, # b c d h w
                    ) -> Tensor: # the same
-        "Refuse a volume with the wrong channels or a size that the coarsest stride does not divide."
+        "Refuse a volume with the wrong channels, or a size that the coarsest stride does not divide where that matters."
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise VfmError(f"Backbone '{self.name}' was built for {self.in_channels} channels, b c d h w, and got "
                            f"{tuple(x.shape)}: pass in_channels={x.shape[1] if x.ndim > 1 else '?'} when building it.")
-        if any(s % t for s, t in zip(x.shape[2:], self.strides[-1])):
+        if not self.ragged and any(s % t for s, t in zip(x.shape[2:], self.strides[-1])):
             fits = tuple(-(-s // t) * t for s, t in zip(x.shape[2:], self.strides[-1]))
             raise VfmError(f"Backbone '{self.name}' needs a size (d, h, w) divisible by {self.strides[-1]}, not "
                            f"{tuple(x.shape[2:])}: pass size={fits}, the next that fits.")
@@ -172,7 +173,7 @@ def check_backbone(
     maps, vector, layers = model.pyramid(x), model.embed(x), model.layers(x)
     same("number of pyramid levels", (len(maps), len(model.strides)), (len(model.widths),) * 2)
     for i, (m, width, stride) in enumerate(zip(maps, model.widths, model.strides)):
-        same(f"shape of pyramid level {i}", tuple(m.shape), (len(x), width, *(s // t for s, t in zip(x.shape[2:], stride))))
+        same(f"shape of pyramid level {i}", tuple(m.shape), (len(x), width, *(-(-s // t) for s, t in zip(x.shape[2:], stride))))
     same("shape of embed", tuple(vector.shape), (len(x), model.embed_dim))
     same("last of layers", list(layers)[-1], "embed")
     same("rank of layers", {v.ndim for v in layers.values()}, {2})

@@ -50,4 +50,4 @@ def parent_of(
     parent: str,  # run id of the pretraining that made the backbone's weights
 ) -> str:  # the same, or "" where no weights are used
     "The pretraining that a run depends on."
-    return "" if parse_strategy(strategy)[0] == "scratch" else parent
+    return "" if parse_strategy(strategy)[0] in ("scratch", "random") else parent

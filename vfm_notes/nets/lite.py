@@ -70,6 +70,7 @@ class EfficientNetLite(nn.Module):
         ends.append((len(blocks) - 1, width, stride))
         self.ends, self.widths, self.strides = ([e[i] for e in ends] for i in range(3))
         self.levels, self.names, self.embed_dim = list(range(len(ends)))[-4:], [f"stage{i + 1}" for i in range(len(ends))], head
+        self.ragged = True # SAME padding: any size
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         "The map before every reduction, the last map, and the mean of the widened last map."
@@ -166,7 +167,7 @@ class TinyViT(nn.Module):
                 ):
         super().__init__()
         self.widths, self.strides, self.levels, self.embed_dim = [*dims, neck], [1, 2, 4, 4, 4], [1, 2, 4], neck
-        self.names = ["stage1", "stage2", "stage3", "stage4", "neck"]
+        self.names, self.ragged = ["stage1", "stage2", "stage3", "stage4", "neck"], True # windows at the edge are filled up: any size
         self.patch_embed = nn.ModuleDict({"seq": nn.Sequential(ConvNorm(3, dims[0] // 2), nn.GELU(), ConvNorm(dims[0] // 2, dims[0]))})
         self.layers = nn.ModuleList()
         for i, (c, n, h, m) in enumerate(zip(dims, depths, heads, windows)):

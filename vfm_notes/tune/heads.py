@@ -51,7 +51,7 @@ class DeiTHead(nn.Module):
                  name: str = "toy",  # as `deit` takes it
                 ):
         super().__init__()
-        net, self.stride = deit(name), backbone.strides[-1]
+        net, self.stride, self.weights = deit(name), backbone.strides[-1], name if "." in name else ""  # published weights, for the record
         self.places, self.token, self.blocks, self.norm = net.embeddings.position_embeddings, net.embeddings.cls_token, net.layers, net.layernorm
         width = self.token.shape[-1]
         self.enter = nn.Sequential(nn.Linear(backbone.widths[-1], width), nn.LayerNorm(width))
@@ -61,7 +61,7 @@ class DeiTHead(nn.Module):
                 tokens: Tensor,  # b (d·h·w) e
                 x: Tensor,  # b c d h w, gives the grid
                ) -> Tensor:  # b out
-        d, h, w = (max(s // t, 1) for s, t in zip(x.shape[2:], self.stride))
+        d, h, w = (-(-s // t) for s, t in zip(x.shape[2:], self.stride))
         table = resize_positions(self.places, (h, w))
         y = self.enter(tokens) + repeat(table[:, 1:], "b n e -> b (d n) e", d=d)
         y = torch.cat([(self.token + table[:, :1]).expand(len(y), -1, -1), y], 1)

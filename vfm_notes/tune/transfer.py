@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EARLY', 'Outcome', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model', 'Watch', 'moments', 'cell',
-           'known_before', 'state_hash', 'frozen_data', 'licences', 'summarise', 'remembered', 'transfer']
+           'known_before', 'state_hash', 'settle', 'frozen_data', 'weights_files', 'summarise', 'remembered',
+           'transfer']
 
 # %% ../../nbs/66_transfer.ipynb #7ad7255b
 import hashlib
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/66_transfer.ipynb #6187a833
-from ..backbones.protocol import build, load
-from ..backbones.weights import normalisation, weights, weights_card
+from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
+from ..backbones.weights import normalisation, provenance, weights
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import cohort_moments, normalise
 from ..foundation.origin import PeakMemory
@@ -191,6 +192,21 @@ def state_hash(
     return h.hexdigest()
 
 # %% ../../nbs/66_transfer.ipynb #0b0fce20
+@torch.no_grad()
+def settle(
+    backbone: Backbone,  # with random weights; its running statistics are changed in place
+    inputs: Tensor,  # n c d h w
+    batch_size: int = 32,
+) -> int:  # number of batch norms
+    "Give batch norms the statistics of some cases."
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    backbone.eval()
+    for m in norms: m.reset_running_stats(); m.train().momentum = None  # a mean over all batches
+    for x in inputs.split(batch_size) if norms else (): backbone.layers(x)
+    for m, momentum in zip(norms, momenta): m.eval().momentum = momentum
+    return len(norms)
+
 _rows = {}  # the last answer
 
 def frozen_data(
@@ -200,23 +216,26 @@ def frozen_data(
     weights_hash: str,
 ) -> tuple[Cached, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
     "The features that a head on a frozen encoder is trained on."
-    key = cell(spec, weights_hash), strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
+    key = cell(spec, weights_hash), weights_hash or spec.seed, strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
     if key not in _rows:
         _rows.clear()
         start = time.perf_counter()
+        if not weights_hash: settle(model.backbone, data["train"].inputs[:, :model.backbone.in_channels])
         head, rows = cached(model.to("cuda" if torch.cuda.is_available() else "cpu"), data)
         _rows[key] = head.shapes, rows, time.perf_counter() - start
     shapes, rows, seconds = _rows[key]
     return Cached(model.head, shapes), rows, seconds
 
 # %% ../../nbs/66_transfer.ipynb #098a295b
-def licences(
+def weights_files(
     spec: RunSpec,
-    state: dict[str, Tensor] | None,  # pretrained weights
-) -> list[str]:
-    "Whose terms a run is under: the cohort's, and those of published weights."
+    model: Network,
+    state: dict[str, Tensor] | None,  # pretrained weights of the backbone
+) -> list[dict]:  # part (backbone or head), weights, licence, source_sha256, checksum, file
+    "The published files that a run starts from."
     published = state is not None and not spec.parent and spec.backbone in weights
-    return [run_cohort(spec).card.licence] + ([weights_card(spec.backbone).licence] if published else [])
+    parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
+    return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
 
 def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
     "Metrics of a run beside those of the trivial control."
@@ -247,9 +266,10 @@ def transfer(
     looked = time.perf_counter() - looked
     torch.manual_seed(spec.seed)  # for what a strategy adds
     tuning = apply_strategy(spec.strategy, model)
+    if spec.checkpointing and not tuning.frozen: checkpoint_blocks(model.backbone)
     with PeakMemory() as memory:
         net, seen, encoded = frozen_data(spec, model, data, weights_hash) if tuning.frozen else (model, data, 0.0)
-        train = training_batches(seen["train"], spec, () if tuning.frozen else ("flip",))
+        train = training_batches(seen["train"], spec, () if tuning.frozen else spec.augment or ("flip",))
         watch = Watch(model, task, data, progress, lambda split: predict(net, seen[split].inputs))
         if tuning.steps: curves, notes = fit(net, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early), keeper, watch.carried, tuning.groups(model, spec.lr, spec.weight_decay))
         else: curves, notes = remembered(model, seen["train"], watch), []
@@ -259,10 +279,10 @@ def transfer(
         cases = task.evaluate(watch.answer("test"), data["test"])
         notes = [*notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
     d2p = distance_to_pretraining(watch.before, watch.after, seed=spec.seed)
-    cohort = run_cohort(spec)
+    cohort, files = run_cohort(spec), weights_files(spec, model, state)
     summary = summarise(task, data, cases) | {
         "d2p": d2p.to_dict("records"), "d2p_moments": moments(spec, watch), "scores": scores, "parameters": tuning.parameters, "peak_memory_mib": memory.mib,
         "seconds": {"total": time.perf_counter() - start - looked, "training": float(curves.seconds.max()) + encoded, "features": encoded, "waiting": train.waited, "evaluation": watch.seconds, "scores": looked},
-        "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "licences": licences(spec, state)}
+        "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": [cohort.card.licence, *(f["licence"] for f in files)]}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
     return Outcome(summary, curves, cases, features, {k: v.cpu().numpy() for k, v in model.state_dict().items()})
