@@ -41,18 +41,20 @@ def colours(
 
 # %% ../../nbs/04_show.ipynb #676e41b8
 def png(
-    pixels: np.ndarray,  # (h, w) uint8, index into the palette
+    pixels: np.ndarray,  # (h, w) uint8, index into the palette; or (h, w, 3) uint8, red, green, blue
     palette: np.ndarray | None = None,  # (256, 3) uint8; None is grey
+    effort: int = 9,  # of the compression, 1 (fast) to 9 (small)
 ) -> bytes:  # a PNG file
-    "Write an indexed PNG."
-    h, w = pixels.shape
-    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    "Write a PNG, indexed or in colour."
+    h, w = pixels.shape[:2]
+    coloured = pixels.ndim == 3
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.astype(np.uint8)], axis=1)  # filter byte 0 before each row
-    head = struct.pack(">IIBBBBB", w, h, 8, 3, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"PLTE", (grey if palette is None else palette).tobytes())
-            + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b""))
+    if palette is None: palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.astype(np.uint8).reshape(h, -1)], axis=1)  # filter byte 0 before each row
+    head = struct.pack(">IIBBBBB", w, h, 8, 2 if coloured else 3, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + (b"" if coloured else chunk(b"PLTE", palette.tobytes()))
+            + chunk(b"IDAT", zlib.compress(rows.tobytes(), effort)) + chunk(b"IEND", b""))
 
 # %% ../../nbs/04_show.ipynb #1a2e2619
 def diverging() -> np.ndarray:  # (256, 3) uint8, light blue through near-black to light orange
