@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/92_pages.ipynb #50ca2e5f
-from ..foundation.places import notebook_file, project_root, report_notebooks
+from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
 from .convert import front_matter, joined, parameterised, read_notebook, to_page, without_title
+from ..runs.forkserver import python_path
 from ..runs.grid import Job, plan, run_states
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
@@ -53,7 +54,7 @@ def fingerprint(
 # %% ../../nbs/92_pages.ipynb #d70fdd39
 def code_print() -> str:
     "Fingerprint of the code that pages run."
-    package = project_root() / "vfm_notes"
+    package = package_root()
     used = [package / "runs" / n for n in ("record.py", "grid.py")] + sorted((package / "report").glob("*.py"))
     return fingerprint(package / "foundation", package / "analysis", *used)
 
@@ -92,7 +93,7 @@ def run_pages(
     records: dict[str, dict],  # by run id
 ) -> list[Page]:
     "List one page for each executed notebook."
-    out, code = [], fingerprint(project_root() / "vfm_notes" / "report" / "convert.py", project_root() / "vfm_notes" / "foundation")
+    out, code = [], fingerprint(package_root() / "report" / "convert.py", package_root() / "foundation")
     for job in jobs:
         path = notebook_file(study.name, job.name)
         if not path.exists(): continue
@@ -133,8 +134,7 @@ async def _execute_pages(pages, study, done) -> None:
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc" if sys.platform == "linux" else "tcp")
-    path = os.pathsep.join(p for p in (str(project_root()), os.environ.get("PYTHONPATH")) if p)
-    await kernel.start_kernel(env=os.environ | {"PYTHONPATH": path, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}, cwd=os.getcwd())
+    await kernel.start_kernel(env=os.environ | {"PYTHONPATH": python_path(), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}, cwd=os.getcwd())
     try:
         for page in pages:
             nb = parameterised(read_notebook(page.source), {"study": study})

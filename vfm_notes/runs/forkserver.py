@@ -26,7 +26,7 @@ import traceback
 from pathlib import Path
 
 # %% ../../nbs/72_forkserver.ipynb #50ca2e5f
-from ..foundation.places import project_root
+from ..foundation.places import checkout
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/72_forkserver.ipynb #96689fbe
@@ -258,7 +258,7 @@ def can_fork() -> str:  # "" if possible, else the reason
 
 def python_path() -> str:
     "A PYTHONPATH with which a new interpreter finds this package, installed or not."
-    return os.pathsep.join([str(project_root()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join(filter(None, [str(checkout() or ""), os.environ.get("PYTHONPATH")]))
 
 class ForkServer:
     "A fork server that lives as long as this object (and never longer than this process)."
