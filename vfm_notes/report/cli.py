@@ -180,16 +180,16 @@ def table(
     from vfm_notes.analysis.tables import metrics_table, runs_table
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
-    from vfm_notes.runs.record import read_records
+    from vfm_notes.runs.record import no_collecting, read_records
     writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
     spec = load_study(study)
     known, ids = read_records(spec.name), {id for j in plan(spec) for id in j.runs}
     records = [r for r in known if r["id"] in ids]
     if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
-    runs = runs_table(records)
+    with no_collecting(): runs, metrics = runs_table(records), metrics_table(records)
     if not output: return print(runs[SHOWN].to_string(index=False) if records else "No records yet.")
-    wide = metrics_table(records).pivot(index="id", columns="metric", values="value").reset_index()
+    wide = metrics.pivot(index="id", columns="metric", values="value").reset_index()
     writers[output.suffix](runs.merge(wide, on="id", how="left"), output)
     print(f"{output}: {len(runs)} runs")
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'EMPTY', 'ANSI', 'OTHER', 'new_record', 'failed_record', 'plain', 'fsync', 'write_files', 'DiskFull',
-           'needing_space', 'write_record', 'hidden', 'replace_folder', 'say', 'look', 'set_aside', 'read_record',
-           'read_records', 'read_table', 'read_arrays', 'valid', 'stored', 'missing', 'report_progress', 'attempt',
-           'lock_file', 'progress_file', 'job_lock', 'running_since', 'lives', 'sweep']
+           'needing_space', 'write_record', 'hidden', 'replace_folder', 'older_cost', 'say', 'look', 'set_aside',
+           'read_record', 'no_collecting', 'read_records', 'read_table', 'read_arrays', 'valid', 'stored', 'missing',
+           'report_progress', 'attempt', 'lock_file', 'progress_file', 'job_lock', 'running_since', 'lives', 'sweep']
 
 # %% ../../nbs/70_record.ipynb #8fb56df0
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -35,8 +36,8 @@ from ..foundation.spec import Spec, canonical, run_id
 
 # %% ../../nbs/70_record.ipynb #a87bb502
 SCHEMA = 1
-EMPTY = {"metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [], "scores": [], "seconds": {}, "peak_memory_mib": None,
-         "parameters": {}, "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
+EMPTY = {"metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [], "scores": [], "cost": {},
+         "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
 
 def new_record(
     spec: Spec,
@@ -159,7 +160,13 @@ def replace_folder(
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/70_record.ipynb #ceda6700
+# %% ../../nbs/70_record.ipynb #78c40d81
+def older_cost(record: dict) -> dict:  # record: without the field cost
+    "The cost of a record of an older form."
+    where = "device" if str(record.get("device", "")).startswith("cuda") else "host"
+    return {"seconds": record.get("seconds") or {}, "memory_mib": {where: record.get("peak_memory_mib")}, "parameters": record.get("parameters") or {}}
+
+# %% ../../nbs/70_record.ipynb #141934ca
 def say(text: str) -> None:
     "Tell the user something that needs no answer."
     print(text, file=sys.stderr, flush=True)
@@ -177,13 +184,14 @@ def look(
     if record["schema"] != SCHEMA:
         raise VfmError(f"{folder} has record schema {record['schema']}, this version reads schema {SCHEMA}: use the version that wrote it, or another VFM_RUNS.")
     if record["id"] != os.path.basename(folder): return None, f"record.json belongs to {record['id']}"
+    if "cost" not in record: record["cost"] = older_cost(record)
     for name, written in record.get("files", {}).items():
         try: size = os.stat(f"{folder}/{name}").st_size
         except FileNotFoundError: size = None
         if size != written["bytes"]: return None, f"{name} has {size} bytes instead of {written['bytes']}"
     return record, ""
 
-# %% ../../nbs/70_record.ipynb #6337763a
+# %% ../../nbs/70_record.ipynb #f48ecf7e
 def set_aside(folder: Path, why: str) -> None:
     "Rename a folder that cannot be trusted, and say so."
     n = 1
@@ -203,7 +211,15 @@ def read_record(
     if why: set_aside(Path(folder), why)
     return record
 
-# %% ../../nbs/70_record.ipynb #089c3bc0
+# %% ../../nbs/70_record.ipynb #e170956f
+@contextmanager
+def no_collecting() -> Iterator[None]:
+    "Ten thousand records are many objects and no garbage: looking for some takes as long as reading."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally: gc.enable() if on else None
+
 OTHER = {"notebooks", "logs", "progress", "locks", "checkpoints"}  # folders of a study that are no runs
 
 def read_records(
@@ -214,9 +230,9 @@ def read_records(
     try: names = sorted(e.name for e in os.scandir(root) if e.is_dir())
     except FileNotFoundError: return []
     wanted = [n for n in names if n not in OTHER and not n.startswith(".") and ".corrupt-" not in n]
-    return [r for n in wanted if (r := read_record(f"{root}/{n}"))]
+    with no_collecting(): return [r for n in wanted if (r := read_record(f"{root}/{n}"))]
 
-# %% ../../nbs/70_record.ipynb #d29b81ff
+# %% ../../nbs/70_record.ipynb #cde8eaeb
 def read_table(
     study: str,
     id: str,  # run id
@@ -237,7 +253,7 @@ def read_arrays(
     path = run_folder(study, id)/f"{name}.safetensors"
     return load_file(path) if path.exists() else None
 
-# %% ../../nbs/70_record.ipynb #aa739c92
+# %% ../../nbs/70_record.ipynb #8cf3310f
 def valid(record: dict | None, spec: Spec) -> bool:
     "Is this the finished record of exactly this spec?"
     return bool(record) and record["status"] == "done" and record["id"] == run_id(spec) and record["spec"] == json.loads(canonical(spec))
@@ -256,7 +272,7 @@ def missing(
     records = [(s, read_record(run_folder(study, run_id(s)))) for s in specs]
     return [s for s, r in records if r is None or (not valid(r, s) and (failed or r["status"] != "failed"))]
 
-# %% ../../nbs/70_record.ipynb #7410c5b1
+# %% ../../nbs/70_record.ipynb #d9fbd301
 _last = {"time": 0.0, "run": ""}
 
 def report_progress(
@@ -277,7 +293,7 @@ def report_progress(
         os.replace(part, target)
     except OSError: part.unlink(missing_ok=True)  # a full disk ends no training; it is told when something has to be kept
 
-# %% ../../nbs/70_record.ipynb #3ab91753
+# %% ../../nbs/70_record.ipynb #c28f9331
 @contextmanager
 def attempt(
     study: str,
@@ -294,7 +310,7 @@ def attempt(
         write_record(run_folder(study, run_id(spec)), failed_record(spec, study, error))
     finally: _last["run"] = ""
 
-# %% ../../nbs/70_record.ipynb #bfe5c730
+# %% ../../nbs/70_record.ipynb #e1de309a
 def lock_file(study: str, job: str) -> Path: return study_root(study)/"locks"/f"{job}.lock"
 def progress_file(study: str, job: str) -> Path: return study_root(study)/"progress"/f"{job}.json"
 
@@ -324,7 +340,7 @@ def running_since(
         except BlockingIOError: return os.fstat(f.fileno()).st_mtime
     return None
 
-# %% ../../nbs/70_record.ipynb #496977f6
+# %% ../../nbs/70_record.ipynb #37b1275a
 def lives(pid: int) -> bool:  # pid: process number
     "Does a process run (and is not just waiting to be buried)?"
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
