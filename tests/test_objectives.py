@@ -95,12 +95,6 @@ def test_some_steps_lower_the_loss(made):
     assert min(values[4:]) < values[0]
 
 
-def test_card_names_its_source():
-    for name in objectives:
-        card = objectives.card(name)
-        assert card["source"] and card["published"] and card["title"] and card["family"] in {"reconstruction", "contrast", "adversarial", "diffusion"}
-
-
 def test_every_family_is_there():
     assert {objectives.card(n)["family"] for n in objectives} == {"reconstruction", "contrast", "adversarial", "diffusion"}
 
@@ -302,7 +296,7 @@ def test_pretrain_is_a_function_of_its_spec():
     assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
     assert a.curves.drop(columns="seconds").equals(b.curves.drop(columns="seconds"))
     assert set(a.curves.epoch) == {0, 1, 2} and set(a.curves.name) == {"loss", "dice_ce", "contrast", "pairs"}
-    assert a.seconds > a.waiting > 0 and a.peak_memory_mib > 50 and a.pictures
+    assert a.cost["seconds"]["total"] > a.cost["seconds"]["training"] > a.cost["seconds"]["waiting"] > 0 and a.cost["memory_mib"]["host"] > 0 and a.pictures
 
 
 def test_pretrain_leaves_the_volumes_alone_and_reports():

@@ -39,7 +39,8 @@ def real_or_made(
 
 # %% ../../nbs/42_adversarial.ipynb #201ed92c
 @objectives("adversarial", title="adversarial autoencoding", family="adversarial", source="sulcus study, arXiv 2405.19204; patches of Isola et al. 2017",
-            published=dict(ssim=1.0, alternate=True, lr=1e-3, weight_decay=1e-4, discriminator="channels 8-16-32-64-1, kernel 5, strides 2-2-2-2-2-1"))
+            options=dict(ssim=1.0, alternate=True, discriminator=(8, 3)), recipe=dict(lr=1e-3, weight_decay=1e-4, batch_size=2),
+            beyond="terms take turns by epoch; the discriminator is three-dimensional, with kernels of 5")
 class Adversarial(Autoencoding):
     "Make the volume again, so that a discriminator cannot tell."
     def __init__(self,

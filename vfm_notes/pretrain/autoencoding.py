@@ -59,7 +59,8 @@ def image_loss(
 
 # %% ../../nbs/402_autoencoding.ipynb #7c1adcc7
 @objectives("autoencoding", title="autoencoding", family="reconstruction", source="reconstruction of arXiv 2405.19204 (sulcus study)",
-            published=dict(ssim=1.0, lr=1e-3, weight_decay=1e-2, batch_size=2, schedule="times 0.1 every 50 epochs"))
+            options=dict(ssim=1.0), recipe=dict(lr=1e-3, weight_decay=1e-2, batch_size=2),
+            beyond="rate times 0.1 every 50 epochs; window of 8; a class term of weight 0.2 where there are labels")
 class Autoencoding(nn.Module):
     "Make the volume again from the encoder's coarsest map."
     def __init__(self,

@@ -140,10 +140,12 @@ def likeness(
 
 # %% ../../nbs/41_contrast.ipynb #965dd376
 @objectives("patch_contrast", title="label-guided patch contrast", family="contrast", source="ProViCNet, arXiv 2502.00366",
-            published=dict(a=0.05, anchor_class=2, anchor_share=62 / 64, clear_share=2 / 64, pairs=30,
-                           class_weights=(0.02, 0.04, 0.5, 0.5), projection=(2048, 2048, 256, 65536)))
+            labels=True, shows="neighbours", recipe=dict(epochs=30, batch_size=8, lr=1e-3),
+            options=dict(a=0.05, anchor_class=2, anchor_share=62 / 64, clear_share=2 / 64, pairs=30, class_weights=(0.02, 0.04, 0.5, 0.5), projection=(2048, 2048, 256, 65536)),
+            beyond="Adam, the encoder (DINOv2's) at a twentieth of the rate, which falls on a plateau; steps without cancer are skipped")
 class PatchContrast(nn.Module):
     "Segment, and contrast the tokens of lesion tiles with those of clear tiles near by."
+    hands_on = TileContrast # what takes the other options
     def __init__(self,
                  backbone: Backbone, # trained together with the head
                  a: float = 0.05, # weight of the contrast, 0 to 1

@@ -70,7 +70,8 @@ def schedulers(
 
 # %% ../../nbs/43_diffusion.ipynb #5ad77a65
 @objectives("diffusion", title="diffusion denoising", family="diffusion", source="DDPM, Ho et al. 2020; sulcus study, arXiv 2405.19204",
-            published=dict(steps=1000, betas=(0.005, 0.02), prediction="sample", lr=1e-3, weight_decay=1e-4, loss="SSIM, conditioned on the clean image"))
+            options=dict(prediction="sample", steps=1000, betas=(0.005, 0.02)), recipe=dict(lr=1e-3, weight_decay=1e-4, batch_size=2, precision="fp16"),
+            beyond="SSIM with the clean volume as the loss, and the clean volume shown to the network as well, so that its answer is known; Ho et al. predict epsilon from the noisy volume alone, as here")
 class Diffusion(nn.Module):
     "Denoise volumes at random steps."
     def __init__(self,

@@ -86,7 +86,8 @@ class Teacher(nn.Module):
 
 # %% ../../nbs/416_distillation.ipynb #9448183c
 @objectives("self_distillation", title="self-distillation of views", family="contrast", source="DINO, Caron et al. 2021",
-            published=dict(momentum=0.996, centre_momentum=0.9, temperatures=(0.04, 0.1), local=8, head=(2048, 2048, 256, 65536)))
+            options=dict(momentum=0.996, centre_momentum=0.9, temperatures=(0.04, 0.1), local=8, head=(2048, 2048, 256, 65536)), recipe=dict(epochs=100, lr=5e-4, weight_decay=0.04, warmup=0.1),
+            beyond="the rate is per 256 cases; over training the momentum rises to 1 and the weight decay to 0.4", shows="neighbours")
 class SelfDistillation(nn.Module):
     "A student that predicts its own moving average."
     whole_batches = True # the centre is a mean over the batch

@@ -121,7 +121,8 @@ class Masked(nn.Module):
 # %% ../../nbs/40_reconstruction.ipynb #1e62377f
 @objectives("masked_reconstruction", title="masked reconstruction", family="reconstruction",
             source="FCMAE, Woo et al. 2023, as in ProFound, arXiv 2603.03961",
-            published=dict(mask_ratio=0.6, width=512, kernel=7, epochs=800, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95)))
+            options=dict(mask_ratio=0.6, width=512, kernel=7), recipe=dict(epochs=800, batch_size=16, lr=1e-3, weight_decay=0.05, warmup=0.05),
+            beyond="volumes of 64x224x224, hidden by blocks of 16x16x16; the rate is not scaled by the batch; gradients are not clipped")
 class MaskedReconstruction(Masked):
     "Predict the voxels of hidden patches from the encoder's map of the kept ones."
     def __init__(self,

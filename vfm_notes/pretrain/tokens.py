@@ -77,7 +77,8 @@ def reader(
 
 # %% ../../nbs/405_tokens.ipynb #923ff42d
 @objectives("masked_tokens", title="masked autoencoding of tokens", family="reconstruction", source="MAE, He et al. 2022, as in ProFound-ViT, arXiv 2603.03961",
-            published=dict(mask_ratio=0.75, width=384, depth=8, heads=16))
+            options=dict(mask_ratio=0.75, width=384, depth=8, heads=16), recipe=dict(epochs=800, lr=1.5e-4, weight_decay=0.05, warmup=0.05),
+            beyond="options are ProFound-ViT's, the recipe is that of He et al., whose rate is per 256 cases of a batch of 4096")
 class MaskedTokens(Masked):
     "Encode the visible tokens only, and predict the voxels of the hidden patches."
     def __init__(self,
