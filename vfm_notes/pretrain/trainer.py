@@ -6,8 +6,9 @@
 __all__ = ['Recipe', 'rate', 'parameter_groups', 'parts', 'out_of_memory', 'Diverged', 'Step', 'Trainer', 'gradients', 'smaller',
            'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'train', 'guarded']
 
-# %% ../../nbs/44_trainer.ipynb #1659ea55
+# %% ../../nbs/44_trainer.ipynb #b9a9a858
 import copy
+import json
 import math
 import os
 import time
@@ -254,9 +255,26 @@ class Keeper:
     stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
     last: float = field(default_factory=time.monotonic)
     hurried: bool = False  # is there a checkpoint since it was asked to stop?
+    told: float = -math.inf  # when the curves were written
 
     @property
     def good(self) -> Path: return self.path.with_suffix(".last_good.safetensors")
+    @property
+    def curves(self) -> Path: return self.path.with_suffix(".curves.json")  # so far, for those who look on (report.live)
+
+    def tell(self, epochs: int, rows: list) -> None:  # rows: epoch, seconds, name, value
+        "Write the curves so far, at most once a second; a full disk ends no training."
+        if not self.path or time.monotonic() - self.told < 1.0: return
+        self.told, part = time.monotonic(), self.path.with_suffix(".curves.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({"epochs": epochs, "time": time.time(), "rows": rows}))
+            os.replace(part, self.curves)
+        except OSError: part.unlink(missing_ok=True)
+
+    def hush(self) -> None:
+        "The training has ended: its record will hold the curves."
+        if self.path: self.curves.unlink(missing_ok=True)
 
 def keeper(study: str, spec, minutes: float = 10.0) -> Keeper:  # spec: of the run; minutes: between two checkpoints
     "The keeper of a run of a study; in a batch it listens to SIGTERM."
@@ -291,6 +309,8 @@ def train(
         epoch, logs = trainer.epoch, guarded(trainer, between, keeper)
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]
         if keeper.path and keeper.stop(): save()
+        keeper.tell(trainer.recipe.epochs, rows)
+    keeper.hush()
     return rows
 
 def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> dict[str, float]:  # losses
