@@ -18,7 +18,7 @@ from ..foundation.registry import VfmError, nearest
 # %% ../../nbs/98_data_commands.ipynb #1c97f655
 data_app = typer.Typer(help="Cohorts: list, import, describe, check.", no_args_is_help=True, rich_markup_mode=None)
 
-Named = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A registered cohort, or a folder with a manifest: its path, or its name under VFM_DATA.")]
+Named = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A registered cohort, a folder with a manifest (its path, or its name under VFM_DATA), or LAYOUT:FOLDER.")]
 
 # %% ../../nbs/98_data_commands.ipynb #2d46334e
 @data_app.command("list")
@@ -92,11 +92,10 @@ def study_cohort(name: str):  # → Cohort
 
 def manifest_here(name: str):  # → Manifest, or None for a registered cohort
     "The manifest of a cohort on disk; an unknown name is an error."
-    from vfm_notes.data.load import cohort_maker, manifest_folder
-    from vfm_notes.data.manifest import read_manifest
+    from vfm_notes.data.load import cohort_maker, manifest_of
     from vfm_notes.foundation.registry import cohorts
     cohort_maker(name)
-    return None if name in cohorts else read_manifest(manifest_folder(name))
+    return None if name in cohorts else manifest_of(name)
 
 # %% ../../nbs/98_data_commands.ipynb #4b22e1be
 @data_app.command("describe")

@@ -52,8 +52,9 @@ def unavailable(
 ) -> str:  # the reason, "" when it seems to be here
     "Why a cohort cannot be used here, found without loading it."
     import vfm_notes.data.datasets  # registers the real ones; no torch
-    if cohort not in cohorts: return ""  # a wrong name is told when all names are checked
-    try: cohorts.card(cohort).get("fingerprint", str)()
+    from vfm_notes.data.load import layout_folder
+    if cohort not in cohorts and ":" not in cohort: return ""  # a wrong name is told when all names are checked
+    try: layout_folder(cohort) if ":" in cohort else cohorts.card(cohort).get("fingerprint", str)()
     except VfmError as error: return str(error)
     return ""
 
