@@ -276,12 +276,13 @@ class Keeper:
         "The training has ended: its record will hold the curves."
         if self.path: self.curves.unlink(missing_ok=True)
 
+# %% ../../nbs/44_trainer.ipynb #56d9d4f0
 def keeper(study: str, spec, minutes: float = 10.0) -> Keeper:  # spec: of the run; minutes: between two checkpoints
     "The keeper of a run of a study; in a batch it listens to SIGTERM."
     if os.environ.get("VFM_JOB"): listen()
     return Keeper(checkpoint_file(study, run_id(spec)), run_id(spec), minutes, stop=lambda: bool(asked()))
 
-# %% ../../nbs/44_trainer.ipynb #3e806aa5
+# %% ../../nbs/44_trainer.ipynb #9ff2ae19
 def train(
     trainer: Trainer,
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
@@ -313,6 +314,7 @@ def train(
     keeper.hush()
     return rows
 
+# %% ../../nbs/44_trainer.ipynb #250d849b
 def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> dict[str, float]:  # losses
     "An epoch; the last good weights are written when it ends in no number."
     try: return trainer.run_epoch(between)
