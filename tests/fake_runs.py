@@ -52,6 +52,10 @@ def known(spec):
     return rows
 
 
+def cost(seconds, mib):
+    return {"seconds": seconds, "memory_mib": {"host": mib, "device": None}, "parameters": {"trainable": 450_000, "total": 450_000}, "gpu_hours": 0.0, "flops_per_case": 3.2e8, "flops_counted": "invented", "energy_j": None}
+
+
 def transfer(study, spec, rng):
     "One fine-tuning with invented values."
     better = 0.03 + 0.02 * spec.backbone.startswith("profound") * (spec.task != "classification")
@@ -66,14 +70,14 @@ def transfer(study, spec, rng):
     primary = PRIMARY[spec.task]
     record = new_record(spec, study.name, metrics=metrics, primary=primary, directions={m: -1 if m == "hd95" else 1 for m in metrics},
                         units={m: METRICS[m][1] for m in metrics}, controls={m: METRICS[m][2] for m in metrics}, d2p=d2p, d2p_moments=moments, scores=known(spec) if share else [],
-                        seconds={"total": 24.0 + rng.normal(0, 1), "training": 20.0, "waiting": 0.2, "evaluation": 3.0}, peak_memory_mib=400.0 + 150 * spec.backbone.startswith("provicnet"),
-                        parameters={"trainable": 450_000, "total": 450_000}, n={"train": spec.n_train, "val": 12, "test": 48}, licences=["synthetic"])
+                        cost=cost({"total": 24.0 + rng.normal(0, 1), "training": 20.0, "waiting": 0.2, "evaluation": 3.0, "per_epoch": [20.0 / spec.epochs] * spec.epochs}, 400.0 + 150 * spec.backbone.startswith("provicnet")),
+                        n={"train": spec.n_train, "val": 12, "test": 48}, licences=["synthetic"])
     write_record(run_folder(study.name, run_id(spec)), record, curves(spec, metrics[primary], primary, distance, rng), cases(spec.task, metrics, 48, rng))
 
 
 def pretrain(study, spec, rng):
     rows = [{"epoch": e, "seconds": 3.0 * e, "name": "loss", "value": float(np.exp(-e / 5) + 0.2)} for e in range(1, spec.epochs + 1)]
-    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, seconds={"total": 40.0, "training": 36.0, "waiting": 0.3}, peak_memory_mib=380.0, parameters={"trainable": 450_000, "total": 450_000}), rows)
+    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, cost=cost({"total": 40.0, "training": 36.0, "waiting": 0.3}, 380.0)), rows)
 
 
 def external(study, spec, rng):

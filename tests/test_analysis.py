@@ -33,7 +33,7 @@ def write(study, spec, metric, values, direction=1, curves=None, d2p=0.1):
     record = new_record(spec, study, metrics={metric: float(np.nanmean(values))}, primary=metric, directions={metric: direction}, units={metric: ""},
                         controls={metric: 0.3}, d2p=[{"layer": "stem", "mmd2": d2p / 2, "mmd2_independent": d2p / 2, "p_value": 0.01, "n": 24, "bandwidth": 1.0, "seed": 9},
                                                      {"layer": "embed", "mmd2": d2p, "mmd2_independent": d2p, "p_value": 0.01, "n": 24, "bandwidth": 1.0, "seed": 9}],
-                        seconds={"total": 12.0, "training": 10.0}, peak_memory_mib=100.0, parameters={"trainable": 10, "total": 20})
+                        cost={"seconds": {"total": 12.0, "training": 10.0}, "memory_mib": {"host": 100.0}, "parameters": {"trainable": 10, "total": 20}})
     write_record(run_folder(study, run_id(spec)), record, curves=curves or curve(metric, 0.1 * EPOCHS, d2p), cases=cases)
 
 

@@ -74,7 +74,7 @@ def test_scores_come_from_training_and_validation_cases(outcome, state):
     found = {(r["score"], r["layer"]): r for r in outcome.summary["scores"]}
     assert {s for s, _ in found} == set(scores) and {r["n"] for r in found.values()} == {16}
     for k, r in found.items(): assert r["value"] == pytest.approx(expected[k], rel=1e-4, abs=1e-5, nan_ok=True) and (np.isfinite(r["value"]) or r["reason"])
-    assert outcome.summary["seconds"]["scores"] > 0
+    assert outcome.summary["cost"]["seconds"]["scores"] > 0
 
 
 def test_scores_are_computed_once_for_a_cell(state, monkeypatch):

@@ -20,8 +20,8 @@ from vfm_notes.runs.record import (attempt, failed_record, missing, new_record, 
                                    write_record)
 
 SPEC = RunSpec(size=(4, 8, 8))
-KEYS = {"schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p", "d2p_moments", "scores", "seconds", "peak_memory_mib", "parameters", "n", "normalisation",
-        "device", "threads", "versions", "commit", "cohort_hash", "weights_hash", "licences", "excluded", "notes", "notebook", "template_hash", "created", "error"}
+KEYS = {"schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p", "d2p_moments", "scores", "cost", "n", "normalisation",
+        "device", "threads", "versions", "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes", "notebook", "template_hash", "created", "error"}
 
 
 def write(spec=SPEC, study="s", **values):

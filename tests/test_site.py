@@ -98,7 +98,7 @@ def test_a_change_touches_only_what_depends_on_it(project):
     assert build_site(project["study"], "smalldocs", silent).made == (f"run-{job.name}",)
     spec = next(s for j in plan(study) for s in j.specs if not run_folder(study.name, run_id(s)).exists())
     owner = next(j.name for j in plan(study) if spec in j.specs)
-    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, metrics={"psnr": 27.0}, primary="psnr", directions={"psnr": 1}, units={"psnr": "dB"}, seconds={"training": 1.0}))
+    write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, metrics={"psnr": 27.0}, primary="psnr", directions={"psnr": 1}, units={"psnr": "dB"}, cost={"seconds": {"training": 1.0}}))
     made = build_site(project["study"], "smalldocs", silent)
     assert set(made.made) == {*OWN, f"run-{owner}"} - {"phantom", "methods", "log"} and made.problems == ()
 

@@ -43,7 +43,7 @@ def test_every_run_of_the_study_has_its_record(done):
     assert wanted <= set(found) and len(found) == len(wanted) + 2
     for r in found.values():
         assert r["status"] == "done" and r["versions"] and r["cohort_hash"] and r["licences"] and r["notebook"] and r["template_hash"]
-        assert r["parameters"]["trainable"] > 0 and r["seconds"]["total"] > 0
+        assert r["cost"]["parameters"]["trainable"] > 0 and r["cost"]["seconds"]["total"] > 0
         if r["kind"] == "transfer":
             assert set(r["metrics"]) == set(r["controls"]) and r["n"] == {"train": 8, "val": 4, "test": 8}
             assert bool(r["weights_hash"]) == (r["spec"]["strategy"] == "full") == bool(r["spec"]["parent"])

@@ -51,7 +51,7 @@ def work(spec):
     if flags.exists():
         with open(flags/"log", "a") as f: f.write(run_id(spec) + "\\n")
     values = rng.normal(size=20)
-    record = new_record(spec, study, metrics={"dice": float(values.mean())}, primary="dice", directions={"dice": 1}, seconds={"total": 0.01, "training": 0.01})
+    record = new_record(spec, study, metrics={"dice": float(values.mean())}, primary="dice", directions={"dice": 1}, cost={"seconds": {"total": 0.01, "training": 0.01}})
     write_record(run_folder(study, run_id(spec)), record, curves=[{"epoch": i, "seconds": 0.1 * i, "name": "loss", "value": v} for i, v in enumerate(values)],
                  cases=[{"case": f"c{i}", "patient": f"p{i}", "metric": "dice", "value": v} for i, v in enumerate(values)], weights={"w": values})
 

@@ -42,7 +42,7 @@ def timed(f, torch, cuda):
 def one(name, size, threads):
     "Measure one backbone at one size; a JSON line after each step, so that what was done before a limit is not lost."
     import torch
-    from vfm_notes.foundation.origin import PeakMemory
+    from vfm_notes.foundation.meter import PeakMemory
     from vfm_notes.foundation.registry import backbones
     from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
     torch.set_num_threads(threads)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['pretraining_batches', 'PretrainResult', 'prepare', 'first_look', 'pretrain']
 
-# %% ../../nbs/45_loop.ipynb #14038710
-import resource
+# %% ../../nbs/45_loop.ipynb #0f696364
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from ..backbones.protocol import Backbone, build
 from ..data.augment import augment
 from ..data.loader import Loader
+from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.registry import VfmError, objectives
 from ..foundation.spec import PretrainSpec
+from ..nets.flops import forward_flops
 from .trainer import Keeper, Recipe, Trainer, train
 
 # %% ../../nbs/45_loop.ipynb #e735342c
@@ -37,9 +38,7 @@ class PretrainResult:
     "What a pretraining leaves behind."
     backbone: Backbone # trained
     curves: pd.DataFrame # epoch, seconds, name, value; epoch 0 is before training
-    seconds: float # time spent in training steps
-    waiting: float # seconds of these in which a step waited for its batch
-    peak_memory_mib: float # of the process
+    cost: dict # seconds, memory, parameters …, see foundation.meter
     pictures: dict[str, np.ndarray] = field(default_factory=dict) # name → (d, h, w), from the objective
     notes: list[str] = field(default_factory=list) # what happened on the way, e.g. memory that ran out
 
@@ -81,16 +80,22 @@ def pretrain(
     keeper: Keeper = Keeper(), # where checkpoints go
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
+    meter = Meter()
     backbone, objective = prepare(spec, volumes, in_channels)
     loader = pretraining_batches(volumes, labels, spec)
     trainer = Trainer(objective, lambda module, batch: module.loss(batch), loader, Recipe.of(spec, betas=(0.9, 0.95)))
     sample = {"volumes": volumes[:spec.batch_size]} | ({} if labels is None else {"labels": labels[:spec.batch_size]})
     def look(epoch: int, logs: dict) -> dict:
+        meter.lap()
         progress(epoch, spec.epochs, logs | {"seconds": trainer.seconds, "left": trainer.seconds / epoch * (spec.epochs - epoch)})
         return {}
-    rows = train(trainer, look, [(0, 0., k, v) for k, v in first_look(objective, sample).items()], keeper)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = {}
+    flops = forward_flops(lambda: start.update(first_look(objective, sample)), len(sample["volumes"]))
+    rows = train(trainer, look, [(0, 0., k, v) for k, v in start.items()], keeper, carried=meter.carried)
     if trainer.average: objective.load_state_dict(trainer.average.module.state_dict())
     objective.eval()
     with torch.random.fork_rng(), torch.no_grad(): pictures = objective.pictures(sample)
-    return PretrainResult(backbone, pd.DataFrame(rows, columns=["epoch", "seconds", "name", "value"]), trainer.seconds, loader.waited, memory, pictures, trainer.notes)
+    curves = pd.DataFrame(rows, columns=["epoch", "seconds", "name", "value"])
+    count = {"trainable": sum(p.numel() for p in objective.parameters() if p.requires_grad), "total": sum(p.numel() for p in objective.parameters())}
+    cost = meter.cost(trainer.seconds, loader.waited, epoch_seconds(curves.epoch, curves.seconds), count, flops)
+    return PretrainResult(backbone, curves, cost, pictures, trainer.notes)

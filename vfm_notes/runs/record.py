@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'EMPTY', 'ANSI', 'OTHER', 'new_record', 'failed_record', 'plain', 'fsync', 'write_files', 'DiskFull',
-           'needing_space', 'write_record', 'hidden', 'replace_folder', 'older_cost', 'say', 'look', 'set_aside',
-           'read_record', 'no_collecting', 'read_records', 'read_table', 'read_arrays', 'valid', 'stored', 'missing',
+           'needing_space', 'write_record', 'hidden', 'replace_folder', 'say', 'look', 'set_aside', 'read_record',
+           'no_collecting', 'read_records', 'read_table', 'read_arrays', 'valid', 'stored', 'missing',
            'report_progress', 'attempt', 'lock_file', 'progress_file', 'job_lock', 'running_since', 'lives', 'sweep']
 
 # %% ../../nbs/70_record.ipynb #8fb56df0
@@ -29,6 +29,7 @@ from pathlib import Path
 
 # %% ../../nbs/70_record.ipynb #0acfe8d7
 from ..foundation.leave import Stopped
+from ..foundation.meter import older_cost
 from ..foundation.origin import provenance
 from ..foundation.places import run_folder, study_root
 from ..foundation.registry import VfmError, nearest
@@ -37,7 +38,7 @@ from ..foundation.spec import Spec, canonical, run_id
 # %% ../../nbs/70_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY = {"metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [], "scores": [], "cost": {},
-         "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
+         "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
 
 def new_record(
     spec: Spec,
@@ -160,13 +161,7 @@ def replace_folder(
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/70_record.ipynb #78c40d81
-def older_cost(record: dict) -> dict:  # record: without the field cost
-    "The cost of a record of an older form."
-    where = "device" if str(record.get("device", "")).startswith("cuda") else "host"
-    return {"seconds": record.get("seconds") or {}, "memory_mib": {where: record.get("peak_memory_mib")}, "parameters": record.get("parameters") or {}}
-
-# %% ../../nbs/70_record.ipynb #141934ca
+# %% ../../nbs/70_record.ipynb #ceda6700
 def say(text: str) -> None:
     "Tell the user something that needs no answer."
     print(text, file=sys.stderr, flush=True)
@@ -191,7 +186,7 @@ def look(
         if size != written["bytes"]: return None, f"{name} has {size} bytes instead of {written['bytes']}"
     return record, ""
 
-# %% ../../nbs/70_record.ipynb #f48ecf7e
+# %% ../../nbs/70_record.ipynb #6337763a
 def set_aside(folder: Path, why: str) -> None:
     "Rename a folder that cannot be trusted, and say so."
     n = 1
@@ -211,7 +206,7 @@ def read_record(
     if why: set_aside(Path(folder), why)
     return record
 
-# %% ../../nbs/70_record.ipynb #e170956f
+# %% ../../nbs/70_record.ipynb #c6af3b84
 @contextmanager
 def no_collecting() -> Iterator[None]:
     "Ten thousand records are many objects and no garbage: looking for some takes as long as reading."
@@ -232,7 +227,7 @@ def read_records(
     wanted = [n for n in names if n not in OTHER and not n.startswith(".") and ".corrupt-" not in n]
     with no_collecting(): return [r for n in wanted if (r := read_record(f"{root}/{n}"))]
 
-# %% ../../nbs/70_record.ipynb #cde8eaeb
+# %% ../../nbs/70_record.ipynb #d29b81ff
 def read_table(
     study: str,
     id: str,  # run id
@@ -253,7 +248,7 @@ def read_arrays(
     path = run_folder(study, id)/f"{name}.safetensors"
     return load_file(path) if path.exists() else None
 
-# %% ../../nbs/70_record.ipynb #8cf3310f
+# %% ../../nbs/70_record.ipynb #aa739c92
 def valid(record: dict | None, spec: Spec) -> bool:
     "Is this the finished record of exactly this spec?"
     return bool(record) and record["status"] == "done" and record["id"] == run_id(spec) and record["spec"] == json.loads(canonical(spec))
@@ -272,7 +267,7 @@ def missing(
     records = [(s, read_record(run_folder(study, run_id(s)))) for s in specs]
     return [s for s, r in records if r is None or (not valid(r, s) and (failed or r["status"] != "failed"))]
 
-# %% ../../nbs/70_record.ipynb #d9fbd301
+# %% ../../nbs/70_record.ipynb #7410c5b1
 _last = {"time": 0.0, "run": ""}
 
 def report_progress(
@@ -293,7 +288,7 @@ def report_progress(
         os.replace(part, target)
     except OSError: part.unlink(missing_ok=True)  # a full disk ends no training; it is told when something has to be kept
 
-# %% ../../nbs/70_record.ipynb #c28f9331
+# %% ../../nbs/70_record.ipynb #3ab91753
 @contextmanager
 def attempt(
     study: str,
@@ -310,7 +305,7 @@ def attempt(
         write_record(run_folder(study, run_id(spec)), failed_record(spec, study, error))
     finally: _last["run"] = ""
 
-# %% ../../nbs/70_record.ipynb #e1de309a
+# %% ../../nbs/70_record.ipynb #bfe5c730
 def lock_file(study: str, job: str) -> Path: return study_root(study)/"locks"/f"{job}.lock"
 def progress_file(study: str, job: str) -> Path: return study_root(study)/"progress"/f"{job}.json"
 
@@ -340,7 +335,7 @@ def running_since(
         except BlockingIOError: return os.fstat(f.fileno()).st_mtime
     return None
 
-# %% ../../nbs/70_record.ipynb #37b1275a
+# %% ../../nbs/70_record.ipynb #496977f6
 def lives(pid: int) -> bool:  # pid: process number
     "Does a process run (and is not just waiting to be buried)?"
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"

@@ -62,7 +62,7 @@ def durations(
     looks: Iterable[Look],
 ) -> dict[tuple, list[float]]:  # key of `closeness` → seconds per run
     "What runs took, or seem to take."
-    found = [(s, records[i]["seconds"].get("total")) for j in jobs for i, s in zip(j.runs, j.specs) if i in records]
+    found = [(s, records[i]["cost"].get("seconds", {}).get("total")) for j in jobs for i, s in zip(j.runs, j.specs) if i in records]
     found += [(k.job.specs[0], k.whole / len(k.job.specs)) for k in looks if k.whole]
     known = {}
     for spec, seconds in found:

@@ -26,10 +26,11 @@ from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
 from ..backbones.weights import normalisation, provenance, weights
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import cohort_moments, normalise
-from ..foundation.origin import PeakMemory
+from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec, canonical
 from ..nets.decoder import Network
+from ..nets.flops import forward_flops
 from ..pretrain.trainer import Keeper
 from ..shift.features import collect, distance, distance_to_pretraining
 from ..shift.transferability import transferability
@@ -109,12 +110,13 @@ def tuned_model(
 # %% ../../nbs/66_transfer.ipynb #d204fb5e
 class Watch:
     "Scores validation cases and measures the distance to pretraining after every epoch."
-    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int], None] = lambda epoch: None, answer: Callable[[str], Tensor] | None = None):
-        self.model, self.task, self.data, self.progress, self.seconds = model, task, data, progress, 0.0
+    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int], None] = lambda epoch: None, answer: Callable[[str], Tensor] | None = None, meter: Meter | None = None):
+        self.model, self.task, self.data, self.progress, self.seconds, self.meter = model, task, data, progress, 0.0, meter or Meter()
         self.answer = answer or (lambda split: predict(model, data[split].inputs))  # outputs for all cases of a split
         self.frozen = not any(p.requires_grad for p in model.backbone.parameters())
         self.before = self.after = None
-        self.carried = {"moments": {}, "best": -math.inf}  # what a checkpoint keeps
+        self.carried = self.meter.carried  # what a checkpoint keeps
+        self.carried |= {"moments": {}, "best": -math.inf}
 
     def look(self) -> dict[str, Tensor]:
         "Features of the test cases; a frozen encoder is asked once."
@@ -136,6 +138,7 @@ class Watch:
         if epoch and (good := score * METRICS[self.task.primary].direction) > self.carried["best"]:
             self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
         self.seconds += time.perf_counter() - start
+        self.meter.lap(evaluation=self.seconds)
         self.progress(epoch)
         return {f"val_{self.task.primary}": score} | moved
 
@@ -191,7 +194,7 @@ def state_hash(
     for k in sorted(state): h.update(f"{k}{tuple(state[k].shape)}".encode() + state[k].contiguous().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../../nbs/66_transfer.ipynb #0b0fce20
+# %% ../../nbs/66_transfer.ipynb #baa5f347
 @torch.no_grad()
 def settle(
     backbone: Backbone,  # with random weights; its running statistics are changed in place
@@ -207,6 +210,7 @@ def settle(
     for m, momentum in zip(norms, momenta): m.eval().momentum = momentum
     return len(norms)
 
+# %% ../../nbs/66_transfer.ipynb #07153345
 _rows = {}  # the last answer
 
 def frozen_data(
@@ -214,6 +218,7 @@ def frozen_data(
     model: Network,  # after its strategy
     data: dict[str, TaskData],
     weights_hash: str,
+    meter: Meter | None = None,  # told what an earlier run computed for this one
 ) -> tuple[Cached, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
     "The features that a head on a frozen encoder is trained on."
     key = cell(spec, weights_hash), weights_hash or spec.seed, strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
@@ -223,10 +228,11 @@ def frozen_data(
         if not weights_hash: settle(model.backbone, data["train"].inputs[:, :model.backbone.in_channels])
         head, rows = cached(model.to("cuda" if torch.cuda.is_available() else "cpu"), data)
         _rows[key] = head.shapes, rows, time.perf_counter() - start
+    elif meter: meter.count(_rows[key][2])
     shapes, rows, seconds = _rows[key]
     return Cached(model.head, shapes), rows, seconds
 
-# %% ../../nbs/66_transfer.ipynb #098a295b
+# %% ../../nbs/66_transfer.ipynb #f7803d25
 def weights_files(
     spec: RunSpec,
     model: Network,
@@ -244,7 +250,7 @@ def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dic
             "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
             "n": {k: len(v) for k, v in data.items()}}
 
-# %% ../../nbs/66_transfer.ipynb #7d16d12b
+# %% ../../nbs/66_transfer.ipynb #3c896fa2
 def remembered(model: Network, train: TaskData, watch: Watch) -> pd.DataFrame:
     "The curves of a strategy without steps: its training cases are remembered, and that is all."
     model.head.remember(train.inputs, train.target)
@@ -257,32 +263,30 @@ def transfer(
     keeper: Keeper = Keeper(),  # where checkpoints go
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
-    start = time.perf_counter()
+    cohort, meter = run_cohort(spec), Meter()
     task, data = run_data(spec)
     model = build_model(spec, task, len(task.card.sequences), state)
     weights_hash = state_hash(state)
-    looked = time.perf_counter()
-    scores = known_before(spec, model, data, weights_hash)
-    looked = time.perf_counter() - looked
+    with meter.aside() as looked: scores = known_before(spec, model, data, weights_hash)
     torch.manual_seed(spec.seed)  # for what a strategy adds
     tuning = apply_strategy(spec.strategy, model)
     if spec.checkpointing and not tuning.frozen: checkpoint_blocks(model.backbone)
-    with PeakMemory() as memory:
-        net, seen, encoded = frozen_data(spec, model, data, weights_hash) if tuning.frozen else (model, data, 0.0)
-        train = training_batches(seen["train"], spec, () if tuning.frozen else spec.augment or ("flip",))
-        watch = Watch(model, task, data, progress, lambda split: predict(net, seen[split].inputs))
-        if tuning.steps: curves, notes = fit(net, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early), keeper, watch.carried, tuning.groups(model, spec.lr, spec.weight_decay))
-        else: curves, notes = remembered(model, seen["train"], watch), []
-        if tuning.frozen: notes = ["the encoder is frozen: its features were computed once, so training cases were not augmented", *notes]
-        if spec.keep == "best": watch.after = watch.look()
-        tuning.finish(model)
-        cases = task.evaluate(watch.answer("test"), data["test"])
-        notes = [*notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
-    d2p = distance_to_pretraining(watch.before, watch.after, seed=spec.seed)
-    cohort, files = run_cohort(spec), weights_files(spec, model, state)
+    net, seen, encoded = frozen_data(spec, model, data, weights_hash, meter) if tuning.frozen else (model, data, 0.0)
+    train = training_batches(seen["train"], spec, () if tuning.frozen else spec.augment or ("flip",))
+    watch = Watch(model, task, data, progress, lambda split: predict(net, seen[split].inputs), meter)
+    if tuning.steps: curves, notes = fit(net, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early), keeper, watch.carried, tuning.groups(model, spec.lr, spec.weight_decay))
+    else: curves, notes = remembered(model, seen["train"], watch), []
+    if tuning.frozen: notes = ["the encoder is frozen: its features were computed once, so training cases were not augmented", *notes]
+    if spec.keep == "best": watch.after = watch.look()
+    tuning.finish(model)
+    cases = task.evaluate(watch.answer("test"), data["test"])
+    notes = [*notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
+    d2p, later = distance_to_pretraining(watch.before, watch.after, seed=spec.seed), moments(spec, watch)
+    files = weights_files(spec, model, state)
+    flops = forward_flops(lambda: predict(model, data["test"].inputs[:1]))
+    cost = meter.cost(float(curves.seconds.max()) + encoded, train.waited, epoch_seconds(curves.epoch, curves.seconds), tuning.parameters, flops, {"features": encoded, "scores": looked[0]}, evaluation=watch.seconds)
     summary = summarise(task, data, cases) | {
-        "d2p": d2p.to_dict("records"), "d2p_moments": moments(spec, watch), "scores": scores, "parameters": tuning.parameters, "peak_memory_mib": memory.mib,
-        "seconds": {"total": time.perf_counter() - start - looked, "training": float(curves.seconds.max()) + encoded, "features": encoded, "waiting": train.waited, "evaluation": watch.seconds, "scores": looked},
+        "d2p": d2p.to_dict("records"), "d2p_moments": later, "scores": scores, "cost": cost,
         "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": [cohort.card.licence, *(f["licence"] for f in files)]}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
     return Outcome(summary, curves, cases, features, {k: v.cpu().numpy() for k, v in model.state_dict().items()})
