@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Spec', 'LATER', 'TUPLES', 'SPLITS', 'PretrainSpec', 'RunSpec', 'ExternalSpec', 'canonical', 'run_id', 'from_values',
-           'Budget', 'StudySpec', 'check_study', 'cohort_beside', 'load_study', 'pretrain_specs', 'run_specs',
-           'external_specs']
+           'Budget', 'StudySpec', 'check_study', 'cohort_beside', 'load_study', 'study_from', 'pretrain_specs',
+           'run_specs', 'external_specs']
 
 # %% ../../nbs/03_spec.ipynb #d9c38cb1
 import hashlib
@@ -228,10 +228,18 @@ def load_study(
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e:
         raise VfmError(f"{path}: not valid YAML ({str(e).splitlines()[0]}); correct the file.") from None
+    return study_from(values, path)
+
+def study_from(
+    values: dict,  # the content of a study file
+    path: Path,  # the file; messages name it and folders of cohorts are looked for beside it
+) -> StudySpec:
+    "A study from its values, strictly."
     if not isinstance(values, dict): raise VfmError(f"{path}: expected a mapping of study fields, found {type(values).__name__}.")
+    values = dict(values)
     if "budget" in values: values["budget"] = from_values(Budget, values["budget"], f"{path}, budget")
     if "cohort" in values: values["cohort"] = cohort_beside(path, values["cohort"])
-    if isinstance(values.get("external"), dict) and "cohort" in values["external"]: values["external"]["cohort"] = cohort_beside(path, values["external"]["cohort"])
+    if isinstance(values.get("external"), dict) and "cohort" in values["external"]: values["external"] = values["external"] | {"cohort": cohort_beside(path, values["external"]["cohort"])}
     values["tasks"] = {k: v or {} for k, v in (values.get("tasks") or {}).items()}
     study = from_values(StudySpec, values, str(path))
     pretrain_specs(study)
