@@ -131,5 +131,8 @@ def test_without_slurm_it_says_so(tmp_path):
     study = Toy(tmp_path)
     done = study.run("--executor", "slurm", PATH="/nonexistent")
     assert done.returncode == 2 and "no sbatch on PATH" in done.stderr and "--executor local" in done.stderr
-    done = study.run("--profile", "x.yaml")
-    assert done.returncode == 2 and "--executor slurm" in done.stderr
+    done = study.run("--executor", "slurm", "--gpus", "0", PATH="/nonexistent")
+    assert done.returncode == 2 and "gpus under slurm:" in done.stderr
+    (tmp_path/"cluster.yaml").write_text("partition: gpu\n")
+    done = study.run("--profile", str(tmp_path/"cluster.yaml"))
+    assert done.returncode == 2 and "for the executor 'local': unknown key 'partition'" in done.stderr

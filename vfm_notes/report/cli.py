@@ -50,12 +50,17 @@ def run(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: Annotated[Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")] = None,
     engine: Annotated[str, typer.Option(help="How notebooks start: forked (fast) or plain.")] = "forked",
-    profile: Annotated[Path | None, typer.Option(help="With --executor slurm: a YAML file with what each job asks for (partition, time, memory, gpus ...); it wins over `slurm:` of the study.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="A YAML file with what each job asks for, of this machine (gpu_memory, processes ...) or of a cluster (partition, time, memory, gpus ...); it wins over `local:` or `slurm:` of the study.")] = None,
+    gpus: Annotated[str, typer.Option(help="GPUs of this machine that may be used, e.g. 0,1, or none; default: all that are free to this process.")] = "",
 ) -> None:
     "Compute what the study has not got yet."
+    import os
+
     from vfm_notes.runs.batch import run_study
     from vfm_notes.runs.grid import seed_choice
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
+    if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
+    if gpus: os.environ["VFM_GPUS"] = gpus
     if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
@@ -187,7 +192,7 @@ def table(
     known, ids = read_records(spec.name), {id for j in plan(spec) for id in j.runs}
     records = [r for r in known if r["id"] in ids]
     if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
-    with no_collecting(): runs, metrics = runs_table(records), metrics_table(records)
+    with no_collecting(): runs, metrics = runs_table(records), metrics_table(records) if output else None
     if not output: return print(runs[SHOWN].to_string(index=False) if records else "No records yet.")
     wide = metrics.pivot(index="id", columns="metric", values="value").reset_index()
     writers[output.suffix](runs.merge(wide, on="id", how="left"), output)
@@ -260,12 +265,14 @@ def doctor() -> None:
     import psutil
     from vfm_notes.foundation.origin import cpu_name, git_commit, versions
     from vfm_notes.foundation.places import runs_root
+    from vfm_notes.runs.devices import found_devices
     from vfm_notes.runs.executors import cores
     from vfm_notes.runs.forkserver import can_fork
     folder = next(p for p in (runs_root(), *runs_root().parents) if p.exists())
     lines = {"versions": ", ".join(f"{k} {v}" for k, v in versions().items()), "commit": git_commit() or "not in git", "processor": f"{cpu_name()}, {cores()} cores",
              "memory": f"{psutil.virtual_memory().available / 2**30:.1f} of {psutil.virtual_memory().total / 2**30:.1f} GiB free",
-             "disk": f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free for {runs_root()}", "fast starts": can_fork() or "yes"}
-    lines |= {p: shutil.which(p) or f"not on PATH{why}" for p, why in (("quarto", " (the site is made by smalldocs)"), ("chromium", " (only the browser tests need it)"), ("nvidia-smi", ""), ("sbatch", ""))}
+             "disk": f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free for {runs_root()}", "fast starts": can_fork() or "yes",
+             "GPUs": ", ".join(f"{d.index} ({d.memory:.0f} GiB free)" for d in found_devices()) or "none found"}
+    lines |= {p: shutil.which(p) or f"not on PATH{why}" for p, why in (("quarto", " (the site is made by smalldocs)"), ("chromium", " (only the browser tests need it)"), ("sbatch", ""))}
     lines |= {v: os.environ.get(v, "not set") for v in ("VFM_DATA", "VFM_WEIGHTS", "VFM_RUNS")}
     for key, value in lines.items(): print(f"{key:12} {value}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['blame', 'forget_failures', 'note_end', 'end_of', 'complete', 'run_job', 'preflight', 'check_disk', 'check_there',
            'check_first', 'Summary', 'summarise', 'stale_records', 'to_do', 'startable', 'Batch', 'start_ready',
-           'collect', 'outcome', 'loop', 'drop', 'leave', 'watch', 'maker', 'run_study']
+           'collect', 'outcome', 'loop', 'drop', 'leave', 'watch', 'on_gpus', 'maker', 'run_study']
 
 # %% ../../nbs/76_batch.ipynb #af082d63
 import json
@@ -303,16 +303,20 @@ def watch(self: Batch, show: Display) -> None:
 for method in (start_ready, collect, outcome, loop, drop, leave, watch): setattr(Batch, method.__name__, method)
 
 # %% ../../nbs/76_batch.ipynb #47c1a813
+def on_gpus(pool) -> str:  # pool: an executor
+    "What to say of its GPUs."
+    gpus = getattr(pool, "gpus", [])
+    return f" on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else ""
+
 def maker(
     executor: str,  # local or slurm
     study: StudySpec,
-    profile: Path | None = None,  # a file with what the cluster's jobs ask for
+    profile: Path | None = None,  # a file with what its jobs ask for
 ):  # makes the executor
     "An executor with what the study says about it."
     import vfm_notes.runs.slurm  # registers it
     make, read = executors[executor], executors.card(executor).get("settings")
-    if profile and not read: raise VfmError(f"--profile {profile} says what a cluster's jobs ask for; the executor '{executor}' has no use for it, add --executor slurm.")
-    return partial(make, settings=read(study.slurm, profile)) if read else make
+    return partial(make, settings=read(getattr(study, executor, {}), profile)) if read else make
 
 # %% ../../nbs/76_batch.ipynb #da64f770
 def run_study(
@@ -323,7 +327,7 @@ def run_study(
     retry_failed: bool = False,
     templates: Path | None = None,  # a folder with one's own templates
     engine: str | None = "forked",  # papermill engine; None: papermill's own
-    profile: Path | None = None,  # a file with what the cluster's jobs ask for
+    profile: Path | None = None,  # a file with what each job asks for, of this machine or of the cluster
     seeds: str | None = None,  # e.g. "0-4,7"
     part: str | None = None,  # "i/n": every n-th notebook, beginning with the i-th
     max_hours: float | None = None,  # no notebook is started after this time
@@ -339,7 +343,7 @@ def run_study(
     os.environ["VFM_RUNS"] = str(runs_root())
     pool = maker(executor, study, profile)(jobs, fast=engine == "forked")
     try:
-        show.say(f"{study.name}: {len(todo)} of {len(plan_)} notebooks to run, {pool.jobs} at a time; importing libraries and preparing cohort '{Path(study.cohort).name}' ...")
+        show.say(f"{study.name}: {len(todo)} of {len(plan_)} notebooks to run, {pool.jobs} at a time{on_gpus(pool)}; importing libraries and preparing cohort '{Path(study.cohort).name}' ...")
         if not templates: check_first(pool, study)
         show.say("ready")
         sweep(study.name)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 # %% ../../nbs/74_executors.ipynb #03b2baca
 from ..foundation.registry import Registry, VfmError
+from .devices import LocalSettings, Slots, choose_devices, found_devices, local_settings
 from .forkserver import Forked, ForkServer, can_fork, die_with_parent, kill_group, python_path
 from .record import say
 
@@ -115,18 +116,22 @@ def thread_env(n: int) -> dict[str, str]:  # n: threads for each process
     return {k: str(n) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 # %% ../../nbs/74_executors.ipynb #d641a779
-@executors("local", title="processes on this machine")
+@executors("local", title="processes on this machine", settings=local_settings)
 class LocalExecutor:
     "Runs each call in a process of its own, a few at a time."
     def __init__(
         self,
-        jobs: int | None = None,  # processes at a time; None: one for each core
+        jobs: int | None = None,  # notebooks at a time; None: one for each place on a GPU, without GPUs one for each core
         fast: bool = True,  # fork from a pre-imported parent where possible
         modules: list[str] | None = None,  # what the parent imports; None: see forkserver.preload_list
         log: Path | None = None,  # messages of the fork server
+        settings: LocalSettings = LocalSettings(),
     ):
-        self.jobs = jobs or cores()
-        self.env = thread_env(max(1, cores() // self.jobs)) | {"PYTHONPATH": python_path()}
+        wanted = os.environ.get("VFM_GPUS") or str(settings.gpus)
+        self.gpus = choose_devices(wanted, found_devices())
+        self.slots = Slots(self.gpus, settings.gpu_memory, settings.processes) if self.gpus else None
+        self.jobs = jobs or max(1, min(self.slots.total() if self.slots else cores(), cores() // settings.processes))
+        self.env = thread_env(max(1, cores() // (self.jobs * settings.processes))) | {"PYTHONPATH": python_path(), "VFM_PROCESSES": str(settings.processes)} | ({"CUDA_VISIBLE_DEVICES": ""} if wanted == "none" else {})
         self.queue, self.active, self.count = [], [], 0
         self.server = None  # our own fork server
         self.address = (os.environ.get("VFM_FORKSERVER") or self._start_server(modules, log)) if fast else None
@@ -154,17 +159,19 @@ class LocalExecutor:
 # %% ../../nbs/74_executors.ipynb #f1e8c129
 def pump(self: LocalExecutor) -> None:
     "Start what is queued, as far as there are slots."
-    self.active = [f for f in self.active if f._answer is None and f.process.poll() is None]
-    while self.queue and len(self.active) < self.jobs:
+    for future in [f for f in self.active if f._answer is not None or f.process.poll() is not None]:
+        self.active.remove(future)
+        if self.slots: self.slots.give(future.gpus)
+    self.queue = [f for f in self.queue if f._answer is None]
+    while self.queue and len(self.active) < self.jobs and (gpus := self.slots.take() if self.slots else ()) is not None:
         future = self.queue.pop(0)
-        if future._answer is not None: continue
-        future.process = self.start(future)
+        future.gpus, future.process = gpus, self.start(future, gpus)
         self.active.append(future)
 
-def start(self: LocalExecutor, future: Future):  # → something like a Popen
+def start(self: LocalExecutor, future: Future, gpus: tuple[str, ...]):  # gpus: names of those it may see; → something like a Popen
     "Start the worker of a call."
     files = [str(future.call), str(future.call.with_suffix(".result"))]
-    env = os.environ | self.env | {"VFM_LOG": str(future.log or "")}
+    env = os.environ | self.env | {"VFM_LOG": str(future.log or ""), **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
     if self.address:
         try: return Forked(self.address, "vfm_notes.runs.executors:work", *files, env=env | {"VFM_FORKSERVER": self.address}, log=future.log)
         except (OSError, VfmError) as error:

@@ -192,6 +192,9 @@ def serve(
     for name in modules:
         try: importlib.import_module(name)
         except Exception as e: print(f"fork server: {name} is not imported before the fork ({type(e).__name__}: {e})", file=sys.stderr, flush=True)
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():  # a child could not use the GPU
+        print("fork server: something that is imported before the fork has begun to use CUDA, so nothing can be forked", file=sys.stderr, flush=True)
+        return server.stop()
     gc.collect(); gc.freeze()  # children that collect garbage need not touch (and so copy) the parent's objects
     print(f"fork server: ready after {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
     server.loop()

@@ -17,14 +17,14 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/745_slurm.ipynb #0acfe8d7
 from ..foundation.leave import asked
 from ..foundation.places import study_root
 from ..foundation.registry import VfmError
-from ..foundation.spec import from_values
+from .devices import read_settings
 from .executors import Cancelled, Died, Future, answer_of, encode, executors, leave_answer, thread_env
 from .forkserver import python_path
 from .record import say
@@ -36,8 +36,9 @@ class SlurmSettings:
     partition: str = ""  # "" is the cluster's default
     time: int = 240  # minutes
     memory: str = "16GB"
-    cpus: int = 4  # cores, also the number of threads
+    cpus: int = 4  # cores, also the number of threads of all its processes
     gpus: int = 0
+    processes: int = 1  # that share each training, one GPU each, see runs.launch
     account: str = ""
     qos: str = ""
     constraint: str = ""
@@ -53,9 +54,10 @@ def sbatch_options(
     "Settings as options of sbatch."
     named = {k: v for k in ("partition", "account", "qos", "constraint") if (v := getattr(settings, k))}
     gpus = {"gpus_per_node": settings.gpus} if settings.gpus else {}
-    threads = [f"export {k}={v}" for k, v in thread_env(settings.cpus).items()]
+    env = thread_env(max(1, settings.cpus // settings.processes)) | {"VFM_PROCESSES": str(settings.processes)}
+    exports = [f"export {k}={v}" for k, v in env.items()]
     return named | gpus | {"time": settings.time, "mem": settings.memory, "cpus_per_task": settings.cpus, "array_parallelism": settings.parallel,
-                           "setup": [*threads, *settings.setup], "additional_parameters": {"requeue": True} | settings.extra}
+                           "setup": [*exports, *settings.setup], "additional_parameters": {"requeue": True} | settings.extra}
 
 # %% ../../nbs/745_slurm.ipynb #21d1800b
 def slurm_settings(
@@ -63,14 +65,9 @@ def slurm_settings(
     profile: str | Path | None = None,  # a YAML file with the same keys, which wins
 ) -> SlurmSettings:
     "Settings of a study, changed by a profile."
-    import yaml
-    own, where = {}, "slurm"
-    if profile:
-        try: own = yaml.safe_load(Path(profile).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error: raise VfmError(f"Cannot read the Slurm profile {profile} ({str(error).splitlines()[0]}); expected a YAML file with keys such as {', '.join(f.name for f in fields(SlurmSettings)[:4])}.") from None
-        where = f"Slurm profile {profile}"
-    settings = from_values(SlurmSettings, {**study, **own} if isinstance(own, dict) else own, where)
-    if isinstance(settings.setup, str): raise VfmError(f"{where}: setup is one text, expected a list of shell lines.")
+    settings = read_settings(SlurmSettings, study, profile, "slurm")
+    if isinstance(settings.setup, str): raise VfmError("slurm: setup is one text, expected a list of shell lines.")
+    if settings.gpus and settings.gpus != settings.processes: raise VfmError(f"slurm: each of {settings.processes} processes uses one GPU, and gpus is {settings.gpus}: make both the same.")
     return settings
 
 # %% ../../nbs/745_slurm.ipynb #fc06d5bf
