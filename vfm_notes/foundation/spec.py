@@ -151,6 +151,7 @@ class Budget:
     checkpointing: bool = False  # compute the encoder's blocks a second time instead of remembering what they gave: less memory, more time
     augment: dict = field(default_factory=dict)  # augmentations of data.augment and their options; none named: mirrored left-right
 
+# %% ../../nbs/03_spec.ipynb #5c1d2e3f
 @dataclass(frozen=True)
 class StudySpec:
     "A study file: axes, cohort, budget."
