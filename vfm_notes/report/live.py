@@ -64,6 +64,7 @@ def trainings(
         if known.get(name, {}).get("status") != "done": found.append(Training(name, said["epochs"], said["rows"], said["time"]))
     return sorted(found, key=lambda t: -t.told)
 
+# %% ../../nbs/97_live.ipynb #cfbcefe5
 def training_rows(
     found: list[Training],
     now: float,  # seconds since 1970
@@ -78,7 +79,7 @@ def training_rows(
         out.append("<tr>" + "".join(f'<td style="text-align:left">{c}</td>' for c in cells) + "</tr>")
     return "".join(out) + "</tbody></table>"
 
-# %% ../../nbs/97_live.ipynb #365605ee
+# %% ../../nbs/97_live.ipynb #b9f1bf71
 def training_chart(
     found: list[Training],  # at least one
 ) -> alt.TopLevelMixin:
@@ -90,7 +91,7 @@ def training_chart(
     newest = found[0]
     return titled(chart, f"Epoch {newest.epoch} of {newest.epochs}" + (f", {len(found)} trainings" if len(found) > 1 else ""), newest.name if len(found) == 1 else "the newest first")
 
-# %% ../../nbs/97_live.ipynb #8f496291
+# %% ../../nbs/97_live.ipynb #c7911437
 class LiveTraining(Shown):
     "Looks on; see `live_training`."
 
@@ -122,7 +123,7 @@ class LiveTraining(Shown):
         if any(t.epoch for t in self.found): return training_chart(self.found)
         return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 24" width="420">{drawn_words("No training is at work.", 0, 16)}</svg>', "No training is at work.")
 
-# %% ../../nbs/97_live.ipynb #b1ddd90a
+# %% ../../nbs/97_live.ipynb #1edb8058
 def refresh(self) -> None:
     "Read what there is and show it; records only when there are new ones."
     root = study_root(self.spec.name) if self.spec else None
@@ -135,6 +136,9 @@ def refresh(self) -> None:
     begun = [t for t in self.found if t.epoch]
     self.chart.outputs = ({"output_type": "display_data", "metadata": {}, "data": static_bundle(training_chart(begun))},) if begun else (html_output(""),)
 
+LiveTraining.refresh = refresh
+
+# %% ../../nbs/97_live.ipynb #8c948729
 def study_line(
     spec,  # a StudySpec
     known: dict,  # run id → record
@@ -148,8 +152,7 @@ def study_line(
     tail = f"; {len(at_work)} notebooks at work" if at_work else "; nothing is running"
     return f"<b>Study {escaped(spec.name)}</b>: {counts} of {len(states)} runs{tail}" + (f", about {duration(left)} left" if left and "missing" in states else "")
 
-LiveTraining.refresh = refresh
-
+# %% ../../nbs/97_live.ipynb #74798703
 def live_training(
     study: str = "",  # a study in nbs/studies, or the path of a .yaml file; "": only what this notebook tells it
     every: float = 2.0,  # seconds between two looks; 0: only when it is told to (`.refresh()`)
