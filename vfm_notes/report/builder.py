@@ -32,10 +32,12 @@ def work_of(
     if "epochs" not in spec: return 1.0
     return spec["epochs"] * spec.get("n_train", spec["cases"]["pretrain"]) * math.prod(spec["size"])
 
+# %% ../../nbs/96_builder.ipynb #dff6456e
 def kinship(kind: str, spec: dict) -> list[tuple]:  # spec: its values
     "Keys of a spec, from the closest relatives to the most distant."
     return [(kind, spec.get("task", ""), spec["backbone"]), (kind, spec.get("task", "")), (kind,)]
 
+# %% ../../nbs/96_builder.ipynb #c68066ed
 def expected_seconds(
     specs: list[Spec],  # runs to do
     records: list[dict],  # of runs like them
@@ -53,7 +55,7 @@ def expected_seconds(
         total += sum(known) / len(known) * work_of(values)
     return total
 
-# %% ../../nbs/96_builder.ipynb #5da2b727
+# %% ../../nbs/96_builder.ipynb #f2c9c1eb
 def listed(
     text: str,  # e.g. "0, 1, 2"
 ) -> list:
@@ -62,6 +64,7 @@ def listed(
     except yaml.YAMLError: raise VfmError(f"'{text}': expected values with commas between them, e.g. 0, 1, 2.") from None
     return found
 
+# %% ../../nbs/96_builder.ipynb #20f49863
 def study_values(
     start: dict,  # content of the study file to start from
     form: dict,  # fields of StudySpec and of its budget, as the form has them
@@ -76,13 +79,14 @@ def study_values(
     if (start.get("external") or {}).get("task") not in values["tasks"]: values.pop("external", None)
     return {k: v for k, v in values.items() if v or k not in ("pretrain", "specialists", "n_train")}
 
+# %% ../../nbs/96_builder.ipynb #876e0ceb
 def as_yaml(
     values: dict,  # plain values
 ) -> str:
     "The text of a study file."
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
-# %% ../../nbs/96_builder.ipynb #5b4e7b0d
+# %% ../../nbs/96_builder.ipynb #a4f0d5de
 def checked(
     values: dict,  # content of a study file
     path: Path,  # where it would be
@@ -93,6 +97,7 @@ def checked(
     check_names(study)
     return study
 
+# %% ../../nbs/96_builder.ipynb #b49f80ab
 def plan_rows(
     study: StudySpec,
     records: list[dict],  # of runs like these
@@ -106,7 +111,7 @@ def plan_rows(
     time = "the time is not known, as no run of each kind was recorded yet" if whole is None else f"about {duration(whole)} one after the other, judged by {len(records)} records"
     return rows, f"{len(jobs)} notebooks, {sum(len(j.runs) for j in jobs)} runs; {time}."
 
-# %% ../../nbs/96_builder.ipynb #f5b0333f
+# %% ../../nbs/96_builder.ipynb #ea2d26ab
 class StudyBuilder(Shown):
     "A form for a study; see `study_builder`."
 
@@ -136,7 +141,7 @@ class StudyBuilder(Shown):
         lines = self.said.splitlines()
         return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {20 * len(lines) + 8}" width="900" role="img">' + "".join(words(t, 0, 18 + 20 * i, 13) for i, t in enumerate(lines)) + "</svg>", self.said)
 
-# %% ../../nbs/96_builder.ipynb #656bc644
+# %% ../../nbs/96_builder.ipynb #e1247e31
 def load(self) -> None:
     "Fill the form from the study to start from."
     self.first, self.busy = yaml.safe_load(study_file(self.start.value).read_text(encoding="utf-8")), True
@@ -152,11 +157,13 @@ def load(self) -> None:
     self.more.value, self.busy = "", False
     self.check()
 
+# %% ../../nbs/96_builder.ipynb #6a6b85f3
 def published() -> list[str]:
     "Names of weights that can be fetched, with their architectures."
     from vfm_notes.backbones.weights import weights
     return list(weights)
 
+# %% ../../nbs/96_builder.ipynb #70fd49cf
 def values(self) -> dict:
     "The content of the file that the form stands for."
     form = {k: f.value.strip() for k, f in self.fields.items() if k in ("name", "title", "cohort")}
@@ -165,7 +172,7 @@ def values(self) -> dict:
     for name in listed(self.more.value): form["backbones" if str(name).split(".")[0] in backbones else "strategies"].append(name)
     return study_values(self.first, form)
 
-# %% ../../nbs/96_builder.ipynb #c0e72203
+# %% ../../nbs/96_builder.ipynb #d5975b1b
 def check(self) -> None:
     "Say what the study would do, or what is wrong with it."
     if self.busy: return
@@ -183,6 +190,7 @@ def check(self) -> None:
         self.said, self.write.disabled = str(error), True
         self.verdict.value = f'<p role="alert"><b>Not yet valid.</b> {escaped(error)}</p>'
 
+# %% ../../nbs/96_builder.ipynb #a5067d2a
 def save(self) -> None:
     "Write the file, unless there is one."
     path = Path(self.path.value)
@@ -196,7 +204,7 @@ def save(self) -> None:
 
 for method in (load, values, check, save): setattr(StudyBuilder, method.__name__, method)
 
-# %% ../../nbs/96_builder.ipynb #aa0bcd40
+# %% ../../nbs/96_builder.ipynb #6ea8fb59
 def study_builder(
     start: str = "phantom",  # a study in nbs/studies, or the path of a .yaml file
     path: str = "my_study.yaml",  # where to write
