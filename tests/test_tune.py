@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 from scipy.stats import rankdata
 
 from vfm_notes.data.cohort import load_cohort
@@ -14,7 +14,7 @@ from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
 from vfm_notes.pretrain.trainer import rate
 from vfm_notes.tune.fit import fit, predict, training_batches
-from vfm_notes.tune.metric import auc, dice_per_class, hd95_per_class, psnr, quadratic_kappa, ssim
+from vfm_notes.tune.metric import auc, dice_per_class, hausdorff_per_class, one_hot, psnr, quadratic_kappa, ssim
 from vfm_notes.tune.task import TaskData, build_task
 from vfm_notes.tune.transfer import build_model, input_scale, run_data, transfer
 
@@ -36,17 +36,23 @@ def cohort(scratch_runs): return load_cohort("phantom", SPEC.size, SPEC.spacing,
 
 # --- metrics against independent calculations ---
 
-def test_hd95_equals_a_surface_distance_by_hand():
+def test_hausdorff_distances_equal_a_distance_transform_and_monai():
+    from monai.metrics import compute_hausdorff_distance
     rng, spacing = np.random.default_rng(0), (4.0, 1.5, 1.5)
-    blob = np.zeros((8, 20, 20), bool); blob[2:6, 5:14, 6:15] = True
-    other = np.roll(blob, (1, 2, -3), (0, 1, 2)); other[4, 3:6, 3:9] = True
-    def surface(m): return m & ~binary_erosion(m)
-    to_other = distance_transform_edt(~surface(other), sampling=spacing)[surface(blob)]
-    to_blob = distance_transform_edt(~surface(blob), sampling=spacing)[surface(other)]
-    expected = max(np.percentile(to_other, 95), np.percentile(to_blob, 95))
-    got = hd95_per_class(torch.tensor(blob[None].astype(int)), torch.tensor(other[None].astype(int)), 2, spacing)[0, 0]
-    assert got == pytest.approx(expected, rel=0.02)
-    assert rng is not None
+    labels = [torch.tensor((smooth > np.quantile(smooth, (0.5, 0.8))[:, None, None, None]).sum(0)) for smooth in gaussian_filter(rng.normal(size=(2, 3, 8, 20, 20)), (0, 0, 1, 2, 2)).reshape(6, 8, 20, 20)]
+    made, true = torch.stack(labels[:3]), torch.stack(labels[3:])  # they touch the border, too
+    made[2][made[2] == 2] = 0  # a class that was not found
+    got = hausdorff_per_class(made, true, 3, spacing)
+    for j, percentile in enumerate((95, 100)):
+        for i in range(3):
+            for k in (1, 2):
+                a, b = (m[i].numpy() == k for m in (made, true))
+                if not a.any(): assert np.isnan(got[j, i, k - 1]) and (i, k) == (2, 2); continue
+                edge = [m & ~binary_erosion(m) for m in (a, b)]
+                ways = [distance_transform_edt(~edge[1 - n], sampling=spacing)[edge[n]] for n in (0, 1)]
+                assert got[j, i, k - 1] == pytest.approx(max(np.percentile(d, percentile) for d in ways))
+        theirs = compute_hausdorff_distance(one_hot(made[:2], 3), one_hot(true[:2], 3), percentile=percentile, spacing=list(spacing)).numpy()
+        np.testing.assert_allclose(got[j, :2], theirs, rtol=1e-5)
 
 
 def test_dice_is_twice_the_overlap_over_the_sum():

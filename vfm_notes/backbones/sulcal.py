@@ -176,9 +176,9 @@ def diffusion_unet(
 
 # %% ../../nbs/381_sulcal.ipynb #33708606
 def swin_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    "The normalised maps of a Swin encoder without its last level."
+    "The normalised maps of a Swin encoder without its last level, or its last levels."
     x, maps = model.pos_drop(model.patch_embed(x)), []
-    for level in (None, model.layers1, model.layers2, model.layers3):
+    for level in (None, *(getattr(model, n) for n in ("layers1", "layers2", "layers3") if hasattr(model, n))):
         if level is not None: x = level[0](x.contiguous())
         maps.append(model.proj_out(x, True))
     return maps

@@ -7,6 +7,8 @@ __all__ = ['ClassificationHead', 'space_to_depth', 'depth_to_space', 'ResidualBl
            'TokenHead']
 
 # %% ../../nbs/22_decoder.ipynb #442b7763
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -143,9 +145,13 @@ class Network(nn.Module):
              ) -> "Network": # itself
         "Training mode, but not for what no strategy trains."
         super().train(mode)
+        own, live = set(), set()  # modules that have parameters, and those of them that train one
+        for name, p in self.named_parameters(remove_duplicate=False):
+            above = set(accumulate(name.split(".")[:-1], "{}.{}".format))
+            own |= above
+            if p.requires_grad: live |= above
         for name, part in self.named_modules():
-            own = [p.requires_grad for p in part.parameters()]
-            if name and own and not any(own): part.eval()
+            if name in own - live: part.eval()
         return self
 
 # %% ../../nbs/22_decoder.ipynb #cf9b4796

@@ -132,7 +132,7 @@ def split_verdict(
 @tasks("segmentation_and_presence", title="Segmentation and presence")
 class SegmentationAndPresence(Segmentation):
     "A label for every voxel, and whether a structure is there."
-    metrics, called = ("dice", "hd95", "auc", "f1", "sensitivity", "specificity"), "segmentation_and_presence"
+    metrics, called = ("dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity"), "segmentation_and_presence"
 
     def __init__(self, card: CohortCard,
                  structure: str = "",  # class that may be absent; default: the last
@@ -172,7 +172,7 @@ class SegmentationAndPresence(Segmentation):
         wide = table(cases)
         return super().summary(cases) | {"auc": case_auc(wide), "f1": f1(wide["label"].to_numpy() == 1, wide["score_1"].to_numpy() >= 0.5)}
 
-    def why(self, metric: str, cases: pd.DataFrame) -> str: return super().why(metric, cases) if metric in ("dice", "hd95") else one_kind(cases, self.structure)
+    def why(self, metric: str, cases: pd.DataFrame) -> str: return super().why(metric, cases) if metric in ("dice", "hd95", "hausdorff") else one_kind(cases, self.structure)
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
         usual = one_hot(train.target, len(self.classes)).mean(0).argmax(0)

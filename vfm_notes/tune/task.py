@@ -23,7 +23,7 @@ from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
 from ..foundation.registry import VfmError, nearest, tasks
 from .heads import DENSE_HEADS, check_head, dense_head
-from .metric import METRICS, dice_per_class, hd95_per_class, one_hot
+from .metric import METRICS, dice_per_class, hausdorff_per_class, one_hot
 
 # %% ../../nbs/61_task.ipynb #a4b36780
 @dataclass
@@ -176,10 +176,10 @@ def mask_rows(
     data: TaskData,
     classes: tuple,  # their names, background first
 ) -> pd.DataFrame:
-    "Dice and distance of every case, of each class and their mean."
-    dice, hd95 = dice_per_class(labels, data.target, len(classes)), hd95_per_class(labels, data.target, len(classes), data.spacing)
-    values = {"dice": mean_defined(dice), "hd95": mean_defined(hd95)}
-    for k, name in enumerate(classes[1:]): values |= {f"dice_{name}": dice[:, k], f"hd95_{name}": hd95[:, k]}
+    "Dice and distances of every case, of each class and their mean."
+    found = dict(zip(("dice", "hd95", "hausdorff"), (dice_per_class(labels, data.target, len(classes)), *hausdorff_per_class(labels, data.target, len(classes), data.spacing))))
+    values = {m: mean_defined(v) for m, v in found.items()}
+    for k, name in enumerate(classes[1:]): values |= {f"{m}_{name}": v[:, k] for m, v in found.items()}
     return case_rows(data, values)
 
 # %% ../../nbs/61_task.ipynb #3ea21e5c
@@ -222,7 +222,7 @@ class Segmentation(Task):
         return float(dice[np.isfinite(dice)].mean()) if np.isfinite(dice).any() else float("nan")
 
     def why(self, metric: str, cases: pd.DataFrame) -> str:
-        return "in no case do reference and prediction both have a voxel of the same class" if metric == "hd95" else "no reference has a voxel of any class"
+        return "in no case do reference and prediction both have a voxel of the same class" if metric in ("hd95", "hausdorff") else "no reference has a voxel of any class"
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
         usual = one_hot(train.target, len(self.classes)).mean(0).argmax(0)
