@@ -212,7 +212,7 @@ def test_runs_table_filters_sorts_and_shows_holes(browser, server):
 def test_every_run_leads_to_its_notebook(project, browser, server):
     visit(browser, server, "runs")
     to = browser.execute_script("return [...document.querySelectorAll('.vfm-table a')].map(a => a.getAttribute('href'))")
-    assert len(to) == 28 and all((project["root"] / "_site" / t).exists() for t in to)
+    assert len(to) == 2 * 28 and all((project["root"] / "_site" / t).exists() for t in to)
 
 
 def test_equations_are_drawn_without_a_script(browser, server):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'RESET', 'Page', 'fingerprint', 'code_print', 'records_print', 'report_pages', 'run_pages', 'job_title',
-           'words', 'execute_pages', 'last_line', 'run_header', 'run_page']
+           'words', 'execute_pages', 'last_line', 'record_rows', 'run_header', 'run_page']
 
 # %% ../../nbs/92_pages.ipynb #838900cd
 import hashlib
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/92_pages.ipynb #50ca2e5f
+from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
@@ -98,7 +99,7 @@ def run_pages(
         path = notebook_file(study.name, job.name)
         if not path.exists(): continue
         options = {"title": job_title(job), "subtitle": f"The executed notebook {job.name}", "toc-depth": 2, "execute": {"echo": True}}
-        out.append(Page(f"run-{job.name}", path, options, fingerprint(path, code, job.name, run_states(job, records)), job))
+        out.append(Page(f"run-{job.name}", path, options, fingerprint(path, code, job.name, run_states(job, records), [records[i].get("created") for i in job.runs if i in records]), job))
     return out
 
 # %% ../../nbs/92_pages.ipynb #013f1e2d
@@ -156,6 +157,16 @@ def last_line(
     "Say what went wrong in one line."
     return re.sub(r"\x1b\[[0-9;]*m", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
 
+# %% ../../nbs/92_pages.ipynb #recrows
+def record_rows(
+    records: list[dict],  # of one notebook
+) -> str:  # HTML, folded
+    "List the records of a notebook: what every number of the report comes from."
+    def row(r: dict) -> dict:
+        value = r["metrics"].get(r.get("primary") or "")
+        return {"record": Block(f'<code id="{html.escape(r["id"])}">{html.escape(r["id"])}</code>'), "status": r["status"], "metric": r.get("primary") or "", "value": value, "computed": r["created"][:16].replace("T", " "), "commit": (r.get("commit") or "unknown")[:7]}
+    return f"<details><summary>Records</summary>{table(list(map(row, records)), save=False).html}</details>" if records else ""
+
 # %% ../../nbs/92_pages.ipynb #da883660
 def run_header(
     job: Job,
@@ -164,13 +175,14 @@ def run_header(
     "Say where the runs of a notebook stand."
     states = run_states(job, records)
     counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(states.values()).count(s)))
-    out = [f'<p>{len(states)} run{"s" * (len(states) > 1)}: {counts}. <a href="runs.html">All runs</a> · <a href="notebooks/{html.escape(job.name)}.ipynb" download>Download this notebook</a></p>']
+    name = html.escape(job.name)
+    out = [f'<p>{len(states)} run{"s" * (len(states) > 1)}: {counts}. <a href="runs.html">All runs</a> · <a href="notebooks/{name}.ipynb" download>Download this notebook</a> · <a href="records/{name}.json" download>Download its records</a></p>']
     for id, state in states.items():
         if state == "failed":
             error = records[id].get("error") or {}
             out.append(f'<p><span class="vfm-status failed">failed</span> <code>{html.escape(id)}</code>: {html.escape(str(error.get("type", "")))}: {html.escape(str(error.get("message", "")))}</p>')
         if state == "missing": out.append(f'<p><span class="vfm-status missing">missing</span> <code>{html.escape(id)}</code></p>')
-    return "".join(out)
+    return "".join(out) + record_rows([records[i] for i in states if i in records])
 
 # %% ../../nbs/92_pages.ipynb #bafbea77
 def run_page(

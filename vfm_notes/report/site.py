@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['site_config', 'made_from', 'write_assets', 'assets_print', 'choose_renderer', 'render', 'publish', 'SiteResult',
-           'read_stamp', 'write_json', 'study_findings', 'make_pages', 'build_site']
+           'read_stamp', 'write_json', 'reference_print', 'reference_config', 'build_reference', 'study_findings',
+           'make_pages', 'build_site']
 
 # %% ../../nbs/93_site.ipynb #b84c5022
 import json
@@ -23,12 +24,13 @@ import yaml
 
 # %% ../../nbs/93_site.ipynb #93ff0911
 from ..foundation.chart import chart_theme
-from ..foundation.origin import git_commit
-from ..foundation.places import pages_root, project_root, report_notebooks, site_root
+from ..foundation.origin import git_commit, versions
+from ..foundation.places import library_notebooks, package_root, pages_root, project_root, report_notebooks, site_root
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
 from .convert import to_page
 from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
+from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
 from ..runs.record import read_records
 
@@ -46,6 +48,7 @@ def site_config(
     web["navbar"]["right"] = [n for n in web["navbar"]["right"] if n["href"] in there]
     listed = {c for s in web["sidebar"]["contents"] for c in s["contents"]}
     web["sidebar"]["contents"][0]["contents"] += [f"{p.name}.ipynb" for p in pages if not p.job and f"{p.name}.ipynb" not in listed]
+    web["navbar"]["right"].append({"text": "Library", "href": "reference/index.html"})
     groups: dict[str, list] = {}
     for p in pages:
         if p.job:
@@ -72,6 +75,7 @@ def made_from(
 # %% ../../nbs/93_site.ipynb #69e4a2f6
 def write_assets(
     folder: Path,  # assets folder of the generated pages
+    charts: bool = True,  # the chart library too
 ) -> None:
     "Write style, script and the chart library (once)."
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,7 @@ def write_assets(
     for name in ("style.css", "light.scss", "dark.scss", "head.html"): shutil.copy(own / name, folder / name)
     themes = json.dumps({mode: chart_theme(mode) for mode in ("light", "dark")})
     (folder / "site.js").write_text(f"window.vfmThemes = {themes};\n" + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8")
+    if not charts: return
     import vl_convert
     bundle, mark = folder / "vega.js", folder / "vega.version"
     if not bundle.exists() or not mark.exists() or mark.read_text(encoding="utf-8") != vl_convert.__version__:
@@ -105,6 +110,7 @@ def choose_renderer(
 def render(
     folder: Path,  # generated pages
     renderer: str,  # quarto or smalldocs
+    more: list[dict] | None = None,  # further entries of the search
 ) -> None:
     "Render the generated pages into their `_site`."
     if renderer == "quarto":
@@ -116,18 +122,24 @@ def render(
         try: build(folder, quiet=True)
         except (BuildError, ConfigError) as e: raise VfmError(f"smalldocs could not render {folder}: {e}") from None
     index = folder / "_site" / "search.json"
-    if index.exists(): (folder / "_site" / "assets" / "search.js").write_text("window.vfmSearch = " + index.read_text(encoding="utf-8") + ";\n", encoding="utf-8")
+    if index.exists():
+        entries = json.dumps(json.loads(index.read_text(encoding="utf-8")) + (more or []), ensure_ascii=False)
+        index.write_text(entries, encoding="utf-8")
+        (folder / "_site" / "assets" / "search.js").write_text(f"window.vfmSearch = {entries};\n", encoding="utf-8")
 
 # %% ../../nbs/93_site.ipynb #5cd9e07e
 def publish(
     folder: Path,  # generated pages with their `_site`
     pages: list[Page],
     target: Path,  # where readers find the site
+    reference: Path,  # generated pages of the library
 ) -> None:
-    "Put the rendered site, with the run notebooks, in the readers' place."
+    "Put the rendered site, with notebooks and records of the runs and the library's pages, in the readers' place."
     new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
     for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     shutil.copytree(folder / "_site", new)
+    shutil.copytree(reference / "_site", new / "reference")
+    if (folder / "records").exists(): shutil.copytree(folder / "records", new / "records")
     (new / "notebooks").mkdir(exist_ok=True)
     for p in pages:
         if p.job: shutil.copy(p.source, new / "notebooks" / f"{p.job.name}.ipynb")
@@ -156,13 +168,54 @@ def read_stamp(path: Path) -> dict:
 # %% ../../nbs/93_site.ipynb #6526fdd8
 def write_json(
     path: Path,
-    content: dict,  # JSON
+    content: dict | list,  # JSON
 ) -> None:
     "Write a file whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(path)
+
+# %% ../../nbs/93_site.ipynb #refprint
+def reference_print(renderer: str) -> str:  # renderer: quarto or smalldocs
+    "Fingerprint of all that the library's pages are made from."
+    own = report_notebooks()[0].parent
+    return fingerprint(*library_notebooks(), *(package_root() / "report" / n for n in ("reference.py", "convert.py")), project_root() / "_quarto.yml",
+                       *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html")), renderer)
+
+# %% ../../nbs/93_site.ipynb #refconfig
+def reference_config(
+    books: list,  # of LibraryNotebook
+) -> dict:  # _quarto.yml of the library
+    "List the library's pages by layer."
+    config = yaml.safe_load((project_root() / "_quarto.yml").read_text(encoding="utf-8"))
+    groups: dict[str, list] = {}
+    for b in books: groups.setdefault(f"{b.path.name[0]}x {b.module.split('.')[0]}", []).append({"text": b.title, "href": b.path.name})
+    config["website"]["sidebar"]["contents"] = [{"text": "Library", "href": "index.ipynb"}, *({"section": k, "contents": v} for k, v in groups.items())]
+    config["website"]["navbar"] = {"title": "vfm_notes library"}
+    config["website"]["page-footer"] = {"left": f"vfm_notes {versions().get('vfm_notes', '')} · commit {(git_commit() or 'unknown')[:7]}"}
+    return config
+
+# %% ../../nbs/93_site.ipynb #refbuild
+def build_reference(
+    renderer: str,  # quarto or smalldocs
+    say: Callable[[str], None],
+) -> Path:  # generated pages with their `_site`
+    "Make the library's pages, once for all studies, again when a notebook changed."
+    folder, made, begun = pages_root() / "_reference", reference_print(renderer), time.monotonic()
+    if read_stamp(folder / "stamp.json").get("made") == made and (folder / "_site" / "index.html").exists(): return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    books = read_library()
+    known = addresses(books)
+    for b in books: write_json(folder / b.path.name, reference_page(b, known))
+    write_json(folder / "index.ipynb", index_page(books))
+    write_json(folder / "search_entries.json", search_entries(books))
+    (folder / "_quarto.yml").write_text(yaml.safe_dump(reference_config(books), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_assets(folder / "assets", charts=False)
+    render(folder, renderer)
+    write_json(folder / "stamp.json", {"made": made})
+    say(f"  library: {len(books)} notebooks ({time.monotonic() - begun:.1f} s)")
+    return folder
 
 # %% ../../nbs/93_site.ipynb #10a23b89
 def study_findings(
@@ -184,7 +237,9 @@ def make_pages(
     "Execute or convert pages into the generated folder."
     problems, by_id, begun = [], {r["id"]: r for r in records}, time.monotonic()
     for p in pages:
-        if p.job: write_json(folder / f"{p.name}.ipynb", run_page(p, by_id))
+        if not p.job: continue
+        write_json(folder / f"{p.name}.ipynb", run_page(p, by_id))
+        write_json(folder / "records" / f"{p.job.name}.json", {i: by_id[i] for i in p.job.runs if i in by_id})
     own = [p for p in pages if not p.job]
     def done(page: Page, nb: dict, error: str) -> None:
         if error: problems.append(f"Page {page.name} failed: {error}")
@@ -208,7 +263,7 @@ def build_site(
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = fingerprint(records_print(records), code_print())
-    around = fingerprint(assets_print(), renderer, [p.name for p in pages], known)
+    around = fingerprint(assets_print(), renderer, [p.name for p in pages], known, reference_print(renderer))
     wanted = {p.name: p.print for p in pages}
     todo = [p for p in pages if stamp.get("pages", {}).get(p.name) != p.print or not (folder / f"{p.name}.ipynb").exists()]
     result = partial(SiteResult, target / "index.html", pages=len(pages))
@@ -219,16 +274,18 @@ def build_site(
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None
+        library = beside.submit(build_reference, renderer, say)
         problems = make_pages(study, spec, todo, records, folder, say)
         findings = sentences.result() if stale else stamp["findings"]
+        reference = library.result()
     for f in folder.glob("*.ipynb"):
         if f.stem not in wanted: f.unlink()
     (folder / "_quarto.yml").write_text(yaml.safe_dump(site_config(spec, pages, made_from(spec, records)), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    render(folder, renderer)
+    render(folder, renderer, json.loads((reference / "search_entries.json").read_text(encoding="utf-8")))
     say(f"  rendered by {renderer} ({time.monotonic() - begun:.1f} s)")
     failed = {p.split()[1] for p in problems}
     stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "known": known, "findings": findings, "problems": problems, "site": fingerprint(time.time(), spec.name)}
     write_json(folder / "stamp.json", stamp)
-    publish(folder, pages, target)
+    publish(folder, pages, target, reference)
     write_json(target / "stamp.json", {"study": spec.name, "site": stamp["site"]})
     return result(findings, False, made=tuple(p.name for p in todo), problems=tuple(problems), seconds=time.monotonic() - begun)
