@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 import json
 import os
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,6 +21,16 @@ def runs_root(tmp_path, monkeypatch) -> Path:
     "A scratch runs folder."
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
     return tmp_path/"runs"
+
+
+@pytest.fixture(scope="session")
+def lend_library(tmp_path_factory):
+    "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them."
+    from vfm_notes.report.site import build_reference
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("library")/"runs"))
+        built = build_reference("smalldocs", lambda line: None)
+    return lambda root: shutil.copytree(built, root/"pages"/"_reference")
 
 
 # ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py

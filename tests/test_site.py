@@ -28,10 +28,11 @@ silent = lambda line: None
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, lend_library):
     "A folder with a study, its records and its site."
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("site")
+        lend_library(root)
         patch.setenv("VFM_RUNS", str(root / "runs"))
         patch.delenv("VFM_DATA", raising=False)
         study = root / "made_up.yaml"
@@ -103,7 +104,8 @@ def test_a_change_touches_only_what_depends_on_it(project):
     assert set(made.made) == {*OWN, f"run-{owner}"} - {"phantom", "methods", "log"} and made.problems == ()
 
 
-def test_study_without_records_says_so(project, tmp_path, monkeypatch):
+def test_study_without_records_says_so(project, tmp_path, monkeypatch, lend_library):
+    lend_library(tmp_path)
     monkeypatch.setenv("VFM_RUNS", str(tmp_path / "runs"))
     made = build_site(project["study"], "smalldocs", silent)
     assert made.problems == () and made.pages == len(OWN) and made.findings
