@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MENUS', 'ANY', 'NO_CURVES', 'explored', 'matching', 'link', 'shown_value', 'run_rows', 'curve_chart',
-           'RunExplorer', 'curves', 'show', 'draw', 'html_output', 'run_explorer']
+           'RunExplorer', 'offer', 'curves', 'show', 'draw', 'html_output', 'run_explorer']
 
 # %% ../../nbs/95_explorer.ipynb #fce003cc
 import os
@@ -123,7 +123,7 @@ class RunExplorer(Shown):
         self.rows = explored(self.study)
         for name, menu in self.menus.items():
             there = [ANY, *sorted(self.rows[name].dropna().astype(str).unique(), key=lambda v: (len(v), v) if v.isdigit() else (0, v))]
-            menu.options, menu.value = there, menu.value if menu.value in there else ANY
+            offer(menu, there, menu.value if menu.value in there else ANY)
         self.show()
 
     @property
@@ -135,7 +135,11 @@ class RunExplorer(Shown):
         "The chosen curve of the rows that match."
         return curve_chart(self.curves(), self.curve.value or "loss")
 
-# %% ../../nbs/95_explorer.ipynb #58d6fbe3
+# %% ../../nbs/95_explorer.ipynb #635bbc0b
+def offer(menu: widgets.Dropdown, options: list[str], value: str | None) -> None:
+    "New options and the one that is chosen, told to the browser in one message: between two it would answer with none."
+    with menu.hold_sync(): menu.options, menu.value = options, value
+
 NO_CURVES = ["id", "task", "backbone", "strategy", "seed", "epoch", "name", "value"]
 
 def curves(self) -> pd.DataFrame:
@@ -154,7 +158,7 @@ def show(self) -> None:
     limit = f"; curves of the first {self.most}" if done > self.most else ""
     self.count.value = f"{len(found)} of {len(self.rows)} runs: " + ", ".join(f"{n} {s}" for s, n in found.status.value_counts().items()) + limit
     self.table.outputs = (html_output(run_rows(self.name, found)),)
-    if list(self.curve.options) != names: self.curve.options = names
+    if list(self.curve.options) != names: offer(self.curve, names, names[0] if names else None)
     self.draw()
 
 def draw(self) -> None:
