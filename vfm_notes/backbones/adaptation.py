@@ -123,13 +123,13 @@ def adapt(
     sequences: tuple[str, ...], # of the run, in its order
     size: tuple, # of the run, voxels
     spacing: tuple, # of the run, mm
-    normalisation: dict, # of the run: arguments of data.loader.normalise
+    normalisation: str, # of the run: a rule of data.loader.normalise
     judged: tuple[str, Iterable[str]] = ("", ()), # name on the cohort's card, and the patients that the run is judged on
 ) -> Start:
     "Weights for a run, as their plan allows."
     if name.partition(".")[0] != plan.architecture: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}', and the run builds '{name.partition('.')[0]}': name {plan.architecture}.{name.partition('.')[2]} as its backbone.")
     if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can ask for: register that network under a name of its own.")
-    if normalisation.get("how") != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation.get('how')}': set the normalisation of the backbone's card as the plan says.")
+    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan says.")
     both = set(plan.data.get("patients", [])) & set(patient_prints(*judged))
     if both: raise VfmError(f"{len(both)} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/311_keys.ipynb #6187a833
+from .plan import carried_file, read_plan
 from .protocol import Backbone
 from .weights import fetch, weights, weights_card
 from ..foundation.registry import VfmError, backbones
@@ -199,8 +200,9 @@ def check_file(
     if source in weights: # converted already
         state, share = read_state(fetch(source, accepted)), weights_card(source).share
         return compare(state, skeleton(arch.split(".")[0] or source.split(".")[0], in_channels), source), state, share
-    if Path(source).suffix not in SUFFIXES and not Path(source).is_file(): weights[str(source)] # a misspelt name
-    state = read_state(source)
+    if Path(source).suffix not in SUFFIXES and not Path(source).is_file(): source = carried_file(str(source)) or weights[str(source)] # a misspelt name raises
+    state, plan = read_state(source), read_plan(source)
+    if plan and not arch: arch, in_channels = plan.architecture, in_channels or plan.arguments["in_channels"]
     tried = [arch] if arch else similar(state)
     if not tried:
         scores = similarity(state)

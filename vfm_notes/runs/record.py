@@ -90,6 +90,7 @@ def write_files(
     folder: Path,  # an empty folder
     tables: dict,  # name → DataFrame or list of rows, None: no file
     arrays: dict,  # name → {array name: numpy array}, None: no file
+    metadata: dict,  # name → {key: text} inside its file
 ) -> dict[str, dict]:  # file name → {bytes, sha256}
     "Write the companions of a record and say what was written."
     if any(v is not None for v in tables.values()):
@@ -100,7 +101,7 @@ def write_files(
         if value is not None:
             import numpy as np
             from safetensors.numpy import save_file
-            save_file({k: np.ascontiguousarray(v) for k, v in value.items()}, folder/f"{name}.safetensors")
+            save_file({k: np.ascontiguousarray(v) for k, v in value.items()}, folder/f"{name}.safetensors", metadata.get(name))
     written = {}
     for path in sorted(folder.iterdir()):
         fsync(path)
@@ -128,12 +129,13 @@ def write_record(
     cases=None,  # DataFrame or rows: case, patient, metric, value
     features: dict | None = None,  # name → numpy array (n, f)
     weights: dict | None = None,  # name → numpy array
+    plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
     new = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}")
     with needing_space(folder.parent), hidden(new):
-        files = write_files(new, {"curves": curves, "cases": cases}, {"features": features, "weights": weights})
+        files = write_files(new, {"curves": curves, "cases": cases}, {"features": features, "weights": weights}, {"weights": plan})
         record = plain(record | {"files": files})
         (new/"record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         fsync(new/"record.json"); fsync(new)
