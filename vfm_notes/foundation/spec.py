@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 # %% ../../nbs/03_spec.ipynb #1d2e4aad
-from .options import parent_of, strategy_text
+from .options import RANDOM, called, parent_of, strategy_text
 from .places import study_file
 from .registry import VfmError, nearest
 
@@ -80,7 +80,7 @@ class RunSpec:
     window: tuple = ()  # voxels, d h w: train on random pieces of this size, predict by sliding windows; empty: whole volumes
     kind = "transfer"
 
-    def __post_init__(self): object.__setattr__(self, "strategy", strategy_text(self.strategy))  # written one way
+    def __post_init__(self): object.__setattr__(self, "strategy", called(self.strategy, self.backbone))  # written one way
 
 # %% ../../nbs/03_spec.ipynb #4dc87111
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class StudySpec:
     tasks: dict  # task → its options
     strategies: list  # with their options, e.g. "lora rank=8"
     seeds: list
-    pretrain: dict = field(default_factory=dict)  # weights name → fields of PretrainSpec
+    pretrain: dict = field(default_factory=dict)  # weights name → fields of PretrainSpec; its backbone may be a list of architectures
     n_train: list = field(default_factory=list)  # training-set sizes; empty: cases['train']
     specialists: dict = field(default_factory=dict)  # task → a network made for it, trained from scratch as a reference
     budget: Budget = field(default_factory=Budget)
@@ -221,8 +221,8 @@ def check_study(study: StudySpec) -> None:
     check_search(study, need)
     for name in study.backbones:
         weights = name.partition(".")[2]
-        made = study.pretrain.get(weights, {}).get("backbone", name.partition(".")[0])
-        need(made == name.partition(".")[0], "backbones", f"'{name}' to use the weights of its own architecture ('{weights}' is made with '{made}')")
+        made = several(study.pretrain.get(weights, {}).get("backbone", name.partition(".")[0]))
+        need(name.partition(".")[0] in made, "backbones", f"'{name}' to use the weights of its own architecture ('{weights}' is made with {', '.join(map(repr, made))})")
 
 # %% ../../nbs/03_spec.ipynb #f3f94c09
 def cohort_beside(
@@ -270,7 +270,8 @@ def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
     for weights, values in study.pretrain.items():
         where = f"Study '{study.name}', pretrain.{weights}"
         if not isinstance(values, dict) or "backbone" not in values: raise VfmError(f"{where}: 'backbone' is missing; name the architecture that is pretrained.")
-        specs.append(from_values(PretrainSpec, common | values | {"backbone": f"{values['backbone']}.{weights}"}, where))
+        if weights == RANDOM: raise VfmError(f"{where}: weights called '{RANDOM}' are those that nobody trained; choose another name.")
+        specs += [from_values(PretrainSpec, common | values | {"backbone": f"{net}.{weights}"}, where) for net in several(values["backbone"])]
     return specs
 
 # %% ../../nbs/03_spec.ipynb #aa35c8cf
@@ -300,6 +301,7 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
                     parent=parent_of(strategy, parents.get(backbone, "")))
             for (task, options), backbone, n, setting, strategy, seed in axes]
     runs = [r for r in runs if not any(all(getattr(r, k) in several(v) for k, v in rule.items()) for rule in study.leave_out)]
+    runs = list({run_id(r): r for r in runs}.values())  # scratch and full are one where the weights are random
     beside = product(study.specialists.items(), study.n_train or [study.cases["train"]], settings(study), study.seeds)
     return runs + [RunSpec(**common | setting, task=task, options=study.tasks[task], backbone=network, n_train=n, strategy="specialist", seed=seed) for (task, network), n, setting, seed in beside]
 

@@ -59,8 +59,9 @@ from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.places import report_notebooks, run_folder, studies, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
-from ..foundation.spec import RunSpec, StudySpec, load_study
-from .strategy import strategy_card, strategy_options
+from ..foundation.options import weightless
+from ..foundation.spec import RunSpec, StudySpec, load_study, pretrain_specs
+from .strategy import needs_weights, strategy_card, strategy_options
 from .task import task_kind
 from .transfer import run_cohort
 
@@ -70,8 +71,8 @@ def check_weights(
     name: str, # architecture.weights
 ) -> None:
     "Raise when nobody makes these weights, or when the study does not accept their licence."
-    made = [f"{v['backbone']}.{k}" for k, v in study.pretrain.items()]
-    if name in made: return
+    made = [s.backbone for s in pretrain_specs(study)]
+    if name in made or weightless(name): return
     if not known_weights(name):
         if (path := weights_root()/f"{name}.safetensors").is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
         raise VfmError(f"Study '{study.name}': backbone '{name}' needs weights that its 'pretrain' section does not make and that no card of published weights names."
@@ -106,7 +107,7 @@ def check_names(
     cohort_maker(study.cohort)
     check_strategies(study)
     pretrained = any(strategy_card(s)["pretrained"] for s in study.strategies)
-    for made in study.pretrain.values(): objectives[made.get("objective", "masked_reconstruction")]; backbones[made["backbone"]]
+    for made in pretrain_specs(study): objectives[made.objective]; backbones[made.backbone.partition(".")[0]]
     for name in study.backbones:
         backbones[name.partition(".")[0]]
         if pretrained: check_weights(study, name)
@@ -143,7 +144,7 @@ def starting_point(
     study: str, # name of the study that the run belongs to
 ) -> Start: # without a state where the strategy begins with random weights, or nobody made any
     "The weights of a run, adapted as their plan says."
-    if not strategy_card(spec.strategy)["pretrained"]: return Start()
+    if not needs_weights(spec): return Start()
     cohort, name = run_cohort(spec), spec.backbone
     if not spec.parent and name in weights: return Start(published_state(name, len(cohort.card.sequences), study))
     path = run_folder(study, spec.parent)/"weights.safetensors" if spec.parent else carried_file(name)

@@ -31,8 +31,8 @@ def lora_layers(
     called = {}
     run_empty(net, lambda name, module, given, out: called.update({name: module}))
     linear = [k for k, m in called.items() if type(m) is nn.Linear]
-    return {"attention": [k for k in linear if in_attention(net, k)], "linear": linear,
-            "conv": [k for k, m in called.items() if type(m) in (nn.Conv2d, nn.Conv3d) and m.groups == 1]}
+    conv = [k for k, m in called.items() if type(m) in (nn.Conv2d, nn.Conv3d) and m.groups == 1]
+    return {"attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv, "all": linear + conv}
 
 # %% ../../nbs/645_lora.ipynb #0dc8f4e8
 def merge(
@@ -52,7 +52,7 @@ def lora(
     model: Network,
     rank: int = 4,
     alpha: float | None = None,  # the update counts alpha/rank; nothing said: 1
-    targets: Literal["attention", "linear", "conv"] = "linear",
+    targets: Literal["attention", "linear", "conv", "all"] = "linear",
 ) -> Tuning:
     "Train low-rank updates of the encoder's layers, and the head."
     from peft import LoraConfig, inject_adapter_in_model
