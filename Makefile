@@ -29,16 +29,21 @@ test: $(READY) programs
 	@echo "2/3 notebook tests"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|runs|report|studies)' --timing
 	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-# The site is tested in a real browser, batches on a real Slurm of one node. On a Debian machine where we are root they are installed; elsewhere those tests skip and say so.
+# The site and JupyterLab are tested in a real browser, accessibility with axe-core, batches on a real Slurm of one node. On a Debian machine where we are root they are installed; elsewhere those tests skip and say so.
+AXE        := 4.14.1
+AXE_SHA256 := e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745
 programs:
 	@missing=""; command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="chromium chromium-driver"; \
 	command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v munged >/dev/null || missing="$$missing slurm-wlm munge"; \
 	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	{ echo "Programs for tests: installing Debian's $$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; }; } \
 	|| echo "Programs for tests: no $$missing here, their tests will be skipped"
+	@test -s .venv/share/axe.min.js || { mkdir -p .venv/share; tar=$$(mktemp); \
+	curl -fsSL --max-time 60 -o $$tar https://registry.npmjs.org/axe-core/-/axe-core-$(AXE).tgz && echo "$(AXE_SHA256)  $$tar" | sha256sum --check --status && tar -xzOf $$tar package/axe.min.js > .venv/share/axe.min.js; rm -f $$tar; \
+	test -s .venv/share/axe.min.js; } || { rm -f .venv/share/axe.min.js; echo "Programs for tests: axe-core $(AXE) could not be fetched from registry.npmjs.org, the tests of accessibility will be skipped"; }
 
 lab: $(READY)
-	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/00_tour.ipynb
+	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb
 
 bench: $(READY)
 	@for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
