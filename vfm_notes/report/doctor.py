@@ -74,9 +74,10 @@ def check_engine() -> Check:
     from vfm_notes.runs.forkserver import can_fork
     absent = [k for k in ("pretrain", "transfer", "external") if not template_file(k).is_file()]
     if absent: return Check("engine", "missing", f"no template for {', '.join(absent)} in {template_file('x').parent}", "Install vfm_notes again.")
-    if not metadata.entry_points(group="papermill.engine").select(name="forked"): return Check("engine", "missing", "papermill does not know the engine 'forked'", "Install vfm_notes again, or use vfm run --engine plain.")
     slow = can_fork() or not_forkable("python3")
-    return Check("engine", "note" if slow else "ok", f"plain starts only: {slow}" if slow else "forked: notebooks start in a fraction of a second", "Each notebook imports everything anew; nothing else changes." if slow else "")
+    if slow: return Check("engine", "note", f"plain starts only: {slow}", "Each notebook imports everything anew; nothing else changes.")
+    known = metadata.entry_points(group="papermill.engine").select(name="forked")
+    return Check("engine", "ok" if known else "note", "forked: notebooks start in a fraction of a second" if known else "forked for vfm run; papermill's own command does not know it", "" if known else "Only for papermill --engine forked: install vfm_notes again, this installation is of an older version.")
 
 # %% ../../nbs/985_doctor.ipynb #df6c82cb
 LITTLE = {"memory": 2.0, "disk": 5.0}  # GiB below which a note is due
@@ -123,7 +124,7 @@ def check_programs() -> Iterator[Check]:
     try: asked = subprocess.run(["sinfo", "-h", "-o", "%P %a %D nodes"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error: asked = subprocess.CompletedProcess([], 1, "", str(error))
     partitions = "; ".join(asked.stdout.split("\n")[:5]).strip("; ")
-    yield Check("slurm", "note" if asked.returncode else "ok", f"sinfo does not answer: {asked.stderr.strip()}" if asked.returncode else partitions, "sbatch is installed, but no controller can be reached from here." if asked.returncode else "")
+    yield Check("slurm", "note" if asked.returncode else "ok", f"sinfo does not answer: {(asked.stderr.strip().splitlines() or ['it says nothing'])[-1]}" if asked.returncode else partitions, "sbatch is installed, but no controller can be reached from here." if asked.returncode else "")
 
 # %% ../../nbs/985_doctor.ipynb #96fba0b2
 def checks(
