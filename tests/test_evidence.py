@@ -9,7 +9,8 @@ import torch
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import VfmError, objectives
 from vfm_notes.pretrain import evidence
-from vfm_notes.pretrain.evidence import Plan, gains, probe_cell, probe_gain, random_cell, read_evidence, write_evidence
+from vfm_notes.analysis.probes import amount, by_probe, gains, headline, read_evidence, verdict
+from vfm_notes.pretrain.evidence import Plan, probe_cell, probe_gain, random_cell, write_evidence
 
 SMALL = Plan(size=(4, 16, 16), spacing=(12.0, 6.0, 6.0), cases={"pretrain": 8, "train": 12, "test": 10}, epochs=1)
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Plan', 'standard', 'probe_classes', 'dice_of', 'read_labels', 'probe_labels', 'frozen_features', 'probe',
-           'probe_cell', 'random_cell', 'probe_gain', 'gains', 'evidence_file', 'write_evidence', 'read_evidence']
+           'probe_cell', 'random_cell', 'probe_gain', 'evidence_file', 'write_evidence']
 
 # %% ../../nbs/46_evidence.ipynb #cb20f01a
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -174,19 +175,6 @@ def probe_gain(
         rows += [{"objective": name, "seed": seed, "probe": k, "value": v, "random": start[seed][k], "gain": v - start[seed][k], "seconds": seconds} for k, v in values.items()]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/46_evidence.ipynb #40434b48
-def gains(
-    frame: pd.DataFrame, # as `probe_gain` gives it
-    level: float = 0.95, # of the interval
-) -> pd.DataFrame: # objective, probe, random, value, gain, low, high, n, seconds
-    "Mean gain of every objective and probe with Student's interval over the seeds."
-    from scipy.stats import t
-    def row(g: pd.DataFrame) -> pd.Series:
-        n, mean = len(g), g.gain.mean()
-        half = t.ppf((1 + level) / 2, n - 1) * g.gain.std() / n ** 0.5 if n > 1 else np.nan
-        return pd.Series({"random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": mean - half, "high": mean + half, "n": n, "seconds": g.seconds.mean()})
-    return frame.dropna(subset=["gain"]).groupby(["objective", "probe"], sort=False)[["random", "value", "gain", "seconds"]].apply(row).reset_index()
-
 # %% ../../nbs/46_evidence.ipynb #da67865d
 def evidence_file() -> Path: return report_notebooks()[0].parent/"pretraining_evidence.json"
 
@@ -199,18 +187,8 @@ def write_evidence(
     "Measure all objectives and write the rows, one a line."
     plans, rows, seeds = [Plan(backbone=b) for b in backbones], [], list(seeds)
     for plan in plans: rows += [{"backbone": plan.backbone} | r.dropna().to_dict() for _, r in probe_gain(objectives, seeds, plan, progress=True).iterrows()]
-    head = {"plans": [asdict(p) for p in plans], "origin": provenance()}
+    head = {"plans": [asdict(p) for p in plans], "origin": provenance() | {"date": date.today().isoformat()}}
     path = path or evidence_file()
     lines = ",\n".join(json.dumps(r) for r in rows)
     path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     return path
-
-# %% ../../nbs/46_evidence.ipynb #fccb205b
-def read_evidence(
-    path: Path | None = None, # None is the one that the report reads
-) -> tuple[dict, pd.DataFrame]: # plans and origin; rows as `probe_gain` gives them, with the backbone
-    "Read the rows that are kept."
-    path = path or evidence_file()
-    if not path.is_file(): raise VfmError(f"{path} does not exist; write it with vfm_notes.pretrain.evidence.write_evidence().")
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return {k: kept[k] for k in ("plans", "origin")}, pd.DataFrame(kept["rows"])
