@@ -98,8 +98,8 @@ class Meter:
     carried: dict = field(default_factory=dict)  # plain values that checkpoints keep
 
     def __post_init__(self):
-        self.key, self.begin, self.joules, self.left_out = str(time.time_ns()), time.perf_counter(), energy_counter(), [0.0, 0.0]
         self.memory = PeakMemory().start()
+        self.key, self.begin, self.joules, self.left_out = str(time.time_ns()), time.perf_counter(), energy_counter(), [0.0, 0.0]
 
     @contextmanager
     def aside(self) -> Iterator[list]:  # its one item: the seconds of the block, once it is over

@@ -100,8 +100,8 @@ def job_specs(
 # %% ../../nbs/71_grid.ipynb #6dc4116f
 def axes_of(study: StudySpec) -> dict[str, list[str]]:
     "What `--only` can choose from."
-    return {"kind": list(SPECS), "task": list(study.tasks), "backbone": list(dict.fromkeys([*study.backbones, *study.specialists.values()])), "strategy": [*study.strategies, *["specialist"]*bool(study.specialists)],
-            "seed": [str(s) for s in study.seeds], "n_train": [str(n) for n in study.n_train or [study.cases["train"]]]}
+    return {"kind": list(SPECS), "task": list(study.tasks), "backbone": list(dict.fromkeys([*study.backbones, *study.specialists.values()])), "strategy": list(dict.fromkeys(r.strategy for r in run_specs(study))),
+            "seed": [str(s) for s in study.seeds], "n_train": [str(n) for n in study.n_train or [study.cases["train"]]]} | {k: [str(v) for v in values] for k, values in study.search.items()}
 
 def parse_only(
     only: str | Iterable[str] | None,  # "task=a,backbone=b", or several of these
@@ -170,7 +170,7 @@ def plan(
     alone = "pretrain" in kinds and set(chosen) <= {"backbone"}  # asked for by itself, not through a run
     made = [s for s in pretrain_specs(study) if run_id(s) in needed or (alone and matches(s, chosen))]
     weights = [Job(f"pretrain-{s.backbone}", "pretrain", template_of("pretrain", templates), job_parameters(study.name, [s]), (s,)) for s in made]
-    transfers = transfer_jobs(study.name, runs, weights, template_of("transfer", templates))
+    transfers = transfer_jobs(study.name, runs, weights, template_of("transfer", templates), tuple(study.search))
     return weights + transfers + external_jobs(study, kinds, transfers, template_of("external", templates))
 
 # %% ../../nbs/71_grid.ipynb #4703134f
@@ -179,13 +179,14 @@ def transfer_jobs(
     runs: list[RunSpec],
     weights: list[Job],  # the pretraining jobs
     template: Path,
+    searched: tuple = (),  # fields of the study's search
 ) -> list[Job]:
-    "One job for each task, backbone and training-set size."
-    def key(s): return s.task, s.backbone, s.n_train
+    "One job for each task, backbone, training-set size and setting of the search."
+    def key(s): return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched)
     maker = {job.runs[0]: job.name for job in weights}
     grouped = ((k, list(g)) for k, g in groupby(sorted(runs, key=key), key))
-    jobs = [Job(f"{task}-{backbone}-n{n}", "transfer", template, job_parameters(study, specs), tuple(specs),
-                tuple(dict.fromkeys(maker[s.parent] for s in specs if s.parent in maker))) for (task, backbone, n), specs in grouped]
+    jobs = [Job(f"{task}-{backbone}-n{n}{setting}", "transfer", template, job_parameters(study, specs), tuple(specs),
+                tuple(dict.fromkeys(maker[s.parent] for s in specs if s.parent in maker))) for (task, backbone, n, setting), specs in grouped]
     order = list(dict.fromkeys(map(key, runs)))
     return sorted(jobs, key=lambda job: order.index(key(job.specs[0])))
 

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['EARLY', 'Outcome', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model', 'Watch', 'moments', 'cell',
-           'known_before', 'state_hash', 'settle', 'frozen_data', 'weights_files', 'summarise', 'remembered',
-           'transfer']
+           'inner', 'known_before', 'settle', 'frozen_data', 'weights_files', 'summarise', 'remembered', 'transfer']
 
 # %% ../../nbs/66_transfer.ipynb #7ad7255b
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -22,8 +20,10 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/66_transfer.ipynb #6187a833
+from ..backbones.adaptation import Start
+from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
-from ..backbones.weights import normalisation, provenance, weights
+from ..backbones.weights import known_weights, normalisation, provenance
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
@@ -34,10 +34,10 @@ from ..nets.flops import forward_flops
 from ..pretrain.trainer import Keeper
 from ..shift.features import collect, distance, distance_to_pretraining
 from ..shift.transferability import transferability
-from .fit import fit, predict, training_batches
+from .fit import OVERLAP, fit, middle, predict, smaller, training_batches
 from .metric import METRICS
 from .probe import Cached, cached
-from .strategy import apply_strategy, drop_blocks, strategy_card, strategy_options
+from .strategy import apply_strategy, drop_blocks, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
 
 # %% ../../nbs/66_transfer.ipynb #ffa5adb5
@@ -90,7 +90,7 @@ def build_model(
     torch.manual_seed(spec.seed)
     backbone = build(spec.backbone, in_channels)
     model = Network(backbone, task.head(backbone, in_channels))
-    if strategy_card(spec.strategy)["pretrained"]:
+    if needs_weights(spec):
         if state is None: raise VfmError(f"Strategy '{spec.strategy}' starts from the weights '{spec.backbone}', which are missing: run the pretraining of the study first.")
         load(backbone, state)
     return model
@@ -110,9 +110,10 @@ def tuned_model(
 # %% ../../nbs/66_transfer.ipynb #d204fb5e
 class Watch:
     "Scores validation cases and measures the distance to pretraining after every epoch."
-    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int], None] = lambda epoch: None, answer: Callable[[str], Tensor] | None = None, meter: Meter | None = None):
+    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int], None] = lambda epoch: None, answer: Callable[[str], Tensor] | None = None, meter: Meter | None = None, window: tuple = ()):
         self.model, self.task, self.data, self.progress, self.seconds, self.meter = model, task, data, progress, 0.0, meter or Meter()
-        self.answer = answer or (lambda split: predict(model, data[split].inputs))  # outputs for all cases of a split
+        self.answer = answer or (lambda split: predict(model, data[split].inputs, window=window))  # outputs for all cases of a split
+        self.seen = middle(data["test"].inputs[:, :model.backbone.in_channels], window)  # whose features are compared
         self.frozen = not any(p.requires_grad for p in model.backbone.parameters())
         self.before = self.after = None
         self.carried = self.meter.carried  # what a checkpoint keeps
@@ -121,7 +122,7 @@ class Watch:
     def look(self) -> dict[str, Tensor]:
         "Features of the test cases; a frozen encoder is asked once."
         if self.frozen and self.before is not None: return self.before
-        return collect(self.model.backbone, self.data["test"].inputs[:, :self.model.backbone.in_channels])
+        return collect(self.model.backbone, self.seen)
 
     def early(self, step: int) -> None:
         "Keep the features after so many steps."
@@ -151,12 +152,12 @@ def moments(
 ) -> list[dict]:  # rows as of distance_to_pretraining, with `when`: early, best, random weights
     "Distances other than the last one."
     found = dict(watch.carried["moments"])
-    if strategy_card(spec.strategy)["pretrained"]:
+    if needs_weights(spec):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             random = build(spec.backbone, watch.model.backbone.in_channels)
             if (k := strategy_options(spec.strategy)[1]["drop"]) is not None: drop_blocks(random, k)
-        found["random weights"] = {}, collect(random.to(next(watch.model.backbone.parameters()).device), watch.data["test"].inputs[:, :random.in_channels])
+        found["random weights"] = {}, collect(random.to(next(watch.model.backbone.parameters()).device), watch.seen)
     return [{"when": when, **at, **row} for when, (at, features) in found.items()
             for row in distance_to_pretraining(watch.before, features, seed=spec.seed).to_dict("records")]
 
@@ -170,6 +171,10 @@ def cell(
 
 _known = {}  # the last answer
 
+def inner(data: TaskData, window: tuple) -> TaskData:
+    "The windows in the middle of the cases."
+    return replace(data, inputs=middle(data.inputs, window), target=middle(data.target, window)) if smaller(window, data.inputs) else data
+
 def known_before(
     spec: RunSpec,
     model: Network,  # with its pretrained weights, not yet tuned
@@ -177,22 +182,12 @@ def known_before(
     weights_hash: str,
 ) -> list[dict]:  # a row per score and layer
     "Transferability scores, computed once for all strategies and seeds."
-    if not strategy_card(spec.strategy)["pretrained"]: return []
+    if not needs_weights(spec): return []
     key = cell(spec, weights_hash)
     if key not in _known:
         _known.clear()
-        _known[key] = transferability(model.backbone, data["train"], data["val"]).to_dict("records")
+        _known[key] = transferability(model.backbone, *(inner(data[k], spec.window) for k in ("train", "val"))).to_dict("records")
     return _known[key]
-
-# %% ../../nbs/66_transfer.ipynb #d554573c
-def state_hash(
-    state: dict[str, Tensor] | None,
-) -> str:  # sha256, "" for none
-    "A fingerprint of weights: names, shapes and bytes."
-    if state is None: return ""
-    h = hashlib.sha256()
-    for k in sorted(state): h.update(f"{k}{tuple(state[k].shape)}".encode() + state[k].contiguous().numpy().tobytes())
-    return h.hexdigest()
 
 # %% ../../nbs/66_transfer.ipynb #baa5f347
 @torch.no_grad()
@@ -239,7 +234,7 @@ def weights_files(
     state: dict[str, Tensor] | None,  # pretrained weights of the backbone
 ) -> list[dict]:  # part (backbone or head), weights, licence, source_sha256, checksum, file
     "The published files that a run starts from."
-    published = state is not None and not spec.parent and spec.backbone in weights
+    published = state is not None and not spec.parent and known_weights(spec.backbone)
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
     return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
 
@@ -261,6 +256,7 @@ def transfer(
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     progress: Callable[[int], None] = lambda epoch: None,  # called after every epoch
     keeper: Keeper = Keeper(),  # where checkpoints go
+    start: Start = Start(),  # what the weights' plan says, see backbones.adaptation
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
     cohort, meter = run_cohort(spec), Meter()
@@ -271,22 +267,24 @@ def transfer(
     torch.manual_seed(spec.seed)  # for what a strategy adds
     tuning = apply_strategy(spec.strategy, model)
     if spec.checkpointing and not tuning.frozen: checkpoint_blocks(model.backbone)
-    net, seen, encoded = frozen_data(spec, model, data, weights_hash, meter) if tuning.frozen else (model, data, 0.0)
-    train = training_batches(seen["train"], spec, () if tuning.frozen else spec.augment or ("flip",))
-    watch = Watch(model, task, data, progress, lambda split: predict(net, seen[split].inputs), meter)
+    cached_once = tuning.frozen and not smaller(spec.window, data["train"].inputs)
+    net, seen, encoded = frozen_data(spec, model, data, weights_hash, meter) if cached_once else (model, data, 0.0)
+    train = training_batches(seen["train"], replace(spec, window=()) if cached_once else spec, () if cached_once else spec.augment or ("flip",))
+    watch = Watch(model, task, data, progress, lambda split: predict(net, seen[split].inputs, window=spec.window if net is model else ()), meter, spec.window)
     if tuning.steps: curves, notes = fit(net, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early), keeper, watch.carried, tuning.groups(model, spec.lr, spec.weight_decay))
     else: curves, notes = remembered(model, seen["train"], watch), []
-    if tuning.frozen: notes = ["the encoder is frozen: its features were computed once, so training cases were not augmented", *notes]
+    if net is model and smaller(spec.window, data["train"].inputs): notes = [f"trained on random pieces of {' x '.join(map(str, spec.window))} voxels, predicted by sliding windows of that size (overlap {OVERLAP}, Gaussian blending), features from the middle of each case", *notes]
+    if cached_once: notes = ["the encoder is frozen: its features were computed once, so training cases were not augmented", *notes]
     if spec.keep == "best": watch.after = watch.look()
     tuning.finish(model)
     cases = task.evaluate(watch.answer("test"), data["test"])
-    notes = [*notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
+    notes = [*start.notes, *notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
     d2p, later = distance_to_pretraining(watch.before, watch.after, seed=spec.seed), moments(spec, watch)
     files = weights_files(spec, model, state)
-    flops = forward_flops(lambda: predict(model, data["test"].inputs[:1]))
+    flops = forward_flops(lambda: predict(model, data["test"].inputs[:1], window=spec.window))
     cost = meter.cost(float(curves.seconds.max()) + encoded, train.waited, epoch_seconds(curves.epoch, curves.seconds), tuning.parameters, flops, {"features": encoded, "scores": looked[0]}, evaluation=watch.seconds)
     summary = summarise(task, data, cases) | {
         "d2p": d2p.to_dict("records"), "d2p_moments": later, "scores": scores, "cost": cost,
-        "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": [cohort.card.licence, *(f["licence"] for f in files)]}
+        "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": list(dict.fromkeys([cohort.card.licence, *start.licences, *(f["licence"] for f in files)]))}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
     return Outcome(summary, curves, cases, features, {k: v.cpu().numpy() for k, v in model.state_dict().items()})
