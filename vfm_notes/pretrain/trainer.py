@@ -7,7 +7,6 @@ __all__ = ['Recipe', 'rate', 'parameter_groups', 'parts', 'out_of_memory', 'Dive
            'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'train', 'guarded']
 
 # %% ../../nbs/44_trainer.ipynb #b9a9a858
-import copy
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from ..foundation.leave import Stopped, asked, listen
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
 from ..foundation.spec import run_id
+from .team import Team
 
 # %% ../../nbs/44_trainer.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Diverged(VfmError):
     state: dict  # weights after the last epoch whose losses were all finite
 
 class Step(nn.Module):
-    "A module and its loss as one forward pass, which is what accelerate distributes over GPUs."
+    "A module and its loss as one forward pass, which is what accelerate prepares."
     def __init__(self, module: nn.Module, loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]]):
         super().__init__()
         self.module, self.loss = module, loss
@@ -119,19 +119,21 @@ class Trainer:
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision: AcceleratorState._reset_state()
         self.module, self.loader, self.recipe, self.micro = module, loader, recipe, -(-loader.batch_size // recipe.accumulate)
         self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        self.team = Team(self.accelerator)
         optimiser = torch.optim.AdamW(parameter_groups(module, recipe.weight_decay) if groups is None else groups, lr=recipe.lr, betas=recipe.betas)
         steps = recipe.epochs * len(loader)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: rate(t, steps, recipe.warmup, recipe.schedule))
-        self.step, self.optimiser = self.accelerator.prepare(Step(module, loss), optimiser)
+        self.step, self.optimiser = self.accelerator.prepare_model(Step(module, loss), evaluation_mode=True), self.accelerator.prepare(optimiser)  # the team adds the gradients up, not accelerate
         self.average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-        self.epoch, self.done, self.seconds, self.logs, self.notes = 1, 0, 0.0, [], []  # next epoch; steps of it taken; time; their losses; what happened
+        self.epoch, self.done, self.seconds, self.logs, self.notes = 1, 0, 0.0, [], self.team.check(module, loader.batch_size, loader.last)  # next epoch; steps of it taken; time; their losses; what happened
+        self.team.same_start(module)
         self.good, self.best = None, {}  # weights before this epoch; those of the best epoch and its score, where `fit` keeps them
 
 # %% ../../nbs/44_trainer.ipynb #4e59cef2
 def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
     "Loss and gradients of one batch, in parts; smaller parts when memory runs out."
-    world, rank = self.accelerator.num_processes, self.accelerator.process_index
-    mine = {k: v[rank::world].to(self.accelerator.device) for k, v in batch.items()} if world > 1 or self.accelerator.device.type != "cpu" else batch
+    mine, own = self.team.share(batch)
+    self.team.draw_anew(self.epoch, self.done)
     state = torch.get_rng_state()
     while True:
         try:
@@ -141,7 +143,7 @@ def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # l
                 loss, pieces = self.step(part)
                 self.accelerator.backward(loss * share)
                 for k, v in ({"loss": loss.item()} | pieces).items(): total[k] = total.get(k, 0.0) + v * share
-            return total
+            return self.team.add_up(self.module.parameters(), total, own)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or self.micro == 1: raise
             loss = None
@@ -176,7 +178,7 @@ def run_epoch(
     between: Callable[[], None] = lambda: None,  # called after every step, e.g. to save
 ) -> dict[str, float]:  # mean loss and parts of the epoch
     "The steps of an epoch, or what is left of it."
-    if self.done == 0: self.good = copy.deepcopy(self.module.state_dict())
+    if self.done == 0: self.good = {k: v.clone() for k, v in self.module.state_dict().items()}
     self.module.train()
     start = time.perf_counter()
     for batch in islice(self.loader.epoch(self.epoch), self.done, None):
@@ -302,16 +304,20 @@ def train(
         asked = keeper.stop() and not keeper.hurried
         if keeper.path and (asked or time.monotonic() - keeper.last > 60 * keeper.minutes): save()
         keeper.hurried |= asked
-    if keeper.path and (kept := trainer.restore(keeper.path, keeper.key)):
+    path, key = trainer.team.agree((keeper.path, keeper.key))
+    if path and (kept := trainer.restore(path, key)):
         rows[:] = [tuple(r) for r in kept["rows"]]
         carried.update(kept["carried"])
-    while trainer.epoch <= trainer.recipe.epochs and not enough(trainer.epoch - 1):
-        if keeper.stop(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
-        epoch, logs = trainer.epoch, guarded(trainer, between, keeper)
+    team = trainer.team
+    while trainer.epoch <= trainer.recipe.epochs and not team.agree(enough(trainer.epoch - 1)):
+        if team.agree(keeper.stop()): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
+        epoch, logs = trainer.epoch, guarded(trainer, between if team.main else lambda: None, keeper)
+        if not team.main: continue  # the first one looks and writes
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]
         if keeper.path and keeper.stop(): save()
         keeper.tell(trainer.recipe.epochs, rows)
     keeper.hush()
+    team.done()
     return rows
 
 # %% ../../nbs/44_trainer.ipynb #250d849b
@@ -319,7 +325,7 @@ def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> di
     "An epoch; the last good weights are written when it ends in no number."
     try: return trainer.run_epoch(between)
     except Diverged as error:
-        if not keeper.path: raise
+        if not keeper.path or not trainer.team.main: raise
         from safetensors.torch import save_file
         keeper.path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().clone() for k, v in error.state.items()}, keeper.good)

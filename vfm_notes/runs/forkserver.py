@@ -71,7 +71,7 @@ def become(
     os.dup2(1, 2)
     os.environ.clear(); os.environ.update(env)
     os.chdir(cwd)
-    sys.path[:] = [p for p in sys.path if p]
+    sys.path[:] = [p for p in dict.fromkeys([*env.get("PYTHONPATH", "").split(os.pathsep), *sys.path]) if p]
     random.seed()
     if numpy := sys.modules.get("numpy"): numpy.random.seed()
     if env.get("OMP_NUM_THREADS", "").isdigit(): set_threads(int(env["OMP_NUM_THREADS"]))
