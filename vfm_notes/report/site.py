@@ -28,7 +28,7 @@ from ..foundation.origin import git_commit, versions
 from ..foundation.places import library_notebooks, package_root, pages_root, project_root, report_notebooks, site_root
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
-from .convert import to_page
+from .convert import read_notebook, to_page
 from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
@@ -241,13 +241,15 @@ def make_pages(
         write_json(folder / f"{p.name}.ipynb", run_page(p, by_id))
         write_json(folder / "records" / f"{p.job.name}.json", {i: by_id[i] for i in p.job.runs if i in by_id})
     own = [p for p in pages if not p.job]
+    still = [p for p in own if not any(c["cell_type"] == "code" for c in read_notebook(p.source)["cells"])]  # nothing to execute
     def done(page: Page, nb: dict, error: str) -> None:
         if error: problems.append(f"Page {page.name} failed: {error}")
         write_json(folder / f"{page.name}.ipynb", to_page(nb, page.options, page.name, fold=False))
         say(f"  page {len(seen) + 1}/{len(own)} {page.name} {'FAILED ' + error if error else ''}({time.monotonic() - begun:.1f} s)")
         seen.append(page.name)
     seen: list[str] = []
-    if own: execute_pages(own, study, done)
+    for p in still: done(p, read_notebook(p.source), "")
+    if moving := [p for p in own if p not in still]: execute_pages(moving, study, done)
     return problems
 
 # %% ../../nbs/93_site.ipynb #9f82120b
