@@ -225,7 +225,7 @@ def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, r
     own = runs.backbone == key["backbone"]
     whose = runs.backbone == other if other else own | (reference == "specialist")  # a study has one specialist per task
     tuned, ref = runs[own & (runs.strategy == key["strategy"])], runs[whose & (runs.strategy == strategy)]
-    if tuned.empty: pair = "no finished run"
+    if tuned.empty: pair = "no finished run" if tables.search.empty else "no finished run, or its search is not complete"
     elif ref.empty: pair = f"no finished run of the reference '{reference}'"
     else: pair = match(cases, tuned, ref, metric, direction)
     return Cell(key, metric, direction, pair, sorted(set(tuned.seed) - set(ref.seed)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELL', 'RUN', 'COST', 'D2P', 'run_key', 'cost_columns', 'runs_table', 'metrics_table', 'listed', 'd2p_table',
-           'moments_table', 'scores_table', 'curves_table', 'cases_table', 'Tables', 'load_tables', 'cohort_value',
-           'class_scores', 'positive_score']
+           'moments_table', 'scores_table', 'curves_table', 'cases_table', 'candidates', 'validation', 'mark', 'Tables',
+           'load_tables', 'cohort_value', 'class_scores', 'positive_score']
 
 # %% ../../nbs/80_tables.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ import pandas as pd
 
 # %% ../../nbs/80_tables.ipynb #03b2baca
 from ..foundation.registry import VfmError
+from ..foundation.spec import SEARCHABLE
 from ..runs.record import read_records, read_table
 
 # %% ../../nbs/80_tables.ipynb #94ce3188
@@ -61,9 +62,10 @@ def runs_table(
         row |= {"metric": name, "value": _number(r["metrics"].get(name)), "control": _number(r["controls"].get(name)), "direction": r["directions"].get(name, 1), "unit": r["units"].get(name, "")}
         row |= {f"cases_{k}": _number((r.get("n") or {}).get(k)) for k in ("train", "val", "test")} | cost_columns(r["cost"])
         row |= {"device": r.get("device", ""), "notebook": r.get("notebook", ""), "created": r.get("created", ""), "notes": "; ".join(r.get("notes") or [])}
+        row |= {k: r["spec"].get(k) for k in SEARCHABLE} | {"keep": r["spec"].get("keep", "last"), "chosen": True}
         row |= {"positive": (r["spec"].get("options") or {}).get("positive"), "error": (r.get("error") or {}).get("message", "")}
         rows.append(row)
-    return _frame(rows, [*RUN, "kind", "status", "metric", "value", "control", "direction", "unit", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"])
+    return _frame(rows, [*RUN, "kind", "status", "metric", "value", "control", "direction", "unit", "seconds_training", "peak_memory_mib", "parameters_trainable", "error", *SEARCHABLE, "keep", "chosen"]).astype({"chosen": bool})
 
 # %% ../../nbs/80_tables.ipynb #028e6edf
 def metrics_table(
@@ -128,10 +130,52 @@ def cases_table(
     "Every test case of every run."
     return _joined(study, read_records(study) if records is None else records, "cases", ["case", "patient", "metric", "value"])
 
-# %% ../../nbs/80_tables.ipynb #400905e5
+# %% ../../nbs/80_tables.ipynb #d13704f2
+def candidates(
+    runs: pd.DataFrame,  # from runs_table
+    curves: pd.DataFrame,  # from curves_table
+) -> pd.DataFrame:  # a row per cell and setting: the searched fields, seeds, failed, validation, chosen; empty where nothing was searched
+    "What was searched, what validation said of it, and what is chosen."
+    runs = runs[runs.kind == "transfer"]
+    names = [k for k in SEARCHABLE if runs.groupby([*CELL, "seed"], dropna=False)[k].nunique().gt(1).any()]
+    if not names: return pd.DataFrame(columns=[*CELL, *SEARCHABLE, "seeds", "failed", "validation", "chosen"])
+    grid, score = list(runs[names].drop_duplicates().itertuples(index=False, name=None)), validation(runs, curves)
+    rows = []
+    for cell, own in runs.groupby(CELL, dropna=False, sort=False):
+        tried = [(at, own[(own[names] == list(at)).all(axis=1)]) for at in sorted(grid)]
+        found = [{"seeds": g.seed.nunique(), "failed": int((g.status == "failed").sum()), "validation": g.id.map(score).mean(skipna=False)} for _, g in tried]
+        whole = all(set(g.seed) == set(own.seed) for _, g in tried)
+        sign = own.direction[own.status == "done"].max()
+        good = [i for i, f in enumerate(found) if whole and f["validation"] == f["validation"]]
+        first = max(good, key=lambda i: (found[i]["validation"] * sign, -i), default=None)
+        rows += [dict(zip(CELL, cell)) | dict(zip(names, at)) | f | {"chosen": i == first} for i, ((at, _), f) in enumerate(zip(tried, found))]
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/80_tables.ipynb #7aa7eed7
+def validation(
+    runs: pd.DataFrame,  # from runs_table: id, metric, direction, keep
+    curves: pd.DataFrame,  # from curves_table
+) -> dict[str, float]:  # run id → the validation score of the weights that were tested
+    "The last validation score, or the best one where the best weights were kept."
+    own = curves.merge(runs.assign(name="val_" + runs.metric.astype(str))[["id", "name", "direction", "keep"]], on=["id", "name"]).sort_values("epoch")
+    best = own.assign(score=own["value"] * own["direction"]).dropna(subset="score").sort_values("score", kind="stable").groupby("id").last()
+    last = own.groupby("id").tail(1).set_index("id")
+    return last["value"].to_dict() | best.loc[best.keep == "best", "value"].to_dict()
+
+def mark(
+    runs: pd.DataFrame,  # from runs_table
+    tried: pd.DataFrame,  # from candidates
+) -> pd.DataFrame:  # the same with `chosen`: True for every run of the chosen setting, and everywhere when nothing was searched
+    "Which runs count."
+    if tried.empty: return runs
+    names = [*CELL, *(k for k in SEARCHABLE if k in tried)]
+    wanted = {tuple(map(str, row)) for row in tried.loc[tried.chosen, names].itertuples(index=False)}
+    return runs.assign(chosen=[kind != "transfer" or tuple(map(str, row)) in wanted for kind, row in zip(runs.kind, runs[names].itertuples(index=False))])
+
+# %% ../../nbs/80_tables.ipynb #23725762
 @dataclass
 class Tables:
-    "The tables of one study."
+    "The tables of one study, of the runs that count; `runs` has the others, too."
     study: str
     runs: pd.DataFrame
     metrics: pd.DataFrame
@@ -140,20 +184,27 @@ class Tables:
     d2p: pd.DataFrame
     moments: pd.DataFrame = field(default_factory=lambda: moments_table([]))
     scores: pd.DataFrame = field(default_factory=lambda: scores_table([]))
+    search: pd.DataFrame = field(default_factory=pd.DataFrame)  # from candidates
 
     def done(self, kind: str = "transfer") -> pd.DataFrame:
-        "The finished runs of a kind."
-        return self.runs[(self.runs.kind == kind) & (self.runs.status == "done")]
+        "The finished runs of a kind; of a search the chosen ones."
+        chosen = self.runs["chosen"] if "chosen" in self.runs else True
+        return self.runs[(self.runs.kind == kind) & (self.runs.status == "done") & chosen]
 
-# %% ../../nbs/80_tables.ipynb #8e0d412c
+# %% ../../nbs/80_tables.ipynb #5f8b8ff7
 def load_tables(
     study: str,  # name of the study
 ) -> Tables:
     "Read a study's folder once."
     records = read_records(study)
-    return Tables(study, runs_table(records), metrics_table(records), cases_table(study, records), curves_table(study, records), d2p_table(records), moments_table(records), scores_table(records))
+    runs, curves = runs_table(records), curves_table(study, records)
+    tried = candidates(runs, curves)
+    runs = mark(runs, tried)
+    count = set(runs.id[runs.chosen])
+    records = [r for r in records if r["id"] in count]
+    return Tables(study, runs, metrics_table(records), cases_table(study, records), curves[curves.id.isin(count)].reset_index(drop=True), d2p_table(records), moments_table(records), scores_table(records), tried)
 
-# %% ../../nbs/80_tables.ipynb #d0c49ae2
+# %% ../../nbs/80_tables.ipynb #f93e6a3d
 def cohort_value(
     cases: pd.DataFrame,  # case, metric, value of one run
     metric: str,  # e.g. "dice", "auc", "kappa"
@@ -169,7 +220,7 @@ def cohort_value(
     classes = list(range(score.shape[1]))
     return float(cohen_kappa_score(label, score.argmax(1), labels=classes, weights="quadratic")) if len(np.unique(label)) > 1 else float("nan")
 
-# %% ../../nbs/80_tables.ipynb #358b4186
+# %% ../../nbs/80_tables.ipynb #da56bf11
 def class_scores(
     cases: pd.DataFrame,  # rows label, score_0, score_1, … of one run
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) true class, (n, classes) score; cases in alphabetical order
