@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'weights_app', 'Study', 'SHOWN', 'Accept', 'show_version', 'options', 'main', 'run', 'print_summary',
            'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'table', 'site', 'weights_list',
-           'weights_fetch', 'weights_check', 'init', 'doctor']
+           'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
 import sys
@@ -258,6 +258,10 @@ def weights_check(
     "Compare a file with an architecture, key by key; refuse it when too little fits."
     import vfm_notes.tune.catalog
     from vfm_notes.backbones.keys import check_file, refuse
+    from vfm_notes.backbones.plan import carried_file, plan_lines, read_planned
+    path = Path(source) if Path(source).is_file() else carried_file(source)
+    _, plan = read_planned(path) if path and path.suffix == ".safetensors" else (None, None)
+    for title, said in (plan_lines(plan) if plan else {}).items(): print(f"{title:24} {said}")
     report, state, share = check_file(source, arch, channels, accept or ())
     print(f"{report.name}: {report.share:.1%} of the backbone is filled, wanted {share:.0%}")
     changed = [f"{k} {a} in the file, {b} in the model" for k, a, b in report.reshaped]
@@ -266,6 +270,33 @@ def weights_check(
         for key in keys[:20] if kind != "matched" else (): print(f"    {key}")
         if len(keys) > 20 and kind != "matched": print(f"    ... and {len(keys) - 20} more")
     refuse(report, state, share, "the backbone")
+
+# %% ../../nbs/99_cli.ipynb #wexport
+@weights_app.command("export")
+def weights_export(
+    study: Study,
+    name: Annotated[str, typer.Argument(help="Weights that the study made, e.g. profound_toy.mae_phantom.")],
+    called: Annotated[str, typer.Option("--as", help="Another name, ARCHITECTURE.WEIGHTS; default: the same.")] = "",
+) -> None:
+    "Copy weights that a study made into the weights folder (VFM_WEIGHTS), where any study knows them by name."
+    import shutil
+    from vfm_notes.backbones.plan import carried_file, read_plan
+    from vfm_notes.foundation.places import run_folder, weights_root
+    from vfm_notes.foundation.registry import nearest
+    from vfm_notes.foundation.spec import load_study
+    from vfm_notes.runs.record import read_records
+    study = load_study(study).name
+    made = {r["spec"]["backbone"]: r for r in read_records(study) if r["kind"] == "pretrain" and r["status"] == "done"}
+    if name not in made: raise VfmError(f"Study '{study}' has no finished weights '{name}'.{nearest(name, made)} Finished: {', '.join(made) or 'none'}.")
+    file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_root()/f"{called or name}.safetensors"
+    plan = read_plan(file)
+    if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
+    if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
+    if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, part := target.with_suffix(".part"))
+    part.replace(target)
+    print(f"{carried_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
 # %% ../../nbs/99_cli.ipynb #initcmd1
 @app.command()
