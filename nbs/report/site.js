@@ -39,6 +39,14 @@
     box.append(bar);
   };
 
+  // ---- what is wider than its box scrolls, and must be reached without a mouse
+  const reachable = () => {
+    for (const box of $$(".vfm-scroll, .vfm-slices, .vfm-view, .vfm-equation, .dataframe, main pre")) {
+      if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+
   // ---- charts: visible ones first, then the rest; drawn again when the theme changes
   let vega = null;
   const charts = new Map();
@@ -81,6 +89,12 @@
   const rowsOf = (spec) => Object.values(spec.datasets || {}).flat().concat((spec.data && spec.data.values) || []);
   const stacked = (config, width) => (width < 560 ? { ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } } : config);
   const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config, width), tooltip: { theme: "custom" } });
+  const named = (view, spec) => {  // for a screen reader a chart is one picture with its sentence; its numbers are in the CSV
+    const title = spec.title && typeof spec.title === "object" && !Array.isArray(spec.title) ? spec.title : { text: spec.title || "chart" };
+    view.setAttribute("role", "img");
+    view.setAttribute("aria-label", [].concat(title.text, title.subtitle || []).join(" "));
+    view.querySelector("svg").setAttribute("aria-hidden", "true");
+  };
   const draw = async (box) => {
     const one = charts.get(box), view = box.querySelector(".vfm-view"), width = view.clientWidth, theme = dark() ? "dark" : "light";
     if (one.busy || (one.theme === theme && Math.abs(one.width - width) < 30)) return;
@@ -91,6 +105,8 @@
       if (one.view) one.view.finalize();
       one.view = await embed(box, view, window.vfmThemes[theme], width);
       Object.assign(one, { theme, width });
+      named(view, one.spec);
+      reachable();
       box.dataset.drawn = theme;
     } finally { one.busy = false; }
     if (theme !== (dark() ? "dark" : "light")) draw(box);
@@ -147,6 +163,13 @@
       ["SVG", "Save this figure as SVG", () => saveText(name + ".svg", file()[0], "image/svg+xml")],
     ]);
   }));
+
+  ready(() => {
+    reachable();
+    window.addEventListener("load", () => setTimeout(reachable, 600));
+    window.addEventListener("resize", () => setTimeout(reachable, 600));
+    $$(".sidebar-item-toggle[role=navigation]").forEach((a) => a.setAttribute("role", "button"));
+  });
 
   // ---- tables: sort by a click on a heading, filter by words and menus, save as CSV
   const value = (row, i) => { const c = row.cells[i]; return c.dataset.value ?? c.textContent.trim(); };

@@ -149,7 +149,7 @@ def table(
     if not rows: return empty("No rows.")
     heads, places, filters = list(rows[0]), dict(places or {}), dict(filters) if isinstance(filters, Mapping) else dict.fromkeys(filters, "")
     right = {h for h in heads if any(isinstance(r.get(h), (int, float)) and not isinstance(r.get(h), bool) for r in rows)}
-    inner = (lambda h: f'<button type="button">{text(h)}</button>') if sort or filters else text
+    inner = (lambda h: f'<button type="button">{text(h)}</button>' if h else "") if sort or filters else text
     top = "".join(f'<th scope="col"{" class=n" if h in right else ""}>{inner(h)}</th>' for h in heads)
     body = "".join("<tr>" + "".join(cell(r.get(h), places.get(h)) for h in heads) + "</tr>" for r in rows)
     made = f'<div class="vfm-scroll"><table class="vfm-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

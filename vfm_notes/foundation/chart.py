@@ -23,11 +23,11 @@ def chart_theme(
 ) -> dict:  # a Vega-Lite config
     "Calm charts: transparent ground, quiet axes, title at the left that says the finding."
     ink, faint, line = INK[mode]
-    axis = dict(labelColor=faint, titleColor=faint, domainColor=line, tickColor=line, gridColor=line, gridOpacity=0.6, titleFontWeight="normal", labelFontSize=11, titleFontSize=11.5)
+    axis = dict(labelColor=faint, titleColor=faint, domainColor=line, tickColor=line, gridColor=line, gridOpacity=0.6, titleFontWeight="normal", labelFontSize=12, titleFontSize=12)
     return dict(background="transparent", font=FONT, view=dict(stroke="transparent"), axis=axis,
                 title=dict(color=ink, subtitleColor=faint, anchor="start", fontSize=14, subtitleFontSize=12, fontWeight=600, offset=12, frame="bounds"),
                 header=dict(labelColor=ink, titleColor=faint, labelFontSize=12, labelFontWeight=600, titleFontWeight="normal"),
-                legend=dict(symbolBaseFillColor=ink, symbolBaseStrokeColor=ink, labelColor=ink, titleColor=faint, titleFontWeight="normal", labelFontSize=11.5, titleFontSize=11.5, symbolSize=90),
+                legend=dict(symbolBaseFillColor=ink, symbolBaseStrokeColor=ink, labelColor=ink, titleColor=faint, titleFontWeight="normal", labelFontSize=12, titleFontSize=12, symbolSize=90),
                 text=dict(color=ink), rule=dict(color=faint), range=dict(category=list(PALETTE)))
 
 # %% ../../nbs/05_chart.ipynb #0fb76817

@@ -103,7 +103,7 @@ class Figure:
     alt: str = ""  # one line for readers who cannot see it
 
     def _repr_html_(self) -> str:  # the figure in a box that scrolls sideways on a narrow screen
-        return f'<figure class="vfm-slices" style="margin:0;overflow-x:auto">{self.svg}</figure>'
+        return f'<figure class="vfm-slices" style="margin:0;overflow-x:auto" aria-label="{html.escape(self.alt)}">{self.svg}</figure>'
 
     def __repr__(self) -> str: return f"Figure({self.alt})"
 
@@ -197,7 +197,7 @@ def words(
     text: str,  # what to write; escaped here
     x: float,  # left edge, drawing units
     y: float,  # base line, drawing units
-    size: float = 11,  # font size, drawing units
+    size: float = 12,  # font size, drawing units
     faint: bool = False,  # secondary information
     anchor: str = "start",  # start, middle or end
     bold: bool = False,
@@ -216,7 +216,7 @@ def legend(
     out = []
     for name, colour in zip(masks, OUTLINES):
         out.append(f'<rect x="{x:.1f}" y="{y - 9:.1f}" width="16" height="11" rx="2" fill="#333"/><path d="M{x + 3:.1f} {y - 3.5:.1f}h10" stroke="{colour}" stroke-width="2.4"/>' + words(name, x + 21, y))
-        x += 34 + 6.2 * len(name)
+        x += 34 + 7 * len(name)
     return "".join(out)
 
 # %% ../../nbs/04_show.ipynb #56b09dcc
@@ -233,31 +233,31 @@ def slices(
     overlay: np.ndarray | Mapping[str, np.ndarray] | None = None,  # label map (d, h, w), or name → mask, outlined on every row
     title: str = "",  # one line above
     window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,  # (low, high) for all rows or by row; None: 1st to 99th percentile of each
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),  # d, h, w in mm
+    spacing: tuple[float, float, float] | None = (1.0, 1.0, 1.0),  # d, h, w in mm; None: unknown, as of pictures
     names: Iterable[str] = (),  # names of label 0, 1, 2, … when the overlay is a label map
     signed: Iterable[str] = (),  # rows that are differences: diverging colours, symmetric window
     count: int = 5,  # slices to show
     at: Iterable[int] | None = None,  # slice numbers instead of an even spread
-    width: float = 128,  # width of one slice, drawing units (about pixels)
+    width: float = 116,  # width of one slice, drawing units (about pixels)
 ) -> Figure:  # draws itself in notebooks and pages
     "Show slices of one or several aligned volumes with outlines, scale bar, stated window and slice numbers."
     rows = {str(k): np.asarray(v, float) for k, v in (volume.items() if isinstance(volume, Mapping) else {"": volume}.items())}
-    masks = masks_of(overlay, names)
+    masks, unit, spacing = masks_of(overlay, names), "mm" if spacing else "pixels", spacing or (1.0, 1.0, 1.0)
     check_shapes(rows, masks)
     depth, h, w = next(iter(rows.values())).shape
     at = [z for z in at if 0 <= z < depth] if at is not None else pick_slices(depth, masks, count)
-    high, left, top = width * h * spacing[1] / (w * spacing[2]), (104 if any(rows) else 0), (26 if title else 4)
+    high, left, top = width * h * spacing[1] / (w * spacing[2]), (112 if any(rows) else 0), (26 if title else 4)
     out, y = [words(title, 0, 14, 13, bold=True)] if title else [], top
-    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 10, True, "middle"))
-    y += 14
+    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
+    y += 15
     for name, v in rows.items():
         is_signed = name in set(signed)
         low, top_value = (window.get(name) if isinstance(window, Mapping) else window) or window_of(v, is_signed)
         said = f"±{number(top_value)}" if is_signed else f"{number(low)} to {number(top_value)}"
-        out += [words(name, 0, y + 13, 12, bold=True), words("window", 0, y + 30, 10, True), words(said, 0, y + 43, 10, True)] if left else []
+        out += [words(name, 0, y + 13, 12.5, bold=True), words("window", 0, y + 31, faint=True), words(said, 0, y + 46, faint=True)] if left else []
         out.append(panel(v, at, {} if is_signed else masks, (left, y, width, high), (low, top_value), is_signed))
         y += high + 4
-    return frame(out, left, y, max(left + len(at) * (width + 4) - 4, 330), width / (w * spacing[2]), w * spacing[2], masks, title, "" if left else f"window {said}")
+    return frame(out, left, y, max(left + len(at) * (width + 4) - 4, 330), width / (w * spacing[2]), w * spacing[2], masks, title, "" if left else f"window {said}", unit)
 
 # %% ../../nbs/04_show.ipynb #3a5512f4
 def check_shapes(
@@ -282,15 +282,16 @@ def frame(
     masks: Mapping[str, np.ndarray],  # outlines to name
     title: str,  # for readers who cannot see
     window: str,  # stated below when rows have no names
+    unit: str = "mm",  # of the scale bar
 ) -> Figure:  # the finished drawing
     "Close a drawing with scale bar, legend and its description."
     bar = scale_length(width_mm)
     parts.append(f'<path d="M{left + 1:.1f} {y + 9:.1f}h{bar * per_mm:.1f}M{left + 1:.1f} {y + 6:.1f}v6m{bar * per_mm:.1f} 0v-6" stroke="currentColor" stroke-width="1.4" fill="none"/>')
     x = left + bar * per_mm + 8
-    parts.append(words(f"{bar} mm" + (f"  ·  {window}" if window else ""), x, y + 13, 10.5, True))
-    x += 44 + (6 * len(window) + 16 if window else 0)
+    parts.append(words(f"{bar} {unit}" + (f"  ·  {window}" if window else ""), x, y + 13, faint=True))
+    x += 50 + (6.8 * len(window) + 18 if window else 0)
     parts.append(legend(masks, x, y + 13))
-    wide = max(wide, x + sum(34 + 6.2 * len(n) for n in masks))
+    wide = max(wide, x + sum(34 + 7 * len(n) for n in masks))
     alt = (title or "Slices") + (f"; outlines: {', '.join(masks)}" if masks else "")
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {y + 20:.0f}" width="{wide:.0f}" role="img" aria-label="{html.escape(alt)}" style="max-width:100%;min-width:{min(wide, 520):.0f}px;height:auto;font-family:system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {y + 20:.0f}" width="{wide:.0f}" role="img" aria-label="{html.escape(alt)}" style="max-width:100%;min-width:{wide:.0f}px;height:auto;font-family:system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif">'
     return Figure(f"{head}<title>{html.escape(alt)}</title>{''.join(parts)}</svg>", alt)

@@ -86,7 +86,7 @@ def pyramid_figure(
     scene: FeatureScene,
     labels: list[str],  # what each level is
     title: str,  # one line above
-    width: float = 128,  # of one slice, drawing units
+    width: float = 116,  # of one slice, drawing units
 ) -> Figure:
     "Rows of slices: the image, then every level."
     name, volume = next(iter(scene.rows.items()))
@@ -94,10 +94,10 @@ def pyramid_figure(
     at, left, y = pick_slices(depth, {}, 5), 150, 26 if title else 4
     high, window = width * h * scene.spacing[1] / (w * scene.spacing[2]), scene.windows[name]
     out = [words(title, 0, 14, 13, bold=True)] if title else []
-    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 10, True, "middle"))
-    y += 14
+    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
+    y += 15
     for label, pictures in [(name, [windowed(volume[z], *window) for z in at]), *[(t, [m[z] for z in at]) for t, m in zip(labels, scene.maps)]]:
-        for k, part in enumerate(label.split(", ")): out.append(words(part, 0, y + 13 + 15 * k, 12 if k == 0 else 10, k > 0, bold=k == 0))
+        for k, part in enumerate(label.split(", ")): out.append(words(part, 0, y + 13 + 16 * k, 12, k > 0, bold=k == 0))
         for i, pixels in enumerate(pictures):
             data = base64.b64encode(png(pixels)).decode()
             out.append(f'<image x="{left + i * (width + 4):.1f}" y="{y:.1f}" width="{width:.1f}" height="{high:.1f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>')

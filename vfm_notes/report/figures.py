@@ -180,7 +180,7 @@ def gain_matrix(
     data = neat(cells, ["task", "backbone", "strategy", "column", "row", "metric", "rpg", "low", "high", "p_holm", "value", "interval", "clear", "sign", "size", "n_seeds", "n_cases", "reason"])
     order = list(dict.fromkeys(data["row"]))
     base = alt.Chart(data).encode(
-        x=alt.X("column:N", sort=list(dict.fromkeys(data["column"])), title=None, axis=alt.Axis(orient="top", labelAngle=0, labelExpr="split(datum.label, '.')", labelLimit=220, labelPadding=20, labelLineHeight=13, labelFontSize=11.5, domain=False, ticks=False)),
+        x=alt.X("column:N", sort=list(dict.fromkeys(data["column"])), title=None, axis=alt.Axis(orient="top", labelAngle=0, labelExpr="split(datum.label, '.')", labelLimit=220, labelPadding=20, labelLineHeight=13, labelFontSize=12, domain=False, ticks=False)),
         y=alt.Y("row:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=230, labelFontSize=12, labelPadding=8)),
         tooltip=[alt.Tooltip(c, title=t) for c, t in (("task:N", "task"), ("backbone:N", "backbone"), ("strategy:N", "strategy"), ("metric:N", "metric"), ("value:N", "gain"), ("interval:N", "95 % interval"), ("p_holm:Q", "p (Holm)"), ("n_seeds:Q", "seeds"), ("n_cases:Q", "cases"), ("reason:N", "note"))])
     top = max(float(cells["size"].max()), 1e-9)
@@ -190,7 +190,7 @@ def gain_matrix(
     said = base.mark_text(dy=-7, fontSize=15).encode(text="value:N", opacity=alt.condition("datum.sign == 'none'", alt.value(0.6), alt.value(1)))
     bold = said.transform_filter("datum.clear").mark_text(dy=-7, fontSize=15, fontWeight="bold")
     thin = said.transform_filter("!datum.clear")
-    small = base.mark_text(dy=11, fontSize=11, opacity=0.85).encode(text="interval:N")
+    small = base.mark_text(dy=11, fontSize=12).encode(text="interval:N")
     return titled((tiles + thin + bold + small).properties(width="container", height=52 * len(order)), gain_finding(gains), gain_caption(gains))
 
 # %% ../../nbs/90_figures.ipynb #b17f7ab9
@@ -249,7 +249,7 @@ def distance_layers(
         base = alt.Chart(data, title=alt.Title(name, fontSize=12, offset=6)).encode(x=alt.X("layer:N", sort=list(dict.fromkeys(data["layer"])), title=None, axis=alt.Axis(labelAngle=-35, domain=False, ticks=False)),
                                       y=alt.Y("task:N", sort=None, title=None, axis=alt.Axis(domain=False, ticks=False)), tooltip=["task:N", "layer:N", alt.Tooltip("mmd2:Q", title="MMD²"), "seeds:Q"])
         tiles = base.mark_rect(cornerRadius=3, color=shades[name]).encode(opacity=alt.Opacity("mmd2:Q", legend=None, scale=alt.Scale(domain=[0, max(top, 1e-9)], range=[0.06, 0.7])))
-        panels.append((tiles + base.mark_text(fontSize=11).encode(text=alt.Text("mmd2:Q", format=".2g"))).properties(width=260, height=28 * data["task"].nunique()))
+        panels.append((tiles + base.mark_text(fontSize=12).encode(text=alt.Text("mmd2:Q", format=".2g"))).properties(width=260, height=28 * data["task"].nunique()))
     return titled(alt.concat(*panels, columns=len(names), spacing=20), title, subtitle, dict(min=230, columns=len(names), gap=130, left=0))
 
 # %% ../../nbs/90_figures.ipynb #b70bf8bc
