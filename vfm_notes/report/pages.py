@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../../nbs/92_pages.ipynb #50ca2e5f
+# %% ../../nbs/92_pages.ipynb #2d325b69
 from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
@@ -27,7 +27,7 @@ from ..runs.forkserver import python_path
 from ..runs.grid import Job, plan, run_states
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
-ORDER = ("index", "alignment", "convergence", "prediction", "strategies", "natural", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog")  # pages in reading order; others follow
+ORDER = ("index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog")  # pages in reading order; others follow
 
 # %% ../../nbs/92_pages.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def last_line(
     "Say what went wrong in one line."
     return re.sub(r"\x1b\[[0-9;]*m", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
 
-# %% ../../nbs/92_pages.ipynb #recrows
+# %% ../../nbs/92_pages.ipynb #d6c5336a
 def record_rows(
     records: list[dict],  # of one notebook
 ) -> str:  # HTML, folded
@@ -167,7 +167,7 @@ def record_rows(
         return {"record": Block(f'<code id="{html.escape(r["id"])}">{html.escape(r["id"])}</code>'), "status": r["status"], "metric": r.get("primary") or "", "value": value, "computed": r["created"][:16].replace("T", " "), "commit": (r.get("commit") or "unknown")[:7]}
     return f"<details><summary>Records</summary>{table(list(map(row, records)), save=False).html}</details>" if records else ""
 
-# %% ../../nbs/92_pages.ipynb #da883660
+# %% ../../nbs/92_pages.ipynb #ad8e81b3
 def run_header(
     job: Job,
     records: dict[str, dict],  # by run id
@@ -184,7 +184,7 @@ def run_header(
         if state == "missing": out.append(f'<p><span class="vfm-status missing">missing</span> <code>{html.escape(id)}</code></p>')
     return "".join(out) + record_rows([records[i] for i in states if i in records])
 
-# %% ../../nbs/92_pages.ipynb #bafbea77
+# %% ../../nbs/92_pages.ipynb #7f93d512
 def run_page(
     page: Page,
     records: dict[str, dict],  # by run id
