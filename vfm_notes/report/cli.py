@@ -27,7 +27,7 @@ app.add_typer(weights_app, name="weights")
 
 Study = Annotated[str, typer.Argument(help="The path of a .yaml file, or the name of one in studies/ or of a study that is shipped.")]
 
-# %% ../../nbs/99_cli.ipynb #version1
+# %% ../../nbs/99_cli.ipynb #b9534bc2
 def show_version(asked: bool) -> None:  # asked: whether --version was given
     "Print the version and leave."
     if not asked: return
@@ -39,7 +39,7 @@ def show_version(asked: bool) -> None:  # asked: whether --version was given
 def options(version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False) -> None:
     "Which pretrained vision model should I fine-tune for my medical imaging task, how, and could I have known before?"
 
-# %% ../../nbs/99_cli.ipynb #b87c054e
+# %% ../../nbs/99_cli.ipynb #aa78e2fa
 def main() -> None:
     "The entry point."
     try: app()
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"vfm: {error}", file=sys.stderr)
         sys.exit(2)
 
-# %% ../../nbs/99_cli.ipynb #88b9cd37
+# %% ../../nbs/99_cli.ipynb #d8f18a6e
 @app.command()
 def run(
     study: Study,
@@ -81,7 +81,7 @@ def run(
     print_summary(summary)
     raise typer.Exit(summary.status)
 
-# %% ../../nbs/99_cli.ipynb #3302ff6f
+# %% ../../nbs/99_cli.ipynb #9a044776
 def print_summary(summary) -> None:
     "The last lines of `vfm run`."
     from vfm_notes.runs.watch import duration
@@ -103,7 +103,7 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
     if len(summary.problems) > shown: lines.append(f"stopped {len(summary.problems) - shown} more notebooks; their logs tell why")
     return lines
 
-# %% ../../nbs/99_cli.ipynb #3302ffw1
+# %% ../../nbs/99_cli.ipynb #981d5ae7
 def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
@@ -124,13 +124,13 @@ def lacking(spec) -> list[str]:  # spec: of the study
     import os
 
     from vfm_notes.runs.grid import unavailable
-    from vfm_notes.tune.catalog import check_names
-    found = [unavailable(spec.cohort, os.environ.get("VFM_DATA"))]
+    from vfm_notes.tune.catalog import check_names, weights_problems
+    found = [unavailable(spec.cohort, os.environ.get("VFM_DATA")), *weights_problems(spec)]
     try: check_names(spec)
     except VfmError as error: found.append(str(error))
     return [f for f in dict.fromkeys(found) if f]
 
-# %% ../../nbs/99_cli.ipynb #e9426438
+# %% ../../nbs/99_cli.ipynb #15865b57
 def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
     "How a job stands, in one line."
     from vfm_notes.runs.watch import duration
@@ -139,7 +139,7 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
     more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}{' · ' * bool(look.queued)}{look.queued}" if look.since else f"  {look.queued}" if look.queued else f"  {look.job.skipped}" if mark == "skipped" else ""
     return f"{mark:8}{look.job.name:{width}} {counts}{more}"
 
-# %% ../../nbs/99_cli.ipynb #e94264w1
+# %% ../../nbs/99_cli.ipynb #aa325c29
 def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study → lines, exit status, whether anything still runs or waits
     "How a study stands now."
     from vfm_notes.runs.batch import summarise
@@ -157,7 +157,7 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
     if running: lines.append(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")
     return lines, 1 if summary.failed or summary.problems else 0, bool(running or queue or waiting)
 
-# %% ../../nbs/99_cli.ipynb #e94264w2
+# %% ../../nbs/99_cli.ipynb #243010a7
 @app.command()
 def status(
     study: Study,
@@ -185,7 +185,7 @@ def status(
     if not live: print(*lines, sep="\n")
     raise typer.Exit(code)
 
-# %% ../../nbs/99_cli.ipynb #a4f466b4
+# %% ../../nbs/99_cli.ipynb #b9b3d6a4
 SHOWN = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]
 
 @app.command()
@@ -194,7 +194,7 @@ def table(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A .csv, .json or .parquet file; default: print the main columns.")] = None,
 ) -> None:
     "One row for each run: spec, metrics, cost."
-    from vfm_notes.analysis.tables import metrics_table, runs_table
+    from vfm_notes.analysis.tables import candidates, curves_table, mark, metrics_table, runs_table
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import no_collecting, read_records
@@ -205,12 +205,13 @@ def table(
     records = [r for r in known if r["id"] in ids]
     if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
     with no_collecting(): runs, metrics = runs_table(records), metrics_table(records) if output else None
-    if not output: return print(runs[SHOWN].to_string(index=False) if records else "No records yet.")
+    if spec.search: runs = mark(runs, candidates(runs, curves_table(spec.name, records)))
+    if not output: return print(runs[SHOWN + [*spec.search, "chosen"] * bool(spec.search)].to_string(index=False) if records else "No records yet.")
     wide = metrics.pivot(index="id", columns="metric", values="value").reset_index()
     writers[output.suffix](runs.merge(wide, on="id", how="left"), output)
     print(f"{output}: {len(runs)} runs")
 
-# %% ../../nbs/99_cli.ipynb #565a3091
+# %% ../../nbs/99_cli.ipynb #b4607401
 @app.command()
 def site(
     study: Study,
@@ -224,7 +225,7 @@ def site(
     for problem in made.problems: print(f"problem: {problem}")
     for finding in made.findings: print(f"- {finding}")
 
-# %% ../../nbs/99_cli.ipynb #c81c145f
+# %% ../../nbs/99_cli.ipynb #5657ed93
 Accept = Annotated[list[str] | None, typer.Option(help="A gated or non-commercial licence, or the name of its weights, that you have read and accept.")]
 
 @weights_app.command("list")
@@ -247,7 +248,7 @@ def weights_fetch(name: Annotated[str, typer.Argument(help="Registered weights, 
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     for key, value in provenance(name).items(): print(f"{key:14} {value}")
 
-# %% ../../nbs/99_cli.ipynb #c516130d
+# %% ../../nbs/99_cli.ipynb #893d9b0a
 @weights_app.command("check")
 def weights_check(
     source: Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="Registered weights, or a .pth, .safetensors or .onnx file.")],
@@ -271,7 +272,7 @@ def weights_check(
         if len(keys) > 20 and kind != "matched": print(f"    ... and {len(keys) - 20} more")
     refuse(report, state, share, "the backbone")
 
-# %% ../../nbs/99_cli.ipynb #wexport
+# %% ../../nbs/99_cli.ipynb #db264fc8
 @weights_app.command("export")
 def weights_export(
     study: Study,
@@ -298,7 +299,7 @@ def weights_export(
     part.replace(target)
     print(f"{carried_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
-# %% ../../nbs/99_cli.ipynb #initcmd1
+# %% ../../nbs/99_cli.ipynb #102aed4e
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make; nothing in it is overwritten.")],
@@ -309,7 +310,7 @@ def init(
     for path in init_folder(folder, notebook): print(path)
     print(f"Next: cd {folder} && vfm run study.yaml && vfm site study.yaml")
 
-# %% ../../nbs/99_cli.ipynb #1c3fc817
+# %% ../../nbs/99_cli.ipynb #d1c58d9d
 @app.command()
 def doctor(study: Annotated[str, typer.Argument(help="Also look whether all is here that this study needs: a name or the path of a .yaml file.")] = "") -> None:
     "What is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."

@@ -164,7 +164,7 @@ def record_rows(
     "List the records of a notebook: what every number of the report comes from."
     def row(r: dict) -> dict:
         value = r["metrics"].get(r.get("primary") or "")
-        return {"record": Block(f'<code id="{html.escape(r["id"])}">{html.escape(r["id"])}</code>'), "status": r["status"], "metric": r.get("primary") or "", "value": value, "computed": r["created"][:16].replace("T", " "), "commit": (r.get("commit") or "unknown")[:7]}
+        return {"record": Block(f'<code id="{html.escape(r["id"])}">{html.escape(r["id"])}</code>'), "status": r["status"], "metric": r.get("primary") or "", "value": value, "notes": "; ".join(r.get("notes") or []), "computed": r["created"][:16].replace("T", " "), "commit": (r.get("commit") or "unknown")[:7]}
     return f"<details><summary>Records</summary>{table(list(map(row, records)), save=False).html}</details>" if records else ""
 
 # %% ../../nbs/92_pages.ipynb #ad8e81b3
