@@ -20,6 +20,7 @@ from vfm_notes.backbones.profound import profound_toy
 from vfm_notes.backbones.provicnet import provicnet_toy
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
 from vfm_notes.foundation.spec import PretrainSpec
+from vfm_notes.nets.convnext3d import enlarge
 from vfm_notes.pretrain.loop import pretrain, pretraining_batches
 from vfm_notes.pretrain.trainer import parameter_groups, rate
 
@@ -162,6 +163,26 @@ def test_larger_blocks_are_hidden_together():
     assert keep.shape == (3, 1, 8, 8, 8)
     blocks = keep.reshape(3, 2, 4, 4, 2, 4, 2)
     assert torch.equal(blocks.amax((2, 4, 6)), blocks.amin((2, 4, 6)))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.35, 0.6, 0.9])
+@pytest.mark.parametrize("make,size,patches", [(profound_toy, (8, 64, 64), (None, (8, 16, 16), (4, 32, 16), (4, 64, 16))), (provicnet_toy, (2, 40, 48), (None, (2, 8, 16), (1, 40, 8))),
+                                               (backbones["efficientnet_toy"], (1, 128, 96), (None, (1, 64, 32), (1, 32, 96)))], ids=["volumes", "slices", "picture"])
+def test_any_patch_and_any_ratio(make, size, patches, ratio):
+    "As many whole blocks are hidden as the ratio asks for, nothing of them is seen, and a mask of all or nothing is refused."
+    torch.manual_seed(0)
+    backbone, x = make(), torch.randn(2, 3, *size)
+    for patch in patches:
+        objective = reconstruction.MaskedReconstruction(backbone, mask_ratio=ratio, patch=patch).eval()
+        per = math.prod(b // c for b, c in zip(objective.patch, objective.cell))
+        blocks = math.prod(s // b for s, b in zip(size, objective.patch))
+        if not 0 < round(blocks * ratio) < blocks:
+            with pytest.raises(VfmError, match="choose another ratio or a smaller patch"): objective.keep(x)
+            continue
+        keep = objective.keep(x)
+        assert ((keep == 0).flatten(1).sum(1) == per * round(blocks * ratio)).all()
+        seen = enlarge(keep, x.shape[2:])
+        with torch.no_grad(): assert torch.equal(objective(x, keep), objective(x * seen - 7 * (1 - seen), keep))
 
 
 @pytest.mark.parametrize("options", [{"mask_ratio": 0}, {"mask_ratio": 1}, {"mask_ratio": -2.5}, {"patch": 5}, {"patch": (0, 16, 16)}])
