@@ -23,7 +23,7 @@ from ..foundation.leave import asked, listening
 from ..foundation.places import log_file, run_folder, runs_root
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec, load_study, run_id
-from .executors import Cancelled, Died, LocalExecutor, executors
+from .executors import Cancelled, Died, LocalExecutor, Lost, executors
 from .grid import Job, check_templates, job_states, known_records, plan, run_states, seed_choice, shard, unavailable
 from .notebook import ask_kernels, execute, grace, run_at_work, template_hash
 from .record import (DiskFull, failed_record, job_lock, missing, needing_space, progress_file, read_record, running_since, say, sweep,
@@ -246,9 +246,12 @@ def collect(self: Batch, show: Display) -> None:
             continue
         busy, died = error is None and future.result() == "busy", isinstance(error, Died)
         self.deaths[name] = self.deaths.get(name, 0) + died
-        if busy or (died and self.deaths[name] == 1):
+        if busy or (died and self.deaths[name] <= (5 if isinstance(error, Lost) else 1)):
             self.pending.insert(0, job)
             if died: show.say(f"again   {name}: {error}")
+            continue
+        if isinstance(error, Lost):
+            show.say(f"lost    {name}: {error} The same command goes on.")
             continue
         if error: blame(self.study, job, {"type": type(error).__name__, "message": str(error)})
         self.ran += 1

@@ -26,6 +26,7 @@ import traceback
 from pathlib import Path
 
 # %% ../../nbs/72_forkserver.ipynb #50ca2e5f
+from ..foundation.leave import SIGNALS
 from ..foundation.places import checkout
 from ..foundation.registry import VfmError
 
@@ -119,7 +120,7 @@ class Server:
         for fd in (self.wake, wake): os.set_blocking(fd, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to everybody when a machine is shut down; it ends with its owner
+        for s in SIGNALS: signal.signal(s, signal.SIG_IGN)  # sent to everybody when a machine is shut down or a cluster takes it away; it ends with its owner
         self.folder = os.path.dirname(address)
 
     def loop(self) -> None:
@@ -143,7 +144,7 @@ def start(self: Server, lease: socket.socket) -> None:
         os.setsid()
         die_with_parent(me)
         signal.set_wakeup_fd(-1)
-        for sig in (signal.SIGCHLD, signal.SIGTERM): signal.signal(sig, signal.SIG_DFL)
+        for sig in (signal.SIGCHLD, *SIGNALS): signal.signal(sig, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for other in (self.listener, lease, *filter(None, self.children.values())): other.close()
         run_child(request)

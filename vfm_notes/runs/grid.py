@@ -185,7 +185,7 @@ def transfer_jobs(
     def key(s): return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched)
     maker = {job.runs[0]: job.name for job in weights}
     grouped = ((k, list(g)) for k, g in groupby(sorted(runs, key=key), key))
-    jobs = [Job(f"{task}-{backbone}-n{n}{setting}", "transfer", template, job_parameters(study, specs), tuple(specs),
+    jobs = [Job(f"{task}-{backbone}-n{n or 'all'}{setting}", "transfer", template, job_parameters(study, specs), tuple(specs),
                 tuple(dict.fromkeys(maker[s.parent] for s in specs if s.parent in maker))) for (task, backbone, n, setting), specs in grouped]
     order = list(dict.fromkeys(map(key, runs)))
     return sorted(jobs, key=lambda job: order.index(key(job.specs[0])))
