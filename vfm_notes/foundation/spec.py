@@ -117,7 +117,7 @@ def run_id(
     tail = hashlib.sha256(canonical(spec).encode()).hexdigest()[:8]
     match spec.kind:
         case "pretrain": head = f"pretrain-{spec.backbone}-s{spec.seed}"
-        case "transfer": head = f"{spec.task}-{spec.backbone}-{spec.strategy}-n{spec.n_train}-s{spec.seed}"
+        case "transfer": head = f"{spec.task}-{spec.backbone}-{spec.strategy}-n{spec.n_train or 'all'}-s{spec.seed}"
         case "external": head = f"external-{Path(spec.cohort).name}-{spec.task}-{spec.backbone}"
     return re.sub(r"[^\w.=-]+", "_", head) + f"-{tail}"  # also the name of a folder
 
@@ -166,7 +166,7 @@ class StudySpec:
     cohort: str
     size: tuple
     spacing: tuple
-    cases: dict  # split → number of cases
+    cases: dict  # split → number of cases; 0 everywhere: all of a cohort on disk
     backbones: list  # architecture.weights
     tasks: dict  # task → its options
     strategies: list  # with their options, e.g. "lora rank=8"
@@ -217,7 +217,7 @@ def check_study(study: StudySpec) -> None:
     need(isinstance(study.specialists, dict) and set(study.specialists) <= set(study.tasks), "specialists", "a network for some of the study's tasks, e.g. {segmentation: unet_3d}")
     need(set(study.cases) == set(SPLITS) and all(isinstance(v, int) and v >= 0 for v in study.cases.values()), "cases", f"a count for each of {', '.join(SPLITS)}")
     need(all(isinstance(s, int) for s in study.seeds), "seeds", "whole numbers")
-    need(all(0 < n <= study.cases["train"] for n in study.n_train), "n_train", f"numbers from 1 to cases.train = {study.cases['train']}")
+    need(all(0 < n <= (study.cases["train"] or n) for n in study.n_train), "n_train", f"numbers from 1 to cases.train = {study.cases['train']}")
     check_search(study, need)
     for name in study.backbones:
         weights = name.partition(".")[2]
