@@ -16,6 +16,7 @@ from .crossed import crossed, crossed_words
 from .gain import gain_table
 from .prediction import prediction_finding, prediction_table
 from .tables import Tables, load_tables
+from ..foundation.spec import StudySpec
 
 # %% ../../nbs/85_findings.ipynb #c367a936
 TITLES = {"auc": "AUC", "kappa": "quadratic kappa", "dice": "Dice", "hd95": "95 % Hausdorff distance", "psnr": "PSNR", "ssim": "SSIM"}
@@ -80,12 +81,12 @@ def convergence_finding(
 
 # %% ../../nbs/85_findings.ipynb #391273f2
 def findings(
-    study: str | Tables,  # name of a study, or its tables
+    study: StudySpec | str | Tables,  # a study or its name, or its tables
     layer: str = "embed",  # of the distance
     gains: pd.DataFrame | None = None,  # from gain_table, if it is there already
 ) -> list[str]:  # at least three sentences
     "What a study found, in plain English, with n and intervals."
-    tables = load_tables(study) if isinstance(study, str) else study
+    tables = study if isinstance(study, Tables) else load_tables(study)
     gains = gain_table(tables) if gains is None else gains
     said = [*gain_findings(gains), convergence_finding(convergence_table(tables))]
     if tables.d2p.empty or gains.empty: return said + ["Distance to pretraining and gain: no cell has both numbers, so nothing can be said yet."]

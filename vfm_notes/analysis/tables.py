@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELL', 'RUN', 'COST', 'D2P', 'run_key', 'cost_columns', 'runs_table', 'metrics_table', 'listed', 'd2p_table',
            'moments_table', 'scores_table', 'curves_table', 'cases_table', 'candidates', 'validation', 'mark', 'Tables',
-           'load_tables', 'cohort_value', 'class_scores', 'positive_score']
+           'load_tables', 'serving', 'cohort_value', 'class_scores', 'positive_score']
 
 # %% ../../nbs/80_tables.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -14,8 +14,11 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/80_tables.ipynb #03b2baca
+from ..foundation.options import DRAWN, RANDOM
 from ..foundation.registry import VfmError
 from ..foundation.spec import SEARCHABLE
+from ..foundation.spec import StudySpec
+from ..runs.grid import study_records
 from ..runs.record import read_records, read_table
 
 # %% ../../nbs/80_tables.ipynb #94ce3188
@@ -193,16 +196,27 @@ class Tables:
 
 # %% ../../nbs/80_tables.ipynb #5f8b8ff7
 def load_tables(
-    study: str,  # name of the study
+    study: StudySpec | str,  # the study, for those of its folder that belong to it; a name for all
 ) -> Tables:
     "Read a study's folder once."
-    records = read_records(study)
+    study, records = (study, read_records(study)) if isinstance(study, str) else (study.name, study_records(study))
     runs, curves = runs_table(records), curves_table(study, records)
     tried = candidates(runs, curves)
     runs = mark(runs, tried)
     count = set(runs.id[runs.chosen])
     records = [r for r in records if r["id"] in count]
     return Tables(study, runs, metrics_table(records), cases_table(study, records), curves[curves.id.isin(count)].reset_index(drop=True), d2p_table(records), moments_table(records), scores_table(records), tried)
+
+# %% ../../nbs/80_tables.ipynb #0c74d6b2
+def serving(
+    runs: pd.DataFrame,  # with backbone and strategy
+    strategy: str,  # of the reference
+) -> pd.DataFrame:  # its runs, once for every backbone that they serve
+    "The runs of a reference; those of a network's random weights stand in for weights that have none of their own."
+    own = runs[runs.strategy == strategy]
+    lacking = sorted(set(runs.backbone) - set(own.backbone)) if strategy in DRAWN else []
+    shared = [own[own.backbone == f"{b.partition('.')[0]}.{RANDOM}"].assign(backbone=b) for b in lacking]
+    return pd.concat([own, *(s for s in shared if len(s))])
 
 # %% ../../nbs/80_tables.ipynb #f93e6a3d
 def cohort_value(

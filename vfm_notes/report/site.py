@@ -223,7 +223,7 @@ def study_findings(
 ) -> list[str]:
     "Ask the analysis for its sentences."
     from vfm_notes.analysis.findings import findings
-    return list(findings(load_study(study).name))
+    return list(findings(load_study(study)))
 
 # %% ../../nbs/93_site.ipynb #4ed4e1fa
 def make_pages(

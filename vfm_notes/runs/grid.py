@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECS', 'PLURAL', 'Job', 'unavailable', 'parameter_names', 'job_parameters', 'job_specs', 'axes_of', 'parse_only',
-           'matches', 'seed_choice', 'shard', 'template_of', 'plan', 'transfer_jobs', 'external_jobs', 'known_records',
-           'run_states', 'job_states', 'state', 'template_parameters', 'check_template', 'check_templates']
+           'matches', 'seed_choice', 'shard', 'template_of', 'plan', 'transfer_jobs', 'external_jobs', 'study_records',
+           'known_records', 'run_states', 'job_states', 'state', 'template_parameters', 'check_template',
+           'check_templates']
 
 # %% ../../nbs/71_grid.ipynb #992e015c
 import ast
@@ -198,6 +199,11 @@ def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: 
                 tuple(dict.fromkeys(maker[p] for p in s.parents))) for s in specs]
 
 # %% ../../nbs/71_grid.ipynb #508f4e5b
+def study_records(study: StudySpec) -> list[dict]:
+    "The records that belong to the study file as it is now; those of an earlier one stay on the disk and out of every number."
+    ids = {id for job in plan(study) for id in job.runs}
+    return [r for r in read_records(study.name) if r["id"] in ids]
+
 def known_records(study: str) -> dict[str, dict]:
     "All records of a study by run id."
     return {r["id"]: r for r in read_records(study)}
