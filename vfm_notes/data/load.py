@@ -38,6 +38,7 @@ def manifest_folder(
     places = [here, Path(data).expanduser()/name] if data else [here]
     return next((p for p in places if (p/"card.yaml").is_file()), None)
 
+# %% ../../nbs/127_load.ipynb #180debed
 def layout_folder(
     name: str,  # LAYOUT:FOLDER, e.g. "medmnist:breastmnist_28"
 ) -> tuple[str, Path]:  # the layout and the folder as it was downloaded
@@ -62,6 +63,7 @@ def manifest_of(
     layout, folder = layout_folder(name)
     return layouts[layout](folder)
 
+# %% ../../nbs/127_load.ipynb #400ce0c2
 def cohort_maker(
     name: str,
 ) -> tuple[Callable, dict]:  # (size, spacing, n, seed) → Cohort or Plan; its card in the registry

@@ -100,6 +100,7 @@ def check_head_weights(
     "Raise when the transformer of a head has weights that nobody published, or whose licence the study does not accept."
     if "." in (name := str(options.get("deit", ""))): check_weights(study, name)
 
+# %% ../../nbs/69_catalog.ipynb #7e9f4cb3
 def weights_of(
     study: StudySpec,
 ) -> list[str]: # of backbones and heads, each once
@@ -122,6 +123,7 @@ def weights_problems(
         found.append(f"weights '{name}' ({card.licence}) are not here: " + (f"get {card.file} from {card.source} and put it into {weights_root()}" if by_hand and not here else f"vfm weights fetch {name}") + "; a run would try it by itself." * (not by_hand))
     return found
 
+# %% ../../nbs/69_catalog.ipynb #12375ebb
 def check_names(
     study: StudySpec,
 ) -> None:

@@ -251,6 +251,7 @@ def remembered(model: Network, train: TaskData, watch: Watch) -> pd.DataFrame:
     model.head.remember(train.inputs, train.target)
     return pd.DataFrame([(0, 0.0, k, v) for k, v in watch(0).items()], columns=["epoch", "seconds", "name", "value"])
 
+# %% ../../nbs/66_transfer.ipynb #b616971a
 def transfer(
     spec: RunSpec,
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
