@@ -32,7 +32,9 @@ class Manifest:
     crop: str = "volume"  # or what the grid is centred on: a mask column, "voxel x y z", "middle" of pictures
     targets: tuple[str, ...] = ()  # names of 0/1 columns
 
-    def __post_init__(self): self.targets, self.card = self.targets or self.card.targets, replace(self.card, targets=self.targets or self.card.targets)
+    def __post_init__(self):
+        self.targets, self.card = self.targets or self.card.targets, replace(self.card, targets=self.targets or self.card.targets)
+        self.root = Path(os.path.normpath(self.root))  # ../scans is a root like any other
 
     def __len__(self) -> int: return len(self.table)
 
