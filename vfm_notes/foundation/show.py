@@ -21,7 +21,7 @@ import numpy as np
 from .registry import VfmError
 
 # %% ../../nbs/04_show.ipynb #666965c7
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")  # Okabe-Ito without its yellow and black, then brown and grey
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#666666")  # Okabe-Ito without its yellow and black, then brown and grey
 FIXED = {"profound_toy": "#0072B2", "profound_conv": "#0072B2", "profound_vit": "#56B4E9", "provicnet_toy": "#D55E00", "provicnet": "#D55E00"}
 
 # %% ../../nbs/04_show.ipynb #1be858ad
@@ -123,7 +123,7 @@ class Figure:
         with open(path, "wb") as f: f.write(data)
 
 # %% ../../nbs/04_show.ipynb #37af8835
-OUTLINES = ("#FFD92F", "#56E4FF", "#FF8A5B", "#7CFF9B", "#FF9BE8", "#FFFFFF")  # bright on grey anatomy, ordered by how well they differ
+OUTLINES = ("#FFD92F", "#56E4FF", "#FF8A5B", "#B388FF", "#FFFFFF", "#7CFF9B")  # bright on grey anatomy, ordered by how well they differ
 
 # %% ../../nbs/04_show.ipynb #94e569d4
 def window_of(
