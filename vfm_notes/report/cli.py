@@ -122,12 +122,14 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
 def lacking(spec) -> list[str]:  # spec: of the study
     "What a study needs and this machine has not got: data, weights, accepted licences, names."
     import os
+    from dataclasses import replace
 
     from vfm_notes.runs.grid import unavailable
     from vfm_notes.tune.catalog import check_names, weights_problems
     found = [unavailable(spec.cohort, os.environ.get("VFM_DATA")), *weights_problems(spec)]
-    try: check_names(spec)
-    except VfmError as error: found.append(str(error))
+    for backbone in spec.backbones:  # each by itself, so that all that is missing is told at once
+        try: check_names(replace(spec, backbones=[backbone]))
+        except VfmError as error: found.append(str(error))
     return [f for f in dict.fromkeys(found) if f]
 
 # %% ../../nbs/99_cli.ipynb #15865b57

@@ -1,0 +1,77 @@
+"""What a user is told: the plan before a batch, a few failures out of many, records of another version or of an earlier study file."""
+import json
+from dataclasses import replace
+
+import pytest
+from toy_batch import Toy
+
+from vfm_notes.analysis.findings import findings
+from vfm_notes.analysis.tables import load_tables
+from vfm_notes.foundation.places import run_folder
+from vfm_notes.foundation.spec import load_study, run_id, run_specs
+from vfm_notes.report.cli import failures, print_summary
+from vfm_notes.runs.batch import Summary
+from vfm_notes.runs.grid import study_records
+from vfm_notes.runs.record import new_record, read_records, write_record
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Toy:
+    toy = Toy(tmp_path)
+    monkeypatch.setenv("VFM_RUNS", str(toy.runs))
+    return toy
+
+
+def kept(toy, specs, **values):
+    "Made-up records."
+    for s in specs: write_record(run_folder("toy", run_id(s)), new_record(s, "toy", metrics={"dice": values.get("dice", 0.5)}, primary="dice", directions={"dice": 1}, cost={"seconds": {"total": values.get("seconds", 1.0)}}))
+
+
+def test_a_dry_run_says_everything_that_is_missing_at_once(toy):
+    toy.write(cohort="prostate_cases", pretrain={}, backbones=["dinov3_base.lvd1689m", "vit_base.mae_in1k", "profound_tiny.alpha", "profund_toy.x"], size=[8, 64, 64])
+    done = toy.run("--dry-run", VFM_DATA="", VFM_WEIGHTS=str(toy.root/"none"))
+    said = [line for line in done.stdout.splitlines() if line.startswith("missing: ")]
+    assert done.returncode == 0 and "about unknown time of work" in done.stdout and not toy.runs.exists(), done.stdout + done.stderr
+    for words in (["VFM_DATA is not set"], ["gated licence", "DINOv3-License", "licences: [DINOv3-License]"], ["non-commercial licence", "CC-BY-NC-4.0"], ["profound_tiny.alpha"], ["profund_toy", "Did you mean"]):
+        assert any(all(w in line for w in words) for line in said), (words, said)
+
+
+def test_a_dry_run_estimates_the_hours_from_earlier_records(toy):
+    specs = run_specs(load_study(toy.study))
+    kept(toy, [s for s in specs if s.seed == 0], seconds=3600.0)  # an hour each; four are left, and the pretraining about as long
+    done = toy.run("--dry-run", "--only", "kind=transfer")
+    assert "about 5 h 00 min of work" in done.stdout, done.stdout
+
+
+def test_of_two_hundred_failures_a_few_are_shown_and_the_rest_counted(capsys):
+    many = Summary("big", done=3, failed={f"run-{i}": "ValueError: no" for i in range(200)}, problems={f"job-{i}": "cell 4: ValueError: no" for i in range(30)}, missing=[f"m{i}" for i in range(50)])
+    lines = failures(many)
+    assert len(lines) == 22 and lines[10] == "failed  190 more; all with their errors: vfm table big -o failed.csv" and lines[-1] == "stopped 20 more notebooks; their logs tell why"
+    print_summary(many)
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 24 and "missing 50 runs" in out and "200 of 253 runs of study big failed" in out
+    assert failures(Summary("small", failed={"a": "E: x"})) == ["failed  a: E: x"]
+
+
+@pytest.mark.parametrize("command", ["status", "table", "run"])
+def test_records_of_another_version_are_refused_in_one_sentence(toy, command):
+    specs = run_specs(load_study(toy.study))
+    kept(toy, specs[:2])
+    path = run_folder("toy", run_id(specs[0]))/"record.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"schema": 7}))
+    done = toy.run() if command == "run" else toy.vfm(command, str(toy.study))
+    said = done.stderr.splitlines()
+    assert done.returncode == 2 and len(said) == 1 and "record schema 7, this version reads schema 1" in said[0] and "another VFM_RUNS" in said[0], done.stderr
+    assert path.exists() and len(list((toy.runs/"toy").glob("*/record.json"))) == 2
+
+
+def test_report_and_findings_leave_out_what_an_earlier_study_file_has_left(toy):
+    study = load_study(toy.study)
+    kept(toy, run_specs(study), dice=0.5)
+    before = load_tables(study)
+    kept(toy, run_specs(replace(study, size=(4, 8, 16))), dice=0.9)
+    now = load_tables(study)
+    assert len(read_records("toy")) == 12 and len(study_records(study)) == 6 and len(load_tables("toy").runs) == 12
+    assert now.runs.equals(before.runs) and set(now.metrics.value) == {0.5} and findings(study) == findings(before)
+    status = toy.vfm("status", str(toy.study)).stdout
+    assert "6 records belong to no run of the study file as it is now" in status and "6 done" in status
