@@ -68,11 +68,14 @@ def contrast_row(
     cases: dict[str, pd.DataFrame],  # run id → its rows
     first: Mapping, second: Mapping,  # columns of two cells
     draws: int, seed: int,
+    metric: str = "primary",  # or the name of one
 ) -> dict:
     "How much better the first cell is than the second."
     one, two = runs_of(tables, first), runs_of(tables, second)
     if one.empty or two.empty: return {"reason": "no finished run of " + " and ".join(w for w, r in (("the first", one), ("the second", two)) if r.empty)}
-    metric, direction = one.metric.iloc[0], int(one.direction.iloc[0])
+    known = one if metric == "primary" else tables.metrics[tables.metrics.id.isin(one.id) & (tables.metrics.metric == metric)]
+    if known.empty: return {"reason": f"these runs have no metric '{metric}'"}
+    metric, direction = known.metric.iloc[0], int(known.direction.iloc[0])
     pair = match(cases, one, two, metric, direction)
     said = {"metric": metric, "direction": direction, "reason": pair if isinstance(pair, str) else ""}
     if isinstance(pair, str): return said
@@ -85,6 +88,7 @@ def contrast_table(
     contrasts: Mapping[str, tuple[Mapping, Mapping]],  # name → two choices
     draws: int = 2000,
     seed: int = 0,
+    metric: str = "primary",  # of each task, or the name of one
 ) -> pd.DataFrame:  # a row per contrast and values of what it leaves open; positive: the first is better
     "Every contrast wherever both of its cells might be."
     cases, rows, runs = dict(list(tables.cases.groupby("id"))), [], tables.runs[tables.runs.kind == "transfer"]
@@ -92,7 +96,7 @@ def contrast_table(
         both = runs[np.logical_or.reduce([np.logical_and.reduce([runs[k] == v for k, v in side.items()]) for side in (first, second)])]
         open_ = [k for k in CELL if k not in first and k not in second]
         for key in both[open_].drop_duplicates().to_dict("records") if open_ else [{}]:
-            rows.append({"contrast": name} | key | contrast_row(tables, cases, key | dict(first), key | dict(second), draws, seed))
+            rows.append({"contrast": name} | key | contrast_row(tables, cases, key | dict(first), key | dict(second), draws, seed, metric))
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.assign(p_holm=holm(table.p.to_numpy(float)))
 

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 # %% ../../nbs/82_convergence.ipynb #9d4b5431
 from .censored import half_time, log_rank, reached_by
-from .tables import CELL, RUN, Tables
+from .tables import CELL, RUN, Tables, serving
 
 # %% ../../nbs/82_convergence.ipynb #3b6dc950
 SHARE = 0.95  # of the best, or of the rise
@@ -84,7 +84,7 @@ def run_convergence(
 ) -> pd.DataFrame:  # a row per run (the reference's own included) and rule
     "Epochs and seconds of training until each run reached its targets."
     curves, done, rows = _validation(tables), tables.done(), []
-    refs = done[done.strategy == reference].set_index(["task", "backbone", "n_train", "seed"])["id"].to_dict()
+    refs = serving(done, reference).set_index(["task", "backbone", "n_train", "seed"])["id"].to_dict()
     for run in done.to_dict("records"):
         own, ref = curves.get(run["id"]), curves.get(refs.get((run["task"], run["backbone"], run["n_train"], run["seed"])))
         if own is None: continue
@@ -117,7 +117,7 @@ def convergence_table(
     "Convergence of every cell: mean over seeds, interval, difference to the reference, and how many were censored."
     runs = run_convergence(tables, reference)
     by = ["task", "backbone", "n_train", "seed", "rule"]
-    refs = runs[runs.strategy == reference][[*by, "epochs", "seconds", "area", "censored"]]
+    refs = serving(runs, reference)[[*by, "epochs", "seconds", "area", "censored"]]
     runs = runs.merge(refs, on=by, how="left", suffixes=("", "_ref"))
     runs = runs.assign(sooner=runs.epochs_ref - runs.epochs, seconds_sooner=runs.seconds_ref - runs.seconds, area_more=(runs.area - runs.area_ref) * runs.direction)
     rows = []
@@ -167,10 +167,10 @@ def paired_times(
     unit: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (pairs, 2) times, censored; (pairs,) strata
     "Runs of a strategy beside those of the reference with the same seed."
-    a, b = (runs[runs.strategy == s].set_index(["cell", "seed"]).sort_index() for s in (strategy, reference))
+    a, b = (t.set_index(["task", "backbone", "n_train", "seed"]).sort_index() for t in (runs[runs.strategy == strategy], serving(runs, reference)))
     both = a.index.intersection(b.index)
     a, b = a.loc[both], b.loc[both]
-    return np.stack([a[unit], b[unit]], 1).astype(float), np.stack([a.censored, b.censored], 1).astype(bool), both.get_level_values("cell").to_numpy()
+    return np.stack([a[unit], b[unit]], 1).astype(float), np.stack([a.censored, b.censored], 1).astype(bool), a.cell.to_numpy()
 
 # %% ../../nbs/82_convergence.ipynb #514f5807
 def reached_table(

@@ -14,8 +14,9 @@ import pandas as pd
 from einops import rearrange
 from scipy.stats import rankdata
 
-# %% ../../nbs/81_gain.ipynb #daf30134
-from .tables import CELL, Tables, class_scores, positive_score
+# %% ../../nbs/81_gain.ipynb #1fbea6d2
+from .set_metrics import SET_METRICS, OfSet, columns_of, exchanged, together
+from .tables import CELL, Tables, class_scores, positive_score, serving
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/81_gain.ipynb #b56dc56b
@@ -79,12 +80,12 @@ class Agreement:
         both = (self.label[:, None] == k)[None, :, :, None] & (self.value[:, :, None] == k)[:, :, None, :]
         return np.stack([kappa(rearrange(w @ rearrange(b, "n i j -> n (i j)"), "b (i j) -> b i j", i=len(k))) for b in both])
 
-# %% ../../nbs/81_gain.ipynb #38805cbd
+# %% ../../nbs/81_gain.ipynb #8290c5f2
 @dataclass
 class Pair:
     "A cell and its reference, matched by seed and case."
-    tuned: Means | Ranking | Agreement
-    reference: Means | Ranking | Agreement
+    tuned: Means | Ranking | Agreement | OfSet
+    reference: Means | Ranking | Agreement | OfSet
     seeds: list
     patients: np.ndarray  # (cases,) number of the patient
     direction: int = 1
@@ -98,10 +99,11 @@ class Pair:
         "RPG (seeds, draws) of each seed alone."
         return rpg(self.tuned.weighted(w), self.reference.weighted(w), self.direction)
 
-# %% ../../nbs/81_gain.ipynb #b445a4e1
+# %% ../../nbs/81_gain.ipynb #cfe26355
 def _scores(cases: pd.DataFrame, ids: list, metric: str, positive, names: list):
-    "The runs `ids` as Means, Ranking or Agreement over the cases `names`."
+    "The runs `ids` as Means, Ranking, Agreement or OfSet over the cases `names`."
     runs = [cases[i] for i in ids]
+    if metric in SET_METRICS: return OfSet(metric, together([columns_of(r, metric, names) for r in runs]))
     if metric not in ("auc", "kappa"):
         return Means(np.stack([r[r.metric == metric].set_index("case")["value"].reindex(names).to_numpy(float) for r in runs]))
     parts = [class_scores(r[r.case.isin(names)]) for r in runs]
@@ -109,7 +111,7 @@ def _scores(cases: pd.DataFrame, ids: list, metric: str, positive, names: list):
     cut = parts[0][1].shape[1] - 1 if pd.isna(positive) else positive
     return Ranking(np.stack([positive_score(s, positive) for _, s in parts]), parts[0][0] >= cut)
 
-# %% ../../nbs/81_gain.ipynb #9bb0f09d
+# %% ../../nbs/81_gain.ipynb #aa355f84
 def match(
     cases: dict[str, pd.DataFrame],  # run id -> its rows case, patient, metric, value
     tuned: pd.DataFrame,  # runs of the cell: id, seed, positive
@@ -131,7 +133,7 @@ def match(
     who = cases[a[0]].drop_duplicates("case").set_index("case")["patient"].reindex(names)
     return Pair(x, y, seeds, pd.factorize(who.where(who.notna(), names))[0], direction)
 
-# %% ../../nbs/81_gain.ipynb #fac321dd
+# %% ../../nbs/81_gain.ipynb #baeb2f0a
 def case_weights(
     patients: np.ndarray,  # (cases,) number of the patient, from 0
     draws: int,
@@ -141,7 +143,7 @@ def case_weights(
     n = int(patients.max()) + 1
     return rng.multinomial(n, np.full(n, 1 / n), size=draws)[:, patients].astype(float)
 
-# %% ../../nbs/81_gain.ipynb #0e0b8963
+# %% ../../nbs/81_gain.ipynb #0e53c86b
 def over_seeds(pair: Pair, w: np.ndarray, ws: np.ndarray) -> np.ndarray:
     "RPG (draws,) of the means over seeds, weighted by ws (draws, seeds)."
     t, r = ((ws * s.weighted(w).T).sum(1) / ws.sum(1) for s in (pair.tuned, pair.reference))
@@ -164,7 +166,7 @@ def bootstrap(
                 seed_sd=float(np.std(pair.gains(one)[:, 0], ddof=1)) if s > 1 else np.nan,
                 case_sd=float(np.nanstd(only_cases)) if np.isfinite(only_cases).any() else np.nan, undefined=float(np.isnan(both).mean()))
 
-# %% ../../nbs/81_gain.ipynb #6f307796
+# %% ../../nbs/81_gain.ipynb #bb391875
 def _exchanges(patients: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     "Whether a case is exchanged (1 + draws, cases): nobody first, then random sets of patients, or all sets there are."
     n = int(patients.max()) + 1
@@ -180,7 +182,7 @@ def _row_scores(s, value: np.ndarray) -> np.ndarray:
     k = np.arange(s.classes)
     return kappa(np.einsum("ni,bnj->bij", (s.label[:, None] == k) * 1.0, (value[:, :, None] == k) * 1.0, optimize=True))
 
-# %% ../../nbs/81_gain.ipynb #f6c794fc
+# %% ../../nbs/81_gain.ipynb #ecd93beb
 def exchange_test(
     pair: Pair,
     draws: int = 2000,
@@ -192,13 +194,14 @@ def exchange_test(
     if isinstance(pair.tuned, Means):
         d = (x - y) / np.maximum(np.isfinite(x).sum(1, keepdims=True), 1)
         null = np.where(flip, -1.0, 1.0) @ np.nansum(d, axis=0)
+    elif isinstance(pair.tuned, OfSet): null = exchanged(pair.tuned, pair.reference, flip)
     else:
         if isinstance(pair.tuned, Ranking): x, y = rankdata(x, axis=1), rankdata(y, axis=1)
         null = np.mean([_row_scores(pair.tuned, np.where(flip, b, a)) - _row_scores(pair.tuned, np.where(flip, a, b)) for a, b in zip(x, y)], axis=0)
     if not np.isfinite(null[0]) or pair.n_cases == 0: return float("nan")
     return float(np.mean(np.abs(null) >= np.abs(null[0]) - 1e-12))
 
-# %% ../../nbs/81_gain.ipynb #3c2795b8
+# %% ../../nbs/81_gain.ipynb #1f2a961a
 def holm(
     p: np.ndarray,  # (cells,), NaN where there was no test
 ) -> np.ndarray:  # corrected, never smaller than p, at most 1
@@ -208,7 +211,7 @@ def holm(
     if order: out[order] = np.minimum(1, np.maximum.accumulate([p[i] * (len(order) - k) for k, i in enumerate(order)]))
     return out
 
-# %% ../../nbs/81_gain.ipynb #c731c5b0
+# %% ../../nbs/81_gain.ipynb #87d9aa46
 @dataclass
 class Cell:
     "A cell of a study with its runs matched to the reference, or the reason why not."
@@ -222,15 +225,14 @@ def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, r
     "Match one cell."
     runs, (other, _, strategy) = tables.done(), reference.rpartition("/")
     for k in ("task", "n_train"): runs = runs[runs[k] == key[k]]
-    own = runs.backbone == key["backbone"]
-    whose = runs.backbone == other if other else own | (reference == "specialist")  # a study has one specialist per task
-    tuned, ref = runs[own & (runs.strategy == key["strategy"])], runs[whose & (runs.strategy == strategy)]
+    tuned, ref = runs[(runs.backbone == key["backbone"]) & (runs.strategy == key["strategy"])], serving(runs, strategy)
+    if reference != "specialist": ref = ref[ref.backbone == (other or key["backbone"])]  # a study has one specialist per task
     if tuned.empty: pair = "no finished run" if tables.search.empty else "no finished run, or its search is not complete"
     elif ref.empty: pair = f"no finished run of the reference '{reference}'"
     else: pair = match(cases, tuned, ref, metric, direction)
     return Cell(key, metric, direction, pair, sorted(set(tuned.seed) - set(ref.seed)))
 
-# %% ../../nbs/81_gain.ipynb #e2e82b49
+# %% ../../nbs/81_gain.ipynb #c97d4865
 def study_cells(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric; tasks without it are left out
@@ -250,7 +252,7 @@ def study_cells(
         elif metric == "primary": found.append(Cell(key, None, 1, "no finished run", []))
     return found
 
-# %% ../../nbs/81_gain.ipynb #332212f2
+# %% ../../nbs/81_gain.ipynb #a4f7d596
 COLUMNS = [*CELL, "metric", "direction", "versus", "rpg", "low", "high", "p", "p_holm", "n_seeds", "n_cases", "tuned", "reference", "seed_sd", "case_sd", "undefined", "reason", "note"]
 
 def _row(cell: Cell, draws: int, seed: int) -> dict:
@@ -266,7 +268,7 @@ def _row(cell: Cell, draws: int, seed: int) -> dict:
     if not row["reason"] and (drawn < 0).any() and (drawn > 0).any(): notes.append("the reference is close to 0, where a relative gain means little")
     return row | {"note": "; ".join(notes)}
 
-# %% ../../nbs/81_gain.ipynb #2ae8f3ef
+# %% ../../nbs/81_gain.ipynb #38549d3f
 def gain_table(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric
@@ -280,7 +282,7 @@ def gain_table(
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.assign(p_holm=holm(table.p.to_numpy(float)))
 
-# %% ../../nbs/81_gain.ipynb #eb991419
+# %% ../../nbs/81_gain.ipynb #08f33ba4
 def run_gains(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric

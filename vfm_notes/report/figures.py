@@ -18,6 +18,7 @@ import pandas as pd
 # %% ../../nbs/90_figures.ipynb #fdca7e22
 from ..analysis.findings import TITLES
 from ..foundation.chart import use_charts
+from ..foundation.options import weightless
 from ..foundation.show import PALETTE, colours
 
 # %% ../../nbs/90_figures.ipynb #927b1c77
@@ -154,7 +155,7 @@ def gain_finding(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> str:  # a sentence
     "Say how many cells gain, and for how many the interval leaves out zero."
-    known = gains[gains.rpg.notna()]
+    known = gains[gains.rpg.notna() & ~gains[["backbone", "strategy"]].apply(lambda r: weightless(*r), axis=1).astype(bool)]
     if known.empty: return "No cell has a gain yet"
     up, clear = int((known.rpg > 0).sum()), int((known.low > 0).sum())
     worse = int((known.high < 0).sum())
