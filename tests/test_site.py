@@ -1,4 +1,5 @@
 """The report site, built from made-up records and looked at in a real browser whose network is blocked."""
+import base64
 import functools
 import http.server
 import json
@@ -6,10 +7,12 @@ import re
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from browsing import AXE, asked, chromium, luminance, wait
 from fake_runs import write_study
 
 from vfm_notes.foundation.places import notebook_file, run_folder
@@ -126,16 +129,7 @@ def test_wrong_words_are_answered(project):
 @pytest.fixture(scope="module")
 def browser():
     "Chromium without a network."
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chrome, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chrome or not driver: pytest.skip("chromium or chromedriver is not on PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chrome
-    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--window-size=1300,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(a)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield made
-    made.quit()
+    with chromium() as made: yield made
 
 
 @pytest.fixture(scope="module")
@@ -149,24 +143,12 @@ def server(project):
     made.shutdown()
 
 
-def wait(browser, script, seconds=15):
-    "Wait until a script gives something true."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := browser.execute_script(script): return found
-        time.sleep(0.05)
-    raise AssertionError(f"never came true: {script}")
-
-
 def visit(browser, base, name):
     "Open a page, wait for its charts, and give what went wrong and what was asked for."
     browser.get_log("performance")
     browser.get(f"{base}/{name}.html")
-    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)")
-    errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE" and "favicon.ico" not in e["message"]]
-    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    return errors, [u for u in asked if not u.startswith((base, "data:", "blob:", "file:///", "chrome:"))]
+    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)", 30)
+    return asked(browser, base)
 
 
 def test_every_page_opens_clean_over_http(project, browser, server):
@@ -244,33 +226,84 @@ def test_downloads(browser, server):
     assert "rpg" in head and len(rows) == 6
 
 
-def luminance(rgb):
-    "Relative luminance (WCAG) of 'rgb(r, g, b)'."
-    part = [int(v) / 255 for v in re.findall(r"\d+", rgb)[:3]]
-    return sum(w * (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4) for w, v in zip((0.2126, 0.7152, 0.0722), part))
+KINDS = ["index", "alignment", "convergence", "data", "runs", "methods", "guide_reader", "run-segmentation-profound_toy.mae_of_a_long_name-n4", "run-pretrain-provicnet_toy.contrast", "reference/04_show"]  # one of each kind of page
+READING = (Path(__file__).parent / "reading.js").read_text(encoding="utf-8")
+
+
+@contextmanager
+def screen(browser, width=1300, scheme="light", media=""):
+    "A reader's screen, or the printer."
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try: yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def ground(browser): return luminance(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+
+
+@pytest.mark.parametrize("width, scheme", [(1300, "light"), (1300, "dark"), (390, "light"), (390, "dark")])
+def test_every_kind_of_page_can_be_read(browser, server, width, scheme):
+    "Words of at least 12 px with a contrast of 4.5:1, none upon another, nothing beyond the screen."
+    with screen(browser, width, scheme):
+        for name in KINDS if (width, scheme) in ((1300, "light"), (390, "dark")) else KINDS[:3]:
+            visit(browser, server, name)
+            assert (ground(browser) < 0.1) == (scheme == "dark")
+            assert browser.execute_script(READING) == {"small": [], "faint": [], "wide": [], "over": []}, f"{name} at {width} px, {scheme}"
+
+
+def test_the_measure_of_reading_can_fail(browser, server):
+    visit(browser, server, "methods")
+    browser.execute_script("""document.querySelector('main').insertAdjacentHTML('beforeend', `<p style="font-size:9px">tiny</p><p style="color:#bbb">pale</p>
+        <p style="position:absolute;left:5000px;white-space:nowrap">far</p><p style="margin-bottom:-1.2em">under</p><p>above</p>`)""")
+    found = browser.execute_script(READING)
+    assert [len(found[k]) for k in ("small", "faint", "wide", "over")] == [1, 1, 1, 1] and "tiny" in found["small"][0] and "far" in found["wide"][0] and "under" in found["over"][0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_have_contrast_in_light_and_dark(browser, server, scheme):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    visit(browser, server, "index")
-    wait(browser, f"return document.querySelector('.vfm-chart').dataset.drawn === '{scheme}'")
-    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    words = browser.execute_script("return ['p.vfm-lead', '.vfm-note', '.vfm-facts span', '.sidebar-link', 'footer', '.quarto-title .subtitle'].map(s => getComputedStyle(document.querySelector(s)).color).concat([...document.querySelectorAll('.vfm-chart svg text')].map(t => t.getAttribute('fill')).filter(f => f.startsWith('rgb')))")
-    assert (luminance(ground) < 0.1) == (scheme == "dark")
-    for w in words:
-        a, b = sorted((luminance(w), luminance(ground)))
-        assert (b + 0.05) / (a + 0.05) >= 4.5, (w, ground)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+def test_axe_finds_no_serious_violation(browser, server, scheme):
+    if not AXE.exists(): pytest.skip("axe-core is not there; `make programs` fetches it from registry.npmjs.org")
+    browser.set_script_timeout(60)
+    with screen(browser, 1300, scheme):
+        for name in KINDS:
+            visit(browser, server, name)
+            browser.execute_script(AXE.read_text(encoding="utf-8"))
+            found = browser.execute_async_script("const done = arguments[0]; axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.map(v => [v.impact, v.id, v.nodes.length, v.nodes[0].html.slice(0, 150)])))")
+            assert [f for f in found if f[0] in ("serious", "critical")] == [], f"{name}, {scheme}"
 
 
-def test_pages_fit_a_phone(project, browser, server):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
-    try:
+def test_the_printer_gets_dark_words_on_white(browser, server):
+    with screen(browser, 800, "dark", "print"):
+        for name in ("index", "run-segmentation-profound_toy.mae_of_a_long_name-n4"):
+            visit(browser, server, name)
+            assert ground(browser) > 0.95 and browser.execute_script(READING)["faint"] == []
+            assert browser.execute_script("return [...document.querySelectorAll('#quarto-header, #quarto-sidebar, .vfm-tools')].every(e => !e.checkVisibility())")
+        pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+        assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
+
+
+@pytest.mark.parametrize("name", ["index", "alignment", "convergence", "prediction", "cost"])
+def test_charts_answer_the_pointer(browser, server, name):
+    visit(browser, server, name)
+    told = False
+    for chart in browser.find_elements("css selector", ".vfm-chart"):
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+        spots = browser.execute_script("""return [...arguments[0].querySelectorAll('.vfm-view svg .mark-symbol path, .vfm-view svg .mark-rect path')].map(m => m.getBoundingClientRect())
+            .filter(b => b.width > 3 && b.top > 60 && b.bottom < innerHeight).map(b => [b.left + b.width / 2, b.top + b.height / 2]).slice(0, 12)""", chart)
+        for x, y in spots:
+            browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
+            told |= bool(browser.execute_script("const t = document.querySelector('#vg-tooltip-element.visible'); return t && t.innerText.length > 5"))
+            if told: return
+    assert told, f"no chart of {name} shows a tooltip"
+
+
+def test_pages_fit_a_phone(browser, server):
+    with screen(browser, 390):
         for name in [*OWN, "run-segmentation-profound_toy.mae_of_a_long_name-n4"]:
             visit(browser, server, name)
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, name
             wide = browser.execute_script("return [...document.querySelectorAll('main p, main h1, main h2, main li')].filter(e => !e.closest('.vfm-scroll, .vfm-chart, .vfm-slices') && (e.getBoundingClientRect().right > 391 || e.scrollWidth > e.clientWidth + 1)).map(e => e.innerText)")
             assert wide == [], f"{name}: {wide[:2]}"
             assert browser.execute_script("return [...document.querySelectorAll('.vfm-chart .vfm-view')].every(v => v.scrollWidth <= v.clientWidth + 2)"), f"{name}: a chart is wider than the phone"
-    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
