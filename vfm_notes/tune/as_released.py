@@ -33,8 +33,9 @@ from ..foundation.places import report_notebooks
 from ..foundation.registry import backbones, objectives
 from ..nets.decoder import Network
 from ..pretrain.trainer import Recipe, Trainer
-from .detection import SegmentationAndPresence
+from .detection import SegmentationAndPresence, case_auc, table
 from .fit import predict
+from .metric import f1
 from .strategy import apply_strategy
 from .task import TaskData
 
@@ -157,11 +158,10 @@ def tuned(
 METRICS = ("dice", "dice_PCS", "auc", "f1", "sensitivity", "specificity")
 
 def scores(
-    task: SegmentationAndPresence,
-    cases: pd.DataFrame,  # from its evaluate
+    wide: pd.DataFrame,  # case x metric
 ) -> dict[str, float | None]:  # of METRICS; None where undefined
-    "Means over cases, with the Dice of the fold alone, which is what the study reports."
-    found = task.summary(cases) | {"dice_PCS": float(cases.loc[cases.metric == "dice_PCS", "value"].mean())}
+    "The task's summary, and the Dice of the fold alone, which is what the study reports."
+    found = wide.mean().to_dict() | {"auc": case_auc(wide), "f1": f1(wide["label"].to_numpy() == 1, wide["score_1"].to_numpy() >= 0.5)}
     return {m: None if math.isnan(found[m]) else round(found[m], 5) for m in METRICS}
 
 def mean_scores(rows: list[dict]) -> dict[str, float | None]:
@@ -179,14 +179,14 @@ def tested(
     orders: int = 100,  # second orders of the split as released
 ) -> list[dict]:  # a row per test set
     "Score a network on all test sets."
-    known, n = task.evaluate(predict(model, pool.inputs), pool), len(pool)
-    of = lambda numbers: scores(task, known[known.case.isin({pool.names[i] for i in numbers.tolist()})])
+    known, n = table(task.evaluate(predict(model, pool.inputs), pool)).loc[pool.names], len(pool)
+    of = lambda numbers: scores(known.iloc[numbers.tolist()])
     output, (train, *unseen) = predict(model, fresh.inputs), one_order(n, seed)
     leaks = [two_orders(n, seed, again)[2] for again in range(orders)]
-    rows = [{"set": "fresh", **scores(task, task.evaluate(output, fresh))}, {"set": "stated", **of(torch.cat(unseen))},
+    rows = [{"set": "fresh", **scores(table(task.evaluate(output, fresh)))}, {"set": "stated", **of(torch.cat(unseen))},
             {"set": "released", **mean_scores([of(test) for test in leaks]), "shared": round(float(np.mean([shared(train, test) for test in leaks])), 5)}]
     own = PresenceAsReleased(task.card, width=setup.width)
-    return rows + ([{"set": "own labels", **scores(own, own.evaluate(output, fresh))}] if "class" in flaws else [])
+    return rows + ([{"set": "own labels", **scores(table(own.evaluate(output, fresh)))}] if "class" in flaws else [])
 
 # %% ../../nbs/67_as_released.ipynb #fd15357e
 def seed_rows(
