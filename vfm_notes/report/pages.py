@@ -27,7 +27,7 @@ from ..runs.forkserver import python_path
 from ..runs.grid import Job, plan, run_states
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
-ORDER = ("index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog")  # pages in reading order; others follow
+ORDER = ("index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog")  # pages in reading order; others follow
 
 # %% ../../nbs/92_pages.ipynb #4a67adf5
 @dataclass(frozen=True)
