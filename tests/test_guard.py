@@ -43,6 +43,8 @@ def test_notebook_is_clean(path):
         assert not c.get("outputs") and c.get("execution_count") is None, "commit notebooks without outputs"
         assert set(c["metadata"]) <= {"tags"}
     if path.parent.name == "report": assert cells(path)[0]["cell_type"] == "raw", "a page begins with its front matter in a raw cell"
+    for source in code(path):
+        if not re.search(r"^\s*[%!]", source, re.M): ast.parse(source)
     if path.parent.name in ("runs", "report") or path.name == "00_tour.ipynb": assert not exported(path), "templates, pages and the tour export nothing"
 
 
