@@ -139,8 +139,7 @@ def likeness(
     return rearrange(F.cosine_similarity(tokens, anchor, dim=1), "b d h w -> b 1 d h w")
 
 # %% ../../nbs/41_contrast.ipynb #965dd376
-@objectives("patch_contrast", title="label-guided patch contrast", family="contrast", source="ProViCNet, arXiv 2502.00366",
-            labels=True, shows="neighbours", recipe=dict(epochs=30, batch_size=8, lr=1e-3),
+@objectives("patch_contrast", title="label-guided patch contrast", family="contrast", source="ProViCNet, arXiv 2502.00366", labels=True, shows="neighbours", recipe=dict(epochs=30, batch_size=8, lr=1e-3),
             options=dict(a=0.05, anchor_class=2, anchor_share=62 / 64, clear_share=2 / 64, pairs=30, class_weights=(0.02, 0.04, 0.5, 0.5), projection=(2048, 2048, 256, 65536)),
             beyond="Adam, the encoder (DINOv2's) at a twentieth of the rate, which falls on a plateau; steps without cancer are skipped")
 class PatchContrast(nn.Module):
