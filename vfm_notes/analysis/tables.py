@@ -17,9 +17,10 @@ import pandas as pd
 from ..foundation.options import DRAWN, RANDOM
 from ..foundation.registry import VfmError
 from ..foundation.spec import SEARCHABLE
+from ..foundation.places import run_folder
 from ..foundation.spec import StudySpec
 from ..runs.grid import study_records
-from ..runs.record import read_records, read_table
+from ..runs.record import read_records
 
 # %% ../../nbs/80_tables.ipynb #94ce3188
 CELL = ["task", "backbone", "strategy", "n_train"]
@@ -111,13 +112,24 @@ def scores_table(
     return listed(records, "scores", ["score", "layer", "value", "n", "features", "direction", "reason"]).astype({"value": float})
 
 # %% ../../nbs/80_tables.ipynb #269ec154
+_kept = {}  # (study, name) → the files that were joined, and the result: the pages of a report ask again and again
+
 def _joined(study: str, records: list[dict], name: str, columns: list[str]) -> pd.DataFrame:
-    "One file of every finished run, under each other."
-    parts = []
-    for r in records:
-        table = read_table(study, r["id"], name) if r["status"] == "done" else None
-        if table is not None: parts.append(table.assign(**{k: v for k, v in run_key(r).items() if k not in table})[[*RUN, *(c for c in table if c not in RUN)]])
-    return pd.concat(parts, ignore_index=True).astype({"n_train": "Int64", "seed": "Int64"}) if parts else _frame([], [*RUN, *columns])
+    "One file of every finished run, under each other; read once as long as the files are the same."
+    files = {r["id"]: f["sha256"] for r in records if r["status"] == "done" and (f := r.get("files", {}).get(f"{name}.parquet"))}
+    if not files: return _frame([], [*RUN, *columns])
+    if _kept.get((study, name), (None,))[0] != files: _kept[study, name] = files, _read(study, [r for r in records if r["id"] in files], name)
+    return _kept[study, name][1].copy()
+
+def _read(study: str, records: list[dict], name: str) -> pd.DataFrame:
+    "The files of all these runs; a run is told by its record where its rows do not say themselves which it is."
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+    tables = [ParquetFile(run_folder(study, r["id"])/f"{name}.parquet").read() for r in records]
+    found = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    runs = pd.DataFrame([run_key(r) for r in records], columns=RUN).iloc[np.repeat(np.arange(len(tables)), [len(t) for t in tables])].reset_index(drop=True)
+    for k in set(RUN) & set(found): runs[k] = found.pop(k).combine_first(runs[k])
+    return pd.concat([runs, found], axis=1).astype({"n_train": "Int64", "seed": "Int64"})
 
 def curves_table(
     study: str,  # name of the study
