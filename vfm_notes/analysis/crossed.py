@@ -21,7 +21,7 @@ from .mixed import Mixed, mixed_slope
 from .tables import CELL, Tables
 
 # %% ../../nbs/835_crossed.ipynb #67beac7c
-def numbers(labels) -> np.ndarray: return np.unique(np.asarray(labels, str), return_inverse=True)[1]
+def numbers(labels) -> np.ndarray: return np.unique(np.asarray(labels, str), return_inverse=True)[1]  # labels as 0, 1, 2 ...
 
 def weighted_rho(
     x: np.ndarray,  # (n,)

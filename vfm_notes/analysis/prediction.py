@@ -230,7 +230,7 @@ def points(
     return out.assign(place=((out.value * out.direction - each.transform("mean")) / each.transform("std").where(lambda s: s > 0)).fillna(0.0).astype(float))
 
 # %% ../../nbs/84_prediction.ipynb #930342e3
-def title(name: str) -> str: return TITLES.get(name, name.replace("_", " "))
+def title(name: str) -> str: return TITLES.get(name, name.replace("_", " "))  # a score as readers know it
 
 def prediction_words(
     row: pd.Series,  # of prediction_table

@@ -127,9 +127,9 @@ def compared(
     return table.assign(**{k: [c.split("/")[i] for c in table.contrast] for i, k in enumerate(GRID[2:])})
 
 # %% ../../nbs/87_tradeoff.ipynb #0c147277
-def cell_name(row) -> str: return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
+def cell_name(row) -> str: return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"  # a row in words
 
-def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")
+def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")  # with its sign
 
 def axis_words(
     table: pd.DataFrame,  # from compared

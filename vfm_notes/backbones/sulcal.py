@@ -27,9 +27,9 @@ def conv_stages(
     return nn.ModuleList(nn.Sequential(nn.Conv3d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), *([nn.BatchNorm3d(b)] if norm else []))
                          for a, b in zip([1, *widths], widths))
 
-def run_stages(stages: nn.ModuleList, x: Tensor) -> list[Tensor]: return [x := stage(x) for stage in stages]
+def run_stages(stages: nn.ModuleList, x: Tensor) -> list[Tensor]: return [x := stage(x) for stage in stages]  # what each stage gives, one after the other
 
-def trunk_widths(tiny: bool) -> list[int]: return [4, 4, 8, 16] if tiny else [64, 64, 128, 256]
+def trunk_widths(tiny: bool) -> list[int]: return [4, 4, 8, 16] if tiny else [64, 64, 128, 256]  # channels of each level
 
 # %% ../../nbs/381_sulcal.ipynb #d9192094
 class Headed(Steps):

@@ -22,10 +22,10 @@ FULL = OURS | dict(size=(64, 64, 64), spacing=(1.0, 1.0, 1.0), source="arXiv 240
 TOY = FULL | dict(size=(24, 24, 16), spacing=(2.0, 2.0, 3.0), toy=True)
 
 @backbones("sulcus_unet", title="U-Net encoder (sulcus study)", note="32 to 256 channels; embedding: mean of the coarsest map; no published weights", **FULL)
-def sulcus_unet(in_channels: int = 1, tiny: bool = False) -> Levels: return Levels("sulcus_unet", in_channels, [4, 8, 8] if tiny else [32, 64, 128, 256], [(1, 1, 1)] + [HALVING] * (2 if tiny else 3))
+def sulcus_unet(in_channels: int = 1, tiny: bool = False) -> Levels: return Levels("sulcus_unet", in_channels, [4, 8, 8] if tiny else [32, 64, 128, 256], [(1, 1, 1)] + [HALVING] * (2 if tiny else 3))  # the study's U-Net encoder
 
 @backbones("unet_toy", title="Toy U-Net encoder (sulcus study)", note="the first level halves, too; no published weights", **TOY)
-def unet_toy(in_channels: int = 1, tiny: bool = False) -> Levels: return Levels("unet_toy", in_channels, [8, 16, 32], [HALVING] * 3)
+def unet_toy(in_channels: int = 1, tiny: bool = False) -> Levels: return Levels("unet_toy", in_channels, [8, 16, 32], [HALVING] * 3)  # the same in small
 
 # %% ../../nbs/386_sulcus_nets.ipynb #1dd6ed8e
 @backbones("swin_toy", title="Toy Swin UNETR encoder (sulcus study)", note=NOTE + "; 12 channels, windows of 4, to stride 8; no published weights", **TOY | dict(family="reconstruction"))
@@ -40,7 +40,7 @@ def swin_toy(
     return Volumetric("swin_toy", Headed(net, swin_maps, [12, 24, 48], [2, 4, 8], EightCells(), 8 * 48), in_channels)
 
 # %% ../../nbs/386_sulcus_nets.ipynb #d2062c80
-def folded_maps(model: torch.nn.Module, x: Tensor) -> list[Tensor]: return diffusion_maps(model, space_to_depth(x, HALVING))
+def folded_maps(model: torch.nn.Module, x: Tensor) -> list[Tensor]: return diffusion_maps(model, space_to_depth(x, HALVING))  # maps of a diffusion network on half the grid
 
 @backbones("diffusion_toy", title="Toy diffusion U-Net encoder (sulcus study)", note=NOTE + "; cells of 2x2x2 voxels as channels; features at time step 0, a clean image; conditioned on nothing; no published weights", **TOY | dict(family="reconstruction"))
 def diffusion_toy(

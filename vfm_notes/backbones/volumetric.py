@@ -155,10 +155,10 @@ def resnet_3d(
 MEDICAL = dict(family="supervision", source="arXiv 1904.00625, huggingface.co/TencentMedicalNet", size=(96, 96, 96), note=NOTE + "; strides where MedicalNet dilates", **CARD | dict(licence="MIT"))
 
 @backbones("resnet18_3d", title="MedicalNet ResNet-18 3D", **MEDICAL)
-def resnet18_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(18, in_channels, tiny)
+def resnet18_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(18, in_channels, tiny)  # a 3D ResNet of 18 layers
 
 @backbones("resnet50_3d", title="MedicalNet ResNet-50 3D", **MEDICAL)
-def resnet50_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(50, in_channels, tiny)
+def resnet50_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(50, in_channels, tiny)  # a 3D ResNet of 50 layers
 
 # %% ../../nbs/38_volumetric.ipynb #3d002fef
 def swin(
@@ -242,7 +242,7 @@ weights("swin_unetr_48.ssl", title="Swin UNETR, Tang et al. 2022", licence="Apac
 weights("swin_unetr_48_v2.voco", title="VoCo-B, self-supervised", licence="Apache-2.0", source="huggingface.co/Luffy503/VoCo", hub="Luffy503/VoCo", file="VoCo_B_SSL_head.pt", normalisation="unit_range", note="CT, a window of Hounsfield units brought to 0 to 1")(swin_keys)
 
 # %% ../../nbs/38_volumetric.ipynb #a5d81eb3
-def as_model(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.model.{k}": v for k, v in state.items()}
+def as_model(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.model.{k}": v for k, v in state.items()}  # the keys of MONAI's network, in ours
 
 for depth in (18, 50):
     weights(f"resnet{depth}_3d.medicalnet", title=f"MedicalNet ResNet-{depth}, 23 datasets", licence="MIT", source="huggingface.co/TencentMedicalNet",

@@ -53,7 +53,7 @@ def draw(
     t = torch.as_tensor(values, dtype=torch.bool if values.dtype == bool else torch.float32, device=like.device)
     return t.reshape(*t.shape, *[1] * (like.dim() - t.dim()))
 
-def size(batch: Batch) -> int: return len(next(iter(batch.values())))
+def size(batch: Batch) -> int: return len(next(iter(batch.values())))  # how many cases a batch has
 
 # %% ../../nbs/155_augment.ipynb #6aae6aef
 def flip(

@@ -26,7 +26,7 @@ def is_picture(address: str) -> bool:
     path, _ = split_address(address)
     return path.suffix.lower() in ENDINGS and not path.is_dir()
 
-def times(values) -> str: return "x".join(f"{v:g}" for v in values)
+def times(values) -> str: return "x".join(f"{v:g}" for v in values)  # numbers as 3x1x1
 
 def check_fit(
     what: str,  # the mask's file

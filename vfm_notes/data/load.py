@@ -92,7 +92,7 @@ def cache_key(
     cases = [[case_key(made, s, ""), s.patient, s.split, s.grade, s.target] for s in made.sources]
     return code and content_hash([name, arguments, code, asdict(made.card), cases, made.bad, exclude])
 
-def cache_folder(name: str, key: str) -> Path: return cache_root()/f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(name).name)}-{key[:20]}"
+def cache_folder(name: str, key: str) -> Path: return cache_root()/f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(name).name)}-{key[:20]}"  # where prepared cases of a cohort lie
 
 # %% ../../nbs/127_load.ipynb #0780de97
 def kept_cohort(

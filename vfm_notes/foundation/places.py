@@ -90,10 +90,10 @@ def runs_root() -> Path:
     return (root if root and here.is_relative_to(root) else here)/"runs"
 
 def cache_root() -> Path: return runs_root()/"cache"  # prepared cohorts; safe to delete
-def study_root(study: str) -> Path: return runs_root()/study
-def run_folder(study: str, run_id: str) -> Path: return study_root(study)/run_id
-def notebook_file(study: str, job: str) -> Path: return study_root(study)/"notebooks"/f"{job}.ipynb"
-def log_file(study: str, job: str) -> Path: return study_root(study)/"logs"/f"{job}.log"
+def study_root(study: str) -> Path: return runs_root()/study  # the records of a study
+def run_folder(study: str, run_id: str) -> Path: return study_root(study)/run_id  # what one run left behind
+def notebook_file(study: str, job: str) -> Path: return study_root(study)/"notebooks"/f"{job}.ipynb"  # an executed notebook
+def log_file(study: str, job: str) -> Path: return study_root(study)/"logs"/f"{job}.log"  # what a notebook's process printed
 def checkpoint_file(study: str, run_id: str) -> Path: return study_root(study)/"checkpoints"/f"{run_id}.pt"  # while it trains
-def pages_root() -> Path: return runs_root().parent/"pages"
-def site_root() -> Path: return runs_root().parent/"_site"
+def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
+def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open

@@ -176,7 +176,7 @@ def probe_gain(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/46_evidence.ipynb #da67865d
-def evidence_file() -> Path: return report_notebooks()[0].parent/"pretraining_evidence.json"
+def evidence_file() -> Path: return report_notebooks()[0].parent/"pretraining_evidence.json"  # measured values beside the page
 
 # %% ../../nbs/46_evidence.ipynb #2b83d32b
 def write_evidence(

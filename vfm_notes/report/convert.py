@@ -53,7 +53,7 @@ LIMIT = {"text": 20_000, "html": 2_000_000}  # characters of one output in a pag
 REMOTE = re.compile(r"<(?:script|link|iframe|img|object|source|video|audio)\b[^>]*?(?:src|href|data)\s*=\s*[\"']?(?:https?:)?//|@import\s+(?:url\()?[\"']?(?:https?:)?//|import\(\s*[\"']https?://|https?://cdn\.", re.I)
 
 # %% ../../nbs/91_convert.ipynb #a918ae56
-def joined(value: str | list) -> str: return "".join(value) if isinstance(value, list) else value
+def joined(value: str | list) -> str: return "".join(value) if isinstance(value, list) else value  # a notebook's source or text as one string
 
 # %% ../../nbs/91_convert.ipynb #9b588214
 def as_html(
@@ -74,7 +74,7 @@ def cut(
     return [stream(head), said, stream(tail)]
 
 # %% ../../nbs/91_convert.ipynb #b46ff2f2
-def stream(content: str) -> dict: return {"output_type": "stream", "name": "stdout", "text": content}
+def stream(content: str) -> dict: return {"output_type": "stream", "name": "stdout", "text": content}  # printed text as a notebook's output
 
 # %% ../../nbs/91_convert.ipynb #f7fb7e80
 def convert_output(

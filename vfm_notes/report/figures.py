@@ -22,7 +22,7 @@ from ..foundation.options import weightless
 from ..foundation.show import PALETTE, colours
 
 # %% ../../nbs/90_figures.ipynb #927b1c77
-def words(name: str) -> str: return str(name).replace("_", " ")
+def words(name: str) -> str: return str(name).replace("_", " ")  # a name without underscores
 
 
 def metric_words(
@@ -130,7 +130,7 @@ def strategy_colour(strategies: Iterable[str]) -> alt.Color:
     return alt.Color("strategy:N", title=None, scale=strategy_marks(strategies, PALETTE[2:7], PALETTE[7]), legend=alt.Legend(orient="top", columns=3))
 
 # %% ../../nbs/90_figures.ipynb #9d1606c8
-def signed(value: float, places: int = 1) -> str: return "missing" if not np.isfinite(value) else f"{value:+.{places}f}".replace("-", "−")
+def signed(value: float, places: int = 1) -> str: return "missing" if not np.isfinite(value) else f"{value:+.{places}f}".replace("-", "−")  # with its sign; missing where it is not a number
 
 # %% ../../nbs/90_figures.ipynb #52b2aa43
 WIDE = 4  # columns of the matrix that fit on a screen

@@ -114,7 +114,7 @@ def job_title(
     return f"{words(first.task)}: {first.backbone}" + (f", {first.n_train} cases" if len({s.n_train for s in job.specs}) == 1 else "")
 
 # %% ../../nbs/92_pages.ipynb #a2888c13
-def words(name: str) -> str: return name.replace("_", " ").capitalize()
+def words(name: str) -> str: return name.replace("_", " ").capitalize()  # a name as a heading
 
 # %% ../../nbs/92_pages.ipynb #a3467630
 RESET = "get_ipython().reset(new_session=False)"

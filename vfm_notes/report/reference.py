@@ -27,6 +27,9 @@ ALWAYS = {"seed": "of the random numbers; the same seed gives the same result", 
           "state": "name of a tensor → tensor", "in_channels": "input sequences", "tiny": "a small one of the same kind, for tests", "batch_size": "cases at a time", "licence": "as its owner states it",
           "reference": "strategy to compare with", "strategies": "in the study's order", "direction": "+1 when more is better, −1 when less is", "template": "a papermill template", "row": "column → text",
           "model": "a network", "backbone": "a network", "job": "name of a job", "jobs": "notebooks of a study", "spec": "what a run is", "grid": "sample points", "tissue": "(d, h, w), changed in place", "body": "one patient's measures", "pid": "of a process", "signum": "a signal's number", "error": "what was raised", "pages": "of the site",
+          "epochs": "passes over the training cases", "weight_decay": "of AdamW", "lr": "peak learning rate", "run_id": "name of a run", "title": "what readers see", "metric": "name of a metric", "seeds": "one for each repetition", "cohort": "registered, or a folder with a manifest",
+          "task": "name of a task", "size": "voxels, (d, h, w)", "spacing": "mm, (d, h, w)", "classes": "how many, with background", "grade": "index of a grade", "citation": "what to cite", "note": "what users should know", "non_commercial": "whether commercial use is forbidden", "weights_hash": "of the weights before training",
+          "low": "lower end of the interval", "high": "upper end of the interval", "rank": "of the low-rank update", "legend": "whether to draw it", "templates": "folder with one's own templates", "first": "the one", "second": "the other", "cases": "one row per case and metric", "width": "pixels, or channels", "text": "what is shown",
           "permutations": "of the test", "bins": "of the histogram", "seconds": "wall time", "header": "DICOM keyword → text", "records": "of the study"}
 
 # %% ../../nbs/925_reference.ipynb #4a67adf5
@@ -161,7 +164,7 @@ def doc_html(
             + (f"<details><summary>Refuses with</summary><ul>{refused}</ul></details>" if refused else ""))
 
 # %% ../../nbs/925_reference.ipynb #ea474f77
-def prose(text: str, cell: str) -> dict: return {"cell_type": "markdown", "id": cell, "metadata": {}, "source": text}
+def prose(text: str, cell: str) -> dict: return {"cell_type": "markdown", "id": cell, "metadata": {}, "source": text}  # a Markdown cell
 
 def code_cells(
     source: str,  # of a code cell

@@ -36,7 +36,7 @@ def error_of(
     if not isinstance(error, DeadKernelError): return {"type": type(error).__name__, "message": str(error)}
     return {"type": "KernelDied", "message": "The notebook's process was killed (by the system when memory runs out, or by hand).", "cell": cell_at_work(notebook)}
 
-def template_hash(template: Path) -> str: return hashlib.sha256(template.read_bytes()).hexdigest()
+def template_hash(template: Path) -> str: return hashlib.sha256(template.read_bytes()).hexdigest()  # sha256 of its file
 
 def cell_at_work(notebook: Path) -> int | None:
     "The last cell that was begun."

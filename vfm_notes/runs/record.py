@@ -308,8 +308,8 @@ def attempt(
     finally: _last["run"] = ""
 
 # %% ../../nbs/70_record.ipynb #bfe5c730
-def lock_file(study: str, job: str) -> Path: return study_root(study)/"locks"/f"{job}.lock"
-def progress_file(study: str, job: str) -> Path: return study_root(study)/"progress"/f"{job}.json"
+def lock_file(study: str, job: str) -> Path: return study_root(study)/"locks"/f"{job}.lock"  # is held while a notebook runs
+def progress_file(study: str, job: str) -> Path: return study_root(study)/"progress"/f"{job}.json"  # how far a running notebook is
 
 @contextmanager
 def job_lock(

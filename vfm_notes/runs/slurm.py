@@ -226,7 +226,7 @@ def pump(self: SlurmExecutor) -> None:
         self.active.append(future)
         self.looked = float("-inf")
 
-def batched(items: list, n: int) -> list[list]: return [items[i:i + n] for i in range(0, len(items), n)]
+def batched(items: list, n: int) -> list[list]: return [items[i:i + n] for i in range(0, len(items), n)]  # items in groups of n
 
 TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED")
 

@@ -83,16 +83,16 @@ def choose_bandwidth(
 kernels = Registry("kernel")  # in-place functions of t; card: title, form, origin (not free to move)
 
 @kernels("gaussian", title="Gaussian kernel", form="distance")
-def gaussian(t: Tensor) -> Tensor: return t.exp_()
+def gaussian(t: Tensor) -> Tensor: return t.exp_()  # exp(t), in place
 
 @kernels("laplace", title="Laplace kernel", form="distance")
-def laplace(t: Tensor) -> Tensor: return t.mul_(-2).sqrt_().neg_().exp_()
+def laplace(t: Tensor) -> Tensor: return t.mul_(-2).sqrt_().neg_().exp_()  # exp(-sqrt(-2t)), in place
 
 @kernels("linear", title="linear kernel", form="product")
-def linear(t: Tensor) -> Tensor: return t
+def linear(t: Tensor) -> Tensor: return t  # the inner product as it is
 
 @kernels("polynomial", title="cubic kernel", form="product", origin=True)
-def polynomial(t: Tensor) -> Tensor: return t.add_(1).pow_(3)
+def polynomial(t: Tensor) -> Tensor: return t.add_(1).pow_(3)  # (1 + t) cubed, in place
 
 # %% ../../nbs/50_mmd.ipynb #8cc80093
 def mixture(

@@ -205,7 +205,7 @@ def seed_rows(
         yield [{"seed": seed, "tuning": tuning, "flaws": list(flaws), **cost, **row} for row in tested(setup, tasks[False], model, pool, fresh, seed, flaws)]
 
 # %% ../../nbs/67_as_released.ipynb #929ce3bb
-def as_released_file() -> Path: return report_notebooks()[0].parent/"as_released.json"
+def as_released_file() -> Path: return report_notebooks()[0].parent/"as_released.json"  # measured values beside the page
 
 def write_rows(path: Path, setup: Setup, rows: list[dict]) -> None:
     "A row a line, under another name first."

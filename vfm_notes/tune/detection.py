@@ -49,11 +49,12 @@ def verdict(
     return {"label": present, "score_0": 1 - score, "score_1": score}
 
 # %% ../../nbs/613_detection.ipynb #b1a59d61
-def table(cases: pd.DataFrame) -> pd.DataFrame: return cases.pivot(index="case", columns="metric", values="value")
+def table(cases: pd.DataFrame) -> pd.DataFrame: return cases.pivot(index="case", columns="metric", values="value")  # one row per case, one column per metric
 
-def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
+def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())  # area under the ROC curve over cases
 
 def one_kind(cases: pd.DataFrame, structure: str) -> str:
+    "Say why a metric of cases is undefined."
     return f"{'all' if table(cases)['label'].iloc[0] else 'none'} of them contain '{structure}'"
 
 # %% ../../nbs/613_detection.ipynb #f9fe4358
