@@ -54,6 +54,7 @@ def ties(
     ends = np.concatenate([new[:, 1:], np.ones((len(score), 1), bool)], 1)
     return np.maximum.accumulate(np.where(new, np.arange(n), 0), 1), np.minimum.accumulate(np.where(ends, np.arange(n), n)[:, ::-1], 1)[:, ::-1]
 
+# %% ../../nbs/807_set_metrics.ipynb #3f3c904b
 def weighted_auc(
     label: np.ndarray,  # (draws, n) 0 or 1
     score: np.ndarray,  # (draws, n)
@@ -65,6 +66,7 @@ def weighted_auc(
     below, upto = np.take_along_axis(down.cumsum(1) - down, first, 1), np.take_along_axis(down.cumsum(1), last, 1)
     return share((up * (below + upto) / 2).sum(1), up.sum(1) * down.sum(1))
 
+# %% ../../nbs/807_set_metrics.ipynb #536356b6
 def weighted_precision(
     hit: np.ndarray,  # (draws, n) 0 or 1, NaN where there is no candidate
     confidence: np.ndarray,  # (draws, n)
@@ -78,7 +80,7 @@ def weighted_precision(
     found, all_ = (np.take_along_axis(a.cumsum(1), last, 1) for a in (w * hit, w))
     return share((w * hit * np.nan_to_num(share(found, all_))).sum(1), lesions)
 
-# %% ../../nbs/807_set_metrics.ipynb #aed0bcad
+# %% ../../nbs/807_set_metrics.ipynb #3d15cae2
 def group(columns: Columns, prefix: str) -> np.ndarray:  # (k, draws or 1, cases), in order of the names
     "All columns that begin so."
     names = sorted((c for c in columns if c.startswith(prefix)), key=lambda c: (len(c), c))
@@ -91,6 +93,7 @@ def mean_auc(c: Columns, w: np.ndarray) -> np.ndarray:
     seen = np.isfinite(each)
     return share(np.where(seen, each, 0).sum(0), seen.sum(0))
 
+# %% ../../nbs/807_set_metrics.ipynb #29aa1077
 @set_metric("ap", "lesions", "confidence_", "hit_")
 def ap(c: Columns, w: np.ndarray) -> np.ndarray:
     "Average precision of all candidates of all cases."
@@ -103,7 +106,7 @@ def picai(c: Columns, w: np.ndarray) -> np.ndarray:
     "Mean of the cases' AUC and the lesions' average precision."
     return (weighted_auc(c["label"], c["score_1"], w) + ap(c, w)) / 2
 
-# %% ../../nbs/807_set_metrics.ipynb #13002bb7
+# %% ../../nbs/807_set_metrics.ipynb #90408923
 @set_metric("f1", "label", "score_1")
 def f1(c: Columns, w: np.ndarray) -> np.ndarray:
     "Harmonic mean of precision and sensitivity at a probability of one half."
@@ -129,7 +132,7 @@ def r2(c: Columns, w: np.ndarray) -> np.ndarray:
     mean = share((w * c["truth"]).sum(1), w.sum(1))[:, None]
     return 1 - share((w * (c["truth"] - c["predicted"]) ** 2).sum(1), (w * (c["truth"] - mean) ** 2).sum(1))
 
-# %% ../../nbs/807_set_metrics.ipynb #b9b46f5c
+# %% ../../nbs/807_set_metrics.ipynb #d7887366
 def columns_of(
     cases: pd.DataFrame,  # case, metric, value of one run
     metric: str,  # a registered one
@@ -141,7 +144,7 @@ def columns_of(
     wanted = [c for c in wide if any(c == r or (r.endswith("_") and str(c).startswith(r)) for r in SET_METRICS[metric].reads)]
     return {c: wide[c].to_numpy(float)[None] for c in wanted}
 
-# %% ../../nbs/807_set_metrics.ipynb #821de86d
+# %% ../../nbs/807_set_metrics.ipynb #baf29d83
 @dataclass
 class OfSet:
     "A registered metric of a set, for the seeds of a cell."
@@ -159,6 +162,7 @@ class OfSet:
         "The metric (seeds, draws) under case weights w (draws, cases)."
         return np.stack([self.of({k: v[[s]] for k, v in self.columns.items()}, w) for s in range(len(self.value))])
 
+# %% ../../nbs/807_set_metrics.ipynb #dca3d169
 def together(runs: list[Columns]) -> Columns:  # each (1, cases); the result (seeds, cases), NaN where a run has no such column
     "The columns of several seeds."
     shape = next(iter(runs[0].values())).shape

@@ -47,6 +47,7 @@ class PretrainSpec:
     options: dict = field(default_factory=dict)  # of the objective
     probe_every: int = 5  # epochs between two looks of linear readers at the encoder, 0: none; a look changes no weights, so the run keeps its name
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
+    deterministic: bool = False  # on a GPU: the same numbers every time, slower; a CPU gives them anyway
     kind = "pretrain"
 
 # %% ../../nbs/03_spec.ipynb #4a67adf5
@@ -78,6 +79,7 @@ class RunSpec:
     checkpointing: bool = False  # compute the encoder's blocks a second time instead of remembering what they gave: less memory, more time
     augment: dict = field(default_factory=dict)  # augmentations of data.augment and their options; none named: mirrored left-right
     window: tuple = ()  # voxels, d h w: train on random pieces of this size, predict by sliding windows; empty: whole volumes
+    deterministic: bool = False  # on a GPU: the same numbers every time, slower; a CPU gives them anyway
     kind = "transfer"
 
     def __post_init__(self): object.__setattr__(self, "strategy", called(self.strategy, self.backbone))  # written one way
@@ -100,7 +102,7 @@ class ExternalSpec:
 # %% ../../nbs/03_spec.ipynb #f6654fed
 Spec = PretrainSpec | RunSpec | ExternalSpec
 
-LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}, "window": ()}  # fields that came later: at their default they are left out, so that older runs keep their names
+LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}, "window": (), "deterministic": False}  # fields that came later: at their default they are left out, so that older runs keep their names
 LOOKS = {"probe_every"}  # fields that change no weights: never part of a name
 
 def canonical(
@@ -154,6 +156,7 @@ class Budget:
     accumulate: int = 1  # parts into which a batch is cut to save memory
     patience: int = 0  # epochs without a better validation score until it stops; 0: never
     keep: str = "last"  # weights that are tested: last, or best on the validation cases
+    deterministic: bool = False  # on a GPU: the same numbers every time, slower; a CPU gives them anyway
     checkpointing: bool = False  # compute the encoder's blocks a second time instead of remembering what they gave: less memory, more time
     augment: dict = field(default_factory=dict)  # augmentations of data.augment and their options; none named: mirrored left-right
 
@@ -193,7 +196,7 @@ class StudySpec:
 # %% ../../nbs/03_spec.ipynb #83337b25
 SPLITS = ("pretrain", "train", "val", "test")
 
-def several(value) -> list: return value if isinstance(value, list) else [value]
+def several(value) -> list: return value if isinstance(value, list) else [value]  # a value as a list
 
 def check_study(study: StudySpec) -> None:
     "Raise on a value of the wrong shape, naming the field."
