@@ -9,7 +9,7 @@ import torch
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import VfmError, objectives
 from vfm_notes.pretrain import evidence
-from vfm_notes.analysis.probes import amount, by_probe, gains, headline, read_evidence, verdict
+from vfm_notes.analysis.probes import gains, headline, read_evidence, verdict
 from vfm_notes.pretrain.evidence import Plan, probe_cell, probe_gain, random_cell, write_evidence
 
 SMALL = Plan(size=(4, 16, 16), spacing=(12.0, 6.0, 6.0), cases={"pretrain": 8, "train": 12, "test": 10}, epochs=1)
@@ -76,3 +76,31 @@ def test_one_kept_cell_made_again():
 
 def test_missing_file(tmp_path):
     with pytest.raises(VfmError, match="does not exist; write it with"): read_evidence(tmp_path/"none.json")
+
+
+def made_up(**effects):
+    "Rows of objectives on two backbones, with the gains that are asked for and a small spread over five seeds."
+    import pandas as pd
+    spread = np.array([-2, -1, 0, 1, 2]) * 0.01
+    return pd.DataFrame([{"backbone": b, "objective": o, "seed": s, "probe": p, "random": 0.5, "value": 0.5 + g + spread[s], "gain": g + spread[s], "seconds": 1.0}
+                         for o, cells in effects.items() for (b, p), g in cells.items() for s in range(5)])
+
+
+def test_verdicts_hold_after_correction():
+    "By scipy's t-test and Holm's rule, step by step."
+    from scipy.stats import ttest_1samp
+    frame = made_up(good={("a", "AUC"): 0.2, ("b", "AUC"): 0.021}, bad={("a", "AUC"): -0.2, ("b", "AUC"): 0.0})
+    table = gains(frame)
+    p = np.array([ttest_1samp(g.gain, 0).pvalue for _, g in frame.groupby(["backbone", "objective", "probe"], sort=False)])
+    corrected, worst = np.empty(4), 0.0
+    for k, i in enumerate(np.argsort(p)): corrected[i] = worst = max(worst, min(1, p[i] * (4 - k)))
+    assert np.allclose(table.p, p) and np.allclose(table.p_holm, corrected)
+    assert list(table.verdict) == ["raises", "undecided", "lowers", "undecided"] and table.low[1] > 0 and table.p[1] < 0.05 < table.p_holm[1]
+    assert headline(table) == "On a 1 of 2 objectives raises a probe and 1 lowers one and on b none of 2 objectives raises a probe"
+    assert verdict("good", "good one", table) == "Good one: on a it raises AUC (+0.20 [+0.18, +0.22]); on b it shows no gain in 5 seeds, uncorrected intervals alone would say a rise of AUC (+0.02 [+0.00, +0.04])."
+    assert "lowers AUC (−0.20" in verdict("bad", "bad", table) and verdict("other", "other", table) == "Other: not measured."
+
+
+def test_a_reader_that_finds_nothing_is_said():
+    frame = made_up(a={("x", "Dice"): 0.1}).assign(value=0.0, random=0.0, gain=0.0)
+    assert list(gains(frame).verdict) == ["reads nothing"] and "finds nothing before or after: Dice" in verdict("a", "a", gains(frame))

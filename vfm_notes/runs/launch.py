@@ -62,6 +62,7 @@ def help_out(
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     try:
         function, args = decode(f"{folder}/call")
+        if function.__module__.split(".")[0] == "vfm_notes": import vfm_notes.tune.catalog  # full registries, as the notebook has them
         Path(folder, f"ready-{rank}").touch()
         with joined(Path(folder), int(rank), int(size)): function(*args)
     except Exception as error:
