@@ -8,7 +8,7 @@ READY   := .venv/.ready
 .PHONY: report test lab bench programs readme clean help
 
 help:
-	@echo "make report [STUDY=phantom|hippocampus|my.yaml] [VFM_DATA=folder]   run a study and build its site"
+	@echo "make report [STUDY=phantom|hippocampus|natural|my.yaml] [VFM_DATA=folder]   run a study and build its site"
 	@echo "make test      export check, notebook tests, pytest"
 	@echo "make lab       JupyterLab on nbs/, the tour first"
 	@echo "make bench     benchmarks, as ratios against named alternatives"
