@@ -13,6 +13,14 @@ const ground = (e) => {  // colours of the boxes behind an element, blended from
 };
 const clear = (e) => { let o = 1; for (let p = e; p; p = p.parentElement) o *= +getComputedStyle(p).opacity; return o; };
 const scrolls = (e) => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) if (["auto", "scroll", "hidden"].includes(getComputedStyle(p).overflowX)) return true; return false; };
+const hidden = (r, e) => {  // scrolled out of the box that it lies in
+  for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) {
+    if (getComputedStyle(p).overflowY === "visible" || p.closest("svg")) continue;
+    const b = p.getBoundingClientRect();
+    if (r.bottom < b.top + 2 || r.top > b.bottom - 2 || r.left > b.right - 2 || r.right < b.left + 2) return true;
+  }
+  return false;
+};
 const behind = (text, base) => {  // tiles and bars of the same chart under a word
   const box = text.getBoundingClientRect(), x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
   let now = base;
@@ -29,7 +37,7 @@ while (walker.nextNode()) {
   const node = walker.currentNode, e = node.parentElement;
   if (!node.data.trim() || e.closest("script, style, noscript, math, title, desc, template, option, .visually-hidden, [hidden]") || !e.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
   const range = document.createRange(); range.selectNodeContents(node);
-  const boxes = Array.from(range.getClientRects()).filter((r) => r.width > 1 && r.height > 1);
+  const boxes = Array.from(range.getClientRects()).filter((r) => r.width > 1 && r.height > 1 && !hidden(r, e));
   if (!boxes.length || boxes[0].right < 1 || boxes[0].bottom + scrollY < 1) continue;
   const style = getComputedStyle(e), said = node.data.trim().slice(0, 40), svg = e.closest("svg");
   const name = `${said} <${e.tagName.toLowerCase()}.${(e.getAttribute("class") || "").split(" ")[0]}>`;

@@ -188,7 +188,7 @@ def gain_matrix(
     tiles = base.mark_rect(cornerRadius=4, stroke="#8886", strokeWidth=0.7).encode(
         color=alt.Color("sign:N", legend=None, scale=alt.Scale(domain=["gain", "loss", "none"], range=["#009E73", "#CC79A7", "#8884"])),
         opacity=alt.Opacity("size:Q", legend=None, scale=alt.Scale(type="sqrt", domain=[0, top], range=[0.06, 0.62])))
-    said = base.mark_text(dy=-7, fontSize=15).encode(text="value:N", opacity=alt.condition("datum.sign == 'none'", alt.value(0.6), alt.value(1)))
+    said = base.mark_text(dy=-7, fontSize=15).encode(text="value:N", opacity=alt.condition("datum.sign == 'none'", alt.value(0.72), alt.value(1)))
     bold = said.transform_filter("datum.clear").mark_text(dy=-7, fontSize=15, fontWeight="bold")
     thin = said.transform_filter("!datum.clear")
     small = base.mark_text(dy=11, fontSize=12).encode(text="interval:N")
@@ -231,7 +231,7 @@ def alignment_scatter(
     dots = base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, shape=alt.Shape("task:N", title=None, sort=None, legend=alt.Legend(orient="top", columns=3, labelLimit=160)), tooltip=[
         "task:N", "backbone:N", "strategy:N", "metric:N", alt.Tooltip("d2p:Q", title="distance"), alt.Tooltip("rpg:Q", title="gain, %"), "low:Q", "high:Q", "n_seeds:Q", "n_cases:Q"])
     layer, chart = points["layer"].iloc[0] if len(points) else "embed", zero + bars + dots
-    if many: return titled(chart.properties(width=280, height=220).facet(data=data, columns=2, facet=alt.Facet("strategy:N", title=None, sort=None, header=alt.Header(labelAnchor="start"))), alignment_title(a), alignment_caption(a, layer), dict(min=230, columns=2, gap=66, left=0))
+    if many: return titled(chart.properties(width=280, height=220).facet(data=data, columns=2, facet=alt.Facet("strategy:N", title=None, sort=None, header=alt.Header(labelAnchor="start"))), alignment_title(a), alignment_caption(a, layer), dict(min=230, columns=2, gap=74, left=0))
     return titled(chart.properties(data=data, width="container", height=340), alignment_title(a), alignment_caption(a, layer))
 
 # %% ../../nbs/90_figures.ipynb #c1d4cb41
