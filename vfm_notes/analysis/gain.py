@@ -245,7 +245,7 @@ def study_cells(
     wanted = known[known.primary.astype(bool)] if metric == "primary" else known[known.metric == metric]
     (other, _, strategy), cases, found = reference.rpartition("/"), dict(list(tables.cases.groupby("id"))), []
     itself = (tables.runs.strategy == strategy) & ((tables.runs.backbone == other) | (not other))
-    runs = tables.runs[(tables.runs.kind == "transfer") & ~itself]
+    runs = tables.runs[(tables.runs.kind == "transfer") & ~itself & (tables.runs.strategy != "specialist")]  # a specialist is only ever a reference
     for key in runs[CELL].drop_duplicates().to_dict("records"):
         what = wanted[wanted.task == key["task"]]
         if len(what): found.append(_find(tables, cases, key, what.metric.iloc[0], int(what.direction.iloc[0]), reference))
