@@ -67,7 +67,7 @@ def curve_panels(
     names, strategies = list(dict.fromkeys(data["backbone"])), in_turn(data["strategy"])
     rows = [curve_panel(data[data["task"] == words(t)], names, labels[t], strategies) for t in dict.fromkeys(curves["task"])]
     chart = alt.vconcat(*rows, spacing=14).resolve_scale(y="independent")
-    return titled(chart, title, subtitle, dict(min=240, columns=len(names), gap=72, left=0))
+    return titled(chart, title, subtitle, dict(min=240, columns=len(names), gap=80, left=0))
 
 # %% ../../nbs/902_curves.ipynb #3a215ac6
 def trajectories(
@@ -88,7 +88,7 @@ def trajectories(
         **line_marks(strategies, names), tooltip=["task:N", "backbone:N", "strategy:N", "epoch:Q", "distance:Q", "score:Q", "seeds:Q"])
     columns, panel = max(2, min(3, len(names))), with_panels(data, names)
     chart = line.properties(width=220, height=130).facet(data=panel, columns=columns, facet=alt.Facet("panel:N", title=None, sort=list(dict.fromkeys(panel["panel"])), header=alt.Header(labelAnchor="start", labelLimit=340)))
-    return titled(chart.resolve_scale(x="independent", y="independent"), title, subtitle, dict(min=230, columns=columns, gap=66, left=0))
+    return titled(chart.resolve_scale(x="independent", y="independent"), title, subtitle, dict(min=230, columns=columns, gap=74, left=0))
 
 # %% ../../nbs/902_curves.ipynb #4e89576b
 def reached_panels(
@@ -105,4 +105,4 @@ def reached_panels(
     line = base.mark_line(interpolate="step-after", strokeWidth=2).encode(y=alt.Y("share:Q", title="share of runs there"), strokeDash=strategy_dash(strategies))
     point = base.mark_point(opacity=0, size=70).encode(y="share:Q", tooltip=["task:N", "strategy:N", alt.Tooltip("at:Q", title=label), "share:Q", "low:Q", "high:Q", alt.Tooltip("waiting:Q", title="still on the way before"), alt.Tooltip("n_runs:Q", title="runs")])
     chart = (band + line + point if len(strategies) < 3 else line + point).properties(width=220, height=120).facet(data=data, columns=3, facet=alt.Facet("task:N", title=None, sort=list(dict.fromkeys(data["task"])), header=alt.Header(labelAnchor="start")))
-    return titled(chart, title, subtitle, dict(min=200, columns=3, gap=62, left=0))
+    return titled(chart, title, subtitle, dict(min=200, columns=3, gap=70, left=0))
