@@ -127,9 +127,9 @@ def compared(
     return table.assign(**{k: [c.split("/")[i] for c in table.contrast] for i, k in enumerate(GRID[2:])})
 
 # %% ../../nbs/87_tradeoff.ipynb #0c147277
-def cell_name(row) -> str: return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"  # a row in words
+def cell_name(row) -> str: return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
 
-def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")  # with its sign
+def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")
 
 def axis_words(
     table: pd.DataFrame,  # from compared
@@ -140,12 +140,12 @@ def axis_words(
     known = table[table.difference.notna()]
     lead = {"pretraining": "Pretraining against none, under the same tuning", "tuning": "Tuning less than everything, after the same pretraining"}[axis]
     if known.empty: return [f"{lead}: no pair of cells is finished, so nothing can be said yet."]
-    clear = known[known.p_holm <= 0.05]
+    clear = known[(known.p_holm <= 0.05) & ((known.low > 0) | (known.high < 0))]
     up, down = int((clear.difference > 0).sum()), int((clear.difference < 0).sum())
     steps = known.groupby(axis, sort=False).difference.agg(["mean", "min", "max"])
     told = "; ".join(f"{k} {number(r['mean'])} ({number(r['min'])} to {number(r['max'])})" for k, r in steps.iterrows())
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
-    return [f"{lead}: of {len(known)} comparisons of {metric}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction "
+    return [f"{lead}: of {len(known)} comparisons of {metric}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
             f"({int(known.n_seeds.min())} seeds, {int(known.n_cases.min())} test cases each).{missing}", f"Mean difference in {metric} (smallest to largest cell): {told}."]
 
 def front_words(
