@@ -91,7 +91,7 @@ def print_summary(summary) -> None:
     if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, their job was cancelled, or the time was over): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.stopped: print(f"vfm: {summary.stopped}", file=sys.stderr)
     for template, n in summary.stale.items(): print(f"note: {n} records were made by another version of {template}")
-    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed, {len(summary.problems)} more notebooks stopped. To try again: vfm run {summary.study} --retry-failed")
+    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
 

@@ -164,7 +164,8 @@ def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
     found, now = {}, {}
     for job in jobs:
         try: file = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["template"]
-        except (OSError, ValueError, KeyError): file = str(job.template)
+        except (OSError, ValueError): file = str(job.template)
+        except KeyError: continue  # it is at work, and tells its template at its end
         if file not in now: now[file] = template_hash(Path(file)) if Path(file).is_file() else ""
         made = [h for id in job.runs if (h := records.get(id, {}).get("template_hash"))]
         if other := sum(h != now[file] for h in made): found[file] = found.get(file, 0) + other

@@ -110,7 +110,7 @@ def tuned_model(
 # %% ../../nbs/66_transfer.ipynb #d204fb5e
 class Watch:
     "Scores validation cases and measures the distance to pretraining after every epoch."
-    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int], None] = lambda epoch: None, answer: Callable[[str], Tensor] | None = None, meter: Meter | None = None, window: tuple = ()):
+    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int, float], None] = lambda epoch, score: None, answer: Callable[[str], Tensor] | None = None, meter: Meter | None = None, window: tuple = ()):
         self.model, self.task, self.data, self.progress, self.seconds, self.meter = model, task, data, progress, 0.0, meter or Meter()
         self.answer = answer or (lambda split: predict(model, data[split].inputs, window=window))  # outputs for all cases of a split
         self.seen = middle(data["test"].inputs[:, :model.backbone.in_channels], window)  # whose features are compared
@@ -140,7 +140,7 @@ class Watch:
             self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
         self.seconds += time.perf_counter() - start
         self.meter.lap(evaluation=self.seconds)
-        self.progress(epoch)
+        self.progress(epoch, score)
         return {f"val_{self.task.primary}": score} | moved
 
 # %% ../../nbs/66_transfer.ipynb #6aaa81d6
@@ -255,7 +255,7 @@ def remembered(model: Network, train: TaskData, watch: Watch) -> pd.DataFrame:
 def transfer(
     spec: RunSpec,
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
-    progress: Callable[[int], None] = lambda epoch: None,  # called after every epoch
+    progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch with the validation score
     keeper: Keeper = Keeper(),  # where checkpoints go
     start: Start = Start(),  # what the weights' plan says, see backbones.adaptation
 ) -> Outcome:
