@@ -87,6 +87,7 @@ class Start:
     state: dict[str, Tensor] | None = None # of the backbone
     notes: list[str] = field(default_factory=list) # how it was adapted
     licences: list[str] = field(default_factory=list) # that come with it
+    patients: list[str] = field(default_factory=list) # fingerprints of those it was made from, as far as they are known
 
 def channels(
     plan: AdaptationPlan,
@@ -133,4 +134,4 @@ def adapt(
     both = set(plan.data.get("patients", [])) & set(patient_prints(*judged))
     if both: raise VfmError(f"{len(both)} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))
-    return Start(fitted, notes + scales(plan, tuple(size), tuple(spacing)), list(plan.licences))
+    return Start(fitted, notes + scales(plan, tuple(size), tuple(spacing)), list(plan.licences), list(plan.data.get("patients", [])))

@@ -48,6 +48,7 @@ class PretrainSpec:
     probe_every: int = 5  # epochs between two looks of linear readers at the encoder, 0: none; a look changes no weights, so the run keeps its name
     bad_cases: str = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     deterministic: bool = False  # on a GPU: the same numbers every time, slower; a CPU gives them anyway
+    start: str = ""  # architecture.weights that it begins with: published ones, or a file with a plan; "": random weights
     kind = "pretrain"
 
 # %% ../../nbs/03_spec.ipynb #4a67adf5
@@ -102,7 +103,7 @@ class ExternalSpec:
 # %% ../../nbs/03_spec.ipynb #f6654fed
 Spec = PretrainSpec | RunSpec | ExternalSpec
 
-LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}, "window": (), "deterministic": False}  # fields that came later: at their default they are left out, so that older runs keep their names
+LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}, "window": (), "deterministic": False, "start": ""}  # fields that came later: at their default they are left out, so that older runs keep their names
 LOOKS = {"probe_every"}  # fields that change no weights: never part of a name
 
 def canonical(

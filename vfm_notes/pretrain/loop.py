@@ -49,13 +49,15 @@ def prepare(
     spec: PretrainSpec, # backbone, objective, options, seed
     volumes: Tensor, # n c d h w
     in_channels: int, # input sequences
-) -> tuple[Backbone, nn.Module]: # random backbone, and the objective that holds it
+    state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
+) -> tuple[Backbone, nn.Module]: # backbone, and the objective that holds it
     "Check the input, then build what the spec names, seeded."
     if len(volumes) < spec.batch_size:
         raise VfmError(f"Pretraining '{spec.backbone}' has {len(volumes)} cases, fewer than a batch of {spec.batch_size}: add cases or lower batch_size.")
     if not torch.isfinite(volumes).all(): raise VfmError(f"Pretraining '{spec.backbone}': a volume holds values that are not finite; check the cohort.")
+    if spec.start and state is None: raise VfmError(f"Pretraining '{spec.backbone}' begins with the weights '{spec.start}', which were not given.")
     torch.manual_seed(spec.seed)
-    backbone = build(spec.backbone, in_channels)
+    backbone = build(spec.backbone, in_channels, state)
     backbone.check_input(volumes[:1])
     try: return backbone, objectives[spec.objective](backbone, **spec.options).to(volumes.device)
     except TypeError as e: raise VfmError(f"Objective '{spec.objective}' does not take these options {spec.options}: {e}.") from None
@@ -72,7 +74,7 @@ def first_look(
     objective.train()
     return {"loss": loss.item()} | parts
 
-# %% ../../nbs/45_loop.ipynb #leftbeh1
+# %% ../../nbs/45_loop.ipynb #57d8a40a
 def left_behind(
     objective: nn.Module, # with its backbone
 ) -> dict[str, int]: # part → numbers in it
@@ -83,7 +85,7 @@ def left_behind(
         if part != "backbone": found[part] = found.get(part, 0) + value.numel()
     return found
 
-# %% ../../nbs/45_loop.ipynb #f80a0ef3
+# %% ../../nbs/45_loop.ipynb #920b3d9f
 def pretrain(
     spec: PretrainSpec, # what to make
     volumes: Tensor, # n c d h w, normalised
@@ -92,10 +94,11 @@ def pretrain(
     progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None, # called after every epoch
     keeper: Keeper = Keeper(), # where checkpoints go
     probe: Callable[[Backbone], dict[str, float]] | None = None, # linear readers, asked every `spec.probe_every` epochs
+    state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
     meter = Meter()
-    backbone, objective = prepare(spec, volumes, in_channels)
+    backbone, objective = prepare(spec, volumes, in_channels, state)
     begin = {k: v.detach().clone() for k, v in backbone.named_parameters()}
     loader = pretraining_batches(volumes, labels, spec)
     trainer = Trainer(objective, lambda module, batch: module.loss(batch), loader, Recipe.of(spec, betas=(0.9, 0.95)))

@@ -8,6 +8,7 @@ __all__ = ['RECIPE', 'adaptation_plan']
 # %% ../../nbs/455_product.ipynb #0ca1d5ba
 from datetime import datetime, timezone
 
+from ..backbones.adaptation import Start
 from ..backbones.plan import AdaptationPlan, patient_prints, state_hash
 from ..data.cohort import Cohort
 from ..foundation.origin import provenance
@@ -24,6 +25,7 @@ def adaptation_plan(
     seen: Cohort, # the cases of the pretraining
     scale: dict, # how they were normalised: arguments of data.loader.normalise
     result: PretrainResult,
+    begin: Start = Start(), # what it began with
 ) -> AdaptationPlan:
     "The plan of a pretraining's weights."
     card, state, objective = seen.card, result.backbone.state_dict(), objective_card(spec.objective)
@@ -31,6 +33,6 @@ def adaptation_plan(
     return AdaptationPlan(
         name=spec.backbone, arguments={"in_channels": result.backbone.in_channels}, sequences=tuple(card.sequences), size=tuple(spec.size), spacing=tuple(spec.spacing), normalisation=scale,
         objective={"name": objective.name, "title": objective.title, "source": objective.source, "options": taken(spec.objective) | spec.options, "labels": objective.labels},
-        recipe={k: getattr(spec, k) for k in RECIPE}, keys={"loads": len(state), "untouched": result.untouched, "left": result.left}, weights_hash=state_hash(state), licences=(card.licence,),
-        data={"cohort": card.name, "title": card.title, "source": card.source, "licence": card.licence, "non_commercial": card.non_commercial, "hash": seen.hash(), "cases": len(seen), "patients": patient_prints(card.name, seen.patients)},
+        recipe={k: getattr(spec, k) for k in RECIPE}, keys={"loads": len(state), "untouched": result.untouched, "left": result.left}, weights_hash=state_hash(state), licences=tuple(dict.fromkeys([*begin.licences, card.licence])), parent=spec.start,
+        data={"cohort": card.name, "title": card.title, "source": card.source, "licence": card.licence, "non_commercial": card.non_commercial, "hash": seen.hash(), "cases": len(seen), "patients": sorted({*begin.patients, *patient_prints(card.name, seen.patients)})},
         made={"study": study, "run": run_id(spec)} | made)
