@@ -246,3 +246,9 @@ def test_words_count_what_the_table_has():
     said = contrast_words(table, "tuned", "frozen")
     assert "+0.025 AUC on average over 2 cells (−0.050 to +0.100)" in said and "1 is better and 0 worse" in said and ", 1 with p ≤ 0.05" in said and "1 of 3 pairs are missing" in said
     assert "nothing can be said yet" in contrast_words(table[2:], "tuned", "frozen")
+
+
+def test_what_a_study_lacks_is_not_what_it_leaves_out(tmp_path, monkeypatch):
+    from vfm_notes.report.cli import lacking
+    monkeypatch.setenv("VFM_DATA", str(tmp_path))
+    assert not [l for l in lacking(load_study("natural")) if "leave_out" in l]

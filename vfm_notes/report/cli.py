@@ -128,7 +128,7 @@ def lacking(spec) -> list[str]:  # spec: of the study
     from vfm_notes.tune.catalog import check_names, weights_problems
     found = [unavailable(spec.cohort, os.environ.get("VFM_DATA")), *weights_problems(spec)]
     for backbone in spec.backbones:  # each by itself, so that all that is missing is told at once
-        try: check_names(replace(spec, backbones=[backbone]))
+        try: check_names(replace(spec, backbones=[backbone], leave_out=[]))
         except VfmError as error: found.append(str(error))
     return [f for f in dict.fromkeys(found) if f]
 
