@@ -40,7 +40,7 @@ def test_the_study_files_give_the_whole_grid_once(name, networks, seeds):
     nets = {b.partition(".")[0] for b in study.backbones}
     assert len(runs) == len(cells) and len(nets) == networks and cells == set(product(nets, PRETRAININGS, [*TUNINGS, lora], range(seeds)))
     assert len(pretrain_specs(study)) == 4 * networks and len(plan(study)) == 9 * networks
-    assert {r.parent == "" for r in runs if placed(r.backbone, r.strategy)["pretraining"] == "none"} == {True} and study.pages == ["tradeoff"]
+    assert {r.parent == "" for r in runs if placed(r.backbone, r.strategy)["pretraining"] == "none"} == {True} and study.pages == ["tradeoff", "as_released"]
     for job in plan(study):  # what a template makes of its parameters are the planned runs
         assert [run_id(s) for s in job_specs(job.kind, **job.parameters)] == list(job.runs)
 

@@ -126,8 +126,12 @@ def compared(
     table = contrast_table(tables, contrasts(grid_runs(tables), axis), draws, metric=metric)
     return table.assign(**{k: [c.split("/")[i] for c in table.contrast] for i, k in enumerate(GRID[2:])})
 
-# %% ../../nbs/87_tradeoff.ipynb #0c147277
-def cell_name(row) -> str: return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
+# %% ../../nbs/87_tradeoff.ipynb #6ef41d3a
+def cell_name(
+    row,  # of a table with network, pretraining, tuning
+) -> str:
+    "A cell of the grid in words."
+    return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
 
 def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")
 
