@@ -133,7 +133,7 @@ def cell_name(
     "A cell of the grid in words."
     return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
 
-def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")
+def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")  # with its sign and a true minus
 
 def axis_words(
     table: pd.DataFrame,  # from compared
