@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .contrasts import number
+from .convergence import mean_interval
 from .gain import holm
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError
@@ -29,15 +31,13 @@ def read_evidence(
 # %% ../../nbs/86_probes.ipynb #0b355430
 def gains(
     frame: pd.DataFrame, # rows with objective, probe, value, random, gain, seconds, perhaps backbone
-    level: float = 0.95, # of the interval
 ) -> pd.DataFrame: # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict: raises, lowers, undecided, or reads nothing (0 before and after)
     "Mean gain of every objective and probe with Student's interval over the seeds."
-    from scipy.stats import t, ttest_1samp
+    from scipy.stats import ttest_1samp
     def row(g: pd.DataFrame) -> pd.Series:
-        n, mean = len(g), g.gain.mean()
-        half = t.ppf((1 + level) / 2, n - 1) * g.gain.std() / n ** 0.5 if n > 1 else np.nan
+        n, (mean, low, high) = len(g), mean_interval(g.gain)
         p = float(ttest_1samp(g.gain, 0).pvalue) if n > 1 and g.gain.std() > 0 else np.nan
-        return pd.Series({"random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": mean - half, "high": mean + half, "n": n, "seconds": g.seconds.mean(), "p": p})
+        return pd.Series({"random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": low, "high": high, "n": n, "seconds": g.seconds.mean(), "p": p})
     by = [k for k in ("backbone", "objective", "probe") if k in frame]
     table = frame.dropna(subset=["gain"]).groupby(by, sort=False)[["random", "value", "gain", "seconds"]].apply(row).reset_index()
     table = table.assign(n=table.n.astype(int), p_holm=holm(table.p.to_numpy(float)))
@@ -51,8 +51,7 @@ def listed(parts: list[str]) -> str: # "a", "a and b", "a, b and c"
 
 def amount(row) -> str: # of `gains`
     "A gain with its interval."
-    minus = lambda v: f"{v:+.2f}".replace("-", "−")
-    return f"{minus(row.gain)} [{minus(row.low)}, {minus(row.high)}]"
+    return f"{number(row.gain, 2)} [{number(row.low, 2)}, {number(row.high, 2)}]"
 
 def told_on(
     rows: pd.DataFrame, # of `gains`, one objective and one backbone

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLED', 'GRID', 'COSTS', 'placed', 'grid_runs', 'long_runs', 'tradeoff_table', 'pareto_front', 'front_table',
-           'contrasts', 'compared', 'cell_name', 'number', 'axis_words', 'front_words', 'tradeoff_findings']
+           'contrasts', 'compared', 'cell_name', 'axis_words', 'front_words', 'tradeoff_findings']
 
 # %% ../../nbs/87_tradeoff.ipynb #33ed5ad2
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/87_tradeoff.ipynb #a1e0f52f
-from .contrasts import contrast_table
+from .contrasts import contrast_table, number
 from .convergence import mean_interval
 from .findings import TITLES
 from .tables import Tables
@@ -132,8 +132,6 @@ def cell_name(
 ) -> str:
     "A cell of the grid in words."
     return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
-
-def number(value: float, places: int = 3) -> str: return f"{value:+.{places}f}".replace("-", "−")  # with its sign and a true minus
 
 def axis_words(
     table: pd.DataFrame,  # from compared

@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from ..foundation.origin import write_rows
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError
 from .anatomy import make_grid
@@ -167,10 +168,7 @@ def write_measures(
     rows: list[dict],  # one per case and grid
 ) -> Path:  # what was written
     "Write a file of measures, one case a line."
-    lines = ",\n".join(json.dumps(r) for r in rows)
-    path = measures_file(who)
-    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    return path
+    return write_rows(measures_file(who), rows, head)
 
 # %% ../../nbs/166_realism.ipynb #500ad645
 def write_phantom_measures(

@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from ..foundation.origin import write_rows
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError, nearest, objectives
 from ..foundation.spec import PretrainSpec
@@ -86,4 +87,4 @@ def write_objectives(
     "Write the cards of all objectives, one a line."
     import vfm_notes.pretrain.evidence # knows all of them
     path = path or report_notebooks()[0].parent/"objectives.json"
-    path.write_text("[\n" + ",\n".join(json.dumps(describe_objective(n), sort_keys=True) for n in sorted(objectives)) + "\n]\n", encoding="utf-8")
+    write_rows(path, map(describe_objective, sorted(objectives)), sort=True)

@@ -7,7 +7,6 @@ __all__ = ['Plan', 'standard', 'probe_classes', 'dice_of', 'read_labels', 'probe
            'probe_cell', 'random_cell', 'probe_gain', 'evidence_file', 'write_evidence']
 
 # %% ../../nbs/46_evidence.ipynb #cb20f01a
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -28,7 +27,7 @@ import vfm_notes.pretrain.tokens
 from ..backbones.protocol import Backbone, build
 from ..data.cohort import Cohort, phantom_cohort
 from ..data.loader import normalise
-from ..foundation.origin import provenance
+from ..foundation.origin import provenance, write_rows
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError, objectives
 from ..foundation.spec import PretrainSpec
@@ -188,7 +187,4 @@ def write_evidence(
     plans, rows, seeds = [Plan(backbone=b) for b in backbones], [], list(seeds)
     for plan in plans: rows += [{"backbone": plan.backbone} | r.dropna().to_dict() for _, r in probe_gain(objectives, seeds, plan, progress=True).iterrows()]
     head = {"plans": [asdict(p) for p in plans], "origin": provenance() | {"date": date.today().isoformat()}}
-    path = path or evidence_file()
-    lines = ",\n".join(json.dumps(r) for r in rows)
-    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    return path
+    return write_rows(path or evidence_file(), rows, head)

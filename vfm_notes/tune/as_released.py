@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SHARES', 'FLAWS', 'TUNINGS', 'CELLS', 'METRICS', 'freeze_by_counter', 'one_order', 'two_orders', 'shared',
            'PresenceAsReleased', 'keep_gradients', 'train_pairs_only', 'Setup', 'pretrained', 'tuned', 'scores',
-           'mean_scores', 'tested', 'seed_rows', 'as_released_file', 'write_rows', 'write_as_released']
+           'mean_scores', 'tested', 'seed_rows', 'as_released_file', 'write_as_released']
 
 # %% ../../nbs/67_as_released.ipynb #f554443c
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ import vfm_notes.tune.lora
 from ..backbones.protocol import Backbone
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import Loader, normalise
-from ..foundation.origin import provenance
+from ..foundation.origin import provenance, write_rows
 from ..foundation.places import report_notebooks
 from ..foundation.registry import backbones, objectives
 from ..nets.decoder import Network
@@ -207,13 +206,6 @@ def seed_rows(
 # %% ../../nbs/67_as_released.ipynb #929ce3bb
 def as_released_file() -> Path: return report_notebooks()[0].parent/"as_released.json"  # measured values beside the page
 
-def write_rows(path: Path, setup: Setup, rows: list[dict]) -> None:
-    "A row a line, under another name first."
-    head, part = {"setup": asdict(setup), "origin": provenance()}, path.with_name(f".{path.name}.part")
-    lines = ",\n".join(json.dumps(r) for r in rows)
-    part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    os.replace(part, path)
-
 def write_as_released(
     seeds: Iterable[int] = range(5),
     path: Path | None = None,  # None is the file that the report reads
@@ -231,6 +223,6 @@ def write_as_released(
         job = bar.add_task("as stated and as released", total=len(missing))
         for seed in dict.fromkeys(s for s, _ in missing):
             for more in seed_rows(setup, seed, [c for s, c in missing if s == seed]):
-                write_rows(path, setup, rows := rows + more)
+                write_rows(path, rows := rows + more, {"setup": asdict(setup), "origin": provenance()})
                 bar.advance(job)
     return path

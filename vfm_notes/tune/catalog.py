@@ -57,6 +57,7 @@ from ..backbones.protocol import backbone_card
 from ..backbones.weights import check_licence, converted_file, fetch, known_weights, normalisation, weights, weights_card
 from ..data.augment import augment
 from ..data.load import cohort_maker
+from ..foundation.origin import write_rows
 from ..foundation.places import report_notebooks, run_folder, studies, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
 from ..foundation.options import weightless
@@ -207,4 +208,4 @@ def write_cards(
 ) -> None:
     "Write the cards of all backbones, one a line."
     path = path or report_notebooks()[0].parent/"backbones.json"
-    path.write_text("[\n" + ",\n".join(json.dumps(describe(n), sort_keys=True) for n in sorted(backbones)) + "\n]\n", encoding="utf-8")
+    write_rows(path, map(describe, sorted(backbones)), sort=True)
