@@ -77,7 +77,7 @@ IGNORED = "/runs/\n/pages/\n/_site/\n.ipynb_checkpoints/\n"
 # %% ../../nbs/982_folder.ipynb #359242e9
 LOOK = ["# {name}\n\nThe study's runs, as they are now. Run `vfm run study.yaml` first.",
         'from vfm_notes.analysis.gain import gain_table\nfrom vfm_notes.analysis.tables import load_tables\nfrom vfm_notes.foundation.chart import use_charts\nfrom vfm_notes.foundation.spec import load_study\nfrom vfm_notes.report.figures import gain_matrix',
-        'spec = load_study("study.yaml")\ntables = load_tables(spec.name)\ntables.runs[["task", "backbone", "strategy", "seed", "status", "metric", "value"]]',
+        'spec = load_study("study.yaml")\ntables = load_tables(spec)\ntables.runs[["task", "backbone", "strategy", "seed", "status", "metric", "value"]]',
         'use_charts()\ngains = gain_table(tables)\ngain_matrix(gains) if len(gains) else "No finished pair of runs yet."']
 
 def look_notebook(
