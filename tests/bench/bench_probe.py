@@ -5,6 +5,7 @@ evaluation mode and without gradients in both, so the alternative is the best th
 The alternative trains one head and is multiplied, unless --whole asks for every head.
 """
 import argparse
+import copy
 import time
 from dataclasses import replace
 
@@ -51,7 +52,8 @@ def compare(name, size, cases, epochs, whole):
     start = time.perf_counter()
     net, rows = cached(network(name), {"train": data})
     encoder = time.perf_counter() - start
-    heads = {str(s.lr): Cached(network(name).head, net.shapes) for s in specs}
+    fresh = network(name).head
+    heads = {str(s.lr): Cached(copy.deepcopy(fresh), net.shapes) for s in specs}
     curves = sweep(heads, {str(s.lr): s.lr for s in specs}, Classes(), training_batches(rows["train"], specs[0], ()), specs[0])
     quick = [np.array([v for _, _, k, v in curves if k == str(s.lr)]) for s in specs]
     once = time.perf_counter() - start
