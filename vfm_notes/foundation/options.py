@@ -7,6 +7,7 @@ __all__ = ['DRAWN', 'RANDOM', 'value_of', 'parse_strategy', 'strategy_text', 'pa
 
 # %% ../../nbs/025_options.ipynb #1a1edf55
 import re
+from functools import lru_cache
 
 # %% ../../nbs/025_options.ipynb #03b2baca
 from .registry import VfmError
@@ -36,6 +37,7 @@ def parse_strategy(
     return name, dict(sorted(options.items()))
 
 # %% ../../nbs/025_options.ipynb #6435f6b4
+@lru_cache
 def strategy_text(
     text: str,  # as somebody wrote it
 ) -> str:  # as records have it
@@ -47,6 +49,7 @@ def strategy_text(
 # %% ../../nbs/025_options.ipynb #58f28293
 DRAWN = ("scratch", "random")  # strategies that begin with random weights
 
+@lru_cache
 def parent_of(
     strategy: str,  # a strategy's line
     parent: str,  # run id of the pretraining that made the backbone's weights

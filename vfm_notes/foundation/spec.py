@@ -305,7 +305,7 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
                     parent=parent_of(strategy, parents.get(backbone, "")))
             for (task, options), backbone, n, setting, strategy, seed in axes]
     runs = [r for r in runs if not any(all(getattr(r, k) in several(v) for k, v in rule.items()) for rule in study.leave_out)]
-    runs = list({run_id(r): r for r in runs}.values())  # scratch and full are one where the weights are random
+    runs = list({(r.task, r.backbone, r.n_train, r.strategy, r.seed, *(getattr(r, k) for k in study.search)): r for r in runs}.values())  # scratch and full are one where the weights are random
     beside = product(study.specialists.items(), study.n_train or [study.cases["train"]], settings(study), study.seeds)
     return runs + [RunSpec(**common | setting, task=task, options=study.tasks[task], backbone=network, n_train=n, strategy="specialist", seed=seed) for (task, network), n, setting, seed in beside]
 

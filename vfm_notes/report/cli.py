@@ -8,6 +8,7 @@ __all__ = ['app', 'weights_app', 'Study', 'SHOWN', 'Accept', 'show_version', 'op
            'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,7 @@ def main() -> None:
     except VfmError as error:
         print(f"vfm: {error}", file=sys.stderr)
         sys.exit(2)
+    finally: gc.freeze()  # at its end Python would look for garbage among ten thousand records
 
 # %% ../../nbs/99_cli.ipynb #d8f18a6e
 @app.command()
@@ -196,22 +198,23 @@ def table(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A .csv, .json or .parquet file; default: print the main columns.")] = None,
 ) -> None:
     "One row for each run: spec, metrics, cost."
-    from vfm_notes.analysis.tables import candidates, curves_table, mark, metrics_table, runs_table
+    from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import no_collecting, read_records
     writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
     spec = load_study(study)
-    known, ids = read_records(spec.name), {id for j in plan(spec) for id in j.runs}
-    records = [r for r in known if r["id"] in ids]
-    if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
-    with no_collecting(): runs, metrics = runs_table(records), metrics_table(records) if output else None
-    if spec.search: runs = mark(runs, candidates(runs, curves_table(spec.name, records)))
-    if not output: return print(runs[SHOWN + [*spec.search, "chosen"] * bool(spec.search)].to_string(index=False) if records else "No records yet.")
-    wide = metrics.pivot(index="id", columns="metric", values="value").reset_index()
-    writers[output.suffix](runs.merge(wide, on="id", how="left"), output)
-    print(f"{output}: {len(runs)} runs")
+    with no_collecting():  # until all is written
+        known, ids = read_records(spec.name), {id for j in plan(spec) for id in j.runs}
+        records = [r for r in known if r["id"] in ids]
+        runs = runs_table(records)
+        if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
+        if spec.search: runs = mark(runs, candidates(runs, curves_table(spec.name, records)))
+        if not output: return print(runs[SHOWN + [*spec.search, "chosen"] * bool(spec.search)].to_string(index=False) if records else "No records yet.")
+        names = sorted({m for r in records for m in r["metrics"]})
+        writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), output)  # a row is a record
+        print(f"{output}: {len(runs)} runs")
 
 # %% ../../nbs/99_cli.ipynb #b4607401
 @app.command()

@@ -110,8 +110,9 @@ def parse_only(
 ) -> dict[str, set[str]]:  # key → allowed values
     "Read a choice, strictly."
     texts = [only] if isinstance(only, str) else list(only or [])
-    chosen, axes = {}, axes_of(study)
-    for part in filter(None, (p.strip() for t in texts for p in t.split(","))):
+    parts = [p.strip() for t in texts for p in t.split(",") if p.strip()]
+    chosen, axes = {}, axes_of(study) if parts else {}
+    for part in parts:
         key, equals, value = (w.strip() for w in part.partition("="))
         if not equals: raise VfmError(f"--only '{part}': expected key=value, e.g. task={next(iter(study.tasks))}.")
         if key not in axes: raise VfmError(f"--only: unknown key '{key}'.{nearest(key, axes)} Known: {', '.join(axes)}.")

@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+import orjson
+
 # %% ../../nbs/70_record.ipynb #0acfe8d7
 from ..foundation.leave import Stopped
 from ..foundation.meter import older_cost
@@ -174,7 +176,7 @@ def look(
     "Read a record and compare its companions' sizes."
     folder = str(folder)
     try:
-        with open(f"{folder}/record.json", "rb") as f: record = json.loads(f.read())
+        with open(f"{folder}/record.json", "rb") as f: record = orjson.loads(f.read())
     except FileNotFoundError: return None, "record.json is missing" if os.path.isdir(folder) else ""
     except (ValueError, NotADirectoryError) as e: return None, f"record.json is not readable ({e})"
     if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= record.keys(): return None, "record.json is not a record"
