@@ -163,11 +163,11 @@ def run_points(
     tables: Tables,
     layer: str = "embed",
     distance: str = "mmd2",  # column of the d2p table
-    reference: str = "scratch",  # a strategy
+    gained: pd.DataFrame | None = None,  # from run_gains; default: against scratch
 ) -> pd.DataFrame:  # a row per tuned run with a reference: cell, seed, rpg, d2p
     "Gain and distance of every tuned run."
     runs = tables.done().merge(_layer(tables, layer, distance), on="id", how="left")
-    return run_gains(tables, reference=reference).merge(runs[[*CELL, "seed", "d2p"]], on=[*CELL, "seed"], how="left").assign(layer=layer)
+    return (run_gains(tables) if gained is None else gained).merge(runs[[*CELL, "seed", "d2p"]], on=[*CELL, "seed"], how="left").assign(layer=layer)
 
 # %% ../../nbs/83_association.ipynb #b41c2ff8
 def cell_points(
@@ -190,9 +190,9 @@ def association_table(
     draws: int = 10_000,
 ) -> pd.DataFrame:  # a row per layer and view (cells; cells inside tasks; runs inside cells)
     "The association of distance and gain, layer by layer, in three views."
-    rows = []
+    rows, gained = [], run_gains(tables) if len(tables.d2p) else None
     for layer in dict.fromkeys(tables.d2p.layer):
-        cells, runs = cell_points(tables, gains, layer, distance), run_points(tables, layer, distance)
+        cells, runs = cell_points(tables, gains, layer, distance), run_points(tables, layer, distance, gained)
         inside = runs[CELL].astype(str).agg(" ".join, axis=1) if len(runs) else []
         views = {"cells": (cells, None, "cells (task x backbone x strategy)", ""), "cells inside tasks": (cells, cells.task, "cells", "tasks"), "runs inside cells": (runs, inside, "runs", "cells")}
         for view, (points, blocks, unit, block) in views.items():

@@ -254,9 +254,10 @@ def cohort_value(
 # %% ../../nbs/80_tables.ipynb #da56bf11
 def class_scores(
     cases: pd.DataFrame,  # rows label, score_0, score_1, … of one run
+    index: str | list = "case",  # columns that name a case; of several runs the run's first
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) true class, (n, classes) score; cases in alphabetical order
     "The labels and scores of a classification run."
-    wide = cases.pivot(index="case", columns="metric", values="value")
+    wide = cases.pivot(index=index, columns="metric", values="value")
     names = sorted((c for c in wide if str(c).startswith("score_")), key=lambda c: int(c[6:]))
     if "label" not in wide or not names: raise VfmError(f"AUC and kappa need the rows 'label' and 'score_0' … of each case, but there are only: {', '.join(map(str, wide))}.")
     return wide["label"].to_numpy().astype(int), wide[names].to_numpy()
