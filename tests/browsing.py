@@ -37,7 +37,7 @@ def wait(browser, script, seconds=15):
 
 def asked(browser, base):
     "Addresses outside of `base` that were asked for since the last call, and errors that were told."
-    errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE" and "favicon.ico" not in e["message"]]
+    errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
     return errors, [u for u in urls if not u.startswith((base, "data:", "blob:", "file:///", "chrome:"))]

@@ -80,7 +80,7 @@ def write_assets(
     "Write style, script and the chart library (once)."
     folder.mkdir(parents=True, exist_ok=True)
     own = report_notebooks()[0].parent
-    for name in ("style.css", "light.scss", "dark.scss", "head.html"): shutil.copy(own / name, folder / name)
+    for name in ("style.css", "light.scss", "dark.scss", "head.html", "icon.svg"): shutil.copy(own / name, folder / name)
     themes = json.dumps({mode: chart_theme(mode) for mode in ("light", "dark")})
     (folder / "site.js").write_text(f"window.vfmThemes = {themes};\n" + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8")
     if not charts: return
@@ -94,7 +94,7 @@ def write_assets(
 def assets_print() -> str:
     "Fingerprint of everything around the pages."
     own = report_notebooks()[0].parent
-    return fingerprint(project_root() / "_quarto.yml", *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html")), code_print())
+    return fingerprint(project_root() / "_quarto.yml", *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html", ".svg")), code_print())
 
 # %% ../../nbs/93_site.ipynb #0133749e
 def choose_renderer(
@@ -181,7 +181,7 @@ def reference_print(renderer: str) -> str:  # renderer: quarto or smalldocs
     "Fingerprint of all that the library's pages are made from."
     own = report_notebooks()[0].parent
     return fingerprint(*library_notebooks(), *(package_root() / "report" / n for n in ("reference.py", "convert.py")), project_root() / "_quarto.yml",
-                       *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html")), renderer)
+                       *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html", ".svg")), renderer)
 
 # %% ../../nbs/93_site.ipynb #refconfig
 def reference_config(
