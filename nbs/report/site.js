@@ -58,9 +58,9 @@
     }
     return lines;
   };
-  const fit = (spec, width) => {  // titles wrap; small multiples take as many columns as there is room
+  const fit = (spec, width) => {  // titles wrap; small multiples take as many columns as there is room; what needs more than there is scrolls
     const out = structuredClone(spec), panel = (spec.usermeta || {}).panel;
-    if (out.width === "container") Object.assign(out, { width, autosize: { type: "fit-x", contains: "padding" } });
+    if (out.width === "container") Object.assign(out, { width: Math.max(width, (panel && panel.least) || 0), autosize: { type: "fit-x", contains: "padding" } });
     if (out.title) {
       const t = typeof out.title === "object" && !Array.isArray(out.title) ? out.title : { text: out.title };
       out.title = { ...t, text: wrap(t.text, width, 14) };
@@ -74,7 +74,7 @@
       };
       for (const key of ["encoding", "layer", "concat", "vconcat", "spec"]) narrow(out[key]);
     }
-    if (panel) {
+    if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
       const each = Math.floor((width - panel.left) / n - panel.gap);
       const walk = (s) => {

@@ -87,7 +87,7 @@ def titled(
     chart: alt.TopLevelMixin,
     title: str,  # what was found
     subtitle: str,  # n and interval
-    panel: dict | None = None,  # small multiples: {min, columns, gap, left} in pixels, for the site's script
+    panel: dict | None = None,  # in pixels, for the site's script: {min, columns, gap, left} of small multiples, or {least} that the whole needs
 ) -> alt.TopLevelMixin:
     "Give a chart its sentence; the site's script fits small multiples to the reader's screen."
     return chart.properties(title=alt.Title(title, subtitle=subtitle), usermeta={"panel": panel} if panel else {})
@@ -184,7 +184,7 @@ def gain_matrix(
     order = list(dict.fromkeys(data["row"]))
     base = alt.Chart(data).encode(
         x=alt.X("column:N", sort=list(dict.fromkeys(data["column"])), title=None, axis=alt.Axis(orient="top", labelAngle=0, labelExpr="split(datum.label, '.')", labelLimit=220, labelPadding=20, labelLineHeight=13, labelFontSize=12, domain=False, ticks=False)),
-        y=alt.Y("row:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=230, labelFontSize=12, labelPadding=8)),
+        y=alt.Y("row:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False, labelExpr="split(datum.label, ', ')", labelLimit=230, labelFontSize=12, labelLineHeight=14, labelPadding=8, labelOffset=-7 * max(row.count(", ") for row in order))),
         tooltip=[alt.Tooltip(c, title=t) for c, t in (("task:N", "task"), ("backbone:N", "backbone"), ("strategy:N", "strategy"), ("metric:N", "metric"), ("value:N", "gain"), ("interval:N", "95 % interval"), ("p_holm:Q", "p (Holm)"), ("n_seeds:Q", "seeds"), ("n_cases:Q", "cases"), ("reason:N", "note"))])
     top = max(float(cells["size"].max()), 1e-9)
     tiles = base.mark_rect(cornerRadius=4, stroke="#8886", strokeWidth=0.7).encode(
@@ -194,7 +194,8 @@ def gain_matrix(
     bold = said.transform_filter("datum.clear").mark_text(dy=-7, fontSize=15, fontWeight="bold")
     thin = said.transform_filter("!datum.clear")
     small = base.mark_text(dy=11, fontSize=12).encode(text="interval:N")
-    return titled((tiles + thin + bold + small).properties(width="container", height=52 * len(order)), gain_finding(gains), gain_caption(gains))
+    least = 12 + 6.4 * max(len(part) for row in order for part in row.split(", ")) + data.column.nunique() * (8 + 6.2 * max(map(len, data.interval)))  # narrower, the words would overlap
+    return titled((tiles + thin + bold + small).properties(width="container", height=52 * len(order)), gain_finding(gains), gain_caption(gains), {"least": round(least)})
 
 # %% ../../nbs/90_figures.ipynb #b17f7ab9
 def alignment_title(
