@@ -13,6 +13,7 @@ from scipy.stats import kendalltau
 # %% ../../nbs/855_search.ipynb #0d9b3639
 from .convergence import mean_interval
 from .tables import Tables
+from ..foundation.options import DRAWN
 from ..foundation.spec import SEARCHABLE
 
 # %% ../../nbs/855_search.ipynb #c599102d
@@ -29,7 +30,7 @@ def setting_of(row: dict, names: list[str]) -> str:  # row: of the table of runs
 
 def scored(tables: Tables) -> pd.DataFrame:  # group, backbone, setting, seed, value, direction; finished runs at every setting, the chosen ones once more as OWN
     "The score of every run on the test cases."
-    runs = tables.runs[(tables.runs.kind == "transfer") & (tables.runs.status == "done") & (tables.runs.strategy != "specialist")]
+    runs = tables.runs[(tables.runs.kind == "transfer") & (tables.runs.status == "done") & ~tables.runs.strategy.isin([*DRAWN, "specialist"])]  # those rank no weights
     runs = runs.assign(setting=[setting_of(r, searched(tables)) for r in runs.to_dict("records")])
     both = pd.concat([runs, runs[runs.chosen].assign(setting=OWN)])
     return both[[*GROUP, "backbone", "setting", "seed", "value", "metric", "unit", "direction"]].reset_index(drop=True)
