@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -126,3 +127,30 @@ def test_nothing_in_the_runs_folder_but_a_failed_pretraining(tmp_path, monkeypat
     write_record(run_folder("bad", run_id(spec)), failed_record(spec, "bad", ValueError("<no> data")))
     made = build_site(str(path), "smalldocs", silent)
     assert made.problems == () and "No finished run" in pages(tmp_path)["index"] and "&lt;no&gt; data" in pages(tmp_path)["runs"]
+
+
+def test_a_page_that_fails_or_takes_too_long_is_named_and_the_others_are_there(tmp_path, monkeypatch, lend_library):
+    from typer.testing import CliRunner
+
+    from vfm_notes.report import pages as report, site
+    from vfm_notes.report.cli import app
+    path, _ = build(tmp_path, monkeypatch, lend_library, tasks={"segmentation": {}}, seeds=[0])
+    known = site.report_pages
+    def two(spec, records):
+        slow = {"guide_reader": "import time; time.sleep(60)", "guide_batch": "1 / 0"}
+        for page in known(spec, records):
+            if page.name not in {*slow, "index", "methods"}: continue
+            if page.name in slow:
+                nb = json.loads(page.source.read_text(encoding="utf-8"))
+                nb["cells"].append({"cell_type": "code", "id": "late", "metadata": {}, "source": slow[page.name], "outputs": [], "execution_count": None})
+                own = tmp_path/page.source.name
+                own.write_text(json.dumps(nb))
+                page = replace(page, source=own)
+            yield page
+    monkeypatch.setattr(site, "report_pages", lambda spec, records: list(two(spec, records)))
+    monkeypatch.setattr(site, "run_pages", lambda *_: [])
+    monkeypatch.setattr(report, "PATIENCE", 5)
+    done = CliRunner().invoke(app, ["site", str(path), "--renderer", "smalldocs"])
+    said = [line for line in done.output.splitlines() if line.startswith("problem: ")]
+    assert done.exit_code == 1 and sorted(said) == ["problem: Page guide_batch failed: ZeroDivisionError: division by zero", "problem: Page guide_reader failed: A cell timed out while it was being executed, after 5 seconds."], done.output
+    assert {"index", "methods"} <= set(pages(tmp_path)) and "What was found" in pages(tmp_path)["index"]

@@ -88,3 +88,15 @@ def test_charts_hold_what_the_tables_hold(tables):
     assert set(old.when) == {"at the end"} and evidence.distances_at(tables.d2p[:0], tables.moments[:0]).empty
     data = pd.DataFrame(evidence.score_panels(points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
     assert np.allclose(data.groupby(["panel", "question"]).more.sum(), 0, atol=0.05) and set(data.panel) == {"LogME", "nearest neighbours", "GBC", "early distance"}
+
+
+def test_a_large_study_is_drawn_with_few_points():
+    many = pd.DataFrame([dict(task="segmentation", backbone=b, strategy=s, seed=k, epoch=e, value=float(e + k)) for b in ("profound_toy.mae", "provicnet_toy.contrast") for s in ("scratch", "full") for k in range(40) for e in range(301)])
+    figures.use_charts()
+    drawn = curves.curve_panels(many, "t", "s", {"segmentation": "Dice"}).to_dict()
+    rows = pd.DataFrame([r for d in drawn["datasets"].values() for r in d])
+    assert len(many) == 48160 and len(rows) == 2 * 2 * curves.EPOCHS and set(rows.seed) == {"mean"} and {0, 300} <= set(rows.epoch)
+    assert (rows.value == rows.epoch + 19.5).all() and "mean of 40 seeds; 60 of 301 epochs" in curves.seed_words(many)
+    few = many[many.seed < 3]
+    assert len(curves.with_means(curves.fewer_epochs(few))) == 2 * 2 * 4 * curves.EPOCHS and curves.seed_words(few).startswith("3 seeds (thin)")
+    alt.Chart(many).mark_point().encode(x="epoch:Q").to_dict()  # no limit of 5000 rows

@@ -60,6 +60,7 @@ def use_charts(
     import altair as alt
     alt.renderers.register("vfm", chart_bundle)
     alt.renderers.enable("vfm")
+    alt.data_transformers.disable_max_rows()  # pages draw few enough points themselves, and a report must not stop at 5000
     alt.theme.register("vfm", enable=True)(lambda: alt.theme.ThemeConfig(config=chart_theme(mode)))
 
 # %% ../../nbs/05_chart.ipynb #8cf56793

@@ -229,6 +229,7 @@ def site(
     print(f"Site: {made.path}")
     for problem in made.problems: print(f"problem: {problem}")
     for finding in made.findings: print(f"- {finding}")
+    raise typer.Exit(1 if made.problems else 0)
 
 # %% ../../nbs/99_cli.ipynb #5657ed93
 Accept = Annotated[list[str] | None, typer.Option(help="A gated or non-commercial licence, or the name of its weights, that you have read and accept.")]
