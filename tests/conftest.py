@@ -8,6 +8,16 @@ from pathlib import Path
 import pytest
 
 
+SLOW = ("packaging", "slurm_array", "slurm_faults", "site", "bad_sites", "slurm", "pretrain_together", "probing", "faults_2", "faults", "evidence")  # minutes each: begun first, they end with the others
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        name = item.path.stem.removeprefix("test_")
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     "The folder of real cases, or a skip that says where it was looked for."

@@ -66,13 +66,14 @@
       out.title = { ...t, text: wrap(t.text, width, 14) };
       if (t.subtitle) out.title.subtitle = wrap(t.subtitle, width, 12);
     }
-    if (width < 560) {  // on a phone legends stand below each other
+    if (width < 560) {  // on a phone legends stand below each other, and panels have two lines above them
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
         if (s.legend && s.legend.columns) s.legend.columns = 2;
+        if (s.header && s.header.labelAnchor === "start") s.header.labelExpr = "split(datum.label, ', ')";
         Object.values(s).forEach((v) => typeof v === "object" && narrow(v));
       };
-      for (const key of ["encoding", "layer", "concat", "vconcat", "spec"]) narrow(out[key]);
+      for (const key of ["encoding", "layer", "concat", "vconcat", "spec", "facet"]) narrow(out[key]);
     }
     if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
