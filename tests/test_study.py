@@ -67,6 +67,7 @@ def test_notebooks_are_executed_and_show_images(done):
         cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         outputs = [o for c in cells for o in c["outputs"]]
         assert not any(o["output_type"] == "error" for o in outputs)
+        assert not [o for o in outputs if "Warning" in "".join(o.get("text", []))], path.name
         assert sum("<svg" in "".join(o.get("data", {}).get("text/html", "")) for o in outputs) >= 2
 
 
