@@ -8,6 +8,7 @@ from collections import Counter
 
 import nbformat
 import pytest
+import toy_batch
 from toy_batch import alive_with, LIGHT, Toy, wait_until
 
 from vfm_notes.runs.forkserver import ForkServer, python_path
@@ -26,12 +27,7 @@ def shared_server():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Toy:
-    "The toy study, run once without a fault."
-    toy = Toy(tmp_path_factory.mktemp("undisturbed"))
-    done = toy.run()
-    assert done.returncode == 0, done.stdout + done.stderr
-    return toy
+def undisturbed(tmp_path_factory) -> Toy: return toy_batch.undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def test_a_run_that_raises_is_recorded_and_the_others_go_on(toy, undisturbed):
     toy.flag("raise-transfer-full-1", False)
     again = toy.run()
     assert again.returncode == 1 and bad["id"] in again.stdout and "--retry-failed" in again.stdout and len(toy.log()) == 6  # said, not retried
-    assert toy.run("--retry-failed").returncode == 0 and set(Counter(toy.log()).values()) == {1} and same(toy, undisturbed)
+    assert toy.run("--retry-failed").returncode == 0 and set(Counter(toy.log()).values()) == {1} and same(toy, undisturbed) and len(toy.log()) == 7
 
 
 def test_a_failed_pretraining_blocks_only_what_needs_it(tmp_path):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from toy_batch import LIGHT, Toy, TRAINING, wait_until, write_template
+from toy_batch import LIGHT, Toy, TRAINING, undisturbed, wait_until, write_template
 
 from vfm_notes.runs.forkserver import ForkServer
 
@@ -28,12 +28,7 @@ def toy(tmp_path) -> Toy: return Toy(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> dict:
-    "What the toy study leaves behind where nothing happens to it."
-    toy = Toy(tmp_path_factory.mktemp("undisturbed"))
-    done = toy.run()
-    assert done.returncode == 0, done.stdout + done.stderr
-    return toy.table()
+def table(tmp_path_factory) -> dict: return undisturbed(tmp_path_factory.mktemp("undisturbed")).table()  # what is left where nothing happens
 
 
 def mended(toy: Toy, table: dict, flag: str) -> bool:

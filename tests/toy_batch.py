@@ -166,6 +166,14 @@ class Toy:
         return found
 
 
+def undisturbed(root: Path) -> Toy:
+    "The toy study, run once without a fault."
+    toy = Toy(root)
+    done = toy.run()
+    assert done.returncode == 0 and len(toy.table()) == 7, done.stdout + done.stderr
+    return toy
+
+
 def vfm() -> list[str]:
     "The installed command, or its function."
     script = Path(sys.executable).with_name("vfm")

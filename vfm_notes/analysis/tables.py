@@ -9,7 +9,6 @@ __all__ = ['CELL', 'RUN', 'COST', 'D2P', 'run_key', 'cost_columns', 'runs_table'
 
 # %% ../../nbs/80_tables.ipynb #d2bd86f7
 from dataclasses import dataclass, field
-from math import nan
 from statistics import median
 
 import numpy as np
@@ -44,20 +43,20 @@ def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
     return table.astype(whole)
 
 # %% ../../nbs/80_tables.ipynb #d82e9f00
-COST = [(part, k, f"{part}_{k}") for part, k in (("seconds", "total"), ("seconds", "training"), ("seconds", "waiting"), ("seconds", "evaluation"), ("parameters", "trainable"), ("parameters", "total"))]  # part of the cost, its field, column
+COST = {"seconds": ("total", "training", "waiting", "evaluation"), "parameters": ("trainable", "total")}  # part of the cost -> columns
 
 def cost_columns(
     cost: dict,  # of a record
 ) -> dict[str, float]:  # NaN where a run did not measure it
     "What a run cost, in a row."
     memory, epochs = cost.get("memory_mib", {}), cost.get("seconds", {}).get("per_epoch")
-    columns = {column: _number(cost.get(part, {}).get(k)) for part, k, column in COST}
+    columns = {f"{part}_{k}": _number(cost.get(part, {}).get(k)) for part, keys in COST.items() for k in keys}
     columns |= {"seconds_epoch": float(median(epochs)) if epochs else np.nan}
     columns |= {f"{k}_memory_mib": _number(memory.get(k)) for k in ("host", "device")}
     columns |= {"peak_memory_mib": _number(memory.get("host") if memory.get("device") is None else memory["device"])}  # where it was computed
     return columns | {k: _number(cost.get(k)) for k in ("gpu_hours", "flops_per_case", "energy_j")}
 
-def _number(x) -> float: return nan if x is None else float(x)
+def _number(x) -> float: return np.nan if x is None else float(x)
 
 # %% ../../nbs/80_tables.ipynb #b083f9bc
 def runs_table(
