@@ -1,0 +1,163 @@
+"""Small wrong changes that a slip of the hand could make, found in a module's syntax tree."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PAIRS = {
+    ast.Lt: ("<", ">"),
+    ast.Gt: (">", "<"),
+    ast.LtE: ("<=", ">="),
+    ast.GtE: (">=", "<="),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+NAMES = {
+    "max": "min",
+    "min": "max",
+    "mean": "sum",
+    "sum": "mean",
+    "argmax": "argmin",
+    "argmin": "argmax",
+    "any": "all",
+    "all": "any",
+    "idxmax": "idxmin",
+    "idxmin": "idxmax",
+    "nlargest": "nsmallest",
+    "floor": "ceil",
+    "ceil": "floor",
+    "first": "last",
+    "last": "first",
+}
+AXES = {"axis", "dim", "keepdim", "ddof", "ascending", "paired", "unbiased", "inplace"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    "One change to one module."
+
+    module: str  # path below the package, e.g. analysis/gain.py
+    start: int  # first byte that is replaced
+    end: int
+    text: str  # what stands there instead
+    what: str  # operator, e.g. "< to >"
+    line: int
+    source: str  # the line as it is, for the report
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}:{self.line} {self.what}: {self.source.strip()[:110]}"
+
+
+def in_messages(tree: ast.AST) -> set[int]:
+    "Nodes of which nothing but a sentence, an annotation or a default for `__all__` is made."
+    skipped = set()
+    for node in ast.walk(tree):
+        parts = []
+        if isinstance(node, ast.Raise):
+            parts = [node]
+        if isinstance(node, ast.JoinedStr):
+            parts = [node]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts = [a.annotation for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation] + (
+                [node.returns] if node.returns else []
+            )
+        if isinstance(node, ast.AnnAssign):
+            parts = [node.annotation]
+        skipped |= {id(n) for p in parts for n in ast.walk(p)}
+    return skipped
+
+
+def mutants(root: Path, module: str) -> Iterator[Mutant]:
+    "Every change that the operators can make to a module."
+    code = (root / module).read_text(encoding="utf-8")
+    lines = code.encode().splitlines(keepends=True)
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line))
+    raw, tree = code.encode(), ast.parse(code)
+    skipped = in_messages(tree)
+
+    def at(line: int, column: int) -> int:
+        return offsets[line - 1] + column
+
+    def span(node: ast.AST) -> tuple[int, int]:
+        return at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset)
+
+    def change(start: int, end: int, text: str, what: str, node: ast.AST) -> Mutant:
+        return Mutant(module, start, end, text, what, node.lineno, lines[node.lineno - 1].decode())
+
+    def swap(left: ast.AST, right: ast.AST, operator: ast.AST, node: ast.AST) -> Iterator[Mutant]:
+        "The operator between two nodes."
+        if type(operator) not in PAIRS:
+            return
+        (_, start), (end, _) = span(left), span(right)
+        old, new = PAIRS[type(operator)]
+        found = raw[start:end].decode().find(old)
+        if found < 0:
+            return
+        begin = start + len(raw[start:end].decode()[:found].encode())
+        yield change(begin, begin + len(old.encode()), new, f"{old} to {new}", node)
+
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        match node:
+            case ast.Compare():
+                for left, operator, right in zip([node.left, *node.comparators], node.ops, node.comparators):
+                    yield from swap(left, right, operator, node)
+            case ast.BinOp():
+                if not any(
+                    isinstance(n, ast.Constant) and isinstance(n.value, str) or isinstance(n, ast.JoinedStr)
+                    for n in (node.left, node.right)
+                ):
+                    yield from swap(node.left, node.right, node.op, node)
+            case ast.BoolOp():
+                for left, right in zip(node.values, node.values[1:]):
+                    yield from swap(left, right, node.op, node)
+            case ast.UnaryOp(op=ast.USub() | ast.Not()):
+                start, word = span(node)[0], "-" if isinstance(node.op, ast.USub) else "not"
+                yield change(start, start + len(word), "", f"{word} removed", node)
+            case ast.Call():
+                named = (
+                    node.func.attr
+                    if isinstance(node.func, ast.Attribute)
+                    else node.func.id
+                    if isinstance(node.func, ast.Name)
+                    else ""
+                )
+                if named in NAMES:
+                    end = span(node.func)[1]
+                    yield change(end - len(named), end, NAMES[named], f"{named} to {NAMES[named]}", node)
+                plain = len(node.args) >= 2 and not any(isinstance(a, ast.Starred) for a in node.args[:2])
+                if plain and named not in ("isinstance", "getattr", "hasattr", "setattr", "zip", "dict", "max", "min"):
+                    (a, b), (c, d) = span(node.args[0]), span(node.args[1])
+                    if raw[a:b] != raw[c:d]:
+                        yield change(
+                            a, d, (raw[c:d] + raw[b:c] + raw[a:b]).decode(), "first two arguments swapped", node
+                        )
+            case ast.keyword(arg=str(name), value=ast.Constant(value=int() | bool() as value)) if name in AXES:
+                start, end = span(node.value)
+                yield change(
+                    start,
+                    end,
+                    str(not value) if isinstance(value, bool) else str(1 - value),
+                    f"{name}={value} changed",
+                    node.value,
+                )
+            case ast.IfExp():
+                (a, b), (c, d) = span(node.body), span(node.orelse)
+                start, end = span(node.test)
+                yield change(start, end, f"not ({raw[start:end].decode()})", "condition negated", node)
+            case ast.Constant(value=float() as value) if value not in (0.0, 1.0):
+                start, end = span(node)
+                yield change(start, end, repr(value * 2), f"{value} doubled", node)
