@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from published import published_keys
 
 pytest.importorskip("monai")
 pytest.importorskip("transformers")
@@ -143,17 +144,13 @@ def test_toys_take_other_sizes(name, size):
     with torch.no_grad(): check_backbone(model, torch.randn(1, 3, *size))
 
 
-def test_published_provicnet_keys(real_data):
-    path = real_data.parent / "checkpoints" / "provicnet_plain_vits14reg_4class_keys.json"
-    if not path.is_file(): pytest.skip(f"no key list at {path}")
-    wanted = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("head.")}
+def test_published_provicnet_keys():
+    wanted = {k: v for k, v in published_keys("provicnet_plain_vits14reg_4class").items() if not k.startswith("head.")}
     with torch.device("meta"): net = build("provicnet_small", 1)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted
 
 
-def test_published_profound_keys_with_prefix(real_data):
-    path = real_data.parent / "checkpoints" / "profound_classification_risk_keys.json"
-    if not path.is_file(): pytest.skip(f"no key list at {path}")
-    wanted = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("head.")}
+def test_published_profound_keys_with_prefix():
+    wanted = {k: v for k, v in published_keys("profound_classification_risk").items() if not k.startswith("head.")}
     with torch.device("meta"): net = build("profound_tiny", 3)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted

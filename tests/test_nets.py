@@ -1,22 +1,14 @@
 """The networks against closed forms, explicit loops, published key lists and another implementation."""
-import json
 import math
 
 import pytest
 import torch
+from published import published_keys
 from torch.nn import functional as F
 
 from vfm_notes.nets.convnext3d import GRN, Block, ChannelNorm, ConvNeXt3d, enlarge
 from vfm_notes.nets.lift import slice_triplets, triplet_index
 from vfm_notes.nets.vit import ViT, patch_map
-
-
-@pytest.fixture
-def checkpoints(real_data):
-    "Key lists of published checkpoints: name → {key: shape}."
-    folder = real_data.parent / "checkpoints"
-    if not folder.is_dir(): pytest.skip(f"no key lists at {folder}")
-    return lambda name: json.loads((folder / f"{name}_keys.json").read_text(encoding="utf-8"))
 
 
 def small(**changes):
@@ -51,14 +43,14 @@ def test_published_tiny_keys_and_parameters():
     assert len(net.state_dict()) == 198 and sum(p.numel() for p in net.parameters()) == 29_311_680
 
 
-def test_published_tiny_key_list(checkpoints):
+def test_published_tiny_key_list():
     with torch.device("meta"): net = ConvNeXt3d()
-    assert shapes(net) == checkpoints("profound_convnextv2_tiny_encoder")
+    assert shapes(net) == published_keys("profound_convnextv2_tiny_encoder")
 
 
-def test_published_vit_key_list(checkpoints):
+def test_published_vit_key_list():
     with torch.device("meta"): net = ViT()
-    wanted = {k.removeprefix("backbone."): v for k, v in checkpoints("provicnet_plain_vits14reg_4class").items() if k.startswith("backbone.")}
+    wanted = {k.removeprefix("backbone."): v for k, v in published_keys("provicnet_plain_vits14reg_4class").items() if k.startswith("backbone.")}
     assert shapes(net) == wanted
 
 
@@ -232,7 +224,7 @@ def test_decoder_fills_up_what_its_cells_do_not_divide(size):
     torch.testing.assert_close(decoder(maps, x), decoder(maps, copied)[:, :, :size[0]])
 
 
-def test_published_provicnet_head_key_list(checkpoints):
+def test_published_provicnet_head_key_list():
     from vfm_notes.nets.decoder import TokenHead
-    wanted = {k.removeprefix("head."): v for k, v in checkpoints("provicnet_plain_vits14reg_4class").items() if k.startswith("head.")}
+    wanted = {k.removeprefix("head."): v for k, v in published_keys("provicnet_plain_vits14reg_4class").items() if k.startswith("head.")}
     assert shapes(TokenHead(384, 4)) == wanted

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from published import published_keys
 from torch.nn import functional as F
 
 import vfm_notes.backbones.natural
@@ -147,12 +148,9 @@ def test_reconstruction_loss_by_explicit_loop():
     assert torch.allclose(loss, torch.stack(errors).mean(), rtol=1e-5)
 
 
-def test_published_decoder_layout(real_data):
-    import json
+def test_published_decoder_layout():
     from vfm_notes.backbones.profound import profound_tiny
-    path = real_data.parent / "checkpoints" / "profound_fcmae_pretrain_keys.json"
-    if not path.is_file(): pytest.skip(f"no key list at {path}")
-    wanted = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("encoder.")}
+    wanted = {k: v for k, v in published_keys("profound_fcmae_pretrain").items() if not k.startswith("encoder.")}
     with torch.device("meta"): objective = reconstruction.MaskedReconstruction(profound_tiny(), kernel=7)
     assert {k: list(v.shape) for k, v in objective.state_dict().items() if not k.startswith("backbone.")} == wanted
 
