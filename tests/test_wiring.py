@@ -497,3 +497,43 @@ def test_depth_follows_the_way_of_the_data_not_the_list_of_the_class():
     )
     slices = depth_of("provicnet_toy")
     assert {slices[k] for k in slices if ".axis_" in k} == {0} and slices["backbone.backbone.norm.weight"] == 4
+
+
+def test_a_coarser_grid_gets_a_blurred_wave_by_the_closed_form():
+    "A Gaussian of variance (t² − s²)/2.355² takes exp(−2π² variance / period²) of a wave; finer grids change nothing."
+    import SimpleITK as sitk
+
+    from vfm_notes.data.volume import grid_around, resample
+
+    def wave(period, axis, phase=0.0, spacing=0.5, n=96):
+        x = np.arange(n) * spacing
+        shape = [1, 1, 1]
+        shape[axis] = n
+        volume = np.broadcast_to(
+            np.sin(2 * np.pi * x / period + phase).reshape(shape), [12 if a != axis else n for a in range(3)]
+        )
+        image = sitk.GetImageFromArray(np.ascontiguousarray(volume, np.float32))
+        image.SetSpacing([spacing] * 3)
+        return image
+
+    for axis in range(3):
+        size, mm = [4, 4, 4], [0.5, 0.5, 0.5]
+        size[axis], mm[axis] = 16, 2.0
+        for period in (6.0, 9.0):
+            image = wave(period, axis)
+            centre = [s * (n - 1) / 2 for s, n in zip(image.GetSpacing(), image.GetSize())]
+            grid = grid_around(image, centre, size, mm)
+            got = resample(image, grid)
+            places = centre[2 - axis] + (np.arange(16) - 7.5) * 2.0
+            line = np.moveaxis(got, axis, -1)[2, 2]
+            wanted = np.exp(-2 * np.pi**2 * (2.0**2 - 0.5**2) / 2.355**2 / period**2) * np.sin(
+                2 * np.pi * places / period
+            )
+            np.testing.assert_allclose(line[3:-3], wanted[3:-3], atol=0.03)
+        stripes = resample(wave(1.0, axis, np.pi / 2), grid)
+        assert np.abs(np.moveaxis(stripes, axis, -1)[2, 2, 3:-3]).max() < 0.02, "what the grid cannot hold is gone"
+    image = wave(6.0, 0)
+    same = grid_around(
+        image, [s * (n - 1) / 2 for s, n in zip(image.GetSpacing(), image.GetSize())], (96, 12, 12), (0.5, 0.5, 0.5)
+    )
+    np.testing.assert_allclose(resample(image, same), sitk.GetArrayFromImage(image), atol=1e-5)
