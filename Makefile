@@ -5,13 +5,14 @@ STUDY   ?= phantom
 BIN     := .venv/bin
 READY   := .venv/.ready
 
-.PHONY: report test lab bench programs readme clean help
+.PHONY: report test lab bench mutants programs readme clean help
 
 help:
 	@echo "make report [STUDY=phantom|hippocampus|natural|my.yaml] [VFM_DATA=folder]   run a study and build its site"
 	@echo "make test      export check, notebook tests, pytest"
 	@echo "make lab       JupyterLab on nbs/, the tour first"
 	@echo "make bench     benchmarks, as ratios against named alternatives"
+	@echo "make mutants   small wrong changes to the library: does a test fail? (about an hour; MUTANTS='--help')"
 
 $(READY): settings.ini setup.py
 	@echo "Environment: creating .venv and installing the pinned packages (a few minutes, once)"
@@ -47,6 +48,9 @@ lab: $(READY)
 
 bench: $(READY)
 	@for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+mutants: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # README.md is the front notebook's prose, word for word.
 readme:
