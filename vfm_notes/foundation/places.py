@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['package_root', 'checkout', 'project_root', 'studies', 'own_studies', 'study_file', 'template_file',
-           'report_notebooks', 'library_notebooks', 'data_root', 'weights_root', 'runs_root', 'cache_root',
-           'study_root', 'run_folder', 'notebook_file', 'log_file', 'checkpoint_file', 'pages_root', 'site_root']
+           'report_notebooks', 'library_notebooks', 'data_root', 'weights_root', 'below', 'runs_root', 'cache_root',
+           'study_root', 'run_folder', 'notebook_file', 'log_file', 'checkpoint_file', 'weights_file', 'pages_root',
+           'site_root']
 
 # %% ../../nbs/02_places.ipynb #7e7f8530
 import os
 from pathlib import Path
 
 # %% ../../nbs/02_places.ipynb #03b2baca
+from .names import OURS, shown
 from .registry import VfmError, nearest
 
 # %% ../../nbs/02_places.ipynb #918a6a75
@@ -82,6 +84,17 @@ def weights_root() -> Path:
     "The folder of downloaded weights, from `VFM_WEIGHTS` (default: ~/.cache/vfm_notes/weights)."
     return Path(os.environ.get("VFM_WEIGHTS") or "~/.cache/vfm_notes/weights").expanduser().resolve()
 
+# %% ../../nbs/02_places.ipynb #1d84fbba
+def below(
+    root: Path,
+    *parts: str,  # one name for each level
+) -> Path:
+    "A place below a folder, whatever the names are."
+    for part in parts:
+        if not isinstance(part, str) or part in ("", ".", "..") or any(c in part for c in "/\\\0"):
+            raise VfmError(f"{shown(part)} cannot be a file or folder of {root}: expected a name, without slashes.")
+    return root.joinpath(*parts)
+
 # %% ../../nbs/02_places.ipynb #a3306317
 def runs_root() -> Path:
     "The folder of all records, from `VFM_RUNS` (default: `runs/` of the working tree, or of the current folder outside it)."
@@ -89,11 +102,20 @@ def runs_root() -> Path:
     root, here = checkout(), Path.cwd().resolve()
     return (root if root and here.is_relative_to(root) else here)/"runs"
 
+# %% ../../nbs/02_places.ipynb #75ba825c
 def cache_root() -> Path: return runs_root()/"cache"  # prepared cohorts; safe to delete
-def study_root(study: str) -> Path: return runs_root()/study  # the records of a study
-def run_folder(study: str, run_id: str) -> Path: return study_root(study)/run_id  # what one run left behind
-def notebook_file(study: str, job: str) -> Path: return study_root(study)/"notebooks"/f"{job}.ipynb"  # an executed notebook
-def log_file(study: str, job: str) -> Path: return study_root(study)/"logs"/f"{job}.log"  # what a notebook's process printed
-def checkpoint_file(study: str, run_id: str) -> Path: return study_root(study)/"checkpoints"/f"{run_id}.pt"  # while it trains
+
+def study_root(
+    study: str,  # its name
+) -> Path:
+    "The records of a study."
+    if study in OURS: raise VfmError(f"'{study}' cannot be the name of a study: {runs_root()/study} is a folder of vfm_notes itself.")
+    return below(runs_root(), study)
+
+def run_folder(study: str, run_id: str) -> Path: return below(study_root(study), run_id)  # what one run left behind
+def notebook_file(study: str, job: str) -> Path: return below(study_root(study), "notebooks", f"{job}.ipynb")  # executed
+def log_file(study: str, job: str) -> Path: return below(study_root(study), "logs", f"{job}.log")  # what its process printed
+def checkpoint_file(study: str, run_id: str) -> Path: return below(study_root(study), "checkpoints", f"{run_id}.pt")
+def weights_file(name: str, ending: str = "safetensors") -> Path: return below(weights_root(), f"{name}.{ending}")
 def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
 def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open
