@@ -22,7 +22,7 @@ from pathlib import Path
 # %% ../../nbs/74_executors.ipynb #03b2baca
 from ..foundation.registry import Registry, VfmError
 from .devices import LocalSettings, Slots, choose_devices, found_devices, local_settings
-from .forkserver import Forked, ForkServer, can_fork, die_with_parent, kill_group, python_path
+from .forkserver import Forked, ForkServer, can_fork, die_with_parent, kill_group, safe_env
 from .record import say
 
 # %% ../../nbs/74_executors.ipynb #c3cad993
@@ -138,7 +138,8 @@ class LocalExecutor:
         self.gpus = choose_devices(wanted, found_devices())
         self.slots = Slots(self.gpus, settings.gpu_memory, settings.processes) if self.gpus else None
         self.jobs = jobs or max(1, min(self.slots.total() if self.slots else cores(), cores() // settings.processes))
-        self.env = thread_env(max(1, cores() // (self.jobs * settings.processes))) | {"PYTHONPATH": python_path(), "VFM_PROCESSES": str(settings.processes)} | ({"CUDA_VISIBLE_DEVICES": ""} if wanted == "none" else {})
+        self.env = thread_env(max(1, cores() // (self.jobs * settings.processes))) | safe_env() | {"VFM_PROCESSES": str(settings.processes)}
+        if wanted == "none": self.env["CUDA_VISIBLE_DEVICES"] = ""
         self.queue, self.active, self.count = [], [], 0
         self.server = None  # our own fork server
         self.address = (os.environ.get("VFM_FORKSERVER") or self._start_server(modules, log)) if fast else None

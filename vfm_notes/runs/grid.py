@@ -24,7 +24,8 @@ from ..foundation.places import run_folder, template_file
 from ..foundation.registry import VfmError, cohorts, nearest
 from ..foundation.spec import (ExternalSpec, PretrainSpec, RunSpec, Spec, StudySpec, external_specs, from_values, pretrain_specs,
                                        run_id, run_specs)
-from .record import read_record, read_records, running_since
+from .locks import running_since
+from .record import read_record, read_records
 
 # %% ../../nbs/71_grid.ipynb #4a67adf5
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from ..foundation.leave import SIGNALS
 from ..foundation.registry import VfmError
 from .executors import decode, encode
-from .forkserver import Forked, can_fork, die_with_parent, kill_group, python_path
+from .forkserver import Forked, can_fork, die_with_parent, kill_group, safe_env
 from .record import say
 
 # %% ../../nbs/743_launch.ipynb #5d41c000
@@ -71,7 +71,7 @@ def help_out(
 
 def start_helper(folder: Path, rank: int, size: int):  # → something like a Popen
     "Start a helper."
-    env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "", "VFM_PROGRESS": "", "PYTHONPATH": python_path()}, [str(folder), str(rank), str(size)]
+    env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "", "VFM_PROGRESS": ""} | safe_env(), [str(folder), str(rank), str(size)]
     address, log = os.environ.get("VFM_FORKSERVER"), os.environ.get("VFM_LOG") or None
     if address and not can_fork(): return Forked(address, "vfm_notes.runs.launch:help_out", *words, env=env, log=log)
     command = [sys.executable, "-c", "import sys; from vfm_notes.runs.launch import help_out; help_out(*sys.argv[1:])", *words, str(os.getpid())]
