@@ -75,7 +75,7 @@ def run(
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
     if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
     if gpus: os.environ["VFM_GPUS"] = gpus
-    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard)
+    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
@@ -106,7 +106,7 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
     return lines
 
 # %% ../../nbs/99_cli.ipynb #981d5ae7
-def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None) -> None:
+def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None, executor: str = "local", profile: Path | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
@@ -125,6 +125,9 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run, about {duration(left)} of work.")
     print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
     for problem in lacking(spec): print(f"missing: {problem}")
+    if executor == "slurm":
+        from vfm_notes.runs.slurm import job_script, slurm_settings
+        print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
 
 def lacking(spec) -> list[str]:  # spec: of the study
     "What a study needs and this machine has not got: data, weights, accepted licences, names."

@@ -7,6 +7,7 @@ __all__ = ['joined', 'help_out', 'start_helper', 'Helpers', 'look_on', 'end', 't
 
 # %% ../../nbs/743_launch.ipynb #7cb354dd
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from pathlib import Path
 # %% ../../nbs/743_launch.ipynb #0acfe8d7
 from ..foundation.leave import SIGNALS
 from ..foundation.registry import VfmError
-from .executors import decode, encode
 from .forkserver import Forked, can_fork, die_with_parent, kill_group, safe_env
 from .record import say
 
@@ -61,7 +61,7 @@ def help_out(
     if parent: die_with_parent(int(parent))
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     try:
-        function, args = decode(f"{folder}/call")
+        function, args = pickle.loads(Path(folder, "call").read_bytes())  # the notebook's own folder, which nobody else can open
         if function.__module__.split(".")[0] == "vfm_notes": import vfm_notes.tune.catalog  # full registries, as the notebook has them
         Path(folder, f"ready-{rank}").touch()
         with joined(Path(folder), int(rank), int(size)): function(*args)
@@ -83,7 +83,7 @@ class Helpers:
     def __init__(self, function: Callable, args: tuple, size: int):
         self.size, self.over, self.turn = size, threading.Event(), threading.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="vfm-team-"))
-        (self.folder/"call").write_bytes(encode(function, *args))
+        (self.folder/"call").write_bytes(pickle.dumps((function, args)))
         self.going = {rank: start_helper(self.folder, rank, size) for rank in range(1, size)}
         self.watch = threading.Thread(target=self.look_on, daemon=True)
         self.watch.start()
