@@ -302,6 +302,7 @@ def weights_export(
     "Copy weights that a study made into the weights folder (VFM_WEIGHTS), where any study knows them by name."
     import shutil
     from vfm_notes.backbones.plan import carried_file, read_plan
+    from vfm_notes.foundation.disk import check_companion, whole_file
     from vfm_notes.foundation.places import run_folder, weights_root
     from vfm_notes.foundation.registry import nearest
     from vfm_notes.foundation.spec import load_study
@@ -314,9 +315,8 @@ def weights_export(
     if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
     if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, part := target.with_suffix(".part"))
-    part.replace(target)
+    check_companion(file)
+    with whole_file(target) as part: shutil.copyfile(file, part)
     print(f"{carried_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
 # %% ../../nbs/99_cli.ipynb #102aed4e
