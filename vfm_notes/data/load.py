@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'load_entries', 'manifest_folder', 'layout_folder', 'manifest_of', 'cohort_maker', 'cache_key',
-           'cache_folder', 'kept_cohort']
+           'cache_folder', 'may_keep', 'kept_cohort']
 
 # %% ../../nbs/127_load.ipynb #320f0ffd
 import importlib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -95,6 +96,12 @@ def cache_key(
 def cache_folder(name: str, key: str) -> Path: return cache_root()/f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(name).name)}-{key[:20]}"  # where prepared cases of a cohort lie
 
 # %% ../../nbs/127_load.ipynb #0780de97
+def may_keep() -> bool:
+    "May prepared cohorts be kept? A page only looks (it has VFM_LOOKING), and some folders are only to be read."
+    root = cache_root()
+    there = next(p for p in (root, *root.parents) if p.exists())
+    return not os.environ.get("VFM_LOOKING") and os.access(there, os.W_OK | os.X_OK)
+
 def kept_cohort(
     name: str,
     maker: tuple[Callable, dict],  # from `cohort_maker`
@@ -107,12 +114,15 @@ def kept_cohort(
     folder = cache_folder(name, key) if key else None
     kept = read_cohort(folder) if folder else None
     if kept is not None: return kept
-    whole = None if isinstance(made, Plan) else validate(made[0](**arguments))
+    planned = isinstance(made, Plan)
+    known = Known(sorted(folder.parent.glob(cache_folder(name, "").name + "*")) if folder and planned else [])
+    folder = folder if may_keep() else None
+    whole = None if planned else validate(made[0](**arguments))
     if not folder and whole: return whole
     if folder: folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder and folder.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{socket.gethostname()}.{os.getpid()}.", dir=folder and folder.parent) as work:
         if whole: write_cohort(whole, new := Path(tempfile.mkdtemp(dir=work)))
-        else: new = decoded(made, Path(work), Known(sorted(folder.parent.glob(cache_folder(name, "").name + "*")) if folder else []), code_hash(*made.modules) or "", exclude)
+        else: new = decoded(made, Path(work), known, code_hash(*made.modules) or "", exclude)
         if folder: put(new, folder)
         else: return replace((c := open_cohort(new)[0]), **{k: np.array(getattr(c, k)) for k in ARRAYS if getattr(c, k) is not None})
     return read_cohort(folder)

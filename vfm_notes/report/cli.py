@@ -75,7 +75,7 @@ def run(
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
     if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
     if gpus: os.environ["VFM_GPUS"] = gpus
-    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard)
+    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
@@ -106,20 +106,28 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
     return lines
 
 # %% ../../nbs/99_cli.ipynb #981d5ae7
-def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None) -> None:
+def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None, executor: str = "local", profile: Path | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
-    from vfm_notes.runs.grid import check_templates, known_records, plan, shard
+    from vfm_notes.runs.grid import check_templates, plan, shard
+    from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.watch import duration, durations, look_at, time_left
     spec = load_study(study)
-    jobs, records = shard(plan(spec, only, templates), part), known_records(spec.name)
+    jobs = shard(plan(spec, only, templates), part)
+    ids = {id for j in jobs for id in j.runs}
+    found, damaged = scan_records(spec.name, ids)
+    records = {r["id"]: r for r in found}
     todo = to_do(spec.name, jobs, retry)
     check_templates(todo)
     for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
     left = time_left([look_at(spec.name, j, records) for j in todo], durations(jobs, records, []), 1)
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run, about {duration(left)} of work.")
+    print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
     for problem in lacking(spec): print(f"missing: {problem}")
+    if executor == "slurm":
+        from vfm_notes.runs.slurm import job_script, slurm_settings
+        print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
 
 def lacking(spec) -> list[str]:  # spec: of the study
     "What a study needs and this machine has not got: data, weights, accepted licences, names."
@@ -147,13 +155,17 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
 def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study → lines, exit status, whether anything still runs or waits
     "How a study stands now."
     from vfm_notes.runs.batch import summarise
-    from vfm_notes.runs.grid import known_records, plan
+    from vfm_notes.runs.grid import plan
+    from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.slurm import queued_jobs
     from vfm_notes.runs.watch import duration, durations, look_at, time_left
-    jobs, records, queue = plan(spec), known_records(spec.name), queued_jobs(spec.name)
+    jobs, queue = plan(spec), queued_jobs(spec.name)
+    ids = {id for j in jobs for id in j.runs}
+    found, damaged = scan_records(spec.name, ids)
+    records = {r["id"]: r for r in found}
     looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     summary, running = summarise(spec.name, jobs, records=records), [k for k in looks if k.since]
-    lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary)]
+    lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary), *damage_lines(spec.name, damaged, ids)]
     lines.append(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {f'{len(queue)} in the queue, ' * bool(queue)}{len(summary.failed)} failed, {len(summary.missing)} missing.")
     if summary.others: lines.append(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     lines += [f"{n} records were made by another version of {template}; they are kept as they are. To compute them again, delete their folders." for template, n in summary.stale.items()]
@@ -201,12 +213,14 @@ def table(
     from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
-    from vfm_notes.runs.record import no_collecting, read_records
+    from vfm_notes.runs.record import damage_lines, no_collecting, scan_records
     writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
     spec = load_study(study)
     with no_collecting():  # until all is written
-        known, ids = read_records(spec.name), {id for j in plan(spec) for id in j.runs}
+        ids = {id for j in plan(spec) for id in j.runs}
+        known, damaged = scan_records(spec.name, ids)
+        print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged), file=sys.stderr)
         records = [r for r in known if r["id"] in ids]
         runs = runs_table(records)
         if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
@@ -288,6 +302,7 @@ def weights_export(
     "Copy weights that a study made into the weights folder (VFM_WEIGHTS), where any study knows them by name."
     import shutil
     from vfm_notes.backbones.plan import carried_file, read_plan
+    from vfm_notes.foundation.disk import check_companion, whole_file
     from vfm_notes.foundation.places import run_folder, weights_root
     from vfm_notes.foundation.registry import nearest
     from vfm_notes.foundation.spec import load_study
@@ -300,9 +315,8 @@ def weights_export(
     if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
     if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, part := target.with_suffix(".part"))
-    part.replace(target)
+    check_companion(file)
+    with whole_file(target) as part: shutil.copyfile(file, part)
     print(f"{carried_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
 # %% ../../nbs/99_cli.ipynb #102aed4e

@@ -23,7 +23,7 @@ from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
 from .convert import front_matter, joined, parameterised, read_notebook, to_page, without_title
-from ..runs.forkserver import python_path
+from ..runs.forkserver import SAFE_KERNEL, safe_env
 from ..runs.grid import Job, plan, run_states
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
@@ -137,7 +137,8 @@ async def _execute_pages(pages, study, done) -> None:
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc" if sys.platform == "linux" else "tcp")
-    await kernel.start_kernel(env=os.environ | {"PYTHONPATH": python_path(), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}, cwd=os.getcwd())
+    await kernel.start_kernel(env=os.environ | safe_env() | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "VFM_LOOKING": "1"},
+                              cwd=os.getcwd(), extra_arguments=list(SAFE_KERNEL))
     try:
         for page in pages:
             nb = parameterised(read_notebook(page.source), {"study": study})

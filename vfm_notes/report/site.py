@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['site_config', 'made_from', 'write_assets', 'look_files', 'assets_print', 'choose_renderer', 'render', 'publish',
-           'SiteResult', 'read_stamp', 'write_json', 'reference_print', 'reference_config', 'build_reference',
-           'study_findings', 'make_pages', 'build_site']
+           'SiteResult', 'reference_print', 'reference_config', 'build_reference', 'study_findings', 'make_pages',
+           'build_site']
 
 # %% ../../nbs/93_site.ipynb #b84c5022
 import json
@@ -32,7 +32,8 @@ from .convert import read_notebook, to_page
 from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
-from ..runs.record import read_records
+from ..runs.record import SMALL, damage_lines, scan_records
+from .stamp import check_ours, close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing, write_json
 
 # %% ../../nbs/93_site.ipynb #dd0f03e1
 def site_config(
@@ -135,21 +136,16 @@ def render(
 def publish(
     folder: Path,  # generated pages with their `_site`
     pages: list[Page],
-    target: Path,  # where readers find the site
+    new: Path,  # an empty folder, see stamp.replacing
     reference: Path,  # generated pages of the library
 ) -> None:
-    "Put the rendered site, with notebooks and records of the runs and the library's pages, in the readers' place."
-    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
-    for p in (new, old): shutil.rmtree(p, ignore_errors=True)
-    shutil.copytree(folder / "_site", new)
+    "Put the rendered site, with notebooks and records of the runs and the library's pages, into the readers' folder."
+    shutil.copytree(folder / "_site", new, dirs_exist_ok=True)
     shutil.copytree(reference / "_site", new / "reference")
     if (folder / "records").exists(): shutil.copytree(folder / "records", new / "records")
     (new / "notebooks").mkdir(exist_ok=True)
     for p in pages:
         if p.job: shutil.copy(p.source, new / "notebooks" / f"{p.job.name}.ipynb")
-    if target.exists(): target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/93_site.ipynb #70372e2e
 @dataclass(frozen=True)
@@ -162,23 +158,6 @@ class SiteResult:
     made: tuple[str, ...] = ()  # pages that were made again
     problems: tuple[str, ...] = ()  # pages that failed, one sentence each
     seconds: float = 0.0  # wall time
-
-# %% ../../nbs/93_site.ipynb #9ba9904d
-def read_stamp(path: Path) -> dict:
-    "Read what was made from what; empty when unknown."
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError): return {}
-
-# %% ../../nbs/93_site.ipynb #6526fdd8
-def write_json(
-    path: Path,
-    content: dict | list,  # JSON
-) -> None:
-    "Write a file whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    part.replace(path)
 
 # %% ../../nbs/93_site.ipynb #refprint
 def reference_print(renderer: str) -> str:  # renderer: quarto or smalldocs
@@ -206,7 +185,8 @@ def build_reference(
     "Make the library's pages, once for all studies, again when a notebook changed."
     folder, made, begun = pages_root() / "_reference", reference_print(renderer), time.monotonic()
     if read_stamp(folder / "stamp.json").get("made") == made and (folder / "_site" / "index.html").exists(): return folder
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_ours(folder)
+    open_folder(folder)
     books = read_library()
     known = addresses(books)
     for b in books: write_json(folder / b.path.name, reference_page(b, known))
@@ -215,7 +195,7 @@ def build_reference(
     (folder / "_quarto.yml").write_text(yaml.safe_dump(reference_config(books), sort_keys=False, allow_unicode=True), encoding="utf-8")
     write_assets(folder / "assets", charts=False)
     render(folder, renderer)
-    write_json(folder / "stamp.json", {"made": made})
+    close_folder(folder, {"made": made})
     say(f"  library: {len(books)} notebooks ({time.monotonic() - begun:.1f} s)")
     return folder
 
@@ -255,6 +235,7 @@ def make_pages(
     return problems
 
 # %% ../../nbs/93_site.ipynb #9f82120b
+@one_at_a_time
 def build_site(
     study: str = "phantom",  # name in nbs/studies or path of a YAML file
     renderer: str = "auto",  # auto, quarto or smalldocs
@@ -262,8 +243,10 @@ def build_site(
 ) -> SiteResult:
     "Build the report site of a study; return at once when nothing changed."
     begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
-    records = read_records(spec.name)
-    pages = report_pages(spec, records) + run_pages(spec, plan(spec), {r["id"]: r for r in records})
+    jobs = plan(spec)
+    ids = {id for j in jobs for id in j.runs}
+    records, damaged = scan_records(spec.name, ids, same=SMALL)
+    pages = report_pages(spec, records) + run_pages(spec, jobs, {r["id"]: r for r in records})
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = fingerprint(records_print(records), code_print())
@@ -273,23 +256,23 @@ def build_site(
     result = partial(SiteResult, target / "index.html", pages=len(pages))
     if not todo and stamp.get("around") == around and shown.get("site") == stamp.get("site") and (target / "index.html").exists():
         return result(stamp["findings"], True, problems=tuple(stamp["problems"]), seconds=time.monotonic() - begun)
+    check_ours(target)
+    open_folder(folder, [p.name for p in todo])
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
     write_assets(folder / "assets")
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None
         library = beside.submit(build_reference, renderer, say)
-        problems = make_pages(study, spec, todo, records, folder, say)
+        problems = damage_lines(spec.name, damaged, ids) + make_pages(study, spec, todo, records, folder, say)
         findings = sentences.result() if stale else stamp["findings"]
         reference = library.result()
-    for f in folder.glob("*.ipynb"):
-        if f.stem not in wanted: f.unlink()
+    drop_pages(folder, wanted)
     (folder / "_quarto.yml").write_text(yaml.safe_dump(site_config(spec, pages, made_from(spec, records)), sort_keys=False, allow_unicode=True), encoding="utf-8")
     render(folder, renderer, json.loads((reference / "search_entries.json").read_text(encoding="utf-8")))
     say(f"  rendered by {renderer} ({time.monotonic() - begun:.1f} s)")
-    failed = {p.split()[1] for p in problems}
+    failed = {p.split()[1] for p in problems if p.startswith("Page ")}
     stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "known": known, "findings": findings, "problems": problems, "site": fingerprint(time.time(), spec.name)}
-    write_json(folder / "stamp.json", stamp)
-    publish(folder, pages, target, reference)
-    write_json(target / "stamp.json", {"study": spec.name, "site": stamp["site"]})
+    close_folder(folder, stamp)
+    with replacing(target, {"study": spec.name, "site": stamp["site"]}) as new: publish(folder, pages, new, reference)
     return result(findings, False, made=tuple(p.name for p in todo), problems=tuple(problems), seconds=time.monotonic() - begun)

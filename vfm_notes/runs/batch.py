@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/76_batch.ipynb #0acfe8d7
+from ..foundation.disk import DiskFull, needing_space, write_whole
 from ..foundation.leave import asked, listening
 from ..foundation.places import log_file, run_folder, runs_root
 from ..foundation.registry import VfmError
@@ -26,8 +27,9 @@ from ..foundation.spec import StudySpec, load_study, run_id
 from .executors import Cancelled, Died, LocalExecutor, Lost, executors
 from .grid import Job, check_templates, job_states, known_records, plan, run_states, seed_choice, shard, unavailable
 from .notebook import ask_kernels, execute, grace, run_at_work, template_hash
-from .record import (DiskFull, failed_record, job_lock, missing, needing_space, progress_file, read_record, running_since, say, sweep,
-                                   write_record)
+from .locks import job_lock, progress_file, running_since
+from .record import drop_record, failed_record, missing, read_record, say, write_record
+from .repair import repair, sweep
 from .watch import Display, duration, durations, look_at, time_left
 
 # %% ../../nbs/76_batch.ipynb #116dc40e
@@ -46,15 +48,13 @@ def forget_failures(study: str, job: Job) -> None:
     "Drop the failed records of a job, so that its runs count as missing."
     for id in job.runs:
         record = read_record(run_folder(study, id))
-        if record and record["status"] == "failed": shutil.rmtree(run_folder(study, id))
+        if record and record["status"] == "failed": drop_record(run_folder(study, id))
 
 # %% ../../nbs/76_batch.ipynb #15bc1e72
 def note_end(study: str, job: Job, error: dict | None, seconds: float) -> None:
     "Note which runs a notebook showed, how long it took, from which template, and the error it ended with."
     note = {"ended": time.time(), "seconds": seconds, "template": str(job.template), "runs": list(job.runs), "error": error and {k: error.get(k) for k in ("type", "message", "cell")}}
-    part = progress_file(study, job.name).with_suffix(".part")
-    part.write_text(json.dumps(note))
-    os.replace(part, progress_file(study, job.name))
+    write_whole(progress_file(study, job.name), json.dumps(note))
 
 def end_of(study: str, job: Job) -> dict | None:  # {ended, runs, error}
     "How the job's notebook ended; None if it never did with all of the job's runs."
@@ -340,6 +340,7 @@ def run_study(
     "Compute what a study has not got yet."
     begun, study = time.monotonic(), load_study(name_or_path)
     plan_ = shard(plan(study, [*([only] if isinstance(only, str) else only or []), *seed_choice(seeds)], templates), part)
+    repair(study.name, [id for j in plan_ for id in j.runs], retry_failed)
     todo = startable(study.name, plan_, to_do(study.name, plan_, retry_failed))
     if not todo: return summarise(study.name, plan_, time.monotonic() - begun)
     check_there(study, todo)

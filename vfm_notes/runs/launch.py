@@ -7,6 +7,7 @@ __all__ = ['joined', 'help_out', 'start_helper', 'Helpers', 'look_on', 'end', 't
 
 # %% ../../nbs/743_launch.ipynb #7cb354dd
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,8 +23,7 @@ from pathlib import Path
 # %% ../../nbs/743_launch.ipynb #0acfe8d7
 from ..foundation.leave import SIGNALS
 from ..foundation.registry import VfmError
-from .executors import decode, encode
-from .forkserver import Forked, can_fork, die_with_parent, kill_group, python_path
+from .forkserver import Forked, can_fork, die_with_parent, kill_group, safe_env
 from .record import say
 
 # %% ../../nbs/743_launch.ipynb #5d41c000
@@ -61,7 +61,7 @@ def help_out(
     if parent: die_with_parent(int(parent))
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     try:
-        function, args = decode(f"{folder}/call")
+        function, args = pickle.loads(Path(folder, "call").read_bytes())  # the notebook's own folder, which nobody else can open
         if function.__module__.split(".")[0] == "vfm_notes": import vfm_notes.tune.catalog  # full registries, as the notebook has them
         Path(folder, f"ready-{rank}").touch()
         with joined(Path(folder), int(rank), int(size)): function(*args)
@@ -71,7 +71,7 @@ def help_out(
 
 def start_helper(folder: Path, rank: int, size: int):  # → something like a Popen
     "Start a helper."
-    env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "", "VFM_PROGRESS": "", "PYTHONPATH": python_path()}, [str(folder), str(rank), str(size)]
+    env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "", "VFM_PROGRESS": ""} | safe_env(), [str(folder), str(rank), str(size)]
     address, log = os.environ.get("VFM_FORKSERVER"), os.environ.get("VFM_LOG") or None
     if address and not can_fork(): return Forked(address, "vfm_notes.runs.launch:help_out", *words, env=env, log=log)
     command = [sys.executable, "-c", "import sys; from vfm_notes.runs.launch import help_out; help_out(*sys.argv[1:])", *words, str(os.getpid())]
@@ -83,7 +83,7 @@ class Helpers:
     def __init__(self, function: Callable, args: tuple, size: int):
         self.size, self.over, self.turn = size, threading.Event(), threading.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="vfm-team-"))
-        (self.folder/"call").write_bytes(encode(function, *args))
+        (self.folder/"call").write_bytes(pickle.dumps((function, args)))
         self.going = {rank: start_helper(self.folder, rank, size) for rank in range(1, size)}
         self.watch = threading.Thread(target=self.look_on, daemon=True)
         self.watch.start()

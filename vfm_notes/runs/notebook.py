@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/755_notebook.ipynb #50ca2e5f
+from ..foundation.disk import DiskFull, needing_space
 from ..foundation.places import notebook_file, runs_root
-from .forkserver import Forked, kill_group
+from .forkserver import SAFE_KERNEL, Forked, kill_group, safe_env
 from .grid import Job
-from .record import DiskFull, lives, needing_space, progress_file
+from .locks import lives, progress_file
 
 # %% ../../nbs/755_notebook.ipynb #db0389bb
 def error_of(
@@ -84,10 +85,12 @@ def execute(
     target, progress = notebook_file(study, job.name), progress_file(study, job.name)
     for path in (target, progress): path.parent.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
-    os.environ |= {"VFM_JOB": job.name, "VFM_PROGRESS": str(progress), "VFM_TEMPLATE_HASH": template_hash(job.template), "VFM_RUNS": str(runs_root())}
+    os.environ |= {"VFM_JOB": job.name, "VFM_PROGRESS": str(progress), "VFM_TEMPLATE_HASH": template_hash(job.template), "VFM_RUNS": str(runs_root())} | safe_env()
     with time_limit(study, job, limit) as late:
         try:
-            with needing_space(target.parent): papermill.execute_notebook(job.template, target, job.parameters, engine_name=engine, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+            with needing_space(target.parent):
+                papermill.execute_notebook(job.template, target, job.parameters, engine_name=engine, progress_bar=False,
+                                           stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=list(SAFE_KERNEL))
         except DiskFull: raise
         except Exception as error: found = error_of(error, target)
         else: return None

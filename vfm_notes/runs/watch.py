@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 # %% ../../nbs/75_watch.ipynb #acb95ce9
 from .grid import Job, run_states
-from .record import progress_file, running_since
+from .locks import progress_file, running_since
 
 # %% ../../nbs/75_watch.ipynb #00032e27
 @dataclass

@@ -57,6 +57,7 @@ from ..backbones.protocol import backbone_card
 from ..backbones.weights import check_licence, converted_file, fetch, known_weights, normalisation, weights, weights_card
 from ..data.augment import augment
 from ..data.load import cohort_maker
+from ..foundation.disk import check_companion
 from ..foundation.origin import write_rows
 from ..foundation.places import report_notebooks, run_folder, studies, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
@@ -188,7 +189,8 @@ def starting_point(
     if not parent and name in weights: return Start(published_state(name, len(cohort.card.sequences), study), licences=[weights_card(name).licence])
     path = run_folder(study, parent)/"weights.safetensors" if parent else carried_file(name)
     if path is None or not path.is_file(): return Start()
-    if not parent: check_licence(weights_card(name), accepted_by(study, name))
+    if parent: check_companion(path)
+    else: check_licence(weights_card(name), accepted_by(study, name))
     state, plan = read_planned(path)
     if plan is None: return Start(state, [f"the weights of {parent} carry no adaptation plan, so nothing could be compared with it"])
     judged = [p for p, split in zip(cohort.patients, cohort.split) if split in ("val", "test")]

@@ -1,0 +1,132 @@
+"""Killed at a random moment while it writes: afterwards the same command gives the same files, and nothing is left lying about."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vfm_notes.runs.forkserver import python_path
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals as on Linux")
+ROUNDS = 12  # kills of each kind
+
+PARENT = '''
+import os, sys, time
+from pathlib import Path
+root = Path(os.environ["VFM_RUNS"]).parent
+{prepare}
+print("ready", flush=True)
+for line in sys.stdin:  # a child that works without end, to be killed
+    pid = os.fork()
+    if not pid:
+        os.close(0)
+        k = int(line) * 1000
+        while True:
+            k += 1
+            work(k)
+    print(pid, flush=True)
+'''
+KINDS = {
+    "weights": ('''
+import torch
+from vfm_notes.backbones import weights as w
+folder, name = Path(os.environ["VFM_WEIGHTS"]), "net.test"
+folder.mkdir()
+torch.save({f"l{i}": torch.ones(40_000) * i for i in range(12)}, folder/"net.pth")
+w.weights(name, title="a test", licence="MIT", source="a page", file="net.pth", sha256=w.digest(folder/"net.pth"))(lambda state: state)
+def work(k):
+    made = w.converted_file(name)
+    if made.exists(): made.rename(folder/f"before-{k % 3}.safetensors")
+    w.fetch(name)
+work(0)
+''', 0.2),
+    "cache": ('''
+from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import cache_root
+from vfm_notes.runs.repair import sweep_cache
+load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, 999)
+def work(k): load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, k % 5)
+''', 0.4),
+    "site": ('''
+import small_site
+small_site.few_pages()
+studies = [small_site.write_study(root, n) for n in ("a", "b")]
+for s in studies: small_site.build(s)
+def work(k): small_site.build(studies[k % 2])
+''', 0.8)}
+
+
+@pytest.fixture
+def killed(tmp_path):
+    "Kill workers of a kind, one after the other; hands back how many were at work when it came."
+    env = os.environ | {"VFM_RUNS": str(tmp_path/"runs"), "VFM_WEIGHTS": str(tmp_path/"weights"), "OMP_NUM_THREADS": "1",
+                        "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
+    def run(kind: str, after_each) -> None:
+        prepare, longest = KINDS[kind]
+        parent = subprocess.Popen([sys.executable, "-c", PARENT.format(prepare=prepare)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  text=True, bufsize=1, env=env, cwd=tmp_path)
+        rng = random.Random(kind)
+        try:
+            assert parent.stdout.readline() == "ready\n"
+            for round in range(ROUNDS):
+                parent.stdin.write(f"{round}\n")
+                pid = int(parent.stdout.readline())
+                time.sleep(rng.uniform(0, longest))
+                os.kill(pid, signal.SIGKILL)
+                while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z": time.sleep(0.001)
+                after_each()
+        finally: parent.kill(), parent.communicate()
+    return run
+
+
+def test_weights_are_whole_or_absent(killed, tmp_path, monkeypatch):
+    from safetensors.numpy import load_file
+    folder, seen = tmp_path/"weights", set()
+    def whole():
+        for path in folder.glob("[!.]*.safetensors"):
+            assert {k: float(v.mean()) for k, v in load_file(path).items()} == {f"l{i}": float(i) for i in range(12)}
+            seen.add((path.name, path.stat().st_mtime_ns))
+    killed("weights", whole)
+    assert len(seen) > 3  # many were written
+    assert {p.name for p in folder.glob("[!.]*")} <= {"net.pth", "net.test.safetensors", *(f"before-{k}.safetensors" for k in range(3))}
+
+
+def test_prepared_cohorts_are_whole_or_made_again(killed, tmp_path, monkeypatch):
+    import numpy as np
+
+    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.runs.repair import sweep_cache
+    monkeypatch.setenv("VFM_RUNS", str(tmp_path/"undisturbed"/"runs"))
+    ask = lambda k: load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, k)
+    undisturbed = {k: np.array(ask(k).volumes) for k in range(5)}
+    monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
+    killed("cache", lambda: None)
+    sweep_cache()
+    assert not list((tmp_path/"runs"/"cache").glob(".*"))
+    for k, volumes in undisturbed.items(): assert (ask(k).volumes == volumes).all()
+    assert len(list((tmp_path/"runs"/"cache").iterdir())) == 6
+
+
+def test_a_site_is_whole_or_the_old_one(killed, tmp_path, monkeypatch):
+    import small_site
+    from vfm_notes.report.stamp import beside, changed, files_of, read_stamp
+    site = tmp_path/"_site"
+    def whole():
+        there = site if site.exists() else beside(site)[1]  # between two renames
+        stamp = read_stamp(there/"stamp.json")
+        assert stamp["study"] in "ab" and not changed(there, stamp["files"]) and files_of(there) == sorted(stamp["files"])
+    killed("site", whole)
+    monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
+    undisturbed = tmp_path/"undisturbed"
+    undisturbed.mkdir()
+    code = "import sys, small_site; small_site.few_pages(); small_site.build(sys.argv[1])"
+    for root in (undisturbed, tmp_path):
+        env = os.environ | {"VFM_RUNS": str(root/"runs"), "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"a.yaml")], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert small_site.content(tmp_path) == small_site.content(undisturbed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["_site", "a.yaml", "b.yaml", "pages", "undisturbed"]
