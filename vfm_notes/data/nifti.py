@@ -44,6 +44,7 @@ def opened(
                        "again.") from None
     except OSError as e: raise VfmError(f"{path} cannot be read ({e.strerror or e}).") from None
 
+# %% ../../nbs/128_nifti.ipynb #18585174
 CHUNK = 1 << 22  # bytes
 
 def skip(
@@ -78,6 +79,7 @@ def header_problem(
 
 def length(n: int) -> tuple[bytes, bytes]: return n.to_bytes(4, "little"), n.to_bytes(4, "big")  # as a header begins
 
+# %% ../../nbs/128_nifti.ipynb #9d52015c
 def read_nifti_header(
     path: Path,  # for messages
     f: BinaryIO,  # at its start
@@ -117,6 +119,7 @@ def volume_shape(
                        f"{', '.join('0' * (len(shape) - 3))}].")
     return tuple(shape)
 
+# %% ../../nbs/128_nifti.ipynb #42bb4dd0
 def number_type(
     path: Path,  # for messages
     header: nib.Nifti1Header,
@@ -172,6 +175,7 @@ def check_room(
     copies = item + 3 * 4  # bytes per voxel: as stored, as float32, oriented, and once in between
     check_allocation(math.prod(shape[:3]) * copies, f"{path} ({times} voxels)")
 
+# %% ../../nbs/128_nifti.ipynb #8fb5c64f
 def volume_number(
     path: Path,
     part: str,  # of the address: number of the volume, or ""
@@ -229,6 +233,7 @@ def scaled(
     if slope in (None, 1.0) and not intercept: return values
     return (values.astype(np.float64) * slope + (intercept or 0)).astype(np.float32)
 
+# %% ../../nbs/128_nifti.ipynb #03c87502
 def to_image(
     values: np.ndarray,  # (z, y, x)
     affine: np.ndarray,  # (4, 4), towards right, front and head

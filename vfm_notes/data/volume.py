@@ -21,7 +21,7 @@ import numpy as np
 import SimpleITK as sitk
 from .nifti import read_nifti
 from ..foundation.meter import check_allocation
-from ..foundation.registry import VfmError
+from ..foundation.registry import VfmError, failure
 
 # %% ../../nbs/13_volume.ipynb #4fddde53
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
@@ -31,8 +31,8 @@ FOREIGN = {  # ending: what it is, what to do
     (".mnc", ".mnc.gz"): ("a MINC volume", CONVERT),
     (".par", ".rec"): ("a Philips volume", "convert it to NIfTI with dcm2niix, or with nibabel's parrec2nii"),
     (".head", ".brik", ".brik.gz"): ("an AFNI volume", "convert it to NIfTI with 3dAFNItoNIFTI"),
-    (".hdr", ".img", ".hdr.gz", ".img.gz"): ("one half of a pair", "save the pair as one .nii file if it is NIfTI (nibabel "
-        "tells); an Analyze image does not tell left from right, convert the original images instead"),
+    (".hdr", ".img", ".hdr.gz", ".img.gz"): ("one half of a pair", "save the pair as one .nii file if it is NIfTI; "
+        "an Analyze image does not tell left from right, so convert the original images instead"),
     (".gii", ".gii.gz"): ("a surface", "expected a volume"),
     (".dcm", ".ima"): ("one DICOM file", "give the folder of its series"),
 }
@@ -123,7 +123,7 @@ def check_declared(
 ) -> None:
     "Refuse a size that does not fit into the memory, and a space without anatomy."
     size = reader.GetSize()
-    item = 8 * reader.GetNumberOfComponents() + 12  # bytes per voxel: at most as stored, as float32, oriented, in between
+    item = 8 * reader.GetNumberOfComponents() + 3 * 4  # bytes per voxel: as stored, as float32, oriented, in between
     check_allocation(int(np.prod(size, dtype=object)) * item, f"{path} ({'x'.join(map(str, size))} voxels)")
     space = reader.GetMetaData("NRRD_space") if reader.HasMetaDataKey("NRRD_space") else ""
     if space and space.removesuffix("-time").lower() not in NRRD_SPACES:
@@ -161,8 +161,8 @@ def read_file(
         check_declared(path, reader)
         return one_volume(path, reader.Execute(), part)
     except RuntimeError as e:
-        why = next((l.split("Error:")[-1].strip(" :") for l in reversed(str(e).splitlines()) if l.strip()), "no reason given")
-        raise VfmError(f"{path} cannot be read as an image ({why}).") from None
+        why = failure(e).split("Error:")[-1].strip(" :")
+        raise VfmError(f"{path} cannot be read as an image ({why}); copy or convert it again.") from None
 
 # %% ../../nbs/13_volume.ipynb #bbea56c2
 SHEAR = 0.25  # of the smallest spacing: how far straightening may move a corner
@@ -220,8 +220,7 @@ def named(read: Callable) -> Callable:
         try: return read(path, *args, **kwargs)
         except VfmError: raise
         except Exception as e:
-            why = (str(e).strip().splitlines() or ["no reason given"])[-1].rstrip(".")
-            raise VfmError(f"{path} cannot be read ({type(e).__name__}: {why}); repair or leave out this case.") from None
+            raise VfmError(f"{path} cannot be read ({failure(e)}); repair it or leave out its case.") from None
     return reader
 
 # %% ../../nbs/13_volume.ipynb #b700de6e
