@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from ..foundation.registry import VfmError
+from ..foundation.registry import VfmError, failure
 from .cohort import SPLITS, Cohort, CohortCard, case_problems, content_hash, copies, fingerprints, split_by_patient, stratified_order
 
 # %% ../../nbs/125_cache.ipynb #a30ac235
@@ -81,8 +81,10 @@ def stamps(
     path: Path,  # a file or a folder of files
 ) -> list:  # [path, bytes, time] of each
     "What changes when a file does."
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+    try:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding tells
 
 def case_key(
     plan: Plan,
@@ -201,9 +203,11 @@ def checked(
     parts: tuple | None,  # volume, label, zones of a known case; None to decode it
 ) -> tuple[tuple | None, str]:  # volume, label, zones; what is wrong
     "A decoded case, or what is wrong with it."
-    try: parts = parts or source.decode()
+    try:
+        parts = parts or source.decode()
+        return parts, "; ".join(case_problems(plan.card, *parts[:2], source.grade))
     except VfmError as e: return None, str(e).rstrip(".")
-    return parts, "; ".join(case_problems(plan.card, *parts[:2], source.grade))
+    except Exception as e: return None, f"cannot be decoded ({failure(e)}); repair its files or leave it out"
 
 # %% ../../nbs/125_cache.ipynb #a3dd4186
 def fill(

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from .volume import check_wrap, same_locale, split_address
+from ..foundation.meter import check_allocation
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/131_dicom.ipynb #0cf1ab16
-TAGS = dict(series="0020|000e", description="0008|103e", number="0020|0011", position="0020|0032", axes="0020|0037", spacing="0028|0030", rows="0028|0010", columns="0028|0011", frames="0028|0008",
+TAGS = dict(type="0008|0008", series="0020|000e", description="0008|103e", number="0020|0011", position="0020|0032", axes="0020|0037", spacing="0028|0030", rows="0028|0010", columns="0028|0011", frames="0028|0008",
             samples="0028|0002", bits="0028|0101", signed="0028|0103", slope="0028|1053", intercept="0028|1052", b="0018|9087", siemens_b="0019|100c", sequence="0018|0024")
 
 def dicom_reader(path: Path) -> sitk.ImageFileReader:
@@ -131,6 +132,9 @@ def check_slices(
     "Refuse slices that cannot belong to one volume."
     for path, h in headers.items():
         lacks = [what for what, k in (("position", "position"), ("orientation", "axes"), ("pixel spacing", "spacing")) if not h[k]]
+        if "MOSAIC" in h["type"].split("\\"):
+            raise VfmError(f"{path} is a Siemens mosaic (the slices of a volume as tiles of one picture of {h['columns']}x{h['rows']}), "
+                           "expected one slice per file; convert the series to NIfTI with dcm2niix.")
         if h["frames"] not in ("", "1"): raise VfmError(f"{path} holds {h['frames']} frames in one file (enhanced DICOM); expected one slice per file, convert it first.")
         if h["samples"] not in ("", "1"): raise VfmError(f"{path} has {h['samples']} values per voxel, expected 1; is it a colour image?")
         if lacks: raise VfmError(f"{path} has no {' and no '.join(lacks)} in its header, expected the geometry of a slice; is it a localiser or a report?")
@@ -182,6 +186,9 @@ def read_series(
     headers = one_series(folder, uid)
     check_slices(folder, headers)
     files, places = sorted_slices(folder, headers)
+    rows, columns = (int(headers[files[0]][k] or 0) for k in ("rows", "columns"))
+    copies = 2 * 8 + 3 * 4  # bytes per voxel: slices and their stack in float64, three volumes in float32
+    check_allocation(rows * columns * len(files) * copies, f"{folder} ({columns}x{rows}x{len(files)} voxels)")
     values = []
     for p in files:
         try: values.append(sitk.GetArrayFromImage(sitk.Cast(dicom_reader(p).Execute(), sitk.sitkFloat64))[0])
