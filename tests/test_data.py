@@ -388,7 +388,7 @@ def test_a_copied_case_is_a_leak(runs_root, tmp_path, monkeypatch):
     assert "has the same t1w as" in message(load_cohort, "hippocampus", (32, 48, 32), (1, 1, 1), {"train": 3, "test": 3})
 
 
-@pytest.mark.parametrize("text, words", [("name\nh1\n", "expected one named 'case'"), ("case\nh1\nh1\n", "lists h1 more than once")])
+@pytest.mark.parametrize("text, words", [("name\nh1\n", "has no column 'case'"), ("case\nh1\nh1\n", "lists h1 more than once")])
 def test_a_bad_manifest(runs_root, tmp_path, monkeypatch, text, words):
     monkeypatch.setenv("VFM_DATA", str(tmp_path))
     (fake_hippocampus(tmp_path, 2)/"cases.csv").write_text(text)

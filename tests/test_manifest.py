@@ -75,6 +75,7 @@ def test_the_layouts_of_the_studies_are_there(): assert {"picai", "prostate158",
 def test_csv_and_parquet_are_the_same(tmp_path, runs_root, kind):
     manifest = boxes(tmp_path/"a")
     manifest.table = as_text(manifest.table.assign(grade=[0, 1] * 3))
+    manifest.card = replace(manifest.card, grades=("0", "1"))
     folder = write_manifest(manifest, tmp_path/"a")
     if kind == "parquet":
         manifest.table.assign(grade=[0, 1] * 3).to_parquet(folder/"manifest.parquet")
@@ -134,7 +135,7 @@ def test_a_folder_that_is_no_cohort(tmp_path, how, words):
         case "no card": (folder/"card.yaml").unlink()
         case "bad yaml": (folder/"card.yaml").write_text("name: [")
         case "a list": (folder/"card.yaml").write_text("- name")
-        case "not a table": (folder/"manifest.csv").write_bytes(b"\xff\xfe\x00case\n")
+        case "not a table": (folder/"manifest.csv").write_bytes(b"PK\x03\x04case\n")
     assert words in message(read_manifest, folder)
 
 
@@ -158,7 +159,7 @@ TABLES = {
     "one file in two rows": (cell("adc", "c0_adc.nii.gz"), "c1: adc is c0_adc.nii.gz, which is also that of c0"),
     "missing label": (cell("mask_gland", ""), "c1: mask_gland is missing, expected a path (or 'none'"),
     "missing grade": (cell("grade", ""), "c1: grade is missing"),
-    "grade out of range": (cell("grade", "2"), "c1: grade is '2', expected 0 to 1, low, high or unknown"),
+    "grade out of range": (cell("grade", "2"), "c1: grade is '2', expected a name of the card: low, high"),
     "unknown split": (lambda m: m.table.insert(2, "split", ["train", "tset"] + ["test"] * 4), "c1: split is 'tset', expected one of pretrain, train, val, test. Did you mean 'test'?"),
     "missing split": (lambda m: m.table.insert(2, "split", ["train", ""] + ["test"] * 4), "c1: split is missing"),
     "patient in two splits": (lambda m: (m.table.insert(2, "split", ["train", "test"] * 3), cell("patient", "p0")(m)), "patient p0 is in the splits test and train"),

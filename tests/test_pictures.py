@@ -130,7 +130,7 @@ def damage(kind: str, folder: Path) -> str:
     match kind:
         case "folder": path.mkdir()
         case "empty": path.write_bytes(b"")
-        case "ending": shutil.copy(good, path := folder/"x.tiff")
+        case "ending": shutil.copy(good, path := folder/"x.bmp")
         case "text": _text(path)
         case "text jpeg": path = _text(folder/"x.jpg")
         case "jpeg named png": shutil.copy(shot, path)
@@ -278,7 +278,8 @@ def made(name: str, folder: Path) -> Path:
 def test_aptos(tmp_path):
     manifest = aptos2019(made("aptos2019", tmp_path))
     table = pd.read_csv(tmp_path/"train.csv")
-    assert manifest.table["grade"].astype(int).tolist() == table["diagnosis"].tolist() and manifest.table["split"].tolist() == shuffled_split(20, 0.3)
+    words = ("no DR", "mild", "moderate", "severe", "proliferative DR")
+    assert manifest.table["grade"].tolist() == [words[d] for d in table["diagnosis"]] and manifest.table["split"].tolist() == shuffled_split(20, 0.3)
     assert manifest.card.sequences == ("red", "green", "blue") and manifest.card.non_commercial and ".415" in manifest.card.note
     jpeg(tmp_path/"x.jpg", RGB)
     (tmp_path/"train.csv").write_text("id_code,diagnosis\n" + "\n".join(f"eye{i:02d},{'7' if i == 2 else 1}" for i in range(21)))
@@ -302,7 +303,7 @@ def test_ddsm_words_and_patients(tmp_path):
     made("cbis_ddsm", tmp_path)
     two, three = cbis_ddsm(tmp_path), cbis_ddsm(tmp_path, classes=3)
     words = [Path(p).name.split("_")[0] for p in two.table["grey"]]
-    assert two.table["grade"].astype(int).tolist() == [int(w != "normal") for w in words] and three.table["grade"].astype(int).tolist() == [["normal", "benign", "cancer"].index(w) for w in words]
+    assert two.table["grade"].tolist() == ["normal" if w == "normal" else "abnormal" for w in words] and three.table["grade"].tolist() == words
     assert two.table["patient"].nunique() == 6 and three.card.grades == ("normal", "benign", "cancer") and "2 or 3 classes" in message(cbis_ddsm, tmp_path, classes=4)
     lists = tmp_path/"ddsm_raw_image_lists"
     (lists/"val.txt").write_text((lists/"train.txt").read_text(encoding="utf-8").splitlines()[0].replace("LEFT", "RIGHT") + "\nodd_1.LEFT_CC.png\n")
@@ -378,7 +379,7 @@ def test_real_breastmnist(real_data):
     "780 pictures, the official numbers, every pixel; and one picture that stands in two splits under two labels."
     manifest = medmnist(real_data/"breastmnist_28")
     assert manifest.table["split"].value_counts().to_dict() == {"train": 546, "test": 156, "val": 78}
-    assert manifest.table.groupby("split")["grade"].value_counts().to_dict() == {("train", "0"): 147, ("train", "1"): 399, ("val", "0"): 21, ("val", "1"): 57, ("test", "0"): 42, ("test", "1"): 114}
+    assert manifest.table.groupby("split")["grade"].value_counts().to_dict() == {(s, g): n for g, of in (("malignant", (147, 21, 42)), ("normal or benign", (399, 57, 114))) for s, n in zip(("train", "val", "test"), of)}
     with np.load(real_data/"breastmnist_28"/"breastmnist.npz") as archive:
         expected = np.concatenate([archive[f"{s}_images"] for s in ("train", "val", "test")])
     read = np.concatenate([read_picture(manifest.root/cell)[0] for cell in manifest.table["grey"]])
@@ -386,7 +387,7 @@ def test_real_breastmnist(real_data):
     seen, twins = {}, []
     for case, values in zip(manifest.table["case"], read): twins += [(seen[values.tobytes()], case)] if values.tobytes() in seen else []; seen.setdefault(values.tobytes(), case)
     assert twins == [("breastmnist-train-0115", "breastmnist-test-0076")]
-    assert manifest.table.set_index("case").loc[list(twins[0]), "grade"].tolist() == ["0", "1"]
+    assert manifest.table.set_index("case").loc[list(twins[0]), "grade"].tolist() == ["malignant", "normal or benign"]
 
 
 def test_real_breastmnist_does_not_load_with_its_twins(real_data, runs_root):

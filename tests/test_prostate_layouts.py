@@ -114,7 +114,7 @@ def test_picai_lists_everything_that_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda p: p.unlink(), "does not exist"), (lambda p: p.write_bytes(b"\xff\xfe\x00\x80\x81" * 50), "cannot be read as a sheet"),
+    (lambda p: p.unlink(), "does not exist"), (lambda p: p.write_bytes(b"patient\x80\x81" * 50), "is not UTF-8"),
     (lambda p: p.write_text("patient_id,study_id,lesion_GS\n1,2,3+4\n"), "has no column 'case_ISUP' and no 'case_csPCa'"), (lambda p: p.write_text("patient_id,study_id,case_ISUP,case_csPCa\n"), "has no rows"),
     (lambda p: edit(p, lambda t: t.iloc[1:]), "10000_1000000 has images but no row in marksheet.csv")])
 def test_a_bad_marksheet_is_told_beside_the_rest(tmp_path, damage, words):
@@ -173,7 +173,7 @@ def test_picai_with_labels_elsewhere(tmp_path):
 def test_prostatex_takes_the_series_by_description(tmp_path):
     folder = source("prostatex", tmp_path)
     manifest = prostatex(folder)
-    assert manifest.table["grade"].tolist() == ["0", "1", "unknown"], "the worst finding of a patient; none is known of test patients"
+    assert manifest.table["grade"].tolist() == ["no clinically significant finding", "clinically significant finding", "unknown"], "the worst finding of a patient; none is known of test patients"
     for row in manifest.table.to_dict("records"): assert ["tset" in row["t2w"], "CALCBVAL" in row["dwi"], "DISTADC" in row["adc"]] == [True] * 3
     np.testing.assert_array_equal(to_array(read_image(folder/manifest.table["t2w"][1])), sitk.GetArrayFromImage(toy_case(1, True)["t2w"]))
 
@@ -219,7 +219,7 @@ def test_prostate158_splits_and_empty_masks(tmp_path):
     folder = source("prostate158", tmp_path)
     manifest = prostate158(folder)
     assert dict(zip(manifest.table["case"], manifest.table["split"])) == {"020": "train", "021": "train", "022": "val", "001": "test"}
-    assert manifest.table["grade"].tolist() == ["1", "0", "1", "0"] and manifest.table["mask_lesion"].tolist()[1] == "none"
+    assert manifest.table["grade"].tolist() == ["tumour", "no tumour"] * 2 and manifest.table["mask_lesion"].tolist()[1] == "none"
     zones = prostate158(folder, labels="zones")
     assert zones.card.classes[1:] == ("central gland", "peripheral zone") and "mask_lesion" not in zones.table and zones.crop == "label"
     (folder/"test.csv").unlink()
@@ -334,7 +334,7 @@ def test_profounds_sheets(tmp_path):
     assert "c: gleason is '9', expected 0, 1, 2, 3, 4 or unknown" in told(profound, folder, grade="gleason")
     edit(folder/"train.csv", lambda t: t.assign(case=["a1", "a2", "b", "c"], gleason=["0", "1", "2", "unknown"]).drop(columns="patient"))
     manifest = profound(folder, grade="gleason")
-    assert manifest.table["grade"].tolist() == ["0", "1", "2", "unknown"] and manifest.table["note_zone_level"].tolist() == ["3"] * 4 and manifest.table["note_pirads"].tolist() == ["2", "3", "4", "5"]
+    assert manifest.table["grade"].tolist() == ["gleason 0", "gleason 1", "gleason 2", "unknown"] and manifest.table["note_zone_level"].tolist() == ["3"] * 4 and manifest.table["note_pirads"].tolist() == ["2", "3", "4", "5"]
     edit(folder/"train.csv", lambda t: t.drop(columns=["case", "gleason"]).assign(t2w=["study0/t2w.nii.gz"] * 2 + ["study2/gone.nii.gz", "study3/t2w.nii.gz"]))
     text = told(profound, folder)
     assert "study0 is the folder of several rows" in text and "study2/gone.nii.gz does not exist" in text

@@ -6,14 +6,15 @@
 __all__ = ['CENTRES', 'ANALYSIS', 'sulcus_labels', 'sequential_split', 'brainvisa_example', 'mask_file', 'brainvisa']
 
 # %% ../../nbs/185_brainvisa.ipynb #ad55f9ff
-import csv
 from pathlib import Path
 
 import SimpleITK as sitk
 from .cohort import CohortCard
 from .manifest import Manifest, layouts
 from .prostate_layouts import chosen, finished, save
+from .sheets import sheet_rows
 from .sulcus import GRADES, sulcus_case
+from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/185_brainvisa.ipynb #0c74c4ce
@@ -25,10 +26,10 @@ def sulcus_labels(
 ) -> tuple[dict[str, int], list[str]]:  # name → grade, problems
     "Grades of some names in a label file."
     if classes not in (2, 3): raise VfmError(f"A sulcus cohort has 2 or 3 classes, not {classes}.")
-    try: rows = [r for r in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if r]
-    except FileNotFoundError: raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(GRADES)} in column {column}.") from None
-    except (UnicodeDecodeError, csv.Error): raise VfmError(f"{path} is not a CSV file of text.") from None
-    words = {n: [r[column - 1].strip() if len(r) >= column else "" for r in rows if r[0].strip() == n] for n in names}
+    check_fetched(path)
+    if not path.is_file(): raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(GRADES)} in column {column}.")
+    rows = [cells for _, cells in sheet_rows(path)]
+    words = {n: [r[column - 1] if len(r) >= column else "" for r in rows if r[0] == n] for n in names}
     bad = [f"{path.name} has {len(w) or 'no'} line{'s' * (len(w) > 1)} for {n}, expected one" for n, w in words.items() if len(w) != 1]
     bad += [f"{path.name}: {n} is '{w[0]}' in column {column}.{nearest(w[0], GRADES)} Expected {', '.join(GRADES)}" for n, w in words.items() if len(w) == 1 and w[0] not in GRADES]
     return {n: min(GRADES.index(w[0]), classes - 1) for n, w in words.items() if len(w) == 1 and w[0] in GRADES}, bad
@@ -89,10 +90,11 @@ def brainvisa(
     names = sorted(p.name for p in (src/subjects).iterdir() if p.is_dir())
     key = {n: n[:len(n) - key_drop] for n in names}
     grades, found = sulcus_labels(src/labels, list(dict.fromkeys(key.values())), column, classes)
-    rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz", grade=grades.get(key[n], "unknown")) for n in names]
+    known = GRADES if classes == 3 else ("absent", "present")
+    name = lambda n: known[grades[key[n]]] if key[n] in grades else "unknown"
+    rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz", grade=name(n)) for n in names]
     if masks: rows = [row | dict(label=mask_file(src/masks, f"{hemisphere}{mask_prefix}{row['case']}{mask_suffix}")) for row in rows]
     if split == "sequential": rows = [row | dict(split=s) for row, s in zip(rows, sequential_split(len(rows)))]
-    known = GRADES if classes == 3 else ("absent", "present")
     card = CohortCard(f"brainvisa_{hemisphere}", f"Sulcal skeletons, hemisphere {hemisphere}", licence, str(src), "Mamalakis et al., arXiv 2405.19204, for the layout", ("skeleton",), ("background", "skeleton", "PCS") if masks else ("background",), known, (1.0, 1.0, 1.0),
         f"Names without their last {key_drop} characters are looked up in column {column} of {labels}. " + ("Split 60/20/20 in the order of names." if split == "sequential" else "Split by the study."))
     centre = "voxel {} {} {}".format(*CENTRES[crop][hemisphere]) if crop in CENTRES else crop

@@ -17,8 +17,9 @@ import SimpleITK as sitk
 from .cache import progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
-from .manifest import Manifest, layouts
-from .prostate_layouts import chosen, finished, keyed, native_spacing, read_sheet, save, toy_case, tried
+from .manifest import Manifest, grade_order, layouts
+from .prostate_layouts import chosen, finished, keyed, native_spacing, save, toy_case, tried
+from .sheets import read_sheet
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/181_tree_layouts.ipynb #c806d7c4
@@ -71,13 +72,13 @@ def prostatex_findings(
     "Whether a patient has a clinically significant finding; unknown for the patients of the test sheet."
     sheets = {kind: near_top(src, f"*Findings*{kind}*.csv") for kind in ("Train", "Test")}
     if len(sheets["Train"]) != 1: found.append(f"{len(sheets['Train'])} sheets are named *Findings*Train*.csv, expected one (ProstateX-Findings-Train.csv)")
-    grade = {r["ProxID"]: "unknown" for p in sheets["Test"] for r in tried(found, read_sheet, p, ("ProxID",)) or ()}
+    grade = {r["ProxID"]: -1 for p in sheets["Test"] for r in tried(found, read_sheet, p, ("ProxID",)) or ()}
     for p in sheets["Train"][:1]:
         for r in tried(found, read_sheet, p, ("ProxID", "fid", "ClinSig")) or ():
             value = {"TRUE": 1, "FALSE": 0}.get(r["ClinSig"].upper())
             if value is None: found.append(f"{p.name}: {r['ProxID']} finding {r['fid']} has ClinSig '{r['ClinSig']}', expected TRUE or FALSE")
-            else: grade[r["ProxID"]] = str(max(value, int(grade.get(r["ProxID"], "0").replace("unknown", "0"))))
-    return grade
+            else: grade[r["ProxID"]] = max(value, grade.get(r["ProxID"], 0))
+    return {who: PROSTATEX_GRADES[k] if k >= 0 else "unknown" for who, k in grade.items()}
 
 # %% ../../nbs/181_tree_layouts.ipynb #4400ae7d
 def prostatex_example(folder: Path) -> None:
@@ -171,6 +172,7 @@ def bids(
     grade: str = "",  # column of participants.tsv; "" for none
     licence: str = "not stated",
     empty_labels: bool = False,  # whether a case may have nothing in any mask
+    threshold: float | None = None,  # of masks that are no whole numbers: from here on it is the structure
 ) -> Manifest:
     "The manifest of a BIDS folder."
     src, found, rows = Path(src).absolute(), [], []
@@ -185,7 +187,7 @@ def bids(
         dwi = {s: f"{p.relative_to(src)}{tried(found, highest_b, p) or ''}" for s, p in scans.items() if p and p.name.split(".nii")[0].endswith("_dwi")}
         drawn = {f"mask_{c}": tried(found, bids_file, sorted(src.glob(f"derivatives/*/{below}")), pattern, f"{case}: mask of {c}") for c, pattern in masks.items()}
         rows.append({"case": case, "patient": below.parts[0]} | {k: p or folder for k, p in (scans | drawn).items()} | dwi | ({"grade": "unknown" if person.get(grade) == "n/a" else person.get(grade, "")} if grade else {}) | {"age": person.get("age", "")})
-    grades = tuple(sorted({r["grade"] for r in rows} - {"unknown", ""})) if grade else ()
+    grades = grade_order({r["grade"] for r in rows} - {"unknown", ""}) if grade else ()
     spacing = native_spacing(rows[0][next(iter(sequences))], found) if rows else (1.0, 1.0, 1.0)
     card = CohortCard("bids", src.name, licence, str(src), "not stated", tuple(sequences), ("background", *masks), grades, spacing, "A high-b DWI is the volume of the highest b-value of its series.", non_commercial=licence == "not stated", empty_labels=empty_labels)
-    return finished("bids", src, rows, card, found, "mask_gland" if "gland" in masks else "volume")
+    return finished("bids", src, rows, card, found, "mask_gland" if "gland" in masks else "volume", threshold)
