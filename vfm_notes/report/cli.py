@@ -199,10 +199,11 @@ def table(
 ) -> None:
     "One row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
+    from vfm_notes.foundation.sheets import write_sheet
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import no_collecting, read_records
-    writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
+    writers = {".csv": write_sheet, ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
     spec = load_study(study)
     with no_collecting():  # until all is written

@@ -58,6 +58,7 @@ from ..backbones.weights import check_licence, converted_file, fetch, known_weig
 from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.origin import write_rows
+from ..foundation.people import key_id
 from ..foundation.places import report_notebooks, run_folder, studies, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
 from ..foundation.options import weightless
@@ -182,6 +183,7 @@ def starting_point(
     study: str, # name of the study that the run belongs to
 ) -> Start: # without a state where it begins with random weights, or nobody made any
     "The weights of a run, adapted as their plan says."
+    if spec.kind == "pretrain": key_id() # what is wrong with the site key is told before the training, not after it
     name, parent = (spec.start, "") if spec.kind == "pretrain" else (spec.backbone if needs_weights(spec) else "", spec.parent)
     if not name: return Start()
     cohort = run_cohort(spec)
