@@ -222,12 +222,14 @@ def table(
 def site(
     study: Study,
     renderer: Annotated[str, typer.Option(help="auto, quarto or smalldocs.")] = "auto",
+    pseudonyms: Annotated[bool, typer.Option("--pseudonyms", help="Replace the ids of cases and patients, everywhere, by stand-ins that only your site key can make; leave error messages out.")] = False,
 ) -> None:
     "Build the report site from the records, and say what was found."
     from vfm_notes.report.site import build_site
-    made = build_site(study, renderer)
+    made = build_site(study, renderer, pseudonyms=pseudonyms)
     print("The site is up to date." if made.up_to_date else f"The site has {made.pages} pages, {len(made.made)} of them made now.")
     print(f"Site: {made.path}")
+    print(made.people)
     for problem in made.problems: print(f"problem: {problem}")
     for finding in made.findings: print(f"- {finding}")
     raise typer.Exit(1 if made.problems else 0)
