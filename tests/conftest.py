@@ -18,6 +18,31 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
+OWN = {k: os.environ.get(k) for k in ("HOME", "VFM_WEIGHTS", "VFM_TEST_WEIGHTS")}  # the user's
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch_home(tmp_path_factory):
+    "Tests see an empty home, no data, no weights, no runs and a site key of their own, whatever the user has."
+    home = tmp_path_factory.mktemp("home")
+    key = home/"site.key"
+    key.touch(mode=0o600)
+    key.write_text("5e" * 32 + "\n")
+    away = ("VFM_DATA", "VFM_WEIGHTS", "VFM_TEMPLATE_HASH", "VFM_JOB", "VFM_PROGRESS", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in away: patch.delenv(name, raising=False)
+        for name, value in {"HOME": home, "VFM_RUNS": home/"runs", "VFM_SITE_KEY": key}.items(): patch.setenv(name, str(value))
+        yield home
+
+
+@pytest.fixture
+def real_weights(monkeypatch) -> Path:
+    "The user's own folder of weights (VFM_TEST_WEIGHTS, else VFM_WEIGHTS, else where they lie by themselves), for tests of real ones."
+    root = Path(OWN["VFM_TEST_WEIGHTS"] or OWN["VFM_WEIGHTS"] or Path(OWN["HOME"] or "~")/".cache"/"vfm_notes"/"weights").expanduser()
+    monkeypatch.setenv("VFM_WEIGHTS", str(root))
+    return root
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     "The folder of real cases, or a skip that says where it was looked for."

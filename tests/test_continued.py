@@ -41,12 +41,12 @@ def test_it_begins_where_the_weights_are(made, places):
 def test_its_plan_names_the_parent_and_carries_licences_and_patients(made, places):
     carry(made, places, licences=("CC BY-NC 4.0",))
     begin = catalog.starting_point(ON, "s")
-    begin.patients.append("somebody-else")
+    begin.patients["another key"] = ["somebody-else"]
     seen = run_cohort(ON).subset("pretrain")
     result = pretrain(ON, torch.from_numpy(normalise(seen.volumes)), None, 3, state=begin.state)
     plan = adaptation_plan(ON, "s", seen, {"how": "zscore_nonzero"}, result, begin)
     assert plan.parent == "profound_toy.mine" and plan.licences == ("CC BY-NC 4.0", seen.card.licence)
-    assert set(plan.data["patients"]) == {"somebody-else", *patient_prints(seen.card.name, seen.patients)}
+    assert plan.data["patients"] == {"another key": ["somebody-else"]} | patient_prints(seen.card.name, seen.patients)
 
 
 def test_weights_that_have_seen_the_judges_are_refused(made, places):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from vfm_notes.backbones import weights as w
 from vfm_notes.backbones.adaptation import Start, adapt, input_axes, pick_channels
-from vfm_notes.backbones.plan import carried_file, carried_names, patient_prints, plan_lines, plan_metadata, read_plan, read_planned, state_hash
+from vfm_notes.backbones.plan import carried_file, carried_names, patient_overlap, patient_prints, plan_lines, plan_metadata, read_plan, read_planned, state_hash
 from vfm_notes.backbones.protocol import build
 from vfm_notes.data.loader import normalise
+from vfm_notes.foundation.people import key_id
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.foundation.spec import PretrainSpec, RunSpec, run_id
@@ -71,7 +72,7 @@ def test_the_plan_says_what_was_done(made):
     assert (plan.architecture, plan.arguments, plan.sequences, plan.size, plan.spacing) == ("profound_toy", {"in_channels": 3}, cohort.card.sequences, SIZE, SPACING)
     assert plan.data["hash"] == seen.hash() and plan.data["cases"] == 8 and plan.data["licence"] == cohort.card.licence == plan.licences[0]
     assert plan.objective["options"]["mask_ratio"] == 0.6 and plan.recipe["lr"] == SPEC.lr and not plan.objective["labels"] and plan.parent == ""
-    assert not set(plan.data["patients"]) & set(cohort.patients) and set(plan.data["patients"]) == set(patient_prints(cohort.card.name, seen.patients))
+    assert not {*plan.data["patients"][key_id()]} & {*cohort.patients} and plan.data["patients"] == patient_prints(cohort.card.name, seen.patients)
     torch.manual_seed(SPEC.seed)
     start = dict(build(SPEC.backbone, 3).named_parameters())
     same = {k for k, p in result.backbone.named_parameters() if torch.equal(p, start[k])}
@@ -87,7 +88,7 @@ def test_label_guided_weights_say_so():
 
 
 @pytest.mark.parametrize("change,said", [(lambda m: {k: v[:200] for k, v in m.items()}, "cannot be read.*cut or damaged"), (lambda m: m | {"plan": m["plan"].replace("t2w", "t1w")}, "changed after it was written"),
-                                         (lambda m: {"plan": m["plan"]}, "changed after it was written"), (lambda m: m | {"plan": "[1]"}, "version None"), (lambda m: m | {"plan": json.dumps(json.loads(m["plan"]) | {"version": 2})}, "version 2, expected 1")])
+                                         (lambda m: {"plan": m["plan"]}, "changed after it was written"), (lambda m: m | {"plan": "[1]"}, "version None"), (lambda m: m | {"plan": json.dumps(json.loads(m["plan"]) | {"version": 3})}, "version 3, expected 2")])
 def test_a_damaged_plan_is_refused(made, tmp_path, change, said):
     save_file(load_file(made[0]), tmp_path/"a.safetensors", change(plan_metadata(made[1])))
     with pytest.raises(VfmError, match=said): read_plan(tmp_path/"a.safetensors")
@@ -143,6 +144,24 @@ def test_patients_of_the_pretraining_do_not_judge(made):
     mine = [p for p, s in zip(cohort.patients, cohort.split) if s == "pretrain"][:2]
     with pytest.raises(VfmError, match="2 of the 3 patients that this run is judged on were in the pretraining"): fits(made, judged=(cohort.card.name, [*mine, "someone"]))
     assert fits(made, judged=("another cohort", mine)).notes == []
+
+
+def test_another_site_is_told_that_overlap_cannot_be_checked(made, tmp_path, monkeypatch):
+    "Not that there is none: its own key finds nothing in what another key has made."
+    cohort = run_cohort(SPEC)
+    mine = [p for p, s in zip(cohort.patients, cohort.split) if s == "pretrain"][:2]
+    here = key_id()
+    (tmp_path/"other.key").write_text("07" * 32)
+    (tmp_path/"other.key").chmod(0o600)
+    monkeypatch.setenv("VFM_SITE_KEY", str(tmp_path/"other.key"))
+    assert patient_overlap(made[1], cohort.card.name, mine) == ("unknown", 0)
+    start = fits(made, judged=(cohort.card.name, mine))
+    assert len(start.notes) == 1 and "overlap of patients unknown" in start.notes[0] and "made with another site key" in start.notes[0]
+    both = patient_prints("later", ["p9"], start.patients)
+    assert set(both) == {here, key_id()} and both[here] == made[1].data["patients"][here]
+    told = replace(made[1], data=made[1].data | {"patients": both})
+    assert patient_overlap(told, "later", ["p9"]) == ("some", 1) and patient_overlap(told, "later", ["p8"]) == ("unknown", 0), "its own part is found, the rest cannot be"
+    assert f"8 under another site's key {here}" in plan_lines(told)["patients"]
 
 
 @pytest.mark.parametrize("change,said", [({"spacing": (12.0, 1.5, 1.5)}, "made at 12 x 3 x 3 mm and are used at 12 x 1.5 x 1.5 mm, so the network sees structures 1 x 2 x 2 times as large"), ({"size": (4, 64, 64)}, "made on 4 x 32 x 32 voxels and are used on 4 x 64 x 64"),

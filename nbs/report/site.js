@@ -23,9 +23,11 @@
   // ---- downloads
   const save = (name, href) => { const a = document.createElement("a"); a.download = name; a.href = href; a.click(); };
   const saveText = (name, text, kind) => { const url = URL.createObjectURL(new Blob([text], { type: kind })); save(name, url); setTimeout(() => URL.revokeObjectURL(url), 5000); };
+  const harmless = (t) => (/^(\s*[=+\-@＝＋－＠]|[\t\r\n])/.test(t) && !/^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/.test(t) ? "'" + t : t);  // no cell is a formula, as in foundation.sheets
   const csv = (rows) => {
     const keys = Array.from(new Set(rows.flatMap(Object.keys)));
-    const cell = (v) => (v === null || v === undefined ? "" : /[",\n]/.test(String(v)) ? '"' + String(v).replaceAll('"', '""') + '"' : String(v));
+    const quoted = (t) => (/[",\r\n]/.test(t) ? '"' + t.replaceAll('"', '""') + '"' : t);
+    const cell = (v) => (v === null || v === undefined ? "" : quoted(harmless(String(v))));
     return [keys.map(cell).join(",")].concat(rows.map((r) => keys.map((k) => cell(r[k])).join(","))).join("\n") + "\n";
   };
   const tools = (box, buttons) => {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # %% ../../nbs/312_adaptation.ipynb #6338522b
 from .keys import skeleton
-from .plan import AdaptationPlan, patient_prints
+from .plan import AdaptationPlan, patient_overlap
 from .protocol import build
 from ..foundation.registry import VfmError
 
@@ -87,7 +87,7 @@ class Start:
     state: dict[str, Tensor] | None = None # of the backbone
     notes: list[str] = field(default_factory=list) # how it was adapted
     licences: list[str] = field(default_factory=list) # that come with it
-    patients: list[str] = field(default_factory=list) # fingerprints of those it was made from, as far as they are known
+    patients: dict[str, list[str]] = field(default_factory=dict) # fingerprints of those it was made from, by site key, as far as they are known
 
 def channels(
     plan: AdaptationPlan,
@@ -131,7 +131,8 @@ def adapt(
     if name.partition(".")[0] != plan.architecture: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}', and the run builds '{name.partition('.')[0]}': name {plan.architecture}.{name.partition('.')[2]} as its backbone.")
     if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can ask for: register that network under a name of its own.")
     if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan says.")
-    both = set(plan.data.get("patients", [])) & set(patient_prints(*judged))
-    if both: raise VfmError(f"{len(both)} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
+    overlap, both = patient_overlap(plan, *judged)
+    if both: raise VfmError(f"{both} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))
-    return Start(fitted, notes + scales(plan, tuple(size), tuple(spacing)), list(plan.licences), list(plan.data.get("patients", [])))
+    if overlap == "unknown" and judged[1]: notes += [f"overlap of patients unknown: weights '{plan.name}' {'were made with another site key' if plan.data.get('patients') else 'carry no fingerprints of patients'}, so whether a patient of this run was in their pretraining cannot be checked"]
+    return Start(fitted, notes + scales(plan, tuple(size), tuple(spacing)), list(plan.licences), dict(plan.data.get("patients") or {}))
