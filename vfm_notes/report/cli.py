@@ -111,14 +111,15 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
     from vfm_notes.runs.grid import check_templates, known_records, plan, shard
-    from vfm_notes.runs.watch import duration, durations, look_at, time_left
+    from vfm_notes.runs.estimate import speeds, time_left
+    from vfm_notes.runs.watch import look_at
     spec = load_study(study)
     jobs, records = shard(plan(spec, only, templates), part), known_records(spec.name)
     todo = to_do(spec.name, jobs, retry)
     check_templates(todo)
     for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
-    left = time_left([look_at(spec.name, j, records) for j in todo], durations(jobs, records, []), 1)
-    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run, about {duration(left)} of work.")
+    left = time_left([look_at(spec.name, j, records) for j in todo], speeds(records.values()))
+    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run" + (f", {left} of work ({left.basis})." if todo else "."))
     for problem in lacking(spec): print(f"missing: {problem}")
 
 def lacking(spec) -> list[str]:  # spec: of the study
@@ -149,7 +150,8 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
     from vfm_notes.runs.batch import summarise
     from vfm_notes.runs.grid import known_records, plan
     from vfm_notes.runs.slurm import queued_jobs
-    from vfm_notes.runs.watch import duration, durations, look_at, time_left
+    from vfm_notes.runs.estimate import speeds, time_left
+    from vfm_notes.runs.watch import look_at
     jobs, records, queue = plan(spec), known_records(spec.name), queued_jobs(spec.name)
     looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     summary, running = summarise(spec.name, jobs, records=records), [k for k in looks if k.since]
@@ -158,7 +160,8 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
     if summary.others: lines.append(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     lines += [f"{n} records were made by another version of {template}; they are kept as they are. To compute them again, delete their folders." for template, n in summary.stale.items()]
     waiting = [k for k in looks if k.missing and not k.job.skipped]
-    if running: lines.append(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")
+    left = time_left(waiting, speeds(records.values(), running), max(1, len(running)))
+    if running: lines.append(f"{str(left).capitalize()} left, {left.basis}.")
     return lines, 1 if summary.failed or summary.problems else 0, bool(running or queue or waiting)
 
 # %% ../../nbs/99_cli.ipynb #243010a7
