@@ -1,5 +1,6 @@
 """What a user is told: the plan before a batch, a few failures out of many, records of another version or of an earlier study file."""
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_dry_run_says_everything_that_is_missing_at_once(toy):
     toy.write(cohort="prostate_cases", pretrain={}, backbones=["dinov3_base.lvd1689m", "vit_base.mae_in1k", "profound_tiny.alpha", "profund_toy.x"], size=[8, 64, 64])
     done = toy.run("--dry-run", VFM_DATA="", VFM_WEIGHTS=str(toy.root/"none"))
     said = [line for line in done.stdout.splitlines() if line.startswith("missing: ")]
-    assert done.returncode == 0 and "about unknown time of work" in done.stdout and not toy.runs.exists(), done.stdout + done.stderr
+    assert done.returncode == 0 and "very roughly" in done.stdout and "of work (an estimate from costs measured on one processor core of another machine, as no run is recorded here yet)." in done.stdout and not toy.runs.exists(), done.stdout + done.stderr
     for words in (["VFM_DATA is not set"], ["gated licence", "DINOv3-License", "licences: [DINOv3-License]"], ["non-commercial licence", "CC-BY-NC-4.0"], ["profound_tiny.alpha"], ["profund_toy", "Did you mean"]):
         assert any(all(w in line for w in words) for line in said), (words, said)
 
@@ -40,7 +41,32 @@ def test_a_dry_run_estimates_the_hours_from_earlier_records(toy):
     specs = run_specs(load_study(toy.study))
     kept(toy, [s for s in specs if s.seed == 0], seconds=3600.0)  # an hour each; four are left, and the pretraining about as long
     done = toy.run("--dry-run", "--only", "kind=transfer")
-    assert "about 5 h 00 min of work" in done.stdout, done.stdout
+    told = re.search(r"about (\d) h (\d\d) min of work \(judged by 2 runs like these\)", done.stdout)
+    assert told and abs(60 * int(told[1]) + int(told[2]) - 300) < 5, done.stdout
+
+
+def test_the_time_is_estimated_in_one_way(toy):
+    from vfm_notes.report.builder import plan_rows
+    from vfm_notes.report.live import study_line
+    spec, time = load_study(toy.study), r"(very roughly|about) (\d+ h \d\d min|\d+ min \d\d s|\d+ s)"
+    for records in ([], run_specs(spec)[:2]):
+        kept(toy, records, seconds=3600.0)
+        said = [toy.run("--dry-run").stdout, study_line(spec, {r["id"]: r for r in read_records("toy")})]
+        if not records: said.append(plan_rows(spec, [])[1])
+        assert len({re.search(time, text)[0] for text in said}) == 1, said
+    assert plan_rows(spec, read_records("toy"))[1].endswith("one after the other, judged by 2 runs like these.")
+
+
+def test_an_estimate_follows_the_costs_that_were_measured():
+    from vfm_notes.foundation.places import project_root
+    from vfm_notes.foundation.spec import PretrainSpec
+    from vfm_notes.runs.estimate import AROUND, core_seconds, run_time, speeds
+    rows = {r["name"]: r for r in json.loads((project_root()/"nbs"/"report"/"backbone_costs.json").read_text())[0]["rows"]}
+    spec = PretrainSpec(backbone="profound_toy.mine", size=(24, 64, 64), epochs=3, cases=dict(pretrain=50, train=1, val=1, test=1))
+    assert core_seconds("pretrain", vars(spec)) == pytest.approx(AROUND + 3 * 50 * 2 * rows["profound_toy"]["step_cpu_s"])  # twice the 12 slices that were measured
+    record = {"kind": "pretrain", "spec": vars(spec), "cost": {"seconds": {"total": 77.0}}}
+    assert run_time("pretrain", vars(spec), speeds([record])).seconds == pytest.approx(77) and run_time("pretrain", vars(spec), {}).runs == 0
+    assert core_seconds("pretrain", vars(replace(spec, backbone="nobody_measured_me.x"))) > AROUND
 
 
 def test_of_two_hundred_failures_a_few_are_shown_and_the_rest_counted(capsys):

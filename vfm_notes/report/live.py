@@ -23,7 +23,8 @@ from .explorer import html_output
 from .figures import titled, words
 from .widgets import Shown, escaped, static_bundle
 from ..runs.grid import known_records, plan
-from ..runs.watch import duration, durations, look_at, time_left
+from ..runs.estimate import speeds, time_left
+from ..runs.watch import duration, look_at
 
 # %% ../../nbs/97_live.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -147,10 +148,10 @@ def study_line(
     looks = [look_at(spec.name, j, known) for j in plan(spec)]
     states = [s for k in looks for s in k.states.values()]
     at_work = [k for k in looks if k.since]
-    left = time_left([k for k in looks if k.missing and not k.job.skipped], durations([k.job for k in looks], known, at_work), max(1, len(at_work)))
+    left = time_left([k for k in looks if k.missing and not k.job.skipped], speeds(known.values(), at_work), max(1, len(at_work)))
     counts = ", ".join(f"{states.count(s)} {s}" for s in ("done", "failed", "missing") if s in states)
     tail = f"; {len(at_work)} notebooks at work" if at_work else "; nothing is running"
-    return f"<b>Study {escaped(spec.name)}</b>: {counts} of {len(states)} runs{tail}" + (f", about {duration(left)} left" if left and "missing" in states else "")
+    return f"<b>Study {escaped(spec.name)}</b>: {counts} of {len(states)} runs{tail}" + (f", {left} {'left' if at_work else 'of work left'}" if left.seconds else "")
 
 # %% ../../nbs/97_live.ipynb #74798703
 def live_training(
