@@ -16,6 +16,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 # %% ../../nbs/97_live.ipynb #50ca2e5f
+from ..foundation.quantity import how_many
 from ..foundation.places import checkpoint_file, study_root
 from ..foundation.show import Figure, words as drawn_words
 from ..foundation.spec import load_study
@@ -23,6 +24,7 @@ from .explorer import html_output
 from .figures import titled, words
 from .widgets import Shown, escaped, static_bundle
 from ..runs.grid import known_records, plan
+from ..runs.states import count_states
 from ..runs.watch import duration, durations, look_at, time_left
 
 # %% ../../nbs/97_live.ipynb #a30ac235
@@ -147,10 +149,10 @@ def study_line(
     looks = [look_at(spec.name, j, known) for j in plan(spec)]
     states = [s for k in looks for s in k.states.values()]
     at_work = [k for k in looks if k.since]
-    left = time_left([k for k in looks if k.missing and not k.job.skipped], durations([k.job for k in looks], known, at_work), max(1, len(at_work)))
-    counts = ", ".join(f"{states.count(s)} {s}" for s in ("done", "failed", "missing") if s in states)
-    tail = f"; {len(at_work)} notebooks at work" if at_work else "; nothing is running"
-    return f"<b>Study {escaped(spec.name)}</b>: {counts} of {len(states)} runs{tail}" + (f", about {duration(left)} left" if left and "missing" in states else "")
+    left = time_left([k for k in looks if k.left], durations([k.job for k in looks], known, at_work), max(1, len(at_work)))
+    tail = f"; {how_many([len(at_work)], 'notebook', 'notebooks')} at work" if at_work else "; nothing is at work"
+    more = f", about {duration(left)} left" if left and any(k.left for k in looks) else ""
+    return f"<b>Study {escaped(spec.name)}</b>: {count_states(states)} of {len(states)} runs{tail}{more}"
 
 # %% ../../nbs/97_live.ipynb #74798703
 def live_training(

@@ -25,6 +25,7 @@ from ..foundation.spec import StudySpec, load_study
 from .convert import front_matter, joined, parameterised, read_notebook, to_page, without_title
 from ..runs.forkserver import python_path
 from ..runs.grid import Job, plan, run_states
+from ..runs.states import count_states, states_of
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
 ORDER = ("index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog")  # pages in reading order; others follow
@@ -178,15 +179,15 @@ def run_header(
     records: dict[str, dict],  # by run id
 ) -> str:  # HTML
     "Say where the runs of a notebook stand."
-    states = run_states(job, records)
-    counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(states.values()).count(s)))
+    states = states_of(job, records)
+    counts = count_states(states.values())
     name = html.escape(job.name)
     out = [f'<p>{len(states)} run{"s" * (len(states) > 1)}: {counts}. <a href="runs.html">All runs</a> · <a href="notebooks/{name}.ipynb" download>Download this notebook</a> · <a href="records/{name}.json" download>Download its records</a></p>']
     for id, state in states.items():
         if state == "failed":
             error = records[id].get("error") or {}
             out.append(f'<p><span class="vfm-status failed">failed</span> <code>{html.escape(id)}</code>: {html.escape(str(error.get("type", "")))}: {html.escape(str(error.get("message", "")))}</p>')
-        if state == "missing": out.append(f'<p><span class="vfm-status missing">missing</span> <code>{html.escape(id)}</code></p>')
+        if state in ("missing", "skipped"): out.append(f'<p><span class="vfm-status {state}">{state}</span> <code>{html.escape(id)}</code> {html.escape(job.skipped * (state == "skipped"))}</p>')
     return "".join(out) + record_rows([records[i] for i in states if i in records])
 
 # %% ../../nbs/92_pages.ipynb #7f93d512

@@ -13,15 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # %% ../../nbs/75_watch.ipynb #acb95ce9
-from .grid import Job, run_states
+from .grid import Job
 from .record import progress_file, running_since
+from .states import states_of
 
 # %% ../../nbs/75_watch.ipynb #00032e27
 @dataclass
 class Look:
     "A job as somebody who waits for it sees it."
     job: Job
-    states: dict  # run id → done, failed or missing
+    states: dict  # run id → one of runs.states.STATES
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
     text: str = ""  # what the notebook says it does
@@ -29,7 +30,7 @@ class Look:
     queued: str = ""  # where it is in a cluster's queue
 
     @property
-    def missing(self) -> int: return list(self.states.values()).count("missing")
+    def left(self) -> int: return sum(s in ("running", "queued", "missing") for s in self.states.values())  # runs to compute
     @property
     def elapsed(self) -> float: return max(0.0, time.time() - self.since) if self.since else 0.0
     @property
@@ -44,7 +45,8 @@ def look_at(
     queued: str = "",  # what a cluster's queue says of it
 ) -> Look:
     "How a job stands now."
-    look = Look(job, run_states(job, records), running_since(study, job.name), queued=queued)
+    since = running_since(study, job.name)
+    look = Look(job, states_of(job, records, since is not None, bool(queued)), since, queued=queued)
     if look.since:
         try: said = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
         except (OSError, ValueError): said = {}
@@ -83,7 +85,7 @@ def time_left(
         else:
             seconds = next((known[k] for k in closeness(look.job.specs[0]) if k in known), None)
             if seconds is None: return None
-            each.append(max(0.0, look.missing * sum(seconds) / len(seconds) - look.elapsed))
+            each.append(max(0.0, look.left * sum(seconds) / len(seconds) - look.elapsed))
     return max(sum(each) / max(1, min(parallel, len(each))), max(each, default=0.0))
 
 # %% ../../nbs/75_watch.ipynb #0410f078
