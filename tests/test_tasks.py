@@ -20,7 +20,8 @@ from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
 from vfm_notes.tune.case_task import corn_loss, corn_probabilities
 from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.lesions import Candidate, Found, average_precision, candidates, match
-from vfm_notes.tune.metric import METRICS, f1, hits, r2, recall_parts
+from vfm_notes.foundation.quantity import METRICS
+from vfm_notes.tune.metric import f1, hits, r2, recall_parts
 from vfm_notes.tune.task import build_task
 from vfm_notes.tune.transfer import build_model, run_data, transfer
 

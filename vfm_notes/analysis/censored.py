@@ -11,6 +11,9 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+# %% ../../nbs/815_censored.ipynb #4de897e0
+from ..foundation.quantity import DRAWS, SEED
+
 # %% ../../nbs/815_censored.ipynb #1767528a
 def product_limit(
     time: np.ndarray,  # (n,) when each run arrived, or how long it was watched
@@ -39,8 +42,8 @@ def reached_by(
     time: np.ndarray,  # (n,) when each run reached its target, or its budget if censored
     censored: np.ndarray,  # (n,)
     blocks: np.ndarray | None = None,  # (n,) runs that belong together; default: each by itself
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> pd.DataFrame:  # at, share that has arrived, its 95 % interval, runs on the way before, how many arrived then
     "The share of runs that have reached their target by a time."
     time, censored = np.asarray(time, float), np.asarray(censored, bool)
@@ -56,8 +59,8 @@ def half_time(
     time: np.ndarray,  # (n,)
     censored: np.ndarray,  # (n,)
     blocks: np.ndarray | None = None,  # (n,) runs that belong together
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> tuple[float, float, float]:  # median and its 95 % interval; infinity: later than the budget, NaN: no runs
     "The time by which half of the runs have reached their target."
     time, censored = np.asarray(time, float), np.asarray(censored, bool)
@@ -97,8 +100,8 @@ def log_rank(
     time: np.ndarray,  # (pairs, 2) of the first and of the second of each pair
     censored: np.ndarray,  # (pairs, 2)
     strata: np.ndarray,  # (pairs,) labels
-    draws: int = 10_000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> tuple[float, float]:  # z (positive: the first is sooner), two-sided p; NaN without pairs or arrivals
     "Stratified log-rank test of paired runs."
     time, censored, strata = np.asarray(time, float).reshape(-1, 2), np.asarray(censored, bool).reshape(-1, 2), np.asarray(strata, str)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'FEWEST', 'RULES', 'LONG', 'UNITS', 'MEASURES', 'ALL', 'best', 'target_score', 'reach', 'area',
-           'run_convergence', 'mean_interval', 'convergence_table', 'reached_curves', 'paired_times', 'reached_table']
+           'run_convergence', 'mean_interval', 'convergence_table', 'time_words', 'reached_curves', 'paired_times',
+           'reached_table']
 
 # %% ../../nbs/82_convergence.ipynb #b122501b
 import numpy as np
@@ -14,6 +15,8 @@ from scipy.stats import t as student
 # %% ../../nbs/82_convergence.ipynb #9d4b5431
 from .censored import half_time, log_rank, reached_by
 from .tables import CELL, RUN, Tables, serving
+from ..foundation.quantity import metric_card, told
+from ..foundation.registry import VfmError
 
 # %% ../../nbs/82_convergence.ipynb #3b6dc950
 SHARE = 0.95  # of the best, or of the rise
@@ -98,13 +101,21 @@ def run_convergence(
 # %% ../../nbs/82_convergence.ipynb #7148739b
 def mean_interval(
     x: np.ndarray,  # values, NaN ignored
+    low: float = -np.inf, high: float = np.inf,  # what a value can be at all
 ) -> tuple[float, float, float]:  # mean, low, high; NaN where fewer than 1 or 2 values
-    "Mean with Student's 95 % interval."
+    "Mean with Student's 95 % interval, between the bounds where there are any."
     x = np.asarray(x, float)
     x = x[np.isfinite(x)]
     if len(x) < 2: return (float(x[0]) if len(x) else np.nan), np.nan, np.nan
-    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    mean, half = float(x.mean()), float(student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
+    if (x < low).any() or (x > high).any(): raise VfmError(f"{x[(x < low) | (x > high)][0]:g} is not between {low:g} and {high:g}.")
+    below, above = mean - low, high - mean
+    if half == 0 or not below > 0 or not above > 0: return mean, mean, mean
+    if np.isinf(below) and np.isinf(above): return mean, mean - half, mean + half
+    if np.isinf(above): return mean, low + below * np.exp(-half / below), low + below * np.exp(half / below)
+    if np.isinf(below): return mean, high - above * np.exp(half / above), high - above * np.exp(-half / above)
+    odds, step = above / below, half * (below + above) / (below * above)
+    return mean, low + (high - low) / (1 + odds * np.exp(step)), low + (high - low) / (1 + odds * np.exp(-step))
 
 # %% ../../nbs/82_convergence.ipynb #08da6cb5
 UNITS = ("epochs", "seconds", "gpu_hours")
@@ -115,19 +126,53 @@ def convergence_table(
     reference: str = "scratch",  # a strategy
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) and rule; <measure>, _low, _high over seeds
     "Convergence of every cell: mean over seeds, interval, difference to the reference, and how many were censored."
-    runs = run_convergence(tables, reference)
+    runs, ends = run_convergence(tables, reference), {k: float(c.seconds.max()) for k, c in tables.curves.groupby("id")}
     by = ["task", "backbone", "n_train", "seed", "rule"]
     refs = serving(runs, reference)[[*by, "epochs", "seconds", "area", "censored"]]
     runs = runs.merge(refs, on=by, how="left", suffixes=("", "_ref"))
-    runs = runs.assign(sooner=runs.epochs_ref - runs.epochs, seconds_sooner=runs.seconds_ref - runs.seconds, area_more=(runs.area - runs.area_ref) * runs.direction)
+    runs = runs.assign(seconds_budget=[ends[i] for i in runs.id], sooner=runs.epochs_ref - runs.epochs, seconds_sooner=runs.seconds_ref - runs.seconds, area_more=(runs.area - runs.area_ref) * runs.direction)
     rows = []
     for key, g in runs.groupby([*CELL, "rule"], sort=False):
-        row = dict(zip([*CELL, "rule"], key)) | {"metric": g.metric.iloc[0], "versus": reference, "n_seeds": int(g.epochs.notna().sum()), "censored": int(g.censored.sum()), "censored_reference": int(g.censored_ref.eq(True).sum()), "budget": g.budget.max()}
-        for m in MEASURES: row |= dict(zip((m, f"{m}_low", f"{m}_high"), mean_interval(g[m].to_numpy(float))))
-        row |= {f"{m}_low": max(0.0, row[f"{m}_low"]) for m in UNITS if row[f"{m}_low"] < 0}  # nothing is reached before epoch 0
-        rows.append(row | {"reason": "; ".join(dict.fromkeys(g.reason[g.reason != ""]))})
-    names = [*CELL, "rule", "metric", "versus", "n_seeds", "censored", "censored_reference", "budget", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high")), "reason"]
+        row = dict(zip([*CELL, "rule"], key)) | {"metric": g.metric.iloc[0], "versus": reference, "n_seeds": int(g.epochs.notna().sum()), "censored": int(g.censored.sum()), "censored_reference": int(g.censored_ref.eq(True).sum()),
+              "budget": g.budget.max(), "seconds_budget": g.seconds_budget.max()}
+        for m, ends in _bounds(g).items(): row |= dict(zip((m, f"{m}_low", f"{m}_high"), mean_interval(g[m].to_numpy(float), *ends)))
+        rows.append(row | _open(row) | {"reason": "; ".join(dict.fromkeys(g.reason[g.reason != ""]))})
+    names = [*CELL, "rule", "metric", "versus", "n_seeds", "censored", "censored_reference", "budget", "seconds_budget", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high")), "reason"]
     return pd.DataFrame(rows, columns=names)
+
+# %% ../../nbs/82_convergence.ipynb #45e981ee
+def _bounds(g: pd.DataFrame) -> dict[str, tuple[float, float]]:  # g: the runs of a cell under one rule
+    "What each measure can be."
+    card, most = metric_card(g.metric.iloc[0]), lambda *names: float(np.nanmax([g[c].max() for c in names]))
+    epochs, seconds = most("budget", "epochs_ref"), most("seconds_budget", "seconds_ref")
+    far = card.high - card.low
+    return {"epochs": (0, epochs), "seconds": (0, seconds), "gpu_hours": (0, seconds / 3600), "area": (card.low, card.high),
+            "sooner": (-epochs, epochs), "seconds_sooner": (-seconds, seconds), "area_more": (-far, far)}
+
+def _open(row: dict) -> dict[str, float]:  # row: of the convergence table
+    "The ends of intervals that nobody knows, because a run never arrived."
+    late, ref = row["censored"] > 0, row["censored_reference"] > 0
+    ends = {f"{m}_high": np.inf for m in UNITS if late and np.isfinite(row[m])}
+    for m in ("sooner", "seconds_sooner"):
+        if np.isfinite(row[m]): ends |= {f"{m}_low": -np.inf} if late else {}
+        if np.isfinite(row[m]): ends |= {f"{m}_high": np.inf} if ref else {}
+    return ends
+
+# %% ../../nbs/82_convergence.ipynb #6835185e
+def time_words(
+    row: pd.Series,  # of the convergence table
+    measure: str,  # of UNITS, sooner or seconds_sooner
+    of: str = "",  # what the number is of
+) -> tuple[str, str]:  # "> 6.3", "[3.1, > 8.0]"; "" where there is no interval
+    "A mean time and its interval; what lies beyond the budget is said so."
+    kind = "sooner" if "sooner" in measure else "epochs" if measure == "epochs" else "seconds"
+    value, low, high = (float(row[measure + e]) for e in ("", "_low", "_high"))
+    late, ref = row["censored"] > 0, row["censored_reference"] > 0 and kind == "sooner"
+    mark = "" if late == ref else "< " if late and kind == "sooner" else "> "
+    most = float(row["budget"] if measure in ("epochs", "sooner") else row["seconds_budget"])
+    end = lambda v, name: (f"{'>' if v > 0 else '<'} " if np.isinf(v) else "") + told(np.clip(v, -most, most), kind, of and f"{of}, {name}")
+    if np.isnan(value): return "missing", ""
+    return mark + told(value, kind, of), f"[{end(low, 'low')}, {end(high, 'high')}]" if low == low and high == high else ""
 
 # %% ../../nbs/82_convergence.ipynb #95a15b54
 ALL = "all tasks"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'MOMENTS', 'numbers', 'weighted_rho', 'two_way', 'ways', 'two_way_test', 'weighted_rho_of', 'leave_out',
-           'Crossed', 'crossed', 'span', 'crossed_words', 'verdict', 'moved', 'outcomes', 'crossed_table']
+           'Crossed', 'crossed', 'span', 'crossed_words', 'verdict', 'moved', 'outcomes', 'crossed_table',
+           'association_table']
 
 # %% ../../nbs/835_crossed.ipynb #d2bd86f7
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/835_crossed.ipynb #1a2a5d90
-from .association import Association, associate, correlation, in_words, visible
+from .association import Association, associate, cell_points, correlation, in_words, run_points, visible
 from .convergence import convergence_table
 from .mixed import Mixed, mixed_slope
+from .gain import run_gains
 from .tables import CELL, Tables
+from ..foundation.quantity import DRAWS, SEED, rounded, told, told_p, told_span
 
 # %% ../../nbs/835_crossed.ipynb #67beac7c
 def numbers(labels) -> np.ndarray: return np.unique(np.asarray(labels, str), return_inverse=True)[1]  # labels as 0, 1, 2 ...
@@ -41,8 +44,8 @@ def two_way(
     y: np.ndarray,  # (n,)
     rows: np.ndarray,  # (n,) labels, e.g. tasks
     columns: np.ndarray,  # (n,) labels, e.g. backbones
-    draws: int = 10_000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> tuple[float, float]:  # 95 % interval of rho; NaN where there is one row or one column only
     "Interval by re-drawing rows and columns."
     rng, weight = np.random.default_rng(seed), 1
@@ -66,8 +69,8 @@ def two_way_test(
     rows: np.ndarray,  # (n,) labels
     columns: np.ndarray,  # (n,) labels
     layers: np.ndarray,  # (n,) labels that stay where they are, e.g. strategies
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> tuple[float, int, float]:  # two-sided p; ways counted; smallest |rho| that would have had p ≤ 0.05, NaN where there is none
     "Exchange whole rows and columns of x."
     r, c, l = map(numbers, (rows, columns, layers))
@@ -121,14 +124,20 @@ class Crossed:
     backbones: int
     without_task: dict  # rho without each
     without_backbone: dict
+    of: str = ""  # what is associated with what, e.g. "d2p and rpg, layer embed, end"
+
+    @property
+    def shown(self) -> bool:
+        "Do test and interval both say that there is an association?"
+        return bool(self.p <= 0.05 and (self.low > 0 or self.high < 0))
 
 # %% ../../nbs/835_crossed.ipynb #5a400df0
 def crossed(
     points: pd.DataFrame,  # task, backbone, strategy, n_train and the two columns below
     first: str = "d2p",
     second: str = "rpg",
-    draws: int = 10_000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> Crossed:
     "Every view of one association."
     t = points[points[first].notna() & points[second].notna()].sort_values(CELL).drop_duplicates(CELL)
@@ -137,16 +146,17 @@ def crossed(
     low, high, p, n, least = np.nan, np.nan, np.nan, 0, np.nan
     if simple.tested:
         low, high = two_way(x, y, t.task, t.backbone, draws, seed)
-        p, n, least = two_way_test(x, y, t.task, t.backbone, t.strategy.astype(str) + " " + t.n_train.astype(str), min(draws, 2000), seed)
+        p, n, least = two_way_test(x, y, t.task, t.backbone, t.strategy.astype(str) + " " + t.n_train.astype(str), draws, seed)
     spread = x.std(ddof=1) if len(x) > 1 else np.nan
     line = mixed_slope(x / spread if spread > 0 else x, y, {k: t[k].to_numpy() for k in ("task", "backbone", "strategy")[: 3 if t.strategy.nunique() > 1 else 2]})
-    return Crossed(simple, low, high, p, n, least, line, t.task.nunique(), t.backbone.nunique(), leave_out(x, y, t.task), leave_out(x, y, t.backbone))
+    of = ", ".join([f"{first} and {second}", *(f"{c} {points[c].iloc[0]}" for c in ("layer", "when") if c in points and len(points))])
+    return Crossed(simple, low, high, p, n, least, line, t.task.nunique(), t.backbone.nunique(), leave_out(x, y, t.task), leave_out(x, y, t.backbone), of)
 
 # %% ../../nbs/835_crossed.ipynb #73bad709
 def span(values: dict) -> str:
     "Smallest and largest, as words."
-    known = sorted({f"{v:+.2f}" for v in values.values() if np.isfinite(v)}, key=float)
-    return " to ".join(known[:1] + known[1:][-1:])
+    known = sorted(v for v in values.values() if np.isfinite(v))
+    return " to ".join(dict.fromkeys(told(v, "rho") for v in known[:1] + known[-1:]))
 
 def crossed_words(
     c: Crossed,
@@ -155,22 +165,22 @@ def crossed_words(
     unit: str = " %",  # of the second variable
 ) -> str:
     "What the data can and cannot say, given what the cells share."
-    a = c.simple
+    a, of = c.simple, f"rho, {c.of}"
     if not a.tested: return in_words(a, first, second)
-    said = f"{first[0].upper() + first[1:]} and {second} over {a.n} cells of {c.tasks} {'task' if c.tasks == 1 else 'tasks'} and {c.backbones} {'backbone' if c.backbones == 1 else 'backbones'}: rank correlation {a.rho:+.2f}"
-    if np.isfinite(c.low): said += f" (95 % interval {c.low:+.2f} to {c.high:+.2f} when tasks and backbones are re-drawn; p = {c.p:.2g} from {c.ways} exchanges of whole tasks and backbones)"
+    said = f"{first[0].upper() + first[1:]} and {second} over {a.n} cells of {c.tasks} {'task' if c.tasks == 1 else 'tasks'} and {c.backbones} {'backbone' if c.backbones == 1 else 'backbones'}: rank correlation {told(a.rho, 'rho', of)}"
+    if np.isfinite(c.low): said += f" (95 % interval {told_span(c.low, c.high, 'rho', of)} when tasks and backbones are re-drawn; {told_p(c.p, of)} from {c.ways} exchanges of whole tasks and backbones)"
     out = [f"{s} without one {n}" for n, s in (("backbone", span(c.without_backbone)), ("task", span(c.without_task))) if s]
     if out: said += ", and " + ", ".join(out)
     said += "."
-    if np.isfinite(c.line.low): said += f" A standard deviation more {first} goes with {c.line.slope:+.2g}{unit} of {second} (95 % interval {c.line.low:+.2g} to {c.line.high:+.2g}; mixed model, {c.line.free} {'degree' if c.line.free == 1 else 'degrees'} of freedom)."
+    if np.isfinite(c.line.low): said += f" A standard deviation more {first} goes with {told(c.line.slope, 'slope', of)}{unit} of {second} (95 % interval {told_span(c.line.low, c.line.high, 'slope', of)}; mixed model, {c.line.free} {'degree' if c.line.free == 1 else 'degrees'} of freedom)."
     return said + " " + verdict(c)
 
 # %% ../../nbs/835_crossed.ipynb #aabab9bc
 def verdict(c: Crossed) -> str:
     "The last sentence: shown or not, and for whom."
-    if np.isfinite(c.p) and c.p <= 0.05 and (c.low > 0 or c.high < 0): said = "The ranks show an association, and it shows no cause"
+    if c.shown: said = "The ranks show an association, and it shows no cause"
     else:
-        can = f"an association would have had to reach {c.visible:.2f} to stand out" if np.isfinite(c.visible) else "no association, however strong, could have stood out"
+        can = f"an association would have had to reach {rounded(c.visible, 2)} to stand out" if np.isfinite(c.visible) else "no association, however strong, could have stood out"
         said = f"The ranks do not show an association, nor that there is none: with these tasks and backbones {can}"
     few = [f"{n} {name if n == 1 else name + 's'}" for n, name in ((c.backbones, "backbone"), (c.tasks, "task")) if n < 5]
     return said + (f"; {' and '.join(few)} cannot say what holds for others." if few else ".")
@@ -188,7 +198,7 @@ def moved(
     "The distance of every cell at one moment."
     t = tables.d2p if when == "end" else tables.moments[tables.moments["when"] == when]
     t = t[t.layer == layer].astype({distance: float})
-    return t.groupby(CELL, dropna=False)[distance].mean().rename("d2p").reset_index()
+    return t.groupby(CELL, dropna=False)[distance].mean().rename("d2p").reset_index().assign(layer=layer, when=when)
 
 # %% ../../nbs/835_crossed.ipynb #83b0a09f
 def outcomes(
@@ -207,7 +217,7 @@ def crossed_table(
     tables: Tables,
     gains: pd.DataFrame,  # from gain_table
     layer: str = "embed",
-    draws: int = 2000,
+    draws: int = DRAWS,
 ) -> pd.DataFrame:  # a row per distance and outcome; `says`: a sentence
     "Every distance against every outcome."
     cells, rows = outcomes(tables, gains), []
@@ -217,6 +227,27 @@ def crossed_table(
         points = cells.merge(own.astype({"n_train": cells.n_train.dtype}), on=CELL, how="left")
         for column, (second, unit) in OUTCOMES.items():
             c = crossed(points, "d2p", column, draws)
-            rows.append(dict(when=when, distance=first, outcome=second, rho=c.simple.rho, low=c.low, high=c.high, p=c.p, n=c.simple.n, tasks=c.tasks, backbones=c.backbones, slope=c.line.slope, slope_low=c.line.low,
+            rows.append(dict(when=when, distance=first, outcome=second, rho=c.simple.rho, low=c.low, high=c.high, p=c.p, n=c.simple.n, tasks=c.tasks, backbones=c.backbones, slope=c.line.slope, of=f"rho, {c.of}", slope_low=c.line.low,
                              slope_high=c.line.high, without_backbone=span(c.without_backbone), without_task=span(c.without_task), tested=c.simple.tested, says=crossed_words(c, first, second, unit)))
-    return pd.DataFrame(rows, columns=["when", "distance", "outcome", "rho", "low", "high", "p", "n", "tasks", "backbones", "slope", "slope_low", "slope_high", "without_backbone", "without_task", "tested", "says"])
+    return pd.DataFrame(rows, columns=["when", "distance", "outcome", "rho", "low", "high", "p", "n", "tasks", "backbones", "slope", "slope_low", "slope_high", "without_backbone", "without_task", "tested", "of", "says"])
+
+# %% ../../nbs/835_crossed.ipynb #5d7f87ca
+def association_table(
+    tables: Tables,
+    gains: pd.DataFrame,  # from gain_table
+    distance: str = "mmd2",  # column of the d2p table
+    draws: int = DRAWS,
+) -> pd.DataFrame:  # a row per layer and view (cells; cells inside tasks; runs inside cells)
+    "The association of distance and gain, layer by layer, in three views."
+    rows, gained = [], run_gains(tables) if len(tables.d2p) else None
+    for layer in dict.fromkeys(tables.d2p.layer):
+        cells, runs = cell_points(tables, gains, layer, distance), run_points(tables, layer, distance, gained)
+        whole, inside = crossed(cells, draws=draws), runs[CELL].astype(str).agg(" ".join, axis=1) if len(runs) else []
+        first = dict(view="cells", rho=whole.simple.rho, low=whole.low, high=whole.high, p=whole.p, n=whole.simple.n, tested=whole.simple.tested)
+        rows.append({"layer": layer} | first | {"of": f"rho, {whole.of}", "says": crossed_words(whole)})
+        for view, points, blocks, unit in (("cells inside tasks", cells, cells.task, "tasks"), ("runs inside cells", runs, inside, "cells")):
+            a = associate(points.d2p, points.rpg, blocks, draws)
+            row = {k: getattr(a, k) for k in ("rho", "low", "high", "p", "n", "tested")}
+            says = in_words(a, unit=view.split()[0], block=unit)
+            rows.append({"layer": layer, "view": view} | row | {"of": f"rho, {view}, layer {layer}", "says": says})
+    return pd.DataFrame(rows, columns=["layer", "view", "rho", "low", "high", "p", "n", "tested", "of", "says"])

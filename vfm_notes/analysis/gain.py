@@ -17,6 +17,7 @@ from scipy.stats import rankdata
 # %% ../../nbs/81_gain.ipynb #1fbea6d2
 from .set_metrics import SET_METRICS, OfSet, columns_of, exchanged, together
 from .tables import CELL, Tables, class_scores, positive_score, serving
+from ..foundation.quantity import DRAWS, SEED
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/81_gain.ipynb #b56dc56b
@@ -152,8 +153,8 @@ def over_seeds(pair: Pair, w: np.ndarray, ws: np.ndarray) -> np.ndarray:
 
 def bootstrap(
     pair: Pair,
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> dict:  # rpg, low, high, seed_sd, case_sd, means, share of draws where the metric was undefined
     "The gain of a cell with its 95 % interval."
     rng, s = np.random.default_rng(seed), len(pair.seeds)
@@ -186,8 +187,8 @@ def _row_scores(s, value: np.ndarray) -> np.ndarray:
 # %% ../../nbs/81_gain.ipynb #ecd93beb
 def exchange_test(
     pair: Pair,
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> float:  # two-sided p, NaN where the difference is undefined
     "Paired permutation test over patients of tuned against reference, seeds averaged."
     flip = _exchanges(pair.patients, draws, np.random.default_rng(seed))
@@ -265,7 +266,7 @@ def _row(cell: Cell, draws: int, seed: int) -> dict:
     elif not np.isfinite(row["rpg"]): row["reason"] = "the metric is undefined on these cases"
     notes = [f"seeds without a reference left out: {', '.join(map(str, cell.left_out))}"] if cell.left_out else []
     if len(pair.seeds) == 1: notes.append("one seed: the interval is over cases only")
-    drawn = pair.reference.weighted(case_weights(pair.patients, 200, np.random.default_rng(seed)))
+    drawn = pair.reference.weighted(case_weights(pair.patients, draws, np.random.default_rng(seed)))
     if not row["reason"] and (drawn < 0).any() and (drawn > 0).any(): notes.append("the reference is close to 0, where a relative gain means little")
     return row | {"note": "; ".join(notes)}
 
@@ -274,8 +275,8 @@ def gain_table(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric
     reference: str = "scratch",  # a strategy, or backbone/strategy
-    draws: int = 2000,  # of bootstrap and test
-    seed: int = 0,
+    draws: int = DRAWS,  # of bootstrap and test
+    seed: int = SEED,
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) other than the reference
     "The gain of every cell over the reference, with interval, n and corrected p-value."
     cells = study_cells(tables, metric, reference)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .contrasts import number
 from .convergence import mean_interval
 from .gain import holm
 from ..foundation.places import report_notebooks
+from ..foundation.quantity import meaning, told
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/86_probes.ipynb #4b497313
@@ -32,10 +32,10 @@ def read_evidence(
 def gains(
     frame: pd.DataFrame, # rows with objective, probe, value, random, gain, seconds, perhaps backbone
 ) -> pd.DataFrame: # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict: raises, lowers, undecided, or reads nothing (0 before and after)
-    "Mean gain of every objective and probe with Student's interval over the seeds."
+    "Mean gain of every objective and probe with its interval over the seeds."
     from scipy.stats import ttest_1samp
     def row(g: pd.DataFrame) -> pd.Series:
-        n, (mean, low, high) = len(g), mean_interval(g.gain)
+        n, (mean, low, high) = len(g), mean_interval(g.gain, -1, 1)
         p = float(ttest_1samp(g.gain, 0).pvalue) if n > 1 and g.gain.std() > 0 else np.nan
         return pd.Series({"random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": low, "high": high, "n": n, "seconds": g.seconds.mean(), "p": p})
     by = [k for k in ("backbone", "objective", "probe") if k in frame]
@@ -51,7 +51,8 @@ def listed(parts: list[str]) -> str: # "a", "a and b", "a, b and c"
 
 def amount(row) -> str: # of `gains`
     "A gain with its interval."
-    return f"{number(row.gain, 2)} [{number(row.low, 2)}, {number(row.high, 2)}]"
+    of = meaning("gain of a probe", row, row.probe, row.objective)
+    return f"{told(row.gain, 'difference', of)} [{', '.join(told(v, 'difference', f'{of}, {k}') for k, v in (('low', row.low), ('high', row.high)))}]"
 
 def told_on(
     rows: pd.DataFrame, # of `gains`, one objective and one backbone

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/87_tradeoff.ipynb #a1e0f52f
-from .contrasts import contrast_table, number
+from .contrasts import cell_scores, contrast_table
 from .convergence import mean_interval
-from .findings import TITLES
 from .tables import Tables
 from ..foundation.options import weightless
+from ..foundation.quantity import DRAWS, SEED, how_many, leaders, meaning, metric_card, rounded, told, told_span
 
 # %% ../../nbs/87_tradeoff.ipynb #b671b6f3
 CALLED = {"scratch": "full", "random": "decoder"}  # strategies that begin with random weights → the tuning that they are
@@ -52,10 +52,17 @@ def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy
 
 def tradeoff_table(
     tables: Tables,
+    draws: int = DRAWS,
 ) -> pd.DataFrame:  # GRID, what, direction, unit, value, low, high, n
     "Mean and interval of everything in every cell of the grid, the missing ones included."
     rows = long_runs(tables)
-    found = [dict(zip([*GRID, "what"], key)) | {"direction": g.direction.iloc[0], "unit": g.unit.iloc[0], "n": int(g["value"].notna().sum())} | dict(zip(("value", "low", "high"), mean_interval(g["value"]))) for key, g in rows.groupby([*GRID, "what"], sort=False)]
+    scores = {m: cell_scores(tables, draws, metric=m).set_index(["backbone", "strategy", *GRID[:2]]) for m in dict.fromkeys(tables.metrics.metric)}
+    def ends(what: str, g: pd.DataFrame) -> tuple:
+        "A score has the interval that all pages show; a cost is never below 0."
+        if what not in scores: return mean_interval(g["value"], 0)
+        return tuple(scores[what].loc[tuple(g[["backbone", "strategy", *GRID[:2]]].iloc[0]), ["score", "low", "high"]])
+    found = [dict(zip([*GRID, "what"], key)) | {"direction": g.direction.iloc[0], "unit": g.unit.iloc[0], "n": int(g["value"].notna().sum())}
+             | dict(zip(("value", "low", "high"), ends(key[-1], g))) for key, g in rows.groupby([*GRID, "what"], sort=False)]
     table = pd.DataFrame(found, columns=[*GRID, "what", "direction", "unit", "value", "low", "high", "n"])
     axes = [table[c].drop_duplicates() for c in GRID[2:]]
     for k in axes: table = table.assign(**{k.name: table[k.name].astype(str)})
@@ -83,8 +90,8 @@ def front_table(
     score: str,  # a metric
     cost: str,  # of COSTS
     task: str | None = None,  # default: the first
-    draws: int = 500,
-    seed: int = 0,
+    draws: int = DRAWS,
+    seed: int = SEED,
 ) -> pd.DataFrame:  # network, pretraining, tuning, score, cost, n, front, share (of draws on the front)
     "Score, cost and place of every cell."
     rows = long_runs(tables)
@@ -120,7 +127,7 @@ def compared(
     tables: Tables,
     axis: str,  # pretraining or tuning
     metric: str = "primary",
-    draws: int = 2000,
+    draws: int = DRAWS,
 ) -> pd.DataFrame:  # rows of contrast_table with network, pretraining, tuning
     "What one axis of the grid changes."
     table = contrast_table(tables, contrasts(grid_runs(tables), axis), draws, metric=metric)
@@ -136,7 +143,7 @@ def cell_name(
 def axis_words(
     table: pd.DataFrame,  # from compared
     axis: str,  # pretraining or tuning
-    metric: str,  # its name for readers
+    metric: str,  # name of the metric
 ) -> list[str]:
     "What one axis brings: how often it is clear, and each of its steps on average."
     known = table[table.difference.notna()]
@@ -145,36 +152,45 @@ def axis_words(
     clear = known[(known.p_holm <= 0.05) & ((known.low > 0) | (known.high < 0))]
     up, down = int((clear.difference > 0).sum()), int((clear.difference < 0).sum())
     steps = known.groupby(axis, sort=False).difference.agg(["mean", "min", "max"])
-    told = "; ".join(f"{k} {number(r['mean'])} ({number(r['min'])} to {number(r['max'])})" for k, r in steps.iterrows())
+    says = lambda k, v, which: told(float(v), "difference", f"difference along {axis}, {k}, {which}", metric)
+    each = "; ".join(f"{k} {says(k, r['mean'], 'mean')} ({says(k, r['min'], 'smallest')} to {says(k, r['max'], 'largest')})" for k, r in steps.iterrows())
+    name = metric_card(metric).title
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
-    return [f"{lead}: of {len(known)} comparisons of {metric}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
-            f"({int(known.n_seeds.min())} seeds, {int(known.n_cases.min())} test cases each).{missing}", f"Mean difference in {metric} (smallest to largest cell): {told}."]
+    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
+            f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
+            f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
 
 def front_words(
     front: pd.DataFrame,  # from front_table
-    metric: str, cost: str,  # their names for readers
+    metric: str,  # name of the metric
+    cost: str,  # its name for readers
 ) -> str:
     "Which cells nothing beats, and how sure that is."
     on = front[front.front].sort_values("cost")
-    if on.empty: return f"{metric} against {cost}: no cell has both, so there is no front yet."
+    name = metric_card(metric).title
+    if on.empty: return f"{name} against {cost}: no cell has both, so there is no front yet."
     sure = int((on.share >= 0.95).sum())
-    cells = "; ".join(f"{cell_name(r)} ({r.score:.3f} for {r.cost:.3g})" for r in on.itertuples())
-    return f"{metric} against {cost}: {len(on)} of {len(front)} cells are beaten by no other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
+    cells = "; ".join(f"{cell_name(r)} ({told(r.score, 'score', meaning(f'{metric} in the grid', {}, cell_name(r)), metric)} for {rounded(r.cost)})" for r in on.itertuples())
+    return f"{name} against {cost}: {len(on)} of {len(front)} cells are beaten by no other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
 
 # %% ../../nbs/87_tradeoff.ipynb #9db3988b
 def tradeoff_findings(
     tables: Tables,
     fronts: Mapping[str, pd.DataFrame],  # cost → front_table of the primary metric
     families: Mapping[str, pd.DataFrame],  # axis → compared
+    table: pd.DataFrame | None = None,  # from tradeoff_table, if it is there already
 ) -> list[str]:
     "What the grid shows, in sentences."
     runs = grid_runs(tables)
     if runs.empty: return ["No run of the grid is finished, so nothing can be said yet."]
     metric, sign = runs.metric.iloc[0], int(runs.direction.iloc[0])
-    name = TITLES.get(metric, metric)
-    table = tradeoff_table(tables)
-    top = table[(table.what == metric) & table["value"].notna()].assign(rank=lambda t: t["value"] * sign).sort_values("rank").iloc[-1]
-    span = f", 95 % interval over seeds {top.low:.3f} to {top.high:.3f}" if np.isfinite(top.low) else ""
-    said = [f"The best mean {name} is {top['value']:.3f}: {cell_name(top)} (n = {top.n} seeds{span}). It was picked among {table[(table.what == metric) & (table.n > 0)].shape[0]} cells, so a new run of it may well score lower."]
-    for axis, found in families.items(): said += axis_words(found, axis, name)
-    return said + [front_words(front, name, COSTS[cost]) for cost, front in fronts.items()]
+    table = tradeoff_table(tables) if table is None else table
+    own = table[(table.what == metric) & table["value"].notna()].reset_index(drop=True)
+    best = own.loc[leaders((own["value"] * sign).to_dict())]
+    top, of = best.iloc[0], meaning(f"{metric} in the grid", {}, cell_name(best.iloc[0]))
+    span = f", 95 % interval over seeds and cases {told_span(top.low, top.high, 'score', of, metric)}" if np.isfinite(top.low) else ""
+    cells = " and ".join(cell_name(r) for r in best.itertuples())
+    said = [f"The best mean {metric_card(metric).title} is {told(top['value'], 'score', of, metric)}: {cells} (n = {top.n} seeds{span}). "
+            f"It was picked among {int((own.n > 0).sum())} cells, so a new run of it may well score {'lower' if sign > 0 else 'higher'}."]
+    for axis, found in families.items(): said += axis_words(found, axis, metric)
+    return said + [front_words(front, metric, COSTS[cost]) for cost, front in fronts.items()]

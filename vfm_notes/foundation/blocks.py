@@ -12,6 +12,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+# %% ../../nbs/07_blocks.ipynb #9ad61ef9
+from .quantity import rounded, told
+
 # %% ../../nbs/07_blocks.ipynb #5367079c
 @dataclass(frozen=True)
 class Block:
@@ -109,21 +112,22 @@ def digits(
     "Write a number for a reader."
     if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
     if isinstance(value, int) or (places is None and float(value).is_integer() and abs(value) < 1e6): return f"{int(value):,}".replace(",", " ").replace("-", "−")
-    if places is not None: return f"{value:.{places}f}".replace("-", "−")
-    return (f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}").replace("-", "−")
+    return rounded(value, places)
 
 # %% ../../nbs/07_blocks.ipynb #5b67d2c3
 def between(
     value: float,  # the estimate
     low: float,  # lower end of its interval
     high: float,  # upper end
-    places: int = 2,  # decimals
-    unit: str = "",  # written behind
-) -> Block:  # "0.81 [0.78, 0.84]"
+    kind: str,  # of foundation.quantity.KINDS
+    of: str = "",  # what the number is of; see foundation.quantity.told
+    metric: str = "",  # for a score or a difference
+) -> Block:  # "0.812 [0.781, 0.843]"
     "Write an estimate with its interval."
     if missing(value): return Block('<span class="vfm-missing">missing</span>')
-    tail = "" if missing(low) or missing(high) else f" <small>[{digits(float(low), places)}, {digits(float(high), places)}]</small>"
-    return Block(f"{digits(float(value), places)}{text(unit)}{tail}")
+    ends = [told(float(v), kind, of and f"{of}, {end}", metric) for end, v in (("low", low), ("high", high)) if not missing(v)]
+    tail = f" <small>[{', '.join(ends)}]</small>" if len(ends) == 2 else ""
+    return Block(f"{told(float(value), kind, of, metric, unit=True)}{tail}")
 
 # %% ../../nbs/07_blocks.ipynb #4c4271dd
 def cell(

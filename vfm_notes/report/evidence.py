@@ -75,7 +75,7 @@ def distances_at(
     both = pd.concat([t for t in (d2p.assign(when="end"), moments) if len(t)] or [d2p.assign(when="end")])
     both, rows = both[both.layer == layer], []
     for (task, backbone, strategy, when), g in both.groupby(["task", "backbone", "strategy", "when"], sort=False):
-        mean, low, high = mean_interval(g.mmd2.to_numpy(float))
+        mean, low, high = mean_interval(g.mmd2.to_numpy(float), -2, 2)  # what an unbiased MMD² can be
         rows.append(dict(task=task, backbone=backbone, strategy=strategy, when=MOMENTS.get(when, when), value=mean, low=low, high=high, n_seeds=int(g.mmd2.notna().sum())))
     return pd.DataFrame(rows, columns=["task", "backbone", "strategy", "when", "value", "low", "high", "n_seeds"])
 

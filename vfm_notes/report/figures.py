@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DASHES', 'SHAPES', 'WIDE', 'COSTS', 'words', 'counted', 'metric_words', 'neat', 'short_names', 'in_order',
            'backbone_colour', 'titled', 'in_turn', 'strategy_marks', 'strategy_dash', 'strategy_shape',
-           'strategy_colour', 'signed', 'gain_cells', 'gain_finding', 'gain_caption', 'gain_matrix', 'alignment_title',
+           'strategy_colour', 'gain_cells', 'gain_finding', 'gain_caption', 'gain_matrix', 'alignment_title',
            'alignment_caption', 'alignment_scatter', 'distance_layers', 'with_lines', 'dots', 'cost_chart']
 
 # %% ../../nbs/90_figures.ipynb #02a3100e
@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/90_figures.ipynb #fdca7e22
-from ..analysis.findings import TITLES
+from ..analysis.findings import of_pretrained
 from ..foundation.chart import use_charts
-from ..foundation.options import weightless
+from ..foundation.quantity import how_many, meaning, metric_card, rounded, told, told_p
 from ..foundation.show import PALETTE, colours
 
 # %% ../../nbs/90_figures.ipynb #927b1c77
@@ -32,7 +32,7 @@ def metric_words(
     unit: str = "",
 ) -> str:  # e.g. "PSNR, dB"
     "Write a metric with its unit."
-    return ", ".join(filter(None, (TITLES.get(metric, words(metric)), unit)))
+    return ", ".join(filter(None, (words(metric_card(metric).title), unit)))
 
 # %% ../../nbs/90_figures.ipynb #a1c7995b
 def neat(
@@ -131,9 +131,6 @@ def strategy_colour(strategies: Iterable[str]) -> alt.Color:
     "Colour by strategy, for panels of one backbone."
     return alt.Color("strategy:N", title=None, scale=strategy_marks(strategies, PALETTE[2:7], PALETTE[7]), legend=alt.Legend(orient="top", columns=3))
 
-# %% ../../nbs/90_figures.ipynb #9d1606c8
-def signed(value: float, places: int = 1) -> str: return "missing" if not np.isfinite(value) else f"{value:+.{places}f}".replace("-", "−")  # with its sign; missing where it is not a number
-
 # %% ../../nbs/90_figures.ipynb #52b2aa43
 WIDE = 4  # columns of the matrix that fit on a screen
 
@@ -145,8 +142,11 @@ def gain_cells(
     out = gains.assign(column=gains.backbone, row=gains.task.map(words))
     wide = len(gains[["backbone", *more]].drop_duplicates()) > WIDE  # then strategies stand below each other
     for c in more: out["row" if wide else "column"] += (", " if wide else ".") + out[c].astype(str)
-    out["value"] = [signed(v) + (" %" if np.isfinite(v) else "") for v in out.rpg]
-    out["interval"] = [f"[{signed(a)}, {signed(b)}]" if np.isfinite(a) else "" for a, b in zip(out.low, out.high)]
+    of = [meaning("rpg", r) for r in out.itertuples()]
+    out["value"] = [told(v, "gain", o, unit=True) for v, o in zip(out.rpg, of)]
+    ends = [[told(v, "gain", f"{o}, {end}") for end, v in (("low", a), ("high", b))] for a, b, o in zip(out.low, out.high, of)]
+    out["interval"] = [f"[{', '.join(e)}]" if np.isfinite(a) else "" for e, a in zip(ends, out.low)]
+    out["p_words"] = [told(v, "p", o) for v, o in zip(out.p_holm, of)]
     out["clear"] = [bool(a > 0 or b < 0) for a, b in zip(out.low, out.high)]
     out["sign"] = np.select([out.rpg > 0, out.rpg < 0], ["gain", "loss"], "none")
     out["size"] = out.rpg.abs().fillna(0)
@@ -157,7 +157,8 @@ def gain_finding(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> str:  # a sentence
     "Say how many cells gain, and for how many the interval leaves out zero."
-    known = gains[gains.rpg.notna() & ~gains[["backbone", "strategy"]].apply(lambda r: weightless(*r), axis=1).astype(bool)]
+    known = of_pretrained(gains)
+    known = known[known.rpg.notna()]
     if known.empty: return "No cell has a gain yet"
     up, clear = int((known.rpg > 0).sum()), int((known.low > 0).sum())
     worse = int((known.high < 0).sum())
@@ -171,8 +172,8 @@ def gain_caption(
     "State n and interval of gains."
     known = gains[gains.rpg.notna()]
     if known.empty: return "no finished pair of runs"
-    span = lambda s: str(int(s.min())) if s.min() == s.max() else f"{int(s.min())} to {int(s.max())}"
-    return f"gain in % over {known.versus.iloc[0]}, [95 % interval over seeds and cases]; {span(known.n_seeds)} seeds, {span(known.n_cases)} test cases per cell"
+    n = f"{how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')}"
+    return f"gain in % over {known.versus.iloc[0]}, [95 % interval over seeds and cases]; {n} per cell"
 
 # %% ../../nbs/90_figures.ipynb #7a6f0349
 def gain_matrix(
@@ -180,12 +181,12 @@ def gain_matrix(
 ) -> alt.LayerChart:
     "Show the gain of each task and backbone as a heat map with words."
     cells = gain_cells(gains)
-    data = neat(cells, ["task", "backbone", "strategy", "column", "row", "metric", "rpg", "low", "high", "p_holm", "value", "interval", "clear", "sign", "size", "n_seeds", "n_cases", "reason"])
+    data = neat(cells, ["task", "backbone", "strategy", "column", "row", "metric", "rpg", "low", "high", "p_holm", "p_words", "value", "interval", "clear", "sign", "size", "n_seeds", "n_cases", "reason"])
     order = list(dict.fromkeys(data["row"]))
     base = alt.Chart(data).encode(
         x=alt.X("column:N", sort=list(dict.fromkeys(data["column"])), title=None, axis=alt.Axis(orient="top", labelAngle=0, labelExpr="split(datum.label, '.')", labelLimit=220, labelPadding=20, labelLineHeight=13, labelFontSize=12, domain=False, ticks=False)),
         y=alt.Y("row:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False, labelExpr="split(datum.label, ', ')", labelLimit=230, labelFontSize=12, labelLineHeight=14, labelPadding=8, labelOffset=-7 * max(row.count(", ") for row in order))),
-        tooltip=[alt.Tooltip(c, title=t) for c, t in (("task:N", "task"), ("backbone:N", "backbone"), ("strategy:N", "strategy"), ("metric:N", "metric"), ("value:N", "gain"), ("interval:N", "95 % interval"), ("p_holm:Q", "p (Holm)"), ("n_seeds:Q", "seeds"), ("n_cases:Q", "cases"), ("reason:N", "note"))])
+        tooltip=[alt.Tooltip(c, title=t) for c, t in (("task:N", "task"), ("backbone:N", "backbone"), ("strategy:N", "strategy"), ("metric:N", "metric"), ("value:N", "gain"), ("interval:N", "95 % interval"), ("p_words:N", "p (Holm)"), ("n_seeds:Q", "seeds"), ("n_cases:Q", "cases"), ("reason:N", "note"))])
     top = max(float(cells["size"].max()), 1e-9)
     tiles = base.mark_rect(cornerRadius=4, stroke="#8886", strokeWidth=0.7).encode(
         color=alt.Color("sign:N", legend=None, scale=alt.Scale(domain=["gain", "loss", "none"], range=["#009E73", "#CC79A7", "#8884"])),
@@ -204,7 +205,7 @@ def alignment_title(
     "Say what the rank correlation shows."
     a = c.simple
     if not a.tested: return f"Distance and gain of {a.n} {'cell' if a.n == 1 else 'cells'}: too few to test"
-    if not (c.p <= 0.05 and (c.low > 0 or c.high < 0)): return f"No association of distance and gain is shown over {a.n} cells"
+    if not c.shown: return f"No association of distance and gain is shown over {a.n} cells"
     return f"Cells whose features moved further gained {'more' if a.rho > 0 else 'less'}"
 
 # %% ../../nbs/90_figures.ipynb #75b4a795
@@ -213,9 +214,11 @@ def alignment_caption(
     layer: str,  # of the distance
 ) -> str:  # for a subtitle
     "State rho, interval, p and n."
-    a = c.simple
-    test = f"Spearman ρ = {signed(a.rho, 2)} [{signed(c.low, 2)}, {signed(c.high, 2)}] over tasks and backbones, p = {c.p:.2g} from {c.ways} exchanges, " if a.tested and np.isfinite(c.low) else ""
-    return f"{test}n = {a.n} cells of {c.tasks} tasks and {c.backbones} backbones; layer {layer}; bars: 95 % interval of the gain, ± one standard deviation of the distance over seeds"
+    a, of = c.simple, f"rho, {c.of}"
+    ends = ", ".join(told(v, "rho", f"{of}, {end}") for end, v in (("low", c.low), ("high", c.high)))
+    rho = f"Spearman ρ = {told(a.rho, 'rho', of)} [{ends}] over tasks and backbones, {told_p(c.p, of)} from {c.ways} exchanges, "
+    test, n = rho if a.tested and np.isfinite(c.low) else "", f"{how_many([c.tasks], 'task', 'tasks')} and {how_many([c.backbones], 'backbone', 'backbones')}"
+    return f"{test}n = {a.n} cells of {n}; layer {layer}; bars: 95 % interval of the gain, ± one standard deviation of the distance over seeds"
 
 # %% ../../nbs/90_figures.ipynb #b61cf98b
 def alignment_scatter(
@@ -249,11 +252,11 @@ def distance_layers(
     for name in names:
         own = d2p[d2p.backbone == name]
         mean = own.groupby(["task", "layer"], sort=False, as_index=False).agg(mmd2=("mmd2", "mean"), seeds=("mmd2", "count")).assign(backbone=name)
-        data = neat(mean, ["task", "backbone", "layer", "mmd2", "seeds"], 3)
+        data = neat(mean.assign(text=[rounded(v, digits=2) for v in mean.mmd2]), ["task", "backbone", "layer", "mmd2", "text", "seeds"])
         base = alt.Chart(data, title=alt.Title(name, fontSize=12, offset=6)).encode(x=alt.X("layer:N", sort=list(dict.fromkeys(data["layer"])), title=None, axis=alt.Axis(labelAngle=-35, domain=False, ticks=False)),
                                       y=alt.Y("task:N", sort=None, title=None, axis=alt.Axis(domain=False, ticks=False)), tooltip=["task:N", "layer:N", alt.Tooltip("mmd2:Q", title="MMD²"), "seeds:Q"])
         tiles = base.mark_rect(cornerRadius=3, color=shades[name]).encode(opacity=alt.Opacity("mmd2:Q", legend=None, scale=alt.Scale(domain=[0, max(top, 1e-9)], range=[0.06, 0.7])))
-        panels.append((tiles + base.mark_text(fontSize=12).encode(text=alt.Text("mmd2:Q", format=".2g"))).properties(width=260, height=28 * data["task"].nunique()))
+        panels.append((tiles + base.mark_text(fontSize=12).encode(text="text:N")).properties(width=260, height=28 * data["task"].nunique()))
     return titled(alt.concat(*panels, columns=len(names), spacing=20), title, subtitle, dict(min=230, columns=len(names), gap=130, left=0))
 
 # %% ../../nbs/90_figures.ipynb #b70bf8bc

@@ -64,11 +64,12 @@ def paired(
     one: dict, other: dict,  # column → value: which rows are compared
     value: str,  # column that is compared
     by: str = "seed",  # equal where two rows are a pair
+    most: float = 1.0,  # how far two values can be apart
 ) -> dict:  # mean of one less other, low, high, n
-    "Mean difference with Student's 95 % interval over the pairs."
+    "Mean difference with its 95 % interval over the pairs, between what is possible."
     def pick(which: dict) -> pd.Series:
         found = rows[(rows[list(which)] == pd.Series(which)).all(axis=1)].set_index(by)[value]
         if found.index.has_duplicates: raise VfmError(f"{which} names more than one row per {by}; name one column more.")
         return found.astype(float)
     gap = (pick(one) - pick(other)).dropna()
-    return dict(zip(("mean", "low", "high"), mean_interval(gap.to_numpy()))) | {"n": len(gap)}
+    return dict(zip(("mean", "low", "high"), mean_interval(gap.to_numpy(), -most, most))) | {"n": len(gap)}

@@ -22,7 +22,7 @@ from ..data.loader import Loader
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec
 from ..pretrain.trainer import Keeper, Recipe, Trainer, train
-from .metric import METRICS
+from ..foundation.quantity import METRICS
 from .task import Task, TaskData
 
 # %% ../../nbs/65_fit.ipynb #10747b28

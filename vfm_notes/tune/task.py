@@ -23,7 +23,8 @@ from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
 from ..foundation.registry import VfmError, nearest, tasks
 from .heads import DENSE_HEADS, check_head, dense_head
-from .metric import METRICS, dice_per_class, hausdorff_per_class, one_hot
+from ..foundation.quantity import METRICS
+from .metric import dice_per_class, hausdorff_per_class, one_hot
 
 # %% ../../nbs/61_task.ipynb #a4b36780
 @dataclass

@@ -35,7 +35,7 @@ from ..pretrain.trainer import Keeper
 from ..shift.features import collect, distance, distance_to_pretraining
 from ..shift.transferability import transferability
 from .fit import OVERLAP, fit, middle, predict, smaller, training_batches
-from .metric import METRICS
+from ..foundation.quantity import METRICS
 from .probe import Cached, cached
 from .strategy import apply_strategy, drop_blocks, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
