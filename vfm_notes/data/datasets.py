@@ -18,6 +18,7 @@ from .cache import Plan, Source, stamps
 from .cohort import CohortCard, content_hash
 from .phantom import GRADES
 from .grid import check_fit
+from .sheets import read_sheet
 from .volume import centre_of, crop_or_pad, grid_around, read_image, read_mask, resample, spacing_of, to_array
 
 # %% ../../nbs/16_datasets.ipynb #ab6ed887
@@ -48,10 +49,7 @@ def manifest(
 ) -> list[str]:  # case names
     "Names in cases.csv, each with its image and its label file."
     path = folder/"cases.csv"
-    if not path.is_file(): raise VfmError(f"{path} does not exist; expected the list of cases with a column 'case'.")
-    table = pd.read_csv(path)
-    if "case" not in table: raise VfmError(f"{path} has the columns {', '.join(table.columns)}, expected one named 'case'.")
-    names = [str(n) for n in table["case"]]
+    names = [row["case"] for row in read_sheet(path, ("case",))]
     doubled = sorted({n for n in names if names.count(n) > 1})
     if doubled: raise VfmError(f"{path} lists {', '.join(doubled)} more than once; expected each case once.")
     return names

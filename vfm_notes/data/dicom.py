@@ -16,6 +16,7 @@ import pandas as pd
 import SimpleITK as sitk
 from .volume import check_wrap, same_locale, split_address
 from ..foundation.meter import check_allocation
+from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/131_dicom.ipynb #0cf1ab16
@@ -59,6 +60,7 @@ def read_headers(
 ) -> dict[Path, dict[str, str]]:  # file → header
     "The headers of all files of a folder; any that is no slice is an error."
     if not folder.is_dir(): raise VfmError(f"{folder} is not a folder; expected one with the files of a DICOM series.")
+    for path in sorted(folder.iterdir()): check_fetched(path)
     found, bad = {}, []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != "DICOMDIR"):
         try: found[path] = read_header(path)

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'CELL', 'FREE', 'VOXEL', 'Manifest', 'as_text', 'read_card',
-           'card_type', 'read_parquet', 'read_manifest', 'write_manifest', 'mask_columns', 'known_columns',
-           'crop_problem', 'table_problems', 'located', 'file_problem', 'grade_index', 'row_problems', 'doubled',
-           'found_problems', 'manifest_problems', 'count_cases']
+           'card_type', 'read_parquet', 'sheet_table', 'read_manifest', 'write_manifest', 'mask_columns',
+           'known_columns', 'crop_problem', 'mask_problems', 'table_problems', 'located', 'file_problem', 'number_of',
+           'grade_order', 'grade_index', 'row_problems', 'doubled', 'found_problems', 'manifest_problems',
+           'count_cases']
 
 # %% ../../nbs/17_manifest.ipynb #08eba5e9
+import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,8 +21,10 @@ import numpy as np
 import pandas as pd
 import yaml
 from .cohort import SPLITS, CohortCard
+from .sheets import read_table
 from .volume import split_address
 from ..foundation.meter import check_allocation
+from ..foundation.pointers import check_fetched, pointer_problem
 from ..foundation.registry import Registry, VfmError, nearest
 from ..foundation.spec import from_values
 
@@ -32,6 +37,7 @@ class Manifest:
     root: Path  # the paths of the table are relative to it
     crop: str = "volume"  # or what the grid is centred on: a mask column, "voxel x y z", "middle" of pictures
     targets: tuple[str, ...] = ()  # names of 0/1 columns
+    threshold: float | None = None  # of masks whose values are no whole numbers: from here on it is the structure
 
     def __post_init__(self):
         self.targets, self.card = self.targets or self.card.targets, replace(self.card, targets=self.targets or self.card.targets)
@@ -52,12 +58,13 @@ def as_text(
     return pd.DataFrame({str(c): [word(v) for v in table[c]] for c in table.columns}, dtype=object)
 
 # %% ../../nbs/17_manifest.ipynb #cf4d091c
-MORE = ("root", "crop", "targets")  # of card.yaml, beside the fields of CohortCard
+MORE = ("root", "crop", "targets", "threshold")  # of card.yaml, beside the fields of CohortCard
 
 def read_card(
     path: Path,  # card.yaml
-) -> tuple[CohortCard, dict]:  # the card; root, crop and targets
+) -> tuple[CohortCard, dict]:  # the card; root, crop, targets and threshold
     "Read a card strictly."
+    check_fetched(path)
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise VfmError(f"{path} does not exist; expected the card of the cohort (name, title, licence, ...).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise VfmError(f"{path}: not valid YAML ({str(e).splitlines()[0]}); correct the file.") from None
@@ -70,7 +77,7 @@ def read_card(
     return card, more
 
 TEXT, WORDS = "text (in quotes where YAML reads something else)", "a list of texts (in quotes where YAML reads something else)"
-CARD_TYPES = dict(sequences=WORDS, classes="'background' and the names of the other classes", grades=WORDS, targets=WORDS, spacing="three numbers of mm [d, h, w]", mean="one number per sequence", sd="one number per sequence", non_commercial="true or false", empty_labels="true or false")
+CARD_TYPES = dict(sequences=WORDS, classes="'background' and the names of the other classes", grades=WORDS, targets=WORDS, spacing="three numbers of mm [d, h, w]", mean="one number per sequence", sd="one number per sequence", threshold="a number", non_commercial="true or false", empty_labels="true or false")
 
 def card_type(key: str, value) -> bool:
     "Whether the value of a card's field is of the right type."
@@ -79,6 +86,7 @@ def card_type(key: str, value) -> bool:
         case "sequences": return words and len(value) > 0
         case "classes": return words and value[:1] == ("background",)
         case "grades" | "targets": return words
+        case "threshold": return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         case "mean" | "sd": return isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)
         case "spacing": return isinstance(value, tuple) and len(value) == 3 and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in value)
         case "non_commercial" | "empty_labels": return isinstance(value, bool)
@@ -97,6 +105,13 @@ def read_parquet(
     return pd.read_parquet(path)
 
 # %% ../../nbs/17_manifest.ipynb #533d63eb
+def sheet_table(
+    path: Path,  # manifest.csv
+) -> pd.DataFrame:  # text
+    "A table of cases as people write it; see `sheets`."
+    names, rows = read_table(path)
+    return pd.DataFrame(rows, columns=names, dtype=object)
+
 def read_manifest(
     path: str | Path,  # the folder, or the table or the card in it
 ) -> Manifest:
@@ -105,10 +120,12 @@ def read_manifest(
     tables = [p for p in (folder/"manifest.csv", folder/"manifest.parquet") if p.is_file()]
     if len(tables) != 1: raise VfmError(f"{folder} has {'both manifest.csv and manifest.parquet' if tables else 'no manifest.csv or manifest.parquet'}; expected one table of cases beside card.yaml.")
     card, more = read_card(folder/"card.yaml")
-    try: table = read_parquet(tables[0]) if tables[0].suffix == ".parquet" else pd.read_csv(tables[0], dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    check_fetched(tables[0])
+    try: table = read_parquet(tables[0]) if tables[0].suffix == ".parquet" else sheet_table(tables[0])
     except VfmError: raise
     except Exception as e: raise VfmError(f"{tables[0]} cannot be read as a table ({(str(e).splitlines() or ['no reason given'])[0]}).") from None
-    return Manifest(as_text(table), card, Path(os.path.normpath(folder.resolve()/more.get("root", "."))), more.get("crop", "volume"), more.get("targets", ()))
+    root = Path(os.path.normpath(folder.resolve()/more.get("root", ".")))
+    return Manifest(as_text(table), card, root, more.get("crop", "volume"), more.get("targets", ()), more.get("threshold"))
 
 # %% ../../nbs/17_manifest.ipynb #13351ca7
 def write_manifest(
@@ -123,7 +140,7 @@ def write_manifest(
     dest.mkdir(parents=True, exist_ok=True)
     root, here = manifest.root.resolve(), dest.resolve()
     root = os.path.relpath(root, here) if root.is_relative_to(here) or here.is_relative_to(root) else str(root)
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(manifest.card) | dict(root=root, crop=manifest.crop, targets=manifest.targets)).items()}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(manifest.card) | dict(root=root, crop=manifest.crop, targets=manifest.targets) | ({} if manifest.threshold is None else {"threshold": manifest.threshold})).items()}
     card.unlink(missing_ok=True)
     for name, text in (("manifest.csv", manifest.table.to_csv(index=False)), ("card.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))):
         temporary = dest/f".{name}.{os.getpid()}"
@@ -158,6 +175,17 @@ def crop_problem(
     return f"crop is '{manifest.crop}', expected 'volume' or a mask column ({', '.join(masks) or 'there is none'}), or 'voxel x y z', or 'middle' for pictures without masks"
 
 # %% ../../nbs/17_manifest.ipynb #a20f638e
+def mask_problems(
+    manifest: Manifest,
+) -> list[str]:  # one sentence each
+    "What is wrong with the card where it speaks of masks."
+    masks, classes, found = mask_columns(manifest), manifest.card.classes[1:], []
+    if "label" in manifest.table and not classes: found.append("column 'label' is there, but the card names no classes; expected 'background' and a name for each of its values 1, 2, ... in classes")
+    if manifest.threshold is None: return found
+    if not masks: found.append(f"threshold is {manifest.threshold:g}, but there is no column of masks; remove it")
+    if masks == ["label"] and len(classes) > 1: found.append(f"threshold is {manifest.threshold:g}, but the column label tells {len(classes)} classes apart by its values; remove it, or give each class a mask column")
+    return found
+
 def table_problems(
     manifest: Manifest,
 ) -> list[str]:  # one sentence each
@@ -166,7 +194,7 @@ def table_problems(
     found = [f"column '{c}' is missing; the card asks for {', '.join(needed)}" for c in needed if c not in table]
     known = [*needed, *optional, "label", "note_*"]
     found += [f"unknown column '{c}'.{nearest(c, known)} Known: {', '.join(known)}" for c in table if c not in known and not c.startswith("note_")]
-    found += [p for p in [crop_problem(manifest)] if p]
+    found += [p for p in [crop_problem(manifest), *mask_problems(manifest)] if p]
     if not manifest.root.is_dir(): found.append(f"root {manifest.root} is not a folder; expected the folder that the paths are relative to")
     if not len(table): found.append("the table has no rows, expected one for each case")
     if not {"case", "patient"} <= set(table): return found
@@ -188,19 +216,37 @@ def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when 
     if cell == "none" and column.startswith("mask_"): return ""
     path, _ = split_address(located(manifest.root, cell))
     if not path.is_relative_to(manifest.root): return f"{column} is {cell}, which lies outside the root {manifest.root}; expected a path inside it"
+    if problem := pointer_problem(path): return f"{column}: {problem}"
     try: return "" if path.exists() else f"{column}: {path} does not exist"
     except OSError as e: return f"{column} is '{cell[:40]}{'...' * (len(cell) > 40)}', which is no path ({e.strerror})"
 
 # %% ../../nbs/17_manifest.ipynb #218fac3e
+def number_of(
+    text: str,
+) -> float | None:  # None where it is no number
+    "What a cell says as a number; 1 and 1.0 are the same."
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+", text) else None
+
+def grade_order(
+    names: Iterable[str],  # as they occur
+) -> tuple[str, ...]:  # each once; 1.0 is written 1
+    "Grades in order: numbers as numbers, words by the alphabet with the numbers in them as numbers."
+    plain = lambda n: str(int(n)) if n.is_integer() else str(n)
+    short = {plain(n) if (n := number_of(name)) is not None else name for name in names}
+    if all(number_of(name) is not None for name in short): return tuple(sorted(short, key=float))
+    return tuple(sorted(short, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)]))
+
 def grade_index(
     card: CohortCard,
-    cell: str,  # a name, an index, or unknown
-) -> int | None:  # -1 unknown, None where it is none of these
-    "The index of a grade."
+    cell: str,  # a name of card.grades, or unknown
+) -> int | None:  # -1 unknown, None where it is neither
+    "The index of a grade: the cell is its name, never the index itself."
     if cell == "unknown": return -1
     if cell in card.grades: return card.grades.index(cell)
-    return int(cell) if cell.isdecimal() and int(cell) < len(card.grades) else None
+    same = [k for k, name in enumerate(card.grades) if number_of(cell) is not None and number_of(name) == number_of(cell)]
+    return same[0] if len(same) == 1 else None
 
+# %% ../../nbs/17_manifest.ipynb #ddde0ddc
 def row_problems(
     manifest: Manifest,
     row: dict[str, str],  # one row of the table
@@ -210,8 +256,8 @@ def row_problems(
     files = [c for c in (*card.sequences, *mask_columns(manifest)) if c in row] + ["zones"] * bool(row.get("zones"))
     found += [p for c in files if (p := file_problem(manifest, c, row[c]))]
     if "split" in row and row["split"] not in SPLITS: found.append(f"split is '{row['split']}', expected one of {', '.join(SPLITS)}.{nearest(row['split'], SPLITS)}" if row["split"] else f"split is missing, expected one of {', '.join(SPLITS)}")
-    if card.grades and "grade" in row and grade_index(card, row["grade"]) is None: found.append(f"grade is {row['grade']!r}, expected 0 to {len(card.grades) - 1}, {', '.join(card.grades)} or unknown" if row["grade"] else "grade is missing, expected a number or a name (or 'unknown')")
-    return found + [f"target_{t} is {row[f'target_{t}']!r}, expected 0 or 1" for t in manifest.targets if row.get(f"target_{t}", "0") not in ("0", "1")]
+    if card.grades and "grade" in row and grade_index(card, row["grade"]) is None: found.append(f"grade is {row['grade']!r}, expected a name of the card: {', '.join(card.grades)} (or 'unknown')" if row["grade"] else f"grade is missing, expected {', '.join(card.grades)} or 'unknown'")
+    return found + [f"target_{t} is {row[f'target_{t}']!r}, expected 0 or 1" for t in manifest.targets if number_of(row.get(f"target_{t}", "0")) not in (0, 1)]
 
 # %% ../../nbs/17_manifest.ipynb #aad52ebe
 def doubled(
@@ -247,6 +293,6 @@ def count_cases(
     table, card = manifest.table, manifest.card
     def row(split: str, of: pd.DataFrame) -> dict:
         grades = [grade_index(card, g) for g in of["grade"]] if card.grades and "grade" in of else []
-        return {"split": split, "cases": len(of), "patients": of["patient"].nunique(), **{g: grades.count(k) for k, g in enumerate(card.grades)}, **{t: int((of[f"target_{t}"] == "1").sum()) for t in manifest.targets if f"target_{t}" in of}}
+        return {"split": split, "cases": len(of), "patients": of["patient"].nunique(), **{g: grades.count(k) for k, g in enumerate(card.grades)}, **{t: sum(number_of(v) == 1 for v in of[f"target_{t}"]) for t in manifest.targets if f"target_{t}" in of}}
     if "split" not in table: return pd.DataFrame([row("dealt by the study", table)])
     return pd.DataFrame([row(s, table[table["split"] == s]) for s in SPLITS if (table["split"] == s).any()])

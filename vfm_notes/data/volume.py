@@ -19,8 +19,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from .masks import mask_values
 from .nifti import read_nifti
 from ..foundation.meter import check_allocation
+from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, failure
 
 # %% ../../nbs/13_volume.ipynb #4fddde53
@@ -40,7 +42,8 @@ FOREIGN = {  # ending: what it is, what to do
 def check_file(
     path: Path,
 ) -> None:
-    "Refuse what is not there, is empty, or is no format we read."
+    "Refuse what is not there, is a pointer, is empty, or is no format we read."
+    check_fetched(path)
     name, known = path.name.lower(), ", ".join(SUFFIXES)
     if not path.exists():
         raise VfmError(f"{path} does not exist; expected a volume ({known}) or a folder with a DICOM series.")
@@ -246,14 +249,14 @@ def read_image(
 # %% ../../nbs/13_volume.ipynb #933dfd61
 def read_mask(
     path: str | Path,
-    values: Iterable[int],  # that may occur
-) -> sitk.Image:  # float32 with whole numbers, axes L, P, S
-    "Read a label volume; other values than the allowed ones are an error."
-    image, allowed = read_image(path, constant=True), sorted(values)
-    found = np.unique(sitk.GetArrayViewFromImage(image))
-    wrong = [v for v in found if v not in allowed]
-    if wrong: raise VfmError(f"{path} has the values {', '.join(f'{v:g}' for v in wrong[:5])}, expected only {', '.join(map(str, allowed))}.")
-    return image
+    values: Iterable[int] | None = None,  # that may occur; None: a mask of one structure
+    threshold: float | None = None,  # from here on a value belongs to the structure
+) -> sitk.Image:  # float32 with whole numbers (0 and 1 of one structure), axes L, P, S
+    "Read a label volume or a mask; see `masks` for the values that it may have."
+    image = read_image(path, constant=True)
+    mask = sitk.GetImageFromArray(mask_values(sitk.GetArrayViewFromImage(image), path, values, threshold).astype(np.float32))
+    mask.CopyInformation(image)
+    return mask
 
 # %% ../../nbs/13_volume.ipynb #4d6c0e35
 def to_array(

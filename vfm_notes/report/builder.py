@@ -75,9 +75,9 @@ def plan_rows(
     looks = [Look(j, dict.fromkeys(j.runs, "missing")) for j in jobs]
     for kind in dict.fromkeys(j.kind for j in jobs):
         own = [k for k in looks if k.job.kind == kind]
-        rows.append((kind, len(own), sum(k.missing for k in own), str(time_left(own, known))))
+        rows.append((kind, len(own), sum(k.left for k in own), str(time_left(own, known))))
     whole = time_left(looks, known)
-    return rows, f"{len(jobs)} notebooks, {sum(k.missing for k in looks)} runs; {whole} one after the other, {whole.basis}."
+    return rows, f"{len(jobs)} notebooks, {sum(k.left for k in looks)} runs; {whole} one after the other, {whole.basis}."
 
 # %% ../../nbs/96_builder.ipynb #ea2d26ab
 class StudyBuilder(Shown):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'weights_app', 'Study', 'SHOWN', 'Accept', 'show_version', 'options', 'main', 'run', 'print_summary',
-           'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'table', 'site', 'weights_list',
-           'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
+           'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'in_words', 'table', 'site',
+           'weights_list', 'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
 import gc
@@ -87,15 +87,14 @@ def run(
 def print_summary(summary) -> None:
     "The last lines of `vfm run`."
     from vfm_notes.runs.watch import duration
-    total = summary.done + len(summary.failed) + len(summary.missing)
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for line in failures(summary): print(line)
     if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, their job was cancelled, or the time was over): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.stopped: print(f"vfm: {summary.stopped}", file=sys.stderr)
     for template, n in summary.stale.items(): print(f"note: {n} records were made by another version of {template}")
-    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
-    elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({total} runs).")
-    else: print(f"Study {summary.study}: {summary.done} of {total} runs done, {duration(summary.seconds)}.")
+    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {summary.total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
+    elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {summary.total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
+    else: print(f"Study {summary.study}: {summary.done} of {summary.total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
 
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table tells the rest
     "What failed, one line each, not too many."
@@ -110,9 +109,11 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
+    from vfm_notes.runs.estimate import speeds, time_left
     from vfm_notes.runs.grid import check_templates, plan, shard
     from vfm_notes.runs.record import damage_lines, scan_records
-    from vfm_notes.runs.watch import duration, durations, look_at, time_left
+    from vfm_notes.runs.states import count_states
+    from vfm_notes.runs.watch import look_at
     spec = load_study(study)
     jobs = shard(plan(spec, only, templates), part)
     ids = {id for j in jobs for id in j.runs}
@@ -121,8 +122,10 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     todo = to_do(spec.name, jobs, retry)
     check_templates(todo)
     for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
-    left = time_left([look_at(spec.name, j, records) for j in todo], durations(jobs, records, []), 1)
-    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run, about {duration(left)} of work.")
+    left = time_left([look_at(spec.name, j, records) for j in todo], speeds(records.values()))
+    states = [s for j in jobs for s in look_at(spec.name, j, records).states.values()]
+    print(f"Study {spec.name}: {count_states(states)} of {len(states)} runs.")
+    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run" + (f", {left} of work ({left.basis})." if todo else "."))
     print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
     for problem in lacking(spec): print(f"missing: {problem}")
     if executor == "slurm":
@@ -145,9 +148,9 @@ def lacking(spec) -> list[str]:  # spec: of the study
 # %% ../../nbs/99_cli.ipynb #15865b57
 def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
     "How a job stands, in one line."
+    from vfm_notes.runs.states import count_states, job_state
     from vfm_notes.runs.watch import duration
-    counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(look.states.values()).count(s)))
-    mark = "running" if look.since else "queued" if look.queued else "skipped" if look.missing and look.job.skipped else next(s for s in ("missing", "failed", "done") if s in look.states.values())
+    mark, counts = job_state(look.states.values()), count_states(look.states.values())
     more = f"  {duration(look.elapsed)}, {look.part:.0%} {look.text}{' · ' * bool(look.queued)}{look.queued}" if look.since else f"  {look.queued}" if look.queued else f"  {look.job.skipped}" if mark == "skipped" else ""
     return f"{mark:8}{look.job.name:{width}} {counts}{more}"
 
@@ -155,10 +158,13 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
 def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study → lines, exit status, whether anything still runs or waits
     "How a study stands now."
     from vfm_notes.runs.batch import summarise
+    from vfm_notes.foundation.quantity import how_many
     from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.slurm import queued_jobs
-    from vfm_notes.runs.watch import duration, durations, look_at, time_left
+    from vfm_notes.runs.estimate import speeds, time_left
+    from vfm_notes.runs.states import count_states
+    from vfm_notes.runs.watch import look_at
     jobs, queue = plan(spec), queued_jobs(spec.name)
     ids = {id for j in jobs for id in j.runs}
     found, damaged = scan_records(spec.name, ids)
@@ -166,11 +172,13 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
     looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     summary, running = summarise(spec.name, jobs, records=records), [k for k in looks if k.since]
     lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary), *damage_lines(spec.name, damaged, ids)]
-    lines.append(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {f'{len(queue)} in the queue, ' * bool(queue)}{len(summary.failed)} failed, {len(summary.missing)} missing.")
+    states, at_work = [s for k in looks for s in k.states.values()], f"; {how_many([len(running)], 'notebook', 'notebooks')} at work" if running else ""
+    lines.append(f"Study {spec.name}: {count_states(states)} of {len(states)} runs{at_work}.")
     if summary.others: lines.append(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     lines += [f"{n} records were made by another version of {template}; they are kept as they are. To compute them again, delete their folders." for template, n in summary.stale.items()]
-    waiting = [k for k in looks if k.missing and not k.job.skipped]
-    if running: lines.append(f"About {duration(time_left(waiting, durations(jobs, records, running), len(running)))} left.")
+    waiting = [k for k in looks if k.left]
+    left = time_left(waiting, speeds(records.values(), running), max(1, len(running)))
+    if running: lines.append(f"{str(left).capitalize()} left, {left.basis}.")
     return lines, 1 if summary.failed or summary.problems else 0, bool(running or queue or waiting)
 
 # %% ../../nbs/99_cli.ipynb #243010a7
@@ -201,6 +209,17 @@ def status(
     if not live: print(*lines, sep="\n")
     raise typer.Exit(code)
 
+# %% ../../nbs/99_cli.ipynb #1cdd3527
+def in_words(runs):  # runs: from analysis.tables.runs_table; the same with numbers as all pages write them
+    "Write the numbers of a table of runs."
+    from vfm_notes.foundation.quantity import rounded, told
+    say = lambda r, c, kind, of: told(float(r[c]), kind, f"{of} {r['id']}", r["metric"] or "") if r[c] == r[c] else ""
+    rows = runs.to_dict("records")
+    scores = {c: [say(r, c, "score", f"{of} of run") for r in rows] for c, of in (("value", "score"), ("control", "control"))}
+    seconds = [told(r["seconds_training"], "seconds", f"training of run {r['id']}") for r in rows]
+    memory = [rounded(v, 0) if v == v else "" for v in runs.peak_memory_mib]
+    return runs.assign(**scores, seconds_training=seconds, peak_memory_mib=memory, metric=runs.metric.fillna(""))
+
 # %% ../../nbs/99_cli.ipynb #b9b3d6a4
 SHOWN = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]
 
@@ -211,21 +230,27 @@ def table(
 ) -> None:
     "One row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
+    from vfm_notes.foundation.sheets import write_sheet
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import damage_lines, no_collecting, scan_records
-    writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
+    from vfm_notes.runs.states import count_states, states_of
+    writers = {".csv": write_sheet, ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
     spec = load_study(study)
     with no_collecting():  # until all is written
-        ids = {id for j in plan(spec) for id in j.runs}
+        jobs = plan(spec)
+        ids = {id for j in jobs for id in j.runs}
         known, damaged = scan_records(spec.name, ids)
         print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged), file=sys.stderr)
-        records = [r for r in known if r["id"] in ids]
+        by_id, records = {r["id"]: r for r in known}, [r for r in known if r["id"] in ids]
+        states = [s for j in jobs for s in states_of(j, by_id).values()]
         runs = runs_table(records)
         if len(known) > len(records): print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are left out.", file=sys.stderr)
         if spec.search: runs = mark(runs, candidates(runs, curves_table(spec.name, records)))
-        if not output: return print(runs[SHOWN + [*spec.search, "chosen"] * bool(spec.search)].to_string(index=False) if records else "No records yet.")
+        print(f"Study {spec.name}: {count_states(states)} of {len(states)} runs.", file=sys.stderr)
+        shown = SHOWN + [*spec.search, "chosen"] * bool(spec.search)
+        if not output: return print(in_words(runs)[shown].to_string(index=False) if records else "No records yet.")
         names = sorted({m for r in records for m in r["metrics"]})
         writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), output)  # a row is a record
         print(f"{output}: {len(runs)} runs")
@@ -235,12 +260,14 @@ def table(
 def site(
     study: Study,
     renderer: Annotated[str, typer.Option(help="auto, quarto or smalldocs.")] = "auto",
+    pseudonyms: Annotated[bool, typer.Option("--pseudonyms", help="Replace the ids of cases and patients, everywhere, by stand-ins that only your site key can make; leave error messages out.")] = False,
 ) -> None:
     "Build the report site from the records, and say what was found."
     from vfm_notes.report.site import build_site
-    made = build_site(study, renderer)
+    made = build_site(study, renderer, pseudonyms=pseudonyms)
     print("The site is up to date." if made.up_to_date else f"The site has {made.pages} pages, {len(made.made)} of them made now.")
     print(f"Site: {made.path}")
+    print(made.people)
     for problem in made.problems: print(f"problem: {problem}")
     for finding in made.findings: print(f"- {finding}")
     raise typer.Exit(1 if made.problems else 0)

@@ -16,6 +16,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 # %% ../../nbs/97_live.ipynb #50ca2e5f
+from ..foundation.quantity import how_many
 from ..foundation.places import checkpoint_file, study_root
 from ..foundation.show import Figure, words as drawn_words
 from ..foundation.spec import load_study
@@ -24,6 +25,7 @@ from .figures import titled, words
 from .widgets import Shown, escaped, static_bundle
 from ..runs.grid import known_records, plan
 from ..runs.estimate import speeds, time_left
+from ..runs.states import count_states
 from ..runs.watch import duration, look_at
 
 # %% ../../nbs/97_live.ipynb #a30ac235
@@ -148,10 +150,10 @@ def study_line(
     looks = [look_at(spec.name, j, known) for j in plan(spec)]
     states = [s for k in looks for s in k.states.values()]
     at_work = [k for k in looks if k.since]
-    left = time_left([k for k in looks if k.missing and not k.job.skipped], speeds(known.values(), at_work), max(1, len(at_work)))
-    counts = ", ".join(f"{states.count(s)} {s}" for s in ("done", "failed", "missing") if s in states)
-    tail = f"; {len(at_work)} notebooks at work" if at_work else "; nothing is running"
-    return f"<b>Study {escaped(spec.name)}</b>: {counts} of {len(states)} runs{tail}" + (f", {left} {'left' if at_work else 'of work left'}" if left.seconds else "")
+    left = time_left([k for k in looks if k.left], speeds(known.values(), at_work), max(1, len(at_work)))
+    tail = f"; {how_many([len(at_work)], 'notebook', 'notebooks')} at work" if at_work else "; nothing is at work"
+    more = f", {left} {'left' if at_work else 'of work left'}" if left.seconds else ""
+    return f"<b>Study {escaped(spec.name)}</b>: {count_states(states)} of {len(states)} runs{tail}{more}"
 
 # %% ../../nbs/97_live.ipynb #74798703
 def live_training(

@@ -23,8 +23,10 @@ from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
 from .convert import front_matter, joined, parameterised, read_notebook, to_page, without_title
+from .published import Publication, publication_print, published_notebook
 from ..runs.forkserver import SAFE_KERNEL, safe_env
 from ..runs.grid import Job, plan, run_states
+from ..runs.states import count_states, states_of
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
 ORDER = ("index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog")  # pages in reading order; others follow
@@ -38,6 +40,9 @@ class Page:
     options: dict  # front matter
     print: str  # fingerprint of all it is made from
     job: Job | None = None  # for the page of a run notebook
+
+    @property
+    def download(self) -> str: return self.name.removeprefix("run-")  # name of the run notebook's files
 
 # %% ../../nbs/92_pages.ipynb #442cd02f
 def fingerprint(
@@ -70,9 +75,10 @@ def records_print(
 def report_pages(
     study: StudySpec,
     records: list[dict],  # of the study
+    published: str = "",  # how texts are changed, see `publication_print`
 ) -> list[Page]:
     "List the report's own pages in reading order."
-    code, folder = code_print(), report_notebooks()[0].parent
+    code, folder = fingerprint(code_print(), published), report_notebooks()[0].parent
     made_of = {"records": records_print(records), "data": os.environ.get("VFM_DATA", "")} | {p.stem: fingerprint(p) for p in sorted(folder.glob("*.json"))}
     out = []
     for path in report_notebooks():
@@ -92,14 +98,16 @@ def run_pages(
     study: StudySpec,
     jobs: list[Job],  # the study's plan
     records: dict[str, dict],  # by run id
+    by: Publication,
 ) -> list[Page]:
     "List one page for each executed notebook."
-    out, code = [], fingerprint(package_root() / "report" / "convert.py", package_root() / "foundation")
+    out, made_by = [], [package_root() / "report" / f"{n}.py" for n in ("convert", "sweep", "relative", "published")]
+    code = fingerprint(*made_by, package_root() / "foundation", publication_print(by))
     for job in jobs:
         path = notebook_file(study.name, job.name)
         if not path.exists(): continue
-        options = {"title": job_title(job), "subtitle": f"The executed notebook {job.name}", "toc-depth": 2, "execute": {"echo": True}}
-        out.append(Page(f"run-{job.name}", path, options, fingerprint(path, code, job.name, run_states(job, records), [records[i].get("created") for i in job.runs if i in records]), job))
+        options = {"title": by.text(job_title(job)), "subtitle": f"The executed notebook {by.text(job.name)}", "toc-depth": 2, "execute": {"echo": True}}
+        out.append(Page(f"run-{by.text(job.name)}", path, options, fingerprint(path, code, job.name, run_states(job, records), [records[i].get("created") for i in job.runs if i in records]), job))
     return out
 
 # %% ../../nbs/92_pages.ipynb #013f1e2d
@@ -110,7 +118,7 @@ def job_title(
     first = job.specs[0]
     match job.kind:
         case "pretrain": return f"Pretraining: {first.backbone}"
-        case "external": return f"{words(first.task)} on {words(first.cohort)}: {first.backbone}"
+        case "external": return f"{words(first.task)} on {words(Path(first.cohort).name)}: {first.backbone}"
     return f"{words(first.task)}: {first.backbone}" + (f", {first.n_train} cases" if len({s.n_train for s in job.specs}) == 1 else "")
 
 # %% ../../nbs/92_pages.ipynb #a2888c13
@@ -176,27 +184,29 @@ def record_rows(
 # %% ../../nbs/92_pages.ipynb #ad8e81b3
 def run_header(
     job: Job,
-    records: dict[str, dict],  # by run id
+    records: dict[str, dict],  # by run id, as published
 ) -> str:  # HTML
     "Say where the runs of a notebook stand."
-    states = run_states(job, records)
-    counts = ", ".join(f"{n} {s}" for s in ("done", "failed", "missing") if (n := list(states.values()).count(s)))
+    states = states_of(job, records)
+    counts = count_states(states.values())
     name = html.escape(job.name)
     out = [f'<p>{len(states)} run{"s" * (len(states) > 1)}: {counts}. <a href="runs.html">All runs</a> · <a href="notebooks/{name}.ipynb" download>Download this notebook</a> · <a href="records/{name}.json" download>Download its records</a></p>']
     for id, state in states.items():
         if state == "failed":
             error = records[id].get("error") or {}
             out.append(f'<p><span class="vfm-status failed">failed</span> <code>{html.escape(id)}</code>: {html.escape(str(error.get("type", "")))}: {html.escape(str(error.get("message", "")))}</p>')
-        if state == "missing": out.append(f'<p><span class="vfm-status missing">missing</span> <code>{html.escape(id)}</code></p>')
+        if state in ("missing", "skipped"): out.append(f'<p><span class="vfm-status {state}">{state}</span> <code>{html.escape(id)}</code> {html.escape(job.skipped * (state == "skipped"))}</p>')
     return "".join(out) + record_rows([records[i] for i in states if i in records])
 
 # %% ../../nbs/92_pages.ipynb #7f93d512
 def run_page(
     page: Page,
-    records: dict[str, dict],  # by run id
-) -> dict:  # notebook to render
-    "Convert an executed run notebook."
-    whole = f'<a href="notebooks/{html.escape(page.job.name)}.ipynb" download>the notebook</a> has it all'
-    made = to_page(without_title(read_notebook(page.source)), page.options, page.name, whole)
-    made["cells"].insert(1, {"cell_type": "markdown", "id": "header", "metadata": {}, "source": f"```{{=html}}\n{run_header(page.job, records)}\n```"})
-    return made
+    records: dict[str, dict],  # by run id, as published
+    by: Publication,
+) -> tuple[dict, dict]:  # notebook to render, and the one to download
+    "Publish and convert an executed run notebook."
+    nb = published_notebook(by, read_notebook(page.source))
+    whole = f'<a href="notebooks/{html.escape(page.download)}.ipynb" download>the notebook</a> has it all'
+    made = to_page(without_title(nb), page.options, page.name, whole)
+    made["cells"].insert(1, {"cell_type": "markdown", "id": "header", "metadata": {}, "source": f"```{{=html}}\n{by.text(run_header(page.job, records))}\n```"})
+    return made, nb

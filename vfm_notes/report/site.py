@@ -25,11 +25,12 @@ import yaml
 # %% ../../nbs/93_site.ipynb #93ff0911
 from ..foundation.chart import chart_theme
 from ..foundation.origin import git_commit, versions
-from ..foundation.places import library_notebooks, package_root, pages_root, project_root, report_notebooks, site_root
+from ..foundation.places import library_notebooks, notebook_file, package_root, pages_root, project_root, report_notebooks, site_root
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
 from .convert import read_notebook, to_page
 from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
+from .published import Publication, people_line, publication, publication_print, published_notebook, published_record, tally
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
 from ..runs.record import SMALL, damage_lines, scan_records
@@ -142,10 +143,10 @@ def publish(
     "Put the rendered site, with notebooks and records of the runs and the library's pages, into the readers' folder."
     shutil.copytree(folder / "_site", new, dirs_exist_ok=True)
     shutil.copytree(reference / "_site", new / "reference")
-    if (folder / "records").exists(): shutil.copytree(folder / "records", new / "records")
-    (new / "notebooks").mkdir(exist_ok=True)
+    for part in ("notebooks", "records"): (new / part).mkdir(exist_ok=True)
     for p in pages:
-        if p.job: shutil.copy(p.source, new / "notebooks" / f"{p.job.name}.ipynb")
+        if p.job: shutil.copy(folder / "records" / f"{p.download}.json", new / "records")
+        if p.job: shutil.copy(folder / "downloads" / f"{p.download}.json", new / "notebooks" / f"{p.download}.ipynb")
 
 # %% ../../nbs/93_site.ipynb #70372e2e
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class SiteResult:
     pages: int = 0  # pages in the site
     made: tuple[str, ...] = ()  # pages that were made again
     problems: tuple[str, ...] = ()  # pages that failed, one sentence each
+    people: str = ""  # what in the site identifies people, one sentence
     seconds: float = 0.0  # wall time
 
 # %% ../../nbs/93_site.ipynb #refprint
@@ -215,24 +217,30 @@ def make_pages(
     records: list[dict],
     folder: Path,  # generated pages
     say: Callable[[str], None],
-) -> list[str]:  # problems, one sentence each
-    "Execute or convert pages into the generated folder."
-    problems, by_id, begun = [], {r["id"]: r for r in records}, time.monotonic()
+    by: Publication,
+) -> tuple[list[str], dict[str, dict]]:  # problems, one sentence each; page → what in it identifies people
+    "Execute or convert pages into the generated folder, as they may be published."
+    problems, by_id, begun, people = [], {r["id"]: r for r in records}, time.monotonic(), {}
     for p in pages:
         if not p.job: continue
-        write_json(folder / f"{p.name}.ipynb", run_page(p, by_id))
-        write_json(folder / "records" / f"{p.job.name}.json", {i: by_id[i] for i in p.job.runs if i in by_id})
+        kept = {i: published_record(by, by_id[i]) for i in p.job.runs if i in by_id}
+        made, nb = run_page(p, kept, by)
+        write_json(folder / f"{p.name}.ipynb", made)
+        write_json(folder / "downloads" / f"{p.download}.json", nb)
+        write_json(folder / "records" / f"{p.download}.json", {by.text(i): r for i, r in kept.items()})
+        people[p.name] = tally(by)
     own = [p for p in pages if not p.job]
     still = [p for p in own if not any(c["cell_type"] == "code" for c in read_notebook(p.source)["cells"])]  # nothing to execute
     def done(page: Page, nb: dict, error: str) -> None:
         if error: problems.append(f"Page {page.name} failed: {error}")
-        write_json(folder / f"{page.name}.ipynb", to_page(nb, page.options, page.name, fold=False))
+        write_json(folder / f"{page.name}.ipynb", to_page(nb if page in still else published_notebook(by, nb), page.options, page.name, fold=False))
+        people[page.name] = tally(by)
         say(f"  page {len(seen) + 1}/{len(own)} {page.name} {'FAILED ' + error if error else ''}({time.monotonic() - begun:.1f} s)")
         seen.append(page.name)
     seen: list[str] = []
     for p in still: done(p, read_notebook(p.source), "")
     if moving := [p for p in own if p not in still]: execute_pages(moving, study, done)
-    return problems
+    return problems, people
 
 # %% ../../nbs/93_site.ipynb #9f82120b
 @one_at_a_time
@@ -240,13 +248,15 @@ def build_site(
     study: str = "phantom",  # name in nbs/studies or path of a YAML file
     renderer: str = "auto",  # auto, quarto or smalldocs
     say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True),  # progress lines
+    pseudonyms: bool = False,  # for the ids of cases and patients
 ) -> SiteResult:
     "Build the report site of a study; return at once when nothing changed."
     begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
     jobs = plan(spec)
     ids = {id for j in jobs for id in j.runs}
     records, damaged = scan_records(spec.name, ids, same=SMALL)
-    pages = report_pages(spec, records) + run_pages(spec, jobs, {r["id"]: r for r in records})
+    by = publication(spec, records, [f for j in jobs if (f := notebook_file(spec.name, j.name)).exists()], pseudonyms)
+    pages = report_pages(spec, records, publication_print(by)) + run_pages(spec, jobs, {r["id"]: r for r in records}, by)
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = fingerprint(records_print(records), code_print())
@@ -255,7 +265,8 @@ def build_site(
     todo = [p for p in pages if stamp.get("pages", {}).get(p.name) != p.print or not (folder / f"{p.name}.ipynb").exists()]
     result = partial(SiteResult, target / "index.html", pages=len(pages))
     if not todo and stamp.get("around") == around and shown.get("site") == stamp.get("site") and (target / "index.html").exists():
-        return result(stamp["findings"], True, problems=tuple(stamp["problems"]), seconds=time.monotonic() - begun)
+        return result(stamp["findings"], True, problems=tuple(stamp["problems"]), seconds=time.monotonic() - begun,
+                      people=people_line(stamp["people"].values(), pseudonyms))
     check_ours(target)
     open_folder(folder, [p.name for p in todo])
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
@@ -264,15 +275,19 @@ def build_site(
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None
         library = beside.submit(build_reference, renderer, say)
-        problems = damage_lines(spec.name, damaged, ids) + make_pages(study, spec, todo, records, folder, say)
+        problems, people = make_pages(study, spec, todo, records, folder, say, by)
+        problems = damage_lines(spec.name, damaged, ids) + problems
         findings = sentences.result() if stale else stamp["findings"]
         reference = library.result()
     drop_pages(folder, wanted)
-    (folder / "_quarto.yml").write_text(yaml.safe_dump(site_config(spec, pages, made_from(spec, records)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    people = {p.name: people.get(p.name) or stamp["people"][p.name] for p in pages}
+    (folder / "_quarto.yml").write_text(by.text(yaml.safe_dump(site_config(spec, pages, made_from(spec, records)), sort_keys=False, allow_unicode=True)), encoding="utf-8")
     render(folder, renderer, json.loads((reference / "search_entries.json").read_text(encoding="utf-8")))
     say(f"  rendered by {renderer} ({time.monotonic() - begun:.1f} s)")
     failed = {p.split()[1] for p in problems if p.startswith("Page ")}
-    stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "known": known, "findings": findings, "problems": problems, "site": fingerprint(time.time(), spec.name)}
+    stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "known": known, "findings": findings,
+             "problems": problems, "people": people, "site": fingerprint(time.time(), spec.name)}
     close_folder(folder, stamp)
     with replacing(target, {"study": spec.name, "site": stamp["site"]}) as new: publish(folder, pages, new, reference)
-    return result(findings, False, made=tuple(p.name for p in todo), problems=tuple(problems), seconds=time.monotonic() - begun)
+    return result(findings, False, made=tuple(p.name for p in todo), problems=tuple(problems), seconds=time.monotonic() - begun,
+                  people=people_line(people.values(), pseudonyms))

@@ -24,13 +24,14 @@ from ..foundation.leave import asked, listening
 from ..foundation.places import log_file, run_folder, runs_root
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec, load_study, run_id
+from .estimate import speeds, time_left
 from .executors import Cancelled, Died, LocalExecutor, Lost, executors
 from .grid import Job, check_templates, job_states, known_records, plan, run_states, seed_choice, shard, unavailable
 from .notebook import ask_kernels, execute, grace, run_at_work, template_hash
 from .locks import job_lock, progress_file, running_since
 from .record import drop_record, failed_record, missing, read_record, say, write_record
 from .repair import repair, sweep
-from .watch import Display, duration, durations, look_at, time_left
+from .watch import Display, duration, look_at
 
 # %% ../../nbs/76_batch.ipynb #116dc40e
 def blame(
@@ -139,6 +140,8 @@ class Summary:
     stopped: str = ""  # why the batch ended early
     ran: int = 0  # jobs executed by this batch
 
+    @property
+    def total(self) -> int: return self.done + len(self.failed) + len(self.missing) + len(self.skipped)  # a skipped notebook is one run
     @property
     def status(self) -> int: return 1 if self.failed or self.missing or self.problems else 0  # exit status of the command
 
@@ -301,8 +304,8 @@ def watch(self: Batch, show: Display) -> None:
     records = known_records(self.study)
     looks = [look_at(self.study, j, records) for j in self.pending + [j for j, _ in self.running.values()]]
     at_work = [k for k in looks if k.since]
-    left = time_left(looks, durations(self.jobs, records, at_work), self.executor.jobs)
-    show.update(sum(list(run_states(j, records).values()).count("done") for j in self.jobs), at_work, left)
+    left = time_left(looks, speeds(records.values(), at_work), self.executor.jobs)
+    show.update(sum(list(run_states(j, records).values()).count("done") for j in self.jobs), at_work, str(left))
 
 for method in (start_ready, collect, outcome, loop, drop, leave, watch): setattr(Batch, method.__name__, method)
 

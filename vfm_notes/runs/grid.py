@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPECS', 'PLURAL', 'Job', 'unavailable', 'parameter_names', 'job_parameters', 'Looped', 'job_specs', 'axes_of',
            'parse_only', 'matches', 'seed_choice', 'shard', 'template_of', 'plan', 'transfer_jobs', 'external_jobs',
-           'study_records', 'known_records', 'run_states', 'job_states', 'state', 'template_parameters',
-           'check_template', 'check_templates']
+           'study_records', 'known_records', 'run_states', 'job_states', 'template_parameters', 'check_template',
+           'check_templates']
 
 # %% ../../nbs/71_grid.ipynb #992e015c
 import ast
@@ -26,7 +26,8 @@ from ..foundation.registry import VfmError, cohorts, nearest
 from ..foundation.schema import field_types, from_values
 from ..foundation.spec import (ExternalSpec, PretrainSpec, RunSpec, Spec, StudySpec, external_specs, file_name, pretrain_specs, run_id,
                                        run_specs)
-from .record import read_record, read_records, running_since
+from .locks import running_since
+from .record import read_record, read_records
 
 # %% ../../nbs/71_grid.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -225,18 +226,6 @@ def run_states(
 def job_states(job: Job, study: str) -> dict[str, str]:
     "The same, reading only the job's own records."
     return run_states(job, {id: r for id in job.runs if (r := read_record(run_folder(study, id)))})
-
-def state(
-    job: Job,
-    study: str,  # name of the study
-    records: dict | None = None,  # from known_records, read if not given
-) -> str:  # done, partial, failed, missing, running or skipped
-    "Where a job stands: failed means that nothing is missing, but some runs failed."
-    found = set(run_states(job, known_records(study) if records is None else records).values())
-    if running_since(study, job.name): return "running"
-    if found == {"done"}: return "done"
-    if "missing" not in found: return "failed"
-    return "skipped" if job.skipped else "missing" if found == {"missing"} else "partial"
 
 # %% ../../nbs/71_grid.ipynb #5220e5e2
 def template_parameters(

@@ -59,6 +59,7 @@ from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.disk import check_companion
 from ..foundation.origin import write_rows
+from ..foundation.people import key_id
 from ..foundation.places import report_notebooks, run_folder, studies, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
 from ..foundation.options import weightless
@@ -183,6 +184,7 @@ def starting_point(
     study: str, # name of the study that the run belongs to
 ) -> Start: # without a state where it begins with random weights, or nobody made any
     "The weights of a run, adapted as their plan says."
+    if spec.kind == "pretrain": key_id() # what is wrong with the site key is told before the training, not after it
     name, parent = (spec.start, "") if spec.kind == "pretrain" else (spec.backbone if needs_weights(spec) else "", spec.parent)
     if not name: return Start()
     cohort = run_cohort(spec)
