@@ -15,6 +15,7 @@ from statistics import median
 
 # %% ../../nbs/752_estimate.ipynb #6718b949
 from ..foundation.places import project_root
+from .states import OPEN
 from .watch import Look, duration
 
 # %% ../../nbs/752_estimate.ipynb #9c4b789e
@@ -98,7 +99,7 @@ def time_left(
     each = []
     for look in looks:
         kind = look.job.kind
-        todo = [run_time(kind, vars(s), known) for id, s in zip(look.job.runs, look.job.specs) if look.states[id] == "missing"]
+        todo = [run_time(kind, vars(s), known) for id, s in zip(look.job.runs, look.job.specs) if look.states[id] in OPEN]
         each.append(max(0.0, (look.whole or sum(t.seconds for t in todo)) - look.elapsed))
     longest = max(each, default=0.0)
     return Estimate(max(sum(each) / max(1, min(parallel, len(each))), longest), known.get((), (0, 0, 0))[2])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 # %% ../../nbs/75_watch.ipynb #acb95ce9
 from .grid import Job
 from .locks import progress_file, running_since
-from .states import states_of
+from .states import OPEN, states_of
 
 # %% ../../nbs/75_watch.ipynb #00032e27
 @dataclass
@@ -29,7 +29,7 @@ class Look:
     queued: str = ""  # where it is in a cluster's queue
 
     @property
-    def left(self) -> int: return sum(s in ("running", "queued", "missing") for s in self.states.values())  # runs to compute
+    def left(self) -> int: return sum(s in OPEN for s in self.states.values())  # runs to compute
     @property
     def elapsed(self) -> float: return max(0.0, time.time() - self.since) if self.since else 0.0
     @property
