@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from .cohort import CohortCard
 from .manifest import Manifest, layouts
 from .prostate_layouts import chosen, finished, native_spacing, read_sheet, save, toy_case, tried
+from ..foundation.names import as_name
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/182_table_layouts.ipynb #28936ffd
@@ -130,7 +131,7 @@ def table(
     if not sequences: raise VfmError(f"{path} has no column for an image; map one of {', '.join(TABLE_SEQUENCES)}, e.g. columns={{'t2w': '{have[-1]}'}}.")
     drawn = tuple(c.removeprefix("mask_") for c in have if c.startswith("mask_"))
     occur = tuple(sorted({r["grade"] for r in rows} - {"", "unknown"})) if "grade" in have else ()
-    card = CohortCard(name or path.parent.name, name or path.parent.name, licence, str(path), "not stated", sequences, ("background", *(classes if "label" in have else drawn)), tuple(grades) or occur, native_spacing(path.parent/rows[0][sequences[0]], found), "Read from a hand-written table.", non_commercial=licence == "not stated",
+    card = CohortCard(name or as_name(path.parent.name), name or path.parent.name, licence, str(path), "not stated", sequences, ("background", *(classes if "label" in have else drawn)), tuple(grades) or occur, native_spacing(path.parent/rows[0][sequences[0]], found), "Read from a hand-written table.", non_commercial=licence == "not stated",
         empty_labels=empty_labels, targets=tuple(c.removeprefix("target_") for c in have if c.startswith("target_")))
     return finished("table", path.parent, rows, card, found, "mask_gland" if "gland" in drawn and "label" not in have else "volume")
 
@@ -171,5 +172,5 @@ def profound(
     found += [f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(PROFOUND_GRADES[grade])} or unknown" for r in out if grade and r["grade"] not in (*PROFOUND_GRADES[grade], "unknown")]
     if grade: out = [r | {"grade": str(PROFOUND_GRADES[grade].index(r["grade"])) if r["grade"] in PROFOUND_GRADES[grade] else "unknown"} for r in out]
     drawn = [c for c in ("gland", "lesion") if f"mask_{c}" in ours]
-    card = CohortCard(path.parent.name, path.stem, licence, str(path), "not stated", ("t2w", "dwi", "adc"), ("background", *drawn), tuple(f"{grade} {g}" for g in PROFOUND_GRADES[grade]) if grade else (), native_spacing(path.parent/(out[0]["t2w"] if out else ""), found), "ProFound takes volumes at 1.0 x 0.5 x 0.5 mm, z-scored over the voxels that are not zero.", non_commercial=licence == "not stated", empty_labels=drawn == ["lesion"])
+    card = CohortCard(as_name(path.parent.name), path.stem, licence, str(path), "not stated", ("t2w", "dwi", "adc"), ("background", *drawn), tuple(f"{grade} {g}" for g in PROFOUND_GRADES[grade]) if grade else (), native_spacing(path.parent/(out[0]["t2w"] if out else ""), found), "ProFound takes volumes at 1.0 x 0.5 x 0.5 mm, z-scored over the voxels that are not zero.", non_commercial=licence == "not stated", empty_labels=drawn == ["lesion"])
     return finished("profound", path.parent, out, card, found, "mask_gland" if "gland" in drawn else "volume")

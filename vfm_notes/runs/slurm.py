@@ -19,12 +19,16 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 # %% ../../nbs/745_slurm.ipynb #0acfe8d7
 from ..foundation.leave import asked
 from ..foundation.places import study_root
 from ..foundation.registry import VfmError
-from .devices import read_settings
+from ..foundation.schema import Line, check_line
+from .devices import Processes, read_settings
 from .executors import Cancelled, Died, Future, Lost, answer_of, encode, executors, leave_answer, thread_env
 from .forkserver import python_path
 from .record import say
@@ -33,20 +37,20 @@ from .record import say
 @dataclass(frozen=True)
 class SlurmSettings:
     "What each notebook asks of the cluster."
-    partition: str = ""  # "" is the cluster's default
-    time: int = 240  # minutes
-    memory: str = "16GB"
-    cpus: int = 4  # cores, also the number of threads of all its processes
-    gpus: int = 0
-    processes: int = 1  # that share each training, one GPU each, see runs.launch
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    parallel: int = 256  # notebooks at a time
-    setup: tuple = ()  # shell lines before Python starts, e.g. "module load cuda"
-    python: str = ""  # what starts Python, e.g. "apptainer exec --nv image.sif python3"; "" is the Python that is running now
-    requeue: int = 3  # times that a job goes back into the queue when its time is over
-    extra: dict = field(default_factory=dict)  # further sbatch options
+    partition: Line = ""  # "" is the cluster's default
+    time: Annotated[int, Meta(ge=1, le=10**6)] = 240  # minutes
+    memory: Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?[KMGTkmgt]?[Bb]?$", description="memory as Slurm writes it, e.g. 16GB")] = "16GB"
+    cpus: Annotated[int, Meta(ge=1, le=4096)] = 4  # cores, also the number of threads of all its processes
+    gpus: Annotated[int, Meta(ge=0, le=1024)] = 0
+    processes: Processes = 1  # that share each training, one GPU each, see runs.launch
+    account: Line = ""
+    qos: Line = ""
+    constraint: Line = ""
+    parallel: Annotated[int, Meta(ge=1, le=100_000)] = 256  # notebooks at a time
+    setup: tuple[Line, ...] = ()  # shell lines before Python starts, e.g. "module load cuda"
+    python: Line = ""  # what starts Python, e.g. "apptainer exec --nv image.sif python3"; "" is the Python that is running now
+    requeue: Annotated[int, Meta(ge=0, le=1000)] = 3  # times that a job goes back into the queue when its time is over
+    extra: dict[Line, Annotated[str | int | float | bool, check_line]] = field(default_factory=dict)  # further sbatch options
 
 def sbatch_options(
     settings: SlurmSettings,
@@ -66,7 +70,6 @@ def slurm_settings(
 ) -> SlurmSettings:
     "Settings of a study, changed by a profile."
     settings = read_settings(SlurmSettings, study, profile, "slurm")
-    if isinstance(settings.setup, str): raise VfmError("slurm: setup is one text, expected a list of shell lines.")
     if settings.gpus and settings.gpus != settings.processes: raise VfmError(f"slurm: each of {settings.processes} processes uses one GPU, and gpus is {settings.gpus}: make both the same.")
     return settings
 
