@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'weights_app', 'Study', 'SHOWN', 'Accept', 'show_version', 'options', 'main', 'run', 'print_summary',
-           'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'table', 'site', 'weights_list',
+           'failures', 'show_plan', 'job_line', 'status_lines', 'status', 'table', 'site', 'weights_list',
            'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
@@ -109,9 +109,10 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
 def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
-    from vfm_notes.runs.batch import to_do
+    from vfm_notes.runs.batch import conflicts, to_do
     from vfm_notes.runs.grid import check_templates, known_records, plan, shard
     from vfm_notes.runs.watch import duration, durations, look_at, time_left
+    from vfm_notes.tune.catalog import weights_problems
     spec = load_study(study)
     jobs, records = shard(plan(spec, only, templates), part), known_records(spec.name)
     todo = to_do(spec.name, jobs, retry)
@@ -119,20 +120,10 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
     left = time_left([look_at(spec.name, j, records) for j in todo], durations(jobs, records, []), 1)
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run, about {duration(left)} of work.")
-    for problem in lacking(spec): print(f"missing: {problem}")
-
-def lacking(spec) -> list[str]:  # spec: of the study
-    "What a study needs and this machine has not got: data, weights, accepted licences, names."
-    import os
-    from dataclasses import replace
-
-    from vfm_notes.runs.grid import unavailable
-    from vfm_notes.tune.catalog import check_names, weights_problems
-    found = [unavailable(spec.cohort, os.environ.get("VFM_DATA")), *weights_problems(spec)]
-    for backbone in spec.backbones:  # each by itself, so that all that is missing is told at once
-        try: check_names(replace(spec, backbones=[backbone], leave_out=[]))
-        except VfmError as error: found.append(str(error))
-    return [f for f in dict.fromkeys(found) if f]
+    found = conflicts(spec, todo)
+    for sentence in found: print(f"cannot work: {sentence}")
+    for sentence in weights_problems(spec):
+        if sentence not in found: print(f"missing: {sentence}")
 
 # %% ../../nbs/99_cli.ipynb #15865b57
 def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
@@ -322,7 +313,7 @@ def doctor(study: Annotated[str, typer.Argument(help="Also look whether all is h
     "What is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
     from vfm_notes.report.doctor import checks
     missing = 0
-    for check in checks(study, lacking):
+    for check in checks(study):
         print(check, flush=True)
         missing += check.state == "missing"
     print(f"{missing} things are missing." if missing else "Nothing is missing.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['said_by', 'fields_of', 'empty_network', 'empty_model', 'architecture', 'registered', 'cohort_facts', 'case_conflicts',
            'seen_size', 'next_size', 'size_conflicts', 'read_empty', 'window_conflicts', 'task_conflicts',
-           'objective_conflicts', 'check_pretraining', 'strategy_conflicts', 'conflicts', 'notices']
+           'objective_conflicts', 'check_pretraining', 'strategy_conflicts', 'conflicts']
 
 # %% ../../nbs/695_conflicts.ipynb #01230649
 import math
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 # %% ../../nbs/695_conflicts.ipynb #efc2a624
 from ..backbones.keys import skeleton
@@ -26,7 +25,7 @@ from ..foundation.registry import VfmError, backbones, objectives, strategies, t
 from ..foundation.spec import PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from .case_task import CaseTask
-from .catalog import name_checks, weights_problems
+from .catalog import name_checks
 from .strategy import apply_strategy, strategy_options
 from .task import build_task, task_kind
 
@@ -70,7 +69,6 @@ def registered(
     return task_kind(spec.task, spec.options) in tasks and parse_strategy(spec.strategy)[0] in strategies
 
 # %% ../../nbs/695_conflicts.ipynb #99a73026
-@lru_cache(maxsize=4)
 def cohort_facts(
     name: str,
     size: tuple,  # voxels, d h w
@@ -79,7 +77,7 @@ def cohort_facts(
 ) -> tuple[CohortCard, dict[str, int]]:  # the card, and how many cases each split will have
     "What a study can know of its cohort before an image is read."
     (maker, card), asked = cohort_maker(name), check_arguments(size, spacing, dict(cases))
-    if not card.get("plan"): return maker(size=size, spacing=spacing, n={"train": 1}, seed=0).card, dict(cases)
+    if not card.get("plan"): return maker(**asked | {"n": {"train": 1}}, seed=0).card, dict(cases)
     plan = maker(**asked, seed=0)
     homes = [split for _, split in deal(plan, {})]
     return plan.card, {s: homes.count(s) for s in SPLITS}
@@ -186,9 +184,3 @@ def conflicts(
     for some in (case_conflicts(study, specs, there), size_conflicts(specs, card), window_conflicts(runs, card), task_conflicts(runs, card),
                  objective_conflicts(made, card), strategy_conflicts(runs, card)): found += some
     return list(dict.fromkeys(found))
-
-def notices(
-    study: StudySpec,
-) -> list[str]:  # one sentence each
-    "Published weights that are not here yet; a run fetches those that can be fetched."
-    return weights_problems(study)
