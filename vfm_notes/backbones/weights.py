@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 # %% ../../nbs/31_weights.ipynb #6187a833
 from .plan import carried_file, carried_names, read_plan
 from .protocol import backbone_card
-from ..foundation.places import weights_root
+from ..foundation.places import weights_file, weights_root
 from ..foundation.registry import Registry, VfmError, backbones, nearest
 from ..nets.files import read_state
 
@@ -102,7 +102,7 @@ def converted_file(
     name: str, # "architecture.weights"
 ) -> Path: # may not exist yet
     "Where the converted weights lie after `fetch`."
-    return weights_root() / f"{name}.safetensors"
+    return weights_file(name)
 
 # %% ../../nbs/31_weights.ipynb #d8ac5b25
 def check_licence(
@@ -121,7 +121,7 @@ def digest(
     "The checksum of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def seen_file(name: str) -> Path: return weights_root() / f"{name}.sha256" # kept where the card has no checksum
+def seen_file(name: str) -> Path: return weights_file(name, "sha256") # kept where the card has no checksum
 
 def first_seen(
     name: str, # registered weights

@@ -7,7 +7,7 @@ __all__ = ['Name', 'WeightsName', 'StartName', 'Line', 'Word', 'Options', 'Share
            'Rate', 'Decay', 'Average', 'Voxels', 'Positive', 'Millimetres', 'Size', 'Spacing', 'Schedule', 'Precision',
            'Kept', 'BadCases', 'Split', 'Window', 'check_text', 'check_line', 'check_start', 'check_distinct',
            'check_window', 'bounds', 'in_words', 'of', 'allowed', 'check_plain', 'refuse', 'many', 'convert',
-           'field_types', 'converted', 'allowed_of', 'from_values', 'argument_types', 'check_options']
+           'field_types', 'converted', 'allowed_of', 'bounds_of', 'from_values', 'argument_types', 'check_options']
 
 # %% ../../nbs/026_schema.ipynb #d03534b2
 import inspect
@@ -171,7 +171,7 @@ def convert(
         if callable(check): check(out, what)
     return out
 
-# %% ../../nbs/026_schema.ipynb #4b951a76
+# %% ../../nbs/026_schema.ipynb #ae65fcd9
 @lru_cache(maxsize=None)
 def field_types(cls: type) -> dict[str, Any]: return get_type_hints(cls, include_extras=True)  # of a dataclass, by field
 
@@ -197,6 +197,14 @@ def allowed_of(
     "What a field may hold, in words."
     kind = field_types(cls)[name]
     return "a mapping of fields" if is_dataclass(kind) else allowed(kind)
+
+def bounds_of(
+    cls: type,  # a dataclass
+    name: str,  # of a field that holds a number
+) -> dict[str, int | float]:  # min and max, for a form
+    "The range that a field allows."
+    info = msgspec.inspect.type_info(field_types(cls)[name])
+    return {"min": info.ge, "max": info.le}
 
 def from_values(
     cls: type,  # a dataclass

@@ -12,14 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ipywidgets as widgets
-import yaml
 
 # %% ../../nbs/96_builder.ipynb #50ca2e5f
 from ..foundation.places import studies, study_file
 from ..foundation.registry import VfmError, backbones, cohorts, strategies, tasks
 from ..foundation.show import Figure, words
-from ..foundation.spec import Spec, StudySpec, study_from
+from ..foundation.schema import bounds_of
+from ..foundation.spec import Budget, Spec, StudySpec, study_from
+from ..foundation.yaml_file import dump_yaml, parse_yaml, read_yaml
 from .widgets import FLOW, Shown, escaped
+from ..runs.batch import conflicts
 from ..runs.grid import plan
 from ..runs.record import read_records
 from ..runs.watch import duration
@@ -58,11 +60,11 @@ def expected_seconds(
 # %% ../../nbs/96_builder.ipynb #f2c9c1eb
 def listed(
     text: str,  # e.g. "0, 1, 2"
+    field: str = "a list",  # its name, for the sentence
 ) -> list:
     "What a line of text holds."
-    try: found = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError: raise VfmError(f"'{text}': expected values with commas between them, e.g. 0, 1, 2.") from None
-    return found
+    try: return parse_yaml(f"[{text}]", field)
+    except VfmError: raise VfmError(f"{field} is '{text}', expected values with commas between them, e.g. 0, 1, 2.") from None
 
 # %% ../../nbs/96_builder.ipynb #20f49863
 def study_values(
@@ -84,17 +86,17 @@ def as_yaml(
     values: dict,  # plain values
 ) -> str:
     "The text of a study file."
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    return dump_yaml(values)
 
 # %% ../../nbs/96_builder.ipynb #a4f0d5de
 def checked(
     values: dict,  # content of a study file
     path: Path,  # where it would be
 ) -> StudySpec:
-    "The study, or the sentence that `vfm run` would say."
-    from vfm_notes.tune.catalog import check_names  # fills the registries, with torch
+    "The study, or the sentence that `vfm run` would say first."
     study = study_from(values, path)
-    check_names(study)
+    found = conflicts(study, plan(study))  # fills the registries, with torch
+    if found: raise VfmError(found[0] + f" ({len(found) - 1} more such sentences follow.)" * (len(found) > 1))
     return study
 
 # %% ../../nbs/96_builder.ipynb #b49f80ab
@@ -121,7 +123,7 @@ class StudyBuilder(Shown):
         self.fields = {k: widgets.Text(description=k, continuous_update=False, layout=widgets.Layout(width="420px")) for k in ("name", "title", "size", "spacing", "seeds", "n_train")}
         self.fields["cohort"] = widgets.Combobox(description="cohort", options=list(cohorts), ensure_option=False, continuous_update=False, layout=widgets.Layout(width="420px"))
         self.cases = {k: widgets.BoundedIntText(description=k, min=0, max=10**7, layout=widgets.Layout(width="170px")) for k in ("pretrain", "train", "val", "test")}
-        self.budget = {"epochs": widgets.BoundedIntText(description="epochs", min=1, max=10**6, layout=widgets.Layout(width="170px")), "batch_size": widgets.BoundedIntText(description="batch size", min=1, max=10**6, layout=widgets.Layout(width="170px")), "lr": widgets.FloatText(description="lr", step=0.0001, layout=widgets.Layout(width="170px"))}
+        self.budget = {k: widgets.BoundedIntText(description=k.replace("_", " "), **bounds_of(Budget, k), layout=widgets.Layout(width="170px")) for k in ("epochs", "batch_size")} | {"lr": widgets.FloatText(description="lr", step=0.0001, layout=widgets.Layout(width="170px"))}
         self.lists = {k: widgets.SelectMultiple(description=k, rows=7, layout=widgets.Layout(width="330px")) for k in ("tasks", "backbones", "strategies")}
         self.more = widgets.Text(description="and also", placeholder="backbones or strategies with options, e.g. lora rank=8", continuous_update=False, layout=widgets.Layout(width="520px"))
         self.path = widgets.Text(value=path, description="write to", continuous_update=False, layout=widgets.Layout(width="420px"))
@@ -144,7 +146,7 @@ class StudyBuilder(Shown):
 # %% ../../nbs/96_builder.ipynb #e1247e31
 def load(self) -> None:
     "Fill the form from the study to start from."
-    self.first, self.busy = yaml.safe_load(study_file(self.start.value).read_text(encoding="utf-8")), True
+    self.first, self.busy = read_yaml(study_file(self.start.value)), True
     text = lambda v: v if isinstance(v, str) else ", ".join(map(str, v)) if isinstance(v, list) else "" if v is None else str(v)
     for k, field in self.fields.items(): field.value = text(self.first.get(k))
     for k, field in self.cases.items(): field.value = self.first["cases"][k]
@@ -167,9 +169,9 @@ def published() -> list[str]:
 def values(self) -> dict:
     "The content of the file that the form stands for."
     form = {k: f.value.strip() for k, f in self.fields.items() if k in ("name", "title", "cohort")}
-    form |= {k: listed(self.fields[k].value) for k in ("size", "spacing", "seeds", "n_train")}
+    form |= {k: listed(self.fields[k].value, k) for k in ("size", "spacing", "seeds", "n_train")}
     form |= {"cases": {k: f.value for k, f in self.cases.items()}} | {k: list(f.value) for k, f in self.lists.items()} | {k: f.value for k, f in self.budget.items()}
-    for name in listed(self.more.value): form["backbones" if str(name).split(".")[0] in backbones else "strategies"].append(name)
+    for name in listed(self.more.value, "and also"): form["backbones" if str(name).split(".")[0] in backbones else "strategies"].append(name)
     return study_values(self.first, form)
 
 # %% ../../nbs/96_builder.ipynb #d5975b1b

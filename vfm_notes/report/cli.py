@@ -279,14 +279,16 @@ def weights_export(
     "Copy weights that a study made into the weights folder (VFM_WEIGHTS), where any study knows them by name."
     import shutil
     from vfm_notes.backbones.plan import carried_file, read_plan
-    from vfm_notes.foundation.places import run_folder, weights_root
+    from vfm_notes.foundation.places import run_folder, weights_file
+    from vfm_notes.foundation.names import check_weights_name
     from vfm_notes.foundation.registry import nearest
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.record import read_records
+    if called: check_weights_name(called, "--as")
     study = load_study(study).name
     made = {r["spec"]["backbone"]: r for r in read_records(study) if r["kind"] == "pretrain" and r["status"] == "done"}
     if name not in made: raise VfmError(f"Study '{study}' has no finished weights '{name}'.{nearest(name, made)} Finished: {', '.join(made) or 'none'}.")
-    file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_root()/f"{called or name}.safetensors"
+    file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_file(called or name)
     plan = read_plan(file)
     if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from ..foundation.origin import cpu_name, git_commit, versions
 from ..foundation.places import checkout, project_root, runs_root, template_file, weights_root
 from ..foundation.registry import VfmError
+from ..foundation.spec import StudySpec, load_study
 
 # %% ../../nbs/985_doctor.ipynb #e574b6f0
 @dataclass(frozen=True)
@@ -128,14 +129,12 @@ def check_programs() -> Iterator[Check]:
 
 # %% ../../nbs/985_doctor.ipynb #96fba0b2
 def check_study(
-    study: str,  # name or path
+    spec: StudySpec,
 ) -> Iterator[Check]:
     "Look at everything that a study needs, as `vfm run` would."
-    from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import conflicts
     from vfm_notes.runs.grid import plan
     from vfm_notes.tune.catalog import weights_problems
-    spec = load_study(study)
     found = dict.fromkeys([*conflicts(spec, plan(spec)), *weights_problems(spec)])
     for sentence in found: yield Check("study", "missing", sentence)
     if not found: yield Check("study", "ok", f"{spec.name}: data, weights, licences and names are here, and all fits together")
@@ -144,6 +143,7 @@ def checks(
     study: str = "",  # name or path; everything that it needs is looked at, too
 ) -> Iterator[Check]:
     "Do all checks, quick ones first."
+    spec = load_study(study) if study else None  # a file that cannot be read is told at once
     yield from check_packages()
     yield from check_machine()
     yield from check_folders()
@@ -151,4 +151,4 @@ def checks(
     for one in (check_engine, check_torch):
         try: yield one()
         except VfmError as error: yield Check(one.__name__.removeprefix("check_"), "missing", str(error))
-    if study: yield from check_study(study)
+    if spec: yield from check_study(spec)

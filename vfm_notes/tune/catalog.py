@@ -59,7 +59,7 @@ from ..backbones.weights import check_licence, converted_file, fetch, known_weig
 from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.origin import write_rows
-from ..foundation.places import report_notebooks, run_folder, studies, weights_root
+from ..foundation.places import report_notebooks, run_folder, studies, weights_file, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
 from ..foundation.options import parse_strategy, weightless
 from ..foundation.spec import PretrainSpec, RunSpec, StudySpec, load_study, pretrain_specs
@@ -77,7 +77,7 @@ def check_weights(
     made = [s.backbone for s in pretrain_specs(study)]
     if name in made or weightless(name): return
     if not known_weights(name):
-        if (path := weights_root()/f"{name}.safetensors").is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
+        if (path := weights_file(name)).is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
         raise VfmError(f"Study '{study.name}': backbone '{name}' needs weights that its 'pretrain' section does not make and that no card of published weights names."
                        f"{nearest(name, [*made, *weights])} Add them to 'pretrain', or choose from: vfm weights list.")
     try: check_licence(weights_card(name), study.licences)
