@@ -86,7 +86,7 @@ def check_window(window: tuple, what: str) -> None:
 
 Window = Annotated[tuple[Voxels, ...], Meta(description="three whole numbers of voxels [d, h, w], or [] for none"), check_window]
 
-# %% ../../nbs/026_schema.ipynb #f081ae13
+# %% ../../nbs/026_schema.ipynb #b3b794a0
 def bounds(info) -> str:  # info: of a number, from msgspec.inspect
     "The range of a number in words."
     if info.ge is None and info.gt is None: return ""
@@ -105,7 +105,7 @@ def in_words(info) -> str:  # info: from msgspec.inspect
         case kinds.BoolType(): return "true or false"
         case kinds.StrType(): return "text"
         case kinds.NoneType(): return "nothing"
-        case kinds.LiteralType(): return " or ".join(filter(None, (", ".join(map(str, info.values[:-1])), str(info.values[-1]))))
+        case kinds.LiteralType(): return " or ".join(filter(None, (", ".join(map(str, sorted(info.values)[:-1])), str(sorted(info.values)[-1]))))
         case kinds.UnionType(): return " or ".join(map(in_words, info.types))
         case kinds.TupleType(): return f"{len(info.item_types)} values, each {in_words(info.item_types[0])}"
         case kinds.ListType() | kinds.VarTupleType(): return f"{'a list' if not info.min_length else 'a list with at least one entry'}{of(info.item_type)}"
@@ -143,7 +143,7 @@ def check_plain(
                 check_plain(v, f"{what}.{k}")
         case _: raise VfmError(f"{what} is {shown(value)}, expected text, a number, true, false, a list or a mapping.")
 
-# %% ../../nbs/026_schema.ipynb #09907071
+# %% ../../nbs/026_schema.ipynb #7556d7e1
 def refuse(value, kind, what: str) -> None:
     "Raise: this is not what the type allows."
     guess = nearest(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
@@ -165,7 +165,7 @@ def convert(
         key, item = get_args(base)
         value = {convert(k, key, f"a key of {what}"): convert(v, item, f"{what}.{k}") for k, v in value.items()}
     try: out = msgspec.convert(value, kind)
-    except (msgspec.ValidationError, OverflowError): refuse(value, kind, what)
+    except (msgspec.ValidationError, OverflowError, UnicodeError): refuse(value, kind, what)
     check_plain(out, what)
     for check in more:
         if callable(check): check(out, what)

@@ -217,12 +217,12 @@ def check_study(study: StudySpec) -> None:
     check_axes(study)
     check_search(study)
     check_counts(study)
+    pretrain_specs(study)
     for name in study.backbones:
         architecture, _, weights = name.partition(".")
         made = several(study.pretrain.get(weights, {}).get("backbone", architecture))
         if architecture not in made:
             raise VfmError(f"backbones: '{name}' does not use the weights of its own architecture ('{weights}' is made with {', '.join(map(repr, made))}).")
-    pretrain_specs(study)
     if study.external: external_base(study)
 
 # %% ../../nbs/03_spec.ipynb #d35bc1cc
@@ -248,9 +248,11 @@ def cohort_beside(
     cohort,  # as written there
 ):  # the folder's path, or what was written
     "The folder of a cohort that is named by a path."
-    if not isinstance(cohort, str) or "\0" in cohort or len(cohort) > 4000: return cohort  # told with the other fields
-    folder = (path.parent/Path(cohort).expanduser()).resolve()
-    if (folder/"card.yaml").is_file(): return str(folder)
+    if not isinstance(cohort, str): return cohort  # told with the other fields
+    try: found = (folder := (path.parent/Path(cohort).expanduser()).resolve()/"card.yaml").is_file()
+    except (ValueError, OSError, RuntimeError): return cohort  # no path of this system
+    folder = folder.parent
+    if found: return str(folder)
     if "/" in cohort or cohort.startswith((".", "~")): raise VfmError(f"{path}: the cohort {cohort} is not a folder with manifest.csv and card.yaml (looked at {folder}); check the path.")
     return cohort
 
