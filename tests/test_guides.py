@@ -10,7 +10,8 @@ import typer
 import yaml
 
 from vfm_notes.foundation.places import package_root
-from vfm_notes.foundation.spec import StudySpec, from_values
+from vfm_notes.foundation.schema import from_values
+from vfm_notes.foundation.spec import StudySpec
 from vfm_notes.report.cli import app
 from vfm_notes.report.convert import joined, read_notebook
 from vfm_notes.report.folder import init_folder

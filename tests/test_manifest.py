@@ -116,8 +116,8 @@ def test_a_crash_leaves_no_half_manifest(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"licence": None}, "licence is None, expected text"), ({"sequences": "t2w"}, "sequences is 't2w', expected a list"), ({"classes": ["gland"]}, "expected 'background' and"), ({"grades": [True, False]}, "in quotes"),
-    ({"spacing": [1, 1]}, "three numbers of mm"), ({"non_commercial": "no"}, "expected true or false"), ({"lisence": "x"}, "Did you mean 'licence'"), ({"name": ...}, "'name'")])
+    ({"licence": None}, "licence is nothing, expected text"), ({"sequences": "t2w"}, "sequences is 't2w', expected a list"), ({"classes": ["gland"]}, "expected 'background' and"), ({"grades": [True, False]}, "in quotes"),
+    ({"spacing": [1, 1]}, "three numbers of mm"), ({"non_commercial": "no"}, "expected true or false"), ({"lisence": "x"}, "Did you mean 'licence'"), ({"name": ...}, "name is missing")])
 def test_a_wrong_card_is_told(tmp_path, change, words):
     folder = write_manifest(boxes(tmp_path), tmp_path)
     values = yaml.safe_load((folder/"card.yaml").read_text(encoding="utf-8")) | change

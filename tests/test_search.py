@@ -81,8 +81,9 @@ def test_points_of_the_grid_are_ordinary_runs():
     assert [s.lr for j in plan(two, "lr=0.001,seed=0,task=segmentation,backbone=a.x,strategy=full") for s in j.specs] == [0.001, 0.001]
 
 
-@pytest.mark.parametrize("search, said", [({"epochs": [4, 8]}, "fields among"), ({"lr": [1e-3, 1e-3]}, "none twice"), ({"lr": []}, "none twice"), ({"lr": 1e-3}, "none twice"), ([1], "none twice"),
-                                          ({"lr": [1, 2, 3, 4], "warmup": [0.1, 0.2, 0.3]}, "at most 9"), ({"leraning": [1, 2]}, "fields among")])
+@pytest.mark.parametrize("search, said", [({"epochs": [4, 8]}, "key of search is 'epochs'"), ({"lr": [1e-3, 1e-3]}, "search.lr names 0.001 twice"), ({"lr": []}, "at least one"), ({"lr": 1e-3}, "expected a list"), ([1], "a mapping"),
+                                          ({"lr": [1e-3, -1]}, r"search.lr\[1\] is -1, expected a number above 0"), ({"schedule": ["cosine", "linear"]}, r"search.schedule\[1\] is 'linear'"),
+                                          ({"lr": [1, 2, 3, 4], "warmup": [0.1, 0.2, 0.3]}, "at most 9"), ({"leraning": [1, 2]}, "Did you mean 'lr'")])
 def test_wrong_searches_are_told(search, said):
     with pytest.raises(VfmError, match=said): StudySpec(**STUDY | {"search": search})
 

@@ -31,7 +31,7 @@ def kept(toy, specs, **values):
 def test_a_dry_run_says_everything_that_is_missing_at_once(toy):
     toy.write(cohort="prostate_cases", pretrain={}, backbones=["dinov3_base.lvd1689m", "vit_base.mae_in1k", "profound_tiny.alpha", "profund_toy.x"], size=[8, 64, 64])
     done = toy.run("--dry-run", VFM_DATA="", VFM_WEIGHTS=str(toy.root/"none"))
-    said = [line for line in done.stdout.splitlines() if line.startswith("missing: ")]
+    said = [line for line in done.stdout.splitlines() if line.startswith(("missing: ", "cannot work: "))]
     assert done.returncode == 0 and "very roughly" in done.stdout and "of work (an estimate from costs measured on one processor core of another machine, as no run is recorded here yet)." in done.stdout and not toy.runs.exists(), done.stdout + done.stderr
     for words in (["VFM_DATA is not set"], ["gated licence", "DINOv3-License", "licences: [DINOv3-License]"], ["non-commercial licence", "CC-BY-NC-4.0"], ["profound_tiny.alpha"], ["profund_toy", "Did you mean"]):
         assert any(all(w in line for w in words) for line in said), (words, said)

@@ -123,7 +123,7 @@ def test_settings_are_read_strictly(tmp_path):
     options = sbatch_options(SlurmSettings(gpus=2, extra={"nice": 10}))
     assert options["gpus_per_node"] == 2 and options["additional_parameters"] == {"requeue": True, "nice": 10} and "partition" not in options
     with pytest.raises(VfmError, match="unknown key 'partitions'.*partition"): slurm_settings({"partitions": "gpu"})
-    with pytest.raises(VfmError, match="setup is one text"): slurm_settings({"setup": "module load cuda"})
+    with pytest.raises(VfmError, match="setup is .module load cuda., expected a list"): slurm_settings({"setup": "module load cuda"})
     with pytest.raises(VfmError, match="nowhere.yaml"): slurm_settings({}, tmp_path/"nowhere.yaml")
 
 

@@ -7,8 +7,8 @@ __all__ = ['Batch', 'IMAGES', 'AUGMENTATIONS', 'tensors', 'spatial', 'intensitie
            'intensity', 'gamma', 'noise', 'affine_matrices', 'warp', 'affine', 'augment']
 
 # %% ../../nbs/155_augment.ipynb #3ab22e36
-import inspect
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..foundation.registry import VfmError, nearest
+from ..foundation.schema import Share, argument_types, check_options
 
 # %% ../../nbs/155_augment.ipynb #f27bf0ad
 Batch = dict[str, Tensor]
@@ -59,8 +60,8 @@ def size(batch: Batch) -> int: return len(next(iter(batch.values())))  # how man
 def flip(
     batch: Batch,
     rng: np.random.Generator,
-    axes: Iterable[int] = (-1,),  # of d h w: -3, -2, -1
-    p: float = 0.5,  # chance of each axis
+    axes: tuple[Literal[-3, -2, -1], ...] = (-1,),  # of d h w: -3, -2, -1
+    p: Share = 0.5,  # chance of each axis
 ) -> Batch:
     "Mirror some of the samples along each axis."
     for axis in axes:
@@ -168,9 +169,7 @@ def augment(
     options = names if isinstance(names, dict) else {n: {} for n in names}
     for n in options:
         if n not in AUGMENTATIONS: raise VfmError(f"Unknown augmentation '{n}'.{nearest(n, AUGMENTATIONS)} Known: {', '.join(AUGMENTATIONS)}.")
-        known = list(inspect.signature(AUGMENTATIONS[n]).parameters)[2:]
-        for key in options[n]:
-            if key not in known: raise VfmError(f"Augmentation '{n}' has no option '{key}'.{nearest(key, known)} Known: {', '.join(known) or 'none'}.")
+        check_options(options[n], argument_types(AUGMENTATIONS[n], 2), f"augmentation '{n}'")
     def change(batch: dict, rng: np.random.Generator) -> Batch:
         batch = tensors(batch)
         for n, values in options.items(): batch = AUGMENTATIONS[n](batch, rng, **values)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Name', 'WeightsName', 'StartName', 'Line', 'Word', 'Options', 'Share', 'Count', 'Seed', 'Epochs', 'Wait', 'BatchSize',
-           'Rate', 'Decay', 'Average', 'Voxels', 'Millimetres', 'Size', 'Spacing', 'Schedule', 'Precision', 'Kept',
-           'BadCases', 'Split', 'Window', 'check_text', 'check_line', 'check_start', 'check_distinct', 'check_window',
-           'bounds', 'in_words', 'of', 'allowed', 'check_plain', 'refuse', 'convert', 'field_types', 'converted',
-           'allowed_of', 'from_values']
+           'Rate', 'Decay', 'Average', 'Voxels', 'Positive', 'Millimetres', 'Size', 'Spacing', 'Schedule', 'Precision',
+           'Kept', 'BadCases', 'Split', 'Window', 'check_text', 'check_line', 'check_start', 'check_distinct',
+           'check_window', 'bounds', 'in_words', 'of', 'allowed', 'check_plain', 'refuse', 'many', 'convert',
+           'field_types', 'converted', 'allowed_of', 'bounds_of', 'from_values', 'argument_types', 'check_options']
 
-# %% ../../nbs/026_schema.ipynb #8d9fc013
+# %% ../../nbs/026_schema.ipynb #d03534b2
+import inspect
 import math
 import re
 from dataclasses import MISSING, fields, is_dataclass
@@ -23,7 +24,7 @@ from msgspec import Meta
 from .names import check_name, check_weights_name, shown
 from .registry import VfmError, nearest
 
-# %% ../../nbs/026_schema.ipynb #30af5dde
+# %% ../../nbs/026_schema.ipynb #cbe82280
 def check_text(
     text: str,
     what: str,  # the field
@@ -33,11 +34,11 @@ def check_text(
         raise VfmError(f"{what} holds the character {bad[0]!r}, which no text has; delete it.")
 
 def check_line(
-    text: str,
+    text,  # numbers pass
     what: str,  # the field
 ) -> None:
     "Refuse more than one line."
-    if "\n" in text or "\r" in text: raise VfmError(f"{what} is {shown(text)}, expected one line of text.")
+    if isinstance(text, str) and ("\n" in text or "\r" in text): raise VfmError(f"{what} is {shown(text)}, expected one line of text.")
 
 def check_start(
     name: str,  # architecture.weights, or "" for random ones
@@ -55,7 +56,7 @@ def check_distinct(
     twice = [v for v in values if seen.count(repr(v)) > 1] if len(set(seen)) < len(seen) else []
     if twice: raise VfmError(f"{what} names {shown(twice[0])} twice; expected a list without doubles.")
 
-# %% ../../nbs/026_schema.ipynb #923bf088
+# %% ../../nbs/026_schema.ipynb #64ba5cb3
 Name = Annotated[str, check_name]  # becomes a file or folder
 WeightsName = Annotated[str, check_weights_name]  # architecture.weights, or an architecture alone
 StartName = Annotated[str, check_start]  # the same, or "" for none
@@ -72,6 +73,7 @@ Rate = Annotated[float, Meta(gt=0, le=10)]  # of learning
 Decay = Annotated[float, Meta(ge=0, le=10)]  # of weights
 Average = Annotated[float, Meta(ge=0, lt=1)]
 Voxels = Annotated[int, Meta(ge=1, le=4096)]
+Positive = Annotated[float, Meta(gt=0, le=1000)]
 Millimetres = Annotated[float, Meta(ge=0.05, le=50)]
 Size = Annotated[tuple[Voxels, Voxels, Voxels], Meta(description="three whole numbers of voxels [d, h, w], each from 1 to 4096")]
 Spacing = Annotated[tuple[Millimetres, Millimetres, Millimetres], Meta(description="three numbers of mm [d, h, w], each from 0.05 to 50")]
@@ -84,7 +86,7 @@ def check_window(window: tuple, what: str) -> None:
 
 Window = Annotated[tuple[Voxels, ...], Meta(description="three whole numbers of voxels [d, h, w], or [] for none"), check_window]
 
-# %% ../../nbs/026_schema.ipynb #f081ae13
+# %% ../../nbs/026_schema.ipynb #b3b794a0
 def bounds(info) -> str:  # info: of a number, from msgspec.inspect
     "The range of a number in words."
     if info.ge is None and info.gt is None: return ""
@@ -103,7 +105,7 @@ def in_words(info) -> str:  # info: from msgspec.inspect
         case kinds.BoolType(): return "true or false"
         case kinds.StrType(): return "text"
         case kinds.NoneType(): return "nothing"
-        case kinds.LiteralType(): return " or ".join(filter(None, (", ".join(map(str, info.values[:-1])), str(info.values[-1]))))
+        case kinds.LiteralType(): return " or ".join(filter(None, (", ".join(map(str, sorted(info.values)[:-1])), str(sorted(info.values)[-1]))))
         case kinds.UnionType(): return " or ".join(map(in_words, info.types))
         case kinds.TupleType(): return f"{len(info.item_types)} values, each {in_words(info.item_types[0])}"
         case kinds.ListType() | kinds.VarTupleType(): return f"{'a list' if not info.min_length else 'a list with at least one entry'}{of(info.item_type)}"
@@ -141,11 +143,13 @@ def check_plain(
                 check_plain(v, f"{what}.{k}")
         case _: raise VfmError(f"{what} is {shown(value)}, expected text, a number, true, false, a list or a mapping.")
 
-# %% ../../nbs/026_schema.ipynb #330fb1b8
+# %% ../../nbs/026_schema.ipynb #7556d7e1
 def refuse(value, kind, what: str) -> None:
     "Raise: this is not what the type allows."
     guess = nearest(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
     raise VfmError(f"{what} is {shown(value)}, expected {allowed(kind)}.{guess}")
+
+def many(kind) -> bool: return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)  # of one type
 
 def convert(
     value,  # from outside: YAML, JSON, Python
@@ -156,18 +160,18 @@ def convert(
     annotated = get_origin(kind) is Annotated
     base, more = (kind.__origin__, kind.__metadata__) if annotated else (kind, ())
     if is_dataclass(base): return base(**converted(base, vars(value) if isinstance(value, base) else value, what))
-    if get_origin(base) is list and isinstance(value, (list, tuple)): value = [convert(v, get_args(base)[0], f"{what}[{i}]") for i, v in enumerate(value)]
+    if many(base) and isinstance(value, (list, tuple)): value = [convert(v, get_args(base)[0], f"{what}[{i}]") for i, v in enumerate(value)]
     if get_origin(base) is dict and isinstance(value, dict):
         key, item = get_args(base)
         value = {convert(k, key, f"a key of {what}"): convert(v, item, f"{what}.{k}") for k, v in value.items()}
     try: out = msgspec.convert(value, kind)
-    except (msgspec.ValidationError, OverflowError): refuse(value, kind, what)
+    except (msgspec.ValidationError, OverflowError, UnicodeError): refuse(value, kind, what)
     check_plain(out, what)
     for check in more:
         if callable(check): check(out, what)
     return out
 
-# %% ../../nbs/026_schema.ipynb #4b951a76
+# %% ../../nbs/026_schema.ipynb #ae65fcd9
 @lru_cache(maxsize=None)
 def field_types(cls: type) -> dict[str, Any]: return get_type_hints(cls, include_extras=True)  # of a dataclass, by field
 
@@ -194,6 +198,14 @@ def allowed_of(
     kind = field_types(cls)[name]
     return "a mapping of fields" if is_dataclass(kind) else allowed(kind)
 
+def bounds_of(
+    cls: type,  # a dataclass
+    name: str,  # of a field that holds a number
+) -> dict[str, int | float]:  # min and max, for a form
+    "The range that a field allows."
+    info = msgspec.inspect.type_info(field_types(cls)[name])
+    return {"min": info.ge, "max": info.le}
+
 def from_values(
     cls: type,  # a dataclass
     values: dict,  # field name → value
@@ -203,3 +215,23 @@ def from_values(
     "Build a dataclass from values that came from outside."
     try: return cls(**converted(cls, values, what))
     except VfmError as error: raise VfmError(f"{where}: {error}") from None
+
+# %% ../../nbs/026_schema.ipynb #075e87e4
+def argument_types(
+    function,
+    skip: int,  # arguments at the beginning that are no options
+) -> dict[str, Any]:  # option → type
+    "The options that a function takes."
+    hints = get_type_hints(function, include_extras=True)
+    given = [p for p in list(inspect.signature(function).parameters.values())[skip:] if p.kind is not p.VAR_KEYWORD]
+    return {p.name: hints.get(p.name, Any) for p in given}
+
+def check_options(
+    options: dict,  # option → value
+    known: dict[str, Any],  # option → type
+    owner: str,  # e.g. "task 'segmentation'"
+) -> None:
+    "Raise on an option that nobody takes, or on a value that its type does not allow."
+    for key, value in options.items():
+        if key not in known: raise VfmError(f"{owner[0].upper()}{owner[1:]} has no option '{key}'.{nearest(key, known)} Known: {', '.join(known) or 'none'}.")
+        convert(value, known[key], f"option '{key}' of {owner}")

@@ -161,6 +161,16 @@ class PatchContrast(nn.Module):
         if self.tiles.anchor_class >= len(class_weights):
             raise VfmError(f"patch_contrast: anchor_class is {self.tiles.anchor_class}, but class_weights has {len(class_weights)} entries, one per class.")
 
+    def fits(self,
+             size: tuple[int, int, int], # of the volumes (d, h, w)
+             card, # of their cohort
+            ) -> None:
+        "Raise where a cohort has no labels for it, or more classes than weights."
+        classes = card.classes
+        if len(classes) < 2: raise VfmError(f"patch_contrast is guided by labels and cohort '{card.name}' has none; choose an objective without, e.g. nt_xent.")
+        if len(classes) > len(self.class_weights): raise VfmError(f"patch_contrast: cohort '{card.name}' has {len(classes)} classes ({', '.join(classes)}), but class_weights has {len(self.class_weights)} entries; give one per class.")
+        if self.tiles.anchor_class >= len(classes): raise VfmError(f"patch_contrast: anchor_class is {self.tiles.anchor_class}, but the classes of cohort '{card.name}' are 0 to {len(classes) - 1} ({', '.join(classes)}), so nothing is an anchor; set options: {{anchor_class: {len(classes) - 1}}}.")
+
     def loss(self,
              batch: dict[str, Tensor], # "volumes" b c d h w and "labels" b d h w
             ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves

@@ -21,6 +21,7 @@ from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.registry import VfmError, objectives
 from ..foundation.spec import PretrainSpec
 from ..nets.flops import forward_flops
+from .card import check_objective
 from .trainer import Keeper, Recipe, Trainer, train
 
 # %% ../../nbs/45_loop.ipynb #e735342c
@@ -59,8 +60,8 @@ def prepare(
     torch.manual_seed(spec.seed)
     backbone = build(spec.backbone, in_channels, state)
     backbone.check_input(volumes[:1])
-    try: return backbone, objectives[spec.objective](backbone, **spec.options).to(volumes.device)
-    except TypeError as e: raise VfmError(f"Objective '{spec.objective}' does not take these options {spec.options}: {e}.") from None
+    check_objective(spec.objective, spec.options)
+    return backbone, objectives[spec.objective](backbone, **spec.options).to(volumes.device)
 
 # %% ../../nbs/45_loop.ipynb #bf4b281a
 def first_look(

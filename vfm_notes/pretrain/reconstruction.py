@@ -99,6 +99,13 @@ class Masked(nn.Module):
         self.backbone, self.cell, self.mask_ratio = backbone, backbone.strides[-1], mask_ratio
         self.patch = hidden_block(patch, self.cell)
 
+    def fits(self,
+             size: tuple[int, int, int], # of the volumes (d, h, w)
+             card, # of their cohort
+            ) -> None:
+        "Raise where such volumes cannot be masked; no voxel is needed."
+        self.keep(torch.empty(1, 1, *size, device="meta"))
+
     def keep(self, x: Tensor) -> Tensor: return draw_mask(x, self.patch, self.cell, self.mask_ratio, self.by_slice)
 
     def loss(self,

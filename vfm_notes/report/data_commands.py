@@ -49,14 +49,13 @@ def layout_options(
     "The options of a layout, checked against its function."
     import inspect
 
-    import yaml
     from vfm_notes.data.manifest import layouts
+    from vfm_notes.foundation.yaml_file import parse_yaml
     known = [p.name for p in list(inspect.signature(layouts[layout]).parameters.values())[1:]]
     pairs = dict(o.partition("=")[::2] for o in options)
     for key in pairs:
         if key not in known: raise VfmError(f"Layout '{layout}' has no option '{key}'.{nearest(key, known)} Known: {', '.join(known) or 'none'}.")
-    try: return {k: yaml.safe_load(v) for k, v in pairs.items()}
-    except yaml.YAMLError as e: raise VfmError(f"An option of layout '{layout}' is no YAML value ({str(e).splitlines()[0]}).") from None
+    return {k: parse_yaml(v, f"Option '{k}' of layout '{layout}'") for k, v in pairs.items()}
 
 @data_app.command("import")
 def data_import(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LITTLE', 'Check', 'unmet', 'check_packages', 'check_torch', 'check_engine', 'check_machine', 'check_folders',
-           'check_programs', 'checks']
+           'check_programs', 'check_study', 'checks']
 
 # %% ../../nbs/985_doctor.ipynb #1eec7c55
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 from ..foundation.origin import cpu_name, git_commit, versions
 from ..foundation.places import checkout, project_root, runs_root, template_file, weights_root
 from ..foundation.registry import VfmError
+from ..foundation.spec import StudySpec, load_study
 
 # %% ../../nbs/985_doctor.ipynb #e574b6f0
 @dataclass(frozen=True)
@@ -127,11 +128,22 @@ def check_programs() -> Iterator[Check]:
     yield Check("slurm", "note" if asked.returncode else "ok", f"sinfo does not answer: {(asked.stderr.strip().splitlines() or ['it says nothing'])[-1]}" if asked.returncode else partitions, "sbatch is installed, but no controller can be reached from here." if asked.returncode else "")
 
 # %% ../../nbs/985_doctor.ipynb #96fba0b2
+def check_study(
+    spec: StudySpec,
+) -> Iterator[Check]:
+    "Look at everything that a study needs, as `vfm run` would."
+    from vfm_notes.runs.batch import conflicts
+    from vfm_notes.runs.grid import plan
+    from vfm_notes.tune.catalog import weights_problems
+    found = dict.fromkeys([*conflicts(spec, plan(spec)), *weights_problems(spec)])
+    for sentence in found: yield Check("study", "missing", sentence)
+    if not found: yield Check("study", "ok", f"{spec.name}: data, weights, licences and names are here, and all fits together")
+
 def checks(
-    study: str = "",  # name or path; its data, weights, licences and names are looked at too
-    lacking: Callable | None = None,  # tells what a study lacks, one sentence each
+    study: str = "",  # name or path; everything that it needs is looked at, too
 ) -> Iterator[Check]:
     "Do all checks, quick ones first."
+    spec = load_study(study) if study else None  # a file that cannot be read is told at once
     yield from check_packages()
     yield from check_machine()
     yield from check_folders()
@@ -139,9 +151,4 @@ def checks(
     for one in (check_engine, check_torch):
         try: yield one()
         except VfmError as error: yield Check(one.__name__.removeprefix("check_"), "missing", str(error))
-    if not study: return
-    from vfm_notes.foundation.spec import load_study
-    spec = load_study(study)
-    found = lacking(spec)
-    for f in found: yield Check("study", "missing", f)
-    if not found: yield Check("study", "ok", f"{spec.name}: data, weights, licences and names are here")
+    if spec: yield from check_study(spec)

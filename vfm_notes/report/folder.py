@@ -7,10 +7,10 @@ __all__ = ['STUDY', 'README', 'IGNORED', 'LOOK', 'look_notebook', 'study_name', 
 
 # %% ../../nbs/982_folder.ipynb #bc803146
 import json
-import re
 from pathlib import Path
 
 # %% ../../nbs/982_folder.ipynb #03b2baca
+from ..foundation.names import as_name
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/982_folder.ipynb #c64c9043
@@ -19,8 +19,8 @@ STUDY = '''\
 name: {name}                     # its records go to runs/{name}/
 title: Which backbone should be fine-tuned for my task?
 cohort: phantom              # a made cohort; yours: the folder that vfm data import wrote, e.g. cohorts/mine
-size: [6, 32, 32]            # voxels of the grid: slices, rows, columns
-spacing: [8.0, 2.25, 2.25]   # mm between them; cases are resampled to this grid
+size: [8, 32, 32]            # voxels of the grid: slices, rows, columns; what a backbone's cells divide
+spacing: [6.0, 2.25, 2.25]   # mm between them; cases are resampled to this grid
 cases: {{pretrain: 16, train: 12, val: 4, test: 12}}   # how many cases each part gets; patients are never split
 
 pretrain:                    # weights that this study makes itself, on the cases for pretraining
@@ -92,7 +92,7 @@ def study_name(
     folder: Path,
 ) -> str:  # letters, digits, _ and -
     "Name a study after its folder."
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", folder.resolve().name).strip("_") or "study"
+    return as_name(folder.resolve().name)
 
 # %% ../../nbs/982_folder.ipynb #3ce8fc4a
 def init_folder(

@@ -65,7 +65,7 @@ class Detection(Segmentation):
 
     def __init__(self, card: CohortCard,
                  structure: str = "",  # class of the lesions; default: the last
-                 class_weights: list | None = None,  # of the cross-entropy: background, lesion
+                 class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
                  head: str = "decoder",  # decoder, upernet or unetr
                  width: int | None = None):  # channels inside the head; default: as published
         self.structure = structure_of(card, structure, self.called)

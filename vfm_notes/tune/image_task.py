@@ -62,7 +62,7 @@ class ImageTask(Task):
 class SuperResolution(ImageTask):
     "The volume as acquired, from a k-space truncated one."
     def __init__(self, card: CohortCard,
-                 factor: tuple = (1, 2, 2),  # how much less k-space is kept along d, h, w
+                 factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
                  sequence: str | None = None):  # default: the first of the cohort
         super().__init__(card)
         self.factor, self.residual = tuple(factor), channel(card, sequence or card.sequences[0], "super_resolution")

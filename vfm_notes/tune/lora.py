@@ -60,8 +60,9 @@ def lora(
     if alpha is not None and alpha <= 0: raise VfmError(f"Strategy 'lora': alpha is {alpha}, expected above 0.")
     net, layers = model.backbone, lora_layers(model.backbone)
     if not layers[targets]:
-        there = "; ".join(f"{k}: {len(v)}" for k, v in layers.items() if v)
-        raise VfmError(f"Strategy 'lora': targets={targets} matches no layer of backbone '{net.name}'; {f'layers there are: {there}' if there else 'it has no layer of any kind that low-rank updates can be put beside'}.")
+        there = [k for k, v in layers.items() if v]
+        do = f"write targets={there[0]} ({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)" if there else "it has no layer of any kind that low-rank updates can be put beside, so leave this strategy out for it"
+        raise VfmError(f"Strategy 'lora': targets={targets} matches no layer of backbone '{net.name}'; {do}.")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=layers[targets]), net)
     model.requires_grad_(True)
     for name, p in net.named_parameters(): p.requires_grad_(".lora_" in name)
