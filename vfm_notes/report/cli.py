@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'weights_app', 'Study', 'SHOWN', 'Accept', 'show_version', 'options', 'main', 'run', 'print_summary',
-           'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'table', 'site', 'weights_list',
-           'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
+           'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'is_table', 'table', 'site',
+           'weights_list', 'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
 import gc
@@ -204,6 +204,17 @@ def status(
 # %% ../../nbs/99_cli.ipynb #b9b3d6a4
 SHOWN = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]
 
+def is_table(file: Path) -> bool:
+    "Is a file a table of runs, as `vfm table` writes it?"
+    import pandas as pd
+    try:
+        if file.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+            return set(SHOWN) <= set(read_schema(file).names)
+        found = pd.read_csv(file, nrows=0) if file.suffix == ".csv" else pd.read_json(file)
+        return set(SHOWN) <= set(found.columns) or (file.suffix == ".json" and found.empty)
+    except Exception: return False  # whatever it is, it is not ours
+
 @app.command()
 def table(
     study: Study,
@@ -211,11 +222,13 @@ def table(
 ) -> None:
     "One row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
+    from vfm_notes.foundation.disk import whole_file
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
     from vfm_notes.runs.record import damage_lines, no_collecting, scan_records
     writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
+    if output and output.exists() and not is_table(output): raise VfmError(f"{output} exists and is no table of runs: give another name, or delete it.")
     spec = load_study(study)
     with no_collecting():  # until all is written
         ids = {id for j in plan(spec) for id in j.runs}
@@ -227,7 +240,7 @@ def table(
         if spec.search: runs = mark(runs, candidates(runs, curves_table(spec.name, records)))
         if not output: return print(runs[SHOWN + [*spec.search, "chosen"] * bool(spec.search)].to_string(index=False) if records else "No records yet.")
         names = sorted({m for r in records for m in r["metrics"]})
-        writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), output)  # a row is a record
+        with whole_file(output) as part: writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), part)  # a row is a record
         print(f"{output}: {len(runs)} runs")
 
 # %% ../../nbs/99_cli.ipynb #b4607401
@@ -311,11 +324,11 @@ def weights_export(
     made = {r["spec"]["backbone"]: r for r in read_records(study) if r["kind"] == "pretrain" and r["status"] == "done"}
     if name not in made: raise VfmError(f"Study '{study}' has no finished weights '{name}'.{nearest(name, made)} Finished: {', '.join(made) or 'none'}.")
     file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_root()/f"{called or name}.safetensors"
+    check_companion(file)
     plan = read_plan(file)
     if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
     if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
-    check_companion(file)
     with whole_file(target) as part: shutil.copyfile(file, part)
     print(f"{carried_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
