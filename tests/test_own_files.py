@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import small_site
 from test_records import cut, flip, snapshot
-from toy_batch import LIGHT, Toy
+from toy_batch import LIGHT, Toy, hostile
 from typer.testing import CliRunner
 
 from vfm_notes.foundation.registry import VfmError
@@ -231,17 +231,6 @@ def test_a_table_replaces_only_a_table(finished, tmp_path):
 
 
 # ---- modules that lie in the working folder
-
-HOSTILE = ("random", "altair", "torch", "yaml", "sitecustomize", "usercustomize", "nbformat", "json", "numpy", "pandas", "papermill", "IPython", "ipykernel",
-           "ipykernel_launcher", "pip", "typing", "submitit", "ipython_config", "ipython_kernel_config", "jupyter_config")
-
-
-def hostile(folder: Path) -> Path:  # the mark that each of them leaves
-    "Modules that nobody meant to run."
-    mark = folder/"mark"
-    for name in HOSTILE: (folder/f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write('{name} ')\n")
-    return mark
-
 
 def test_an_empty_part_of_the_path_is_left_out(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"/a{os.pathsep}{os.pathsep}/b{os.pathsep}")

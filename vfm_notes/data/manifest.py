@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['layouts', 'MORE', 'TEXT', 'WORDS', 'CARD_TYPES', 'FREE', 'VOXEL', 'Manifest', 'as_text', 'read_card', 'card_type',
-           'read_manifest', 'write_manifest', 'mask_columns', 'known_columns', 'crop_problem', 'table_problems',
-           'located', 'file_problem', 'grade_index', 'row_problems', 'doubled', 'found_problems', 'manifest_problems',
-           'count_cases']
+           'read_manifest', 'write_manifest', 'claim', 'mask_columns', 'known_columns', 'crop_problem',
+           'table_problems', 'located', 'file_problem', 'grade_index', 'row_problems', 'doubled', 'found_problems',
+           'manifest_problems', 'count_cases']
 
 # %% ../../nbs/17_manifest.ipynb #08eba5e9
+import hashlib
+import json
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +21,7 @@ import pandas as pd
 import yaml
 from .cohort import SPLITS, CohortCard
 from .volume import split_address
+from ..foundation.disk import file_hash, write_whole
 from ..foundation.registry import Registry, VfmError, nearest
 from ..foundation.spec import from_values
 
@@ -110,12 +113,26 @@ def write_manifest(
     root, here = manifest.root.resolve(), dest.resolve()
     root = os.path.relpath(root, here) if root.is_relative_to(here) or here.is_relative_to(root) else str(root)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(manifest.card) | dict(root=root, crop=manifest.crop, targets=manifest.targets)).items()}
+    texts = {"manifest.csv": manifest.table.to_csv(index=False), "card.yaml": yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)}
+    claim(dest, texts)
     card.unlink(missing_ok=True)
-    for name, text in (("manifest.csv", manifest.table.to_csv(index=False)), ("card.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))):
-        temporary = dest/f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, dest/name)
+    for name, text in texts.items(): write_whole(dest/name, text)
     return dest
+
+def claim(
+    dest: Path,  # the folder
+    texts: dict[str, str],  # file name → what is going to be written
+) -> None:
+    "Note what is written here, and refuse to replace what somebody wrote or changed by hand."
+    mark = dest/".written.json"
+    known = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+    for name, text in texts.items():
+        there = file_hash(dest/name) if (dest/name).exists() else ""
+        new = hashlib.sha256(text.encode()).hexdigest()
+        if there and there not in (new, *known.get(name, [])):
+            raise VfmError(f"{dest/name} was written or changed by hand: choose another folder, or delete it first.")
+        known[name] = [h for h in (there, new) if h]
+    write_whole(mark, json.dumps(known))
 
 # %% ../../nbs/17_manifest.ipynb #2cdb20f3
 FREE = ("site", "scanner", "age")  # columns for people, like note_*

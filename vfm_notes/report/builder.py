@@ -15,6 +15,7 @@ import ipywidgets as widgets
 import yaml
 
 # %% ../../nbs/96_builder.ipynb #50ca2e5f
+from ..foundation.disk import write_whole
 from ..foundation.places import studies, study_file
 from ..foundation.registry import VfmError, backbones, cohorts, strategies, tasks
 from ..foundation.show import Figure, words
@@ -198,7 +199,7 @@ def save(self) -> None:
     elif path.exists() and not self.over.value: told = f"{path} exists; choose another name, or tick 'replace the file'."
     elif not path.parent.is_dir(): told = f"{path.parent} is not a folder; make it or choose another."
     else:
-        path.write_text(as_yaml(self.values()), encoding="utf-8")
+        write_whole(path, as_yaml(self.values()))
         told = f"Written to {path}. To run it: vfm run {path}"
     self.done.value = f'<p role="status">{escaped(told)}</p>'
 
