@@ -166,7 +166,7 @@ def test_jobs_read_nothing_that_others_can_write(tmp_path):
     (folder := tmp_path/"jobs").mkdir()
     assert private_folder(folder) == folder
     folder.chmod(0o770)
-    with pytest.raises(VfmError, match="is not yours alone .* 'chmod 700 "): private_folder(folder)
+    with pytest.raises(VfmError, match="is not yours alone.*'chmod 700 "): private_folder(folder)
     assert private_folder(tmp_path/"new").stat().st_mode & 0o777 == 0o700
 
 
@@ -181,7 +181,7 @@ def test_an_answer_that_is_a_pickle_is_not_opened(tmp_path):
     future = Future(None, tmp_path/"a.call", None)
     assert isinstance(future._read()[1], Died) and "cannot be read" in str(future._read()[1]) and not (tmp_path/"mark").exists()
     (tmp_path/"a.result").write_text(json.dumps({"value": {"class": "subprocess:Popen", "fields": {"args": ["mkdir", str(tmp_path/"mark")]}}}))
-    with pytest.raises(VfmError, match="none of vfm_notes"): future._read()
+    assert "none of vfm_notes" in str(future._read()[1])
     assert not (tmp_path/"mark").exists()
 
 

@@ -33,7 +33,7 @@ from .pages import Page, code_print, execute_pages, fingerprint, records_print, 
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
 from ..runs.record import SMALL, damage_lines, scan_records
-from .stamp import check_ours, close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing, write_json
+from .stamp import close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing, write_json
 
 # %% ../../nbs/93_site.ipynb #dd0f03e1
 def site_config(
@@ -243,8 +243,7 @@ def build_site(
 ) -> SiteResult:
     "Build the report site of a study; return at once when nothing changed."
     begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
-    jobs = plan(spec)
-    ids = {id for j in jobs for id in j.runs}
+    ids = {id for j in (jobs := plan(spec)) for id in j.runs}
     records, damaged = scan_records(spec.name, ids, same=SMALL)
     pages = report_pages(spec, records) + run_pages(spec, jobs, {r["id"]: r for r in records})
     folder, target = pages_root() / spec.name, site_root()
@@ -256,8 +255,7 @@ def build_site(
     result = partial(SiteResult, target / "index.html", pages=len(pages))
     if not todo and stamp.get("around") == around and shown.get("site") == stamp.get("site") and (target / "index.html").exists():
         return result(stamp["findings"], True, problems=tuple(stamp["problems"]), seconds=time.monotonic() - begun)
-    check_ours(target)
-    open_folder(folder, [p.name for p in todo])
+    open_folder(folder, [p.name for p in todo], target)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
     write_assets(folder / "assets")
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages

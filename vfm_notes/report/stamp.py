@@ -94,8 +94,10 @@ def check_ours(
 def open_folder(
     folder: Path,
     again: Iterable[str] = (),  # pages that are made now
+    target: Path | None = None,  # the site that will be replaced by them
 ) -> dict:  # its stamp
     "Begin to make, or to make again, a folder of pages."
+    if target: check_ours(target)  # before an hour of work
     stamp, theirs = check_ours(folder, (".ipynb", ".qmd", ".md"))
     if not stamp: theirs = []
     pages, again = stamp.get("pages", {}), list(again)

@@ -63,7 +63,7 @@ class Future:
     def _read(self) -> tuple[bool, object]:
         try: return read_answer(self.call.with_suffix(".result"))
         except FileNotFoundError: pass
-        except (ValueError, KeyError, TypeError) as error: return False, Died(f"The answer of the worker cannot be read ({error}); see {self.log}.")
+        except (ValueError, KeyError, TypeError, VfmError) as error: return False, Died(f"The answer of the worker cannot be read ({error}); see {self.log}.")
         return False, self.executor.why(self)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
