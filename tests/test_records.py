@@ -17,7 +17,8 @@ from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import ExternalSpec, PretrainSpec, RunSpec, run_id
 from vfm_notes.runs.forkserver import python_path
 from vfm_notes.foundation.disk import DamagedFile
-from vfm_notes.runs.record import (attempt, drop_record, failed_record, missing, new_record, read_arrays, read_record, read_records, read_table, scan_records,
+from vfm_notes.runs.record import (attempt, drop_record, failed_record, missing, new_record, read_arrays,
+                                   read_record, read_records, read_table, scan_records,
                                    stored, valid, write_record)
 from vfm_notes.runs.repair import repair, sweep
 
@@ -98,7 +99,8 @@ DAMAGE = {"cut record": lambda f: cut(f/"record.json"), "empty record": lambda f
 
 def snapshot(root):
     "Names, times and bytes of everything below a folder."
-    return {str(p.relative_to(root)): (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in sorted(root.rglob("*"))}
+    return {str(p.relative_to(root)): (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes())
+            for p in sorted(root.rglob("*"))}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -109,7 +111,8 @@ def test_a_damaged_record_is_left_out_and_set_aside_by_a_run_alone(runs_root, ca
         DAMAGE[damage](folder)
         before = snapshot(runs_root)
         records, damaged = scan_records("s", [id])
-        assert read_records("s") == records == [] and read_record(folder) is None and list(damaged) == [id] and missing("s", [SPEC]) == [SPEC]
+        assert read_records("s") == records == [] and read_record(folder) is None and list(damaged) == [id]
+        assert missing("s", [SPEC]) == [SPEC]
         assert snapshot(runs_root) == before and capsys.readouterr().err == ""
         assert repair("s", [id]) == [id] and not folder.exists() and folder.with_name(f"{id}.corrupt-{n}").is_dir()
         said = capsys.readouterr().err
@@ -123,7 +126,8 @@ def test_what_a_bad_disk_does_is_found_where_it_is_read(runs_root, monkeypatch):
     write()
     flip(folder/"curves.parquet", hidden=True)
     assert len(read_records("s")) == 1  # a look opens no file
-    with pytest.raises(DamagedFile, match="curves.parquet is damaged .* 'vfm run s --retry-failed'"): read_table("s", id, "curves")
+    with pytest.raises(DamagedFile, match="curves.parquet is damaged .* 'vfm run s --retry-failed'"):
+        read_table("s", id, "curves")
     assert read_table("s", id, "cases") is not None and repair("s", [id]) == [id]
     write()
     monkeypatch.setattr("vfm_notes.runs.repair.SMALL", 10)  # as if the weights were large
@@ -150,7 +154,8 @@ def test_folders_of_somebody_else_are_not_looked_at(runs_root, capsys):
     (own/"my notes"/"record.json").write_text("{}")
     (own/"paper-abcdef12").write_text("a file with such a name")
     before = snapshot(runs_root)
-    assert len(read_records("s")) == 1 and scan_records("s", [run_id(SPEC)])[1] == {} and repair("s", [run_id(SPEC)]) == [] and sweep("s") == 0
+    assert len(read_records("s")) == 1 and scan_records("s", [run_id(SPEC)])[1] == {}
+    assert repair("s", [run_id(SPEC)]) == [] and sweep("s") == 0
     assert snapshot(runs_root) == before and capsys.readouterr().err == ""
 
 
@@ -159,7 +164,8 @@ def test_a_record_with_files_of_somebody_else_is_set_aside_not_dropped(runs_root
     folder = run_folder("s", run_id(SPEC))
     (folder/"figure.png").write_text("mine")
     write()
-    assert "also holds figure.png" in capsys.readouterr().err and (folder.with_name(f"{folder.name}.corrupt-1")/"figure.png").read_text() == "mine"
+    assert "also holds figure.png" in capsys.readouterr().err
+    assert (folder.with_name(f"{folder.name}.corrupt-1")/"figure.png").read_text() == "mine"
     drop_record(folder)
     assert not folder.exists() and [p.name for p in study_root("s").iterdir()] == [f"{folder.name}.corrupt-1"]
 

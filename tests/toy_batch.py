@@ -200,7 +200,8 @@ def wait_until(true, seconds=60):
     return answer
 
 
-HOSTILE = ("random", "altair", "torch", "yaml", "sitecustomize", "usercustomize", "nbformat", "json", "numpy", "pandas", "papermill", "IPython", "ipykernel",
+HOSTILE = ("random", "altair", "torch", "yaml", "sitecustomize", "usercustomize", "nbformat", "json", "numpy",
+           "pandas", "papermill", "IPython", "ipykernel",
            "ipykernel_launcher", "pip", "typing", "submitit", "ipython_config", "ipython_kernel_config", "jupyter_config")
 
 

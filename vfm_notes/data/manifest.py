@@ -113,7 +113,8 @@ def write_manifest(
     root, here = manifest.root.resolve(), dest.resolve()
     root = os.path.relpath(root, here) if root.is_relative_to(here) or here.is_relative_to(root) else str(root)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(manifest.card) | dict(root=root, crop=manifest.crop, targets=manifest.targets)).items()}
-    texts = {"manifest.csv": manifest.table.to_csv(index=False), "card.yaml": yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)}
+    texts = {"manifest.csv": manifest.table.to_csv(index=False),
+             "card.yaml": yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)}
     claim(dest, texts)
     card.unlink(missing_ok=True)
     for name, text in texts.items(): write_whole(dest/name, text)

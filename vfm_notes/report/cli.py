@@ -75,7 +75,8 @@ def run(
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
     if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
     if gpus: os.environ["VFM_GPUS"] = gpus
-    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
+    if dry_run:
+        return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
@@ -106,7 +107,8 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
     return lines
 
 # %% ../../nbs/99_cli.ipynb #981d5ae7
-def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None, executor: str = "local", profile: Path | None = None) -> None:
+def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None,
+              executor: str = "local", profile: Path | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
@@ -127,7 +129,8 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     for problem in lacking(spec): print(f"missing: {problem}")
     if executor == "slurm":
         from vfm_notes.runs.slurm import job_script, slurm_settings
-        print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
+        print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the "
+              f"shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
 
 def lacking(spec) -> list[str]:  # spec: of the study
     "What a study needs and this machine has not got: data, weights, accepted licences, names."
@@ -165,7 +168,8 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
     records = {r["id"]: r for r in found}
     looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     summary, running = summarise(spec.name, jobs, records=records), [k for k in looks if k.since]
-    lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary), *damage_lines(spec.name, damaged, ids)]
+    lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary),
+             *damage_lines(spec.name, damaged, ids)]
     lines.append(f"Study {spec.name}: {summary.done} done, {len(running)} notebooks running, {f'{len(queue)} in the queue, ' * bool(queue)}{len(summary.failed)} failed, {len(summary.missing)} missing.")
     if summary.others: lines.append(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     lines += [f"{n} records were made by another version of {template}; they are kept as they are. To compute them again, delete their folders." for template, n in summary.stale.items()]
@@ -228,7 +232,8 @@ def table(
     from vfm_notes.runs.record import damage_lines, no_collecting, scan_records
     writers = {".csv": lambda t, f: t.to_csv(f, index=False), ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
-    if output and output.exists() and not is_table(output): raise VfmError(f"{output} exists and is no table of runs: give another name, or delete it.")
+    if output and output.exists() and not is_table(output):
+        raise VfmError(f"{output} exists and is no table of runs: give another name, or delete it.")
     spec = load_study(study)
     with no_collecting():  # until all is written
         ids = {id for j in plan(spec) for id in j.runs}
@@ -240,7 +245,9 @@ def table(
         if spec.search: runs = mark(runs, candidates(runs, curves_table(spec.name, records)))
         if not output: return print(runs[SHOWN + [*spec.search, "chosen"] * bool(spec.search)].to_string(index=False) if records else "No records yet.")
         names = sorted({m for r in records for m in r["metrics"]})
-        with whole_file(output) as part: writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), part)  # a row is a record
+        # a row is a record
+        with whole_file(output) as part: writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m)
+                                                                                   for r in records] for m in names}), part)
         print(f"{output}: {len(runs)} runs")
 
 # %% ../../nbs/99_cli.ipynb #b4607401

@@ -33,7 +33,8 @@ from .pages import Page, code_print, execute_pages, fingerprint, records_print, 
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
 from ..runs.record import SMALL, damage_lines, scan_records
-from .stamp import close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing, write_json
+from .stamp import (close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing,
+                                    write_json)
 
 # %% ../../nbs/93_site.ipynb #dd0f03e1
 def site_config(
@@ -243,7 +244,8 @@ def build_site(
 ) -> SiteResult:
     "Build the report site of a study; return at once when nothing changed."
     begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
-    ids = {id for j in (jobs := plan(spec)) for id in j.runs}
+    jobs = plan(spec)
+    ids = {id for j in jobs for id in j.runs}
     records, damaged = scan_records(spec.name, ids, same=SMALL)
     pages = report_pages(spec, records) + run_pages(spec, jobs, {r["id"]: r for r in records})
     folder, target = pages_root() / spec.name, site_root()
