@@ -1,4 +1,4 @@
-"""A site of a few pages without code, in a second: built, rendered and published as always, without kernels and library."""
+"""A site of a few pages without code, in a second: built, rendered, published as always; no kernel, no library."""
 import dataclasses
 import os
 from pathlib import Path
@@ -15,7 +15,8 @@ def few_pages() -> None:
     "From now on `build_site` makes these pages only, and a library of one page."
     real = site.report_pages
     def pages(study, records):
-        return [dataclasses.replace(p, name=PAGES[p.name], print=p.print + study.title) for p in real(study, records) if p.name in PAGES]
+        return [dataclasses.replace(p, name=PAGES[p.name], print=p.print + study.title)
+                for p in real(study, records) if p.name in PAGES]
     def library(renderer, say):
         folder = site.pages_root()/"_reference"
         if not read_stamp(folder/"stamp.json").get("made"):
@@ -31,8 +32,10 @@ def few_pages() -> None:
 
 def write_study(folder: Path, name: str, **values) -> str:  # path of the file
     "A study without runs."
-    text = {"name": name, "title": name, "cohort": "phantom", "size": [4, 8, 8], "spacing": [4.0, 1.5, 1.5], "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 2},
-            "backbones": ["profound_toy.mae_phantom"], "tasks": {"segmentation": {}}, "strategies": ["scratch"], "seeds": [0]} | values
+    text = {"name": name, "title": name, "cohort": "phantom", "size": [4, 8, 8], "spacing": [4.0, 1.5, 1.5],
+            "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 2},
+            "backbones": ["profound_toy.mae_phantom"], "tasks": {"segmentation": {}}, "strategies": ["scratch"],
+            "seeds": [0]} | values
     (folder/f"{name}.yaml").write_text(yaml.safe_dump(text))
     return str(folder/f"{name}.yaml")
 

@@ -1,4 +1,4 @@
-"""Killed at a random moment while it writes: afterwards the same command gives the same files, and nothing is left lying about."""
+"""Killed at a random moment while it writes: afterwards the same command gives the same files."""
 import os
 import random
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vfm_notes.runs.forkserver import python_path
+from vfm_notes.runs.locks import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals as on Linux")
 ROUNDS = 12  # kills of each kind
@@ -37,7 +38,8 @@ from vfm_notes.backbones import weights as w
 folder, name = Path(os.environ["VFM_WEIGHTS"]), "net.test"
 folder.mkdir()
 torch.save({f"l{i}": torch.ones(40_000) * i for i in range(12)}, folder/"net.pth")
-w.weights(name, title="a test", licence="MIT", source="a page", file="net.pth", sha256=w.digest(folder/"net.pth"))(lambda state: state)
+card = dict(title="a test", licence="MIT", source="a page", file="net.pth", sha256=w.digest(folder/"net.pth"))
+w.weights(name, **card)(lambda state: state)
 def work(k):
     made = w.converted_file(name)
     if made.exists(): made.rename(folder/f"before-{k % 3}.safetensors")
@@ -60,15 +62,19 @@ def work(k): small_site.build(studies[k % 2])
 ''', 0.8)}
 
 
+def environment(root: Path) -> dict:
+    "Runs below a folder, and the tests' own modules."
+    return os.environ | {"VFM_RUNS": str(root/"runs"), "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
+
+
 @pytest.fixture
 def killed(tmp_path):
     "Kill workers of a kind, one after the other; hands back how many were at work when it came."
-    env = os.environ | {"VFM_RUNS": str(tmp_path/"runs"), "VFM_WEIGHTS": str(tmp_path/"weights"), "OMP_NUM_THREADS": "1",
-                        "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
+    env = environment(tmp_path) | {"VFM_WEIGHTS": str(tmp_path/"weights"), "OMP_NUM_THREADS": "1"}
     def run(kind: str, after_each) -> None:
         prepare, longest = KINDS[kind]
-        parent = subprocess.Popen([sys.executable, "-c", PARENT.format(prepare=prepare)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                  text=True, bufsize=1, env=env, cwd=tmp_path)
+        parent = subprocess.Popen([sys.executable, "-c", PARENT.format(prepare=prepare)], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1, env=env, cwd=tmp_path)
         rng = random.Random(kind)
         try:
             assert parent.stdout.readline() == "ready\n"
@@ -77,7 +83,7 @@ def killed(tmp_path):
                 pid = int(parent.stdout.readline())
                 time.sleep(rng.uniform(0, longest))
                 os.kill(pid, signal.SIGKILL)
-                while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z": time.sleep(0.001)
+                while lives(pid): time.sleep(0.001)
                 after_each()
         finally: parent.kill(), parent.communicate()
     return run
@@ -92,7 +98,8 @@ def test_weights_are_whole_or_absent(killed, tmp_path, monkeypatch):
             seen.add((path.name, path.stat().st_mtime_ns))
     killed("weights", whole)
     assert len(seen) > 3  # many were written
-    assert {p.name for p in folder.glob("[!.]*")} <= {"net.pth", "net.test.safetensors", *(f"before-{k}.safetensors" for k in range(3))}
+    known = {"net.pth", "net.test.safetensors", *(f"before-{k}.safetensors" for k in range(3))}
+    assert {p.name for p in folder.glob("[!.]*")} <= known
 
 
 def test_prepared_cohorts_are_whole_or_made_again(killed, tmp_path, monkeypatch):
@@ -118,15 +125,16 @@ def test_a_site_is_whole_or_the_old_one(killed, tmp_path, monkeypatch):
     def whole():
         there = site if site.exists() else beside(site)[1]  # between two renames
         stamp = read_stamp(there/"stamp.json")
-        assert stamp["study"] in "ab" and not changed(there, stamp["files"]) and files_of(there) == sorted(stamp["files"])
+        assert stamp["study"] in "ab" and not changed(there, stamp["files"])
+        assert files_of(there) == sorted(stamp["files"])
     killed("site", whole)
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
     undisturbed = tmp_path/"undisturbed"
     undisturbed.mkdir()
     code = "import sys, small_site; small_site.few_pages(); small_site.build(sys.argv[1])"
     for root in (undisturbed, tmp_path):
-        env = os.environ | {"VFM_RUNS": str(root/"runs"), "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"a.yaml")], env=env, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"a.yaml")], env=environment(root), cwd=tmp_path,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert small_site.content(tmp_path) == small_site.content(undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["_site", "a.yaml", "b.yaml", "pages", "undisturbed"]

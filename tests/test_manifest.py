@@ -108,6 +108,19 @@ def test_another_cohort_is_not_overwritten(tmp_path):
     assert "was not written here" in message(write_manifest, boxes(tmp_path), folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.csv", "card.yaml"])
+def test_what_somebody_changed_by_hand_is_not_overwritten(tmp_path, name):
+    folder = write_manifest(boxes(tmp_path), tmp_path)
+    edited = (folder/name).read_text(encoding="utf-8") + ("\n" if name == "card.yaml" else "")
+    if name == "manifest.csv": edited = "".join(edited.splitlines(True)[:-1])  # a case that somebody left out
+    (folder/name).write_text(edited, encoding="utf-8")
+    assert f"{name} was written or changed by hand" in message(write_manifest, boxes(tmp_path), folder)
+    assert (folder/name).read_text(encoding="utf-8") == edited
+    (folder/name).unlink()
+    if name == "card.yaml": (folder/"manifest.csv").unlink()
+    assert len(read_manifest(write_manifest(boxes(tmp_path), folder))) == 6
+
+
 def test_a_crash_leaves_no_half_manifest(tmp_path, monkeypatch):
     folder, real = write_manifest(boxes(tmp_path), tmp_path), cache.os.replace
     monkeypatch.setattr(cache.os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("disk full")) if Path(b).name == "card.yaml" else real(a, b))

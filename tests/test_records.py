@@ -16,8 +16,11 @@ from vfm_notes.foundation.places import run_folder, study_root
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import ExternalSpec, PretrainSpec, RunSpec, run_id
 from vfm_notes.runs.forkserver import python_path
-from vfm_notes.runs.record import (attempt, failed_record, missing, new_record, read_arrays, read_record, read_records, read_table, stored, sweep, valid,
-                                   write_record)
+from vfm_notes.foundation.disk import DamagedFile
+from vfm_notes.runs.record import (attempt, drop_record, failed_record, missing, new_record, read_arrays,
+                                   read_record, read_records, read_table, scan_records,
+                                   stored, valid, write_record)
+from vfm_notes.runs.repair import repair, sweep
 
 SPEC = RunSpec(size=(4, 8, 8))
 KEYS = {"schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p", "d2p_moments", "scores", "cost", "n", "normalisation",
@@ -81,22 +84,90 @@ def test_an_unknown_field_is_refused(runs_root):
 
 # What can happen to the files of a record afterwards.
 def cut(path): path.write_bytes(path.read_bytes()[:-7])
+def flip(path, hidden=False):
+    "Another byte in the middle; as a bad disk does it, the time of the file stays."
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    if hidden: os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 DAMAGE = {"cut record": lambda f: cut(f/"record.json"), "empty record": lambda f: (f/"record.json").write_text(""), "no object": lambda f: (f/"record.json").write_text("[1]"),
           "not a record": lambda f: (f/"record.json").write_text("{}"), "no record": lambda f: (f/"record.json").unlink(), "cut table": lambda f: cut(f/"curves.parquet"),
           "no weights": lambda f: (f/"weights.safetensors").unlink(), "no text": lambda f: (f/"record.json").write_bytes(b"\xff\xfe\x00{"),
-          "other id": lambda f: (f/"record.json").write_text((f/"record.json").read_text(encoding="utf-8").replace(run_id(SPEC), "somebody-else"))}
+          "other id": lambda f: (f/"record.json").write_text((f/"record.json").read_text(encoding="utf-8").replace(run_id(SPEC), "somebody-else")),
+          "other table": lambda f: flip(f/"curves.parquet"), "other weights": lambda f: flip(f/"weights.safetensors")}
+
+
+def snapshot(root):
+    "Names, times and bytes of everything below a folder."
+    return {str(p.relative_to(root)): (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes())
+            for p in sorted(root.rglob("*"))}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_corrupt_record_is_set_aside_and_said(runs_root, capsys, damage):
-    folder = run_folder("s", run_id(SPEC))
+def test_a_damaged_record_is_left_out_and_set_aside_by_a_run_alone(runs_root, capsys, damage):
+    folder, id = run_folder("s", run_id(SPEC)), run_id(SPEC)
     for n in (1, 2):
         write()
         DAMAGE[damage](folder)
-        assert read_records("s") == [] and not folder.exists() and folder.with_name(f"{folder.name}.corrupt-{n}").is_dir()
+        before = snapshot(runs_root)
+        records, damaged = scan_records("s", [id])
+        assert read_records("s") == records == [] and read_record(folder) is None and list(damaged) == [id]
+        assert missing("s", [SPEC]) == [SPEC]
+        assert snapshot(runs_root) == before and capsys.readouterr().err == ""
+        assert repair("s", [id]) == [id] and not folder.exists() and folder.with_name(f"{id}.corrupt-{n}").is_dir()
         said = capsys.readouterr().err
-        assert folder.name in said and f"corrupt-{n}" in said and said.count("\n") == 1
+        assert id in said and f"corrupt-{n}" in said and damaged[id] in said and said.count("\n") == 1
     assert missing("s", [SPEC]) == [SPEC] and valid(write(), SPEC) and len(read_records("s")) == 1
+
+
+def test_what_a_bad_disk_does_is_found_where_it_is_read(runs_root, monkeypatch):
+    id = run_id(SPEC)
+    folder = run_folder("s", id)
+    write()
+    flip(folder/"curves.parquet", hidden=True)
+    assert len(read_records("s")) == 1  # a look opens no file
+    with pytest.raises(DamagedFile, match="curves.parquet is damaged .* 'vfm run s --retry-failed'"):
+        read_table("s", id, "curves")
+    assert read_table("s", id, "cases") is not None and repair("s", [id]) == [id]
+    write()
+    monkeypatch.setattr("vfm_notes.runs.repair.SMALL", 10)  # as if the weights were large
+    flip(folder/"weights.safetensors", hidden=True)
+    with pytest.raises(DamagedFile, match="weights.safetensors is damaged"): read_arrays("s", id, "weights")
+    assert repair("s", [id]) == [] and repair("s", [id], everything=True) == [id]
+
+
+def test_a_copied_folder_is_read_once_and_then_known(runs_root, monkeypatch):
+    write()
+    for p in run_folder("s", run_id(SPEC)).iterdir(): os.utime(p)
+    opened, real = [], __import__("vfm_notes.runs.record").runs.record.file_hash
+    monkeypatch.setattr("vfm_notes.runs.record.file_hash", lambda path: (opened.append(path), real(path))[1])
+    assert len(read_records("s")) == 1 and len(opened) == 4
+    assert repair("s", [run_id(SPEC)]) == []
+    opened.clear()
+    assert len(read_records("s")) == 1 and not opened
+
+
+def test_folders_of_somebody_else_are_not_looked_at(runs_root, capsys):
+    write()
+    own = study_root("s")
+    for name in ("my notes", "results-2024", "segmentation-mine-12345678", ".hidden"): (own/name).mkdir()
+    (own/"my notes"/"record.json").write_text("{}")
+    (own/"paper-abcdef12").write_text("a file with such a name")
+    before = snapshot(runs_root)
+    assert len(read_records("s")) == 1 and scan_records("s", [run_id(SPEC)])[1] == {}
+    assert repair("s", [run_id(SPEC)]) == [] and sweep("s") == 0
+    assert snapshot(runs_root) == before and capsys.readouterr().err == ""
+
+
+def test_a_record_with_files_of_somebody_else_is_set_aside_not_dropped(runs_root, capsys):
+    write()
+    folder = run_folder("s", run_id(SPEC))
+    (folder/"figure.png").write_text("mine")
+    write()
+    assert "also holds figure.png" in capsys.readouterr().err
+    assert (folder.with_name(f"{folder.name}.corrupt-1")/"figure.png").read_text() == "mine"
+    drop_record(folder)
+    assert not folder.exists() and [p.name for p in study_root("s").iterdir()] == [f"{folder.name}.corrupt-1"]
 
 
 def test_another_schema_is_refused_and_left_alone(runs_root):

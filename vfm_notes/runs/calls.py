@@ -36,8 +36,11 @@ def packed(value: object) -> object:  # plain JSON
     if isinstance(value, list): return [packed(v) for v in value]
     if isinstance(value, tuple): return {"tuple": [packed(v) for v in value]}
     if isinstance(value, dict): return {"dict": [[packed(k), packed(v)] for k, v in value.items()]}
-    if is_dataclass(value): return {"class": name_of(type(value)), "fields": {f.name: packed(getattr(value, f.name)) for f in fields(value)}}
-    raise VfmError(f"A {type(value).__name__} cannot be handed to another process: expected plain values and dataclasses.")
+    if is_dataclass(value):
+        return {"class": name_of(type(value)), "fields": {f.name: packed(getattr(value, f.name))
+                                                          for f in fields(value)}}
+    raise VfmError(f"A {type(value).__name__} cannot be handed to another process: expected plain values and "
+                   "dataclasses.")
 
 # %% ../../nbs/738_calls.ipynb #calls007
 def unpacked(value: object) -> object:  # value: from packed

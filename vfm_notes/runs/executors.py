@@ -63,6 +63,8 @@ class Future:
     def _read(self) -> tuple[bool, object]:
         try: return read_answer(self.call.with_suffix(".result"))
         except FileNotFoundError: pass
+        except (ValueError, KeyError, TypeError, VfmError) as error:
+            return False, Died(f"The answer of the worker cannot be read ({error}); see {self.log}.")
         return False, self.executor.why(self)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -110,7 +112,8 @@ class LocalExecutor:
         self.gpus = choose_devices(wanted, found_devices())
         self.slots = Slots(self.gpus, settings.gpu_memory, settings.processes) if self.gpus else None
         self.jobs = jobs or max(1, min(self.slots.total() if self.slots else cores(), cores() // settings.processes))
-        self.env = thread_env(max(1, cores() // (self.jobs * settings.processes))) | safe_env() | {"VFM_PROCESSES": str(settings.processes)}
+        threads = thread_env(max(1, cores() // (self.jobs * settings.processes)))
+        self.env = threads | safe_env() | {"VFM_PROCESSES": str(settings.processes)}
         if wanted == "none": self.env["CUDA_VISIBLE_DEVICES"] = ""
         self.queue, self.active, self.count = [], [], 0
         self.server = None  # our own fork server

@@ -261,8 +261,9 @@ def can_fork() -> str:  # "" if possible, else the reason
     return "" if sys.platform == "linux" else f"forking a loaded parent is not safe on {sys.platform}"
 
 def python_path() -> str:
-    "A PYTHONPATH with which a new interpreter finds this package, installed or not; an empty part would be the working folder."
-    return os.pathsep.join(filter(None, dict.fromkeys([str(checkout() or ""), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])))
+    "A PYTHONPATH by which a new interpreter finds this package; an empty part would be the working folder."
+    return os.pathsep.join(filter(None, dict.fromkeys([str(checkout() or ""),
+                                                       *os.environ.get("PYTHONPATH", "").split(os.pathsep)])))
 
 SAFE_KERNEL = ("--IPKernelApp.ignore_cwd=True",)  # a kernel puts the working folder in front, too
 

@@ -61,7 +61,8 @@ def help_out(
     if parent: die_with_parent(int(parent))
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     try:
-        function, args = pickle.loads(Path(folder, "call").read_bytes())  # the notebook's own folder, which nobody else can open
+        # the notebook's own folder, which nobody else can open
+        function, args = pickle.loads(Path(folder, "call").read_bytes())
         if function.__module__.split(".")[0] == "vfm_notes": import vfm_notes.tune.catalog  # full registries, as the notebook has them
         Path(folder, f"ready-{rank}").touch()
         with joined(Path(folder), int(rank), int(size)): function(*args)
@@ -71,7 +72,8 @@ def help_out(
 
 def start_helper(folder: Path, rank: int, size: int):  # → something like a Popen
     "Start a helper."
-    env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "", "VFM_PROGRESS": ""} | safe_env(), [str(folder), str(rank), str(size)]
+    env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "",
+                               "VFM_PROGRESS": ""} | safe_env(), [str(folder), str(rank), str(size)]
     address, log = os.environ.get("VFM_FORKSERVER"), os.environ.get("VFM_LOG") or None
     if address and not can_fork(): return Forked(address, "vfm_notes.runs.launch:help_out", *words, env=env, log=log)
     command = [sys.executable, "-c", "import sys; from vfm_notes.runs.launch import help_out; help_out(*sys.argv[1:])", *words, str(os.getpid())]

@@ -17,8 +17,13 @@ from pathlib import Path
 from ..foundation.places import study_root
 
 # %% ../../nbs/702_locks.ipynb #bfe5c730
-def lock_file(study: str, job: str) -> Path: return study_root(study)/"locks"/f"{job}.lock"  # is held while a notebook runs
-def progress_file(study: str, job: str) -> Path: return study_root(study)/"progress"/f"{job}.json"  # how far a running notebook is
+def lock_file(study: str, job: str) -> Path:
+    "It is held while a notebook runs."
+    return study_root(study)/"locks"/f"{job}.lock"
+
+def progress_file(study: str, job: str) -> Path:
+    "It says how far a running notebook is."
+    return study_root(study)/"progress"/f"{job}.json"
 
 @contextmanager
 def job_lock(
@@ -31,7 +36,8 @@ def job_lock(
     with path.open("a") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: return (yield False)
-        f.truncate(0); f.write(f"{os.getpid()} on {socket.gethostname()}\n"); f.flush()  # the file's time is the job's start
+        # the file's time is the job's start
+        f.truncate(0); f.write(f"{os.getpid()} on {socket.gethostname()}\n"); f.flush()
         yield True
 
 def running_since(

@@ -85,7 +85,8 @@ def execute(
     target, progress = notebook_file(study, job.name), progress_file(study, job.name)
     for path in (target, progress): path.parent.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
-    os.environ |= {"VFM_JOB": job.name, "VFM_PROGRESS": str(progress), "VFM_TEMPLATE_HASH": template_hash(job.template), "VFM_RUNS": str(runs_root())} | safe_env()
+    os.environ |= {"VFM_JOB": job.name, "VFM_PROGRESS": str(progress),
+                   "VFM_TEMPLATE_HASH": template_hash(job.template), "VFM_RUNS": str(runs_root())} | safe_env()
     with time_limit(study, job, limit) as late:
         try:
             with needing_space(target.parent):

@@ -76,7 +76,8 @@ SMALL = 1 << 20  # bytes; reading so little costs no more than opening it
 def compare_files(
     folder: str,
     written: dict,  # file name → {bytes, mtime, sha256}
-    changed: float = SMALL,  # checksums are compared of files up to so many bytes whose time is not that of the writing,
+    # checksums are compared of files up to so many bytes whose time is not that of the writing,
+    changed: float = SMALL,
     same: float = 0,  # and of files up to so many bytes with that time; not 0: of all tables
 ) -> str:  # "" if nothing
     "Tell what is wrong with the companions of a record."
@@ -84,8 +85,10 @@ def compare_files(
         try: now = os.stat(f"{folder}/{name}")
         except FileNotFoundError: return f"{name} is missing"
         if now.st_size != then["bytes"]: return f"{name} has {now.st_size} bytes instead of {then['bytes']}"
-        limit = changed if now.st_mtime_ns != then.get("mtime") else math.inf if same and name.endswith(".parquet") else same
-        if now.st_size <= limit and file_hash(f"{folder}/{name}") != then["sha256"]: return f"{name} has another content"
+        limit = math.inf if same and name.endswith(".parquet") else same
+        if now.st_mtime_ns != then.get("mtime"): limit = changed
+        if now.st_size <= limit and file_hash(f"{folder}/{name}") != then["sha256"]:
+            return f"{name} has another content"
     return ""
 
 # %% ../../nbs/70_record.ipynb #chkrec01
@@ -100,8 +103,10 @@ def look(
         with open(f"{folder}/record.json", "rb") as f: record = orjson.loads(f.read())
     except FileNotFoundError: return None, "record.json is missing" if os.path.isdir(folder) else ""
     except (ValueError, NotADirectoryError) as e: return None, f"record.json is not readable ({e})"
-    except OSError as e: raise VfmError(f"{folder} cannot be read ({e.strerror}): ask its owner, or use another VFM_RUNS.") from None
-    if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= record.keys(): return None, "record.json is not a record"
+    except OSError as e:
+        raise VfmError(f"{folder} cannot be read ({e.strerror}): ask its owner, or use another VFM_RUNS.") from None
+    if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= record.keys():
+        return None, "record.json is not a record"
     if record["schema"] != SCHEMA:
         raise VfmError(f"{folder} has record schema {record['schema']}, this version reads schema {SCHEMA}: "
                        "use the version that wrote it, or another VFM_RUNS.")

@@ -28,7 +28,8 @@ def repair(
     "Set the damaged records of a plan aside."
     found = []
     for id in ids:
-        record, why = look_twice(folder := run_folder(study, id), changed=math.inf, same=math.inf if everything else SMALL)
+        record, why = look_twice(folder := run_folder(study, id), changed=math.inf, same=math.inf
+                                 if everything else SMALL)
         if why:
             set_aside(folder, why)
             found.append(id)

@@ -61,7 +61,8 @@ def sbatch_options(
     "Settings as options of sbatch."
     named = {k: v for k in ("partition", "account", "qos", "constraint") if (v := getattr(settings, k))}
     gpus = {"gpus_per_node": settings.gpus} if settings.gpus else {}
-    env = thread_env(max(1, settings.cpus // settings.processes)) | {"VFM_PROCESSES": str(settings.processes), "PYTHONSAFEPATH": "1"}
+    env = thread_env(max(1, settings.cpus // settings.processes)) | {"VFM_PROCESSES": str(settings.processes),
+                                                                     "PYTHONSAFEPATH": "1"}
     exports = [f"export {k}={v}" for k, v in env.items()]
     return named | gpus | {"time": settings.time, "mem": settings.memory, "cpus_per_task": settings.cpus, "array_parallelism": settings.parallel,
                            "setup": [*exports, *settings.setup], "additional_parameters": {"requeue": True} | settings.extra}
@@ -74,18 +75,24 @@ def check_lines(settings: SlurmSettings) -> None:
     "Refuse what would become another line of the script, or another option."
     for k in ("partition", "memory", "account", "qos", "constraint"):
         if not (isinstance(v := getattr(settings, k), str) and WORD.fullmatch(v)):
-            raise VfmError(f"slurm: {k} is {v!r}, expected one word as the cluster calls it, e.g. {'16GB' if k == 'memory' else 'gpu'}.")
+            raise VfmError(f"slurm: {k} is {v!r}, expected one word as the cluster calls it, e.g. "
+                           f"{'16GB' if k == 'memory' else 'gpu'}.")
     for k in ("time", "cpus", "gpus", "parallel", "requeue"):
         if type(v := getattr(settings, k)) is not int or v < (k in ("time", "cpus", "parallel")):
             raise VfmError(f"slurm: {k} is {v!r}, expected a whole number.")
     lines = {"python": settings.python} | {f"setup, line {i}": v for i, v in enumerate(settings.setup, 1)}
-    if not isinstance(settings.extra, dict): raise VfmError(f"slurm: extra is {settings.extra!r}, expected options of sbatch with their values.")
+    if not isinstance(settings.extra, dict):
+        raise VfmError(f"slurm: extra is {settings.extra!r}, expected options of sbatch with their values.")
     for k, v in settings.extra.items():
-        if not (isinstance(k, str) and KEY.fullmatch(k)): raise VfmError(f"slurm: extra has the option {k!r}, expected a name as sbatch spells it without the dashes, e.g. nice.")
-        if not isinstance(v, (str, int, float)): raise VfmError(f"slurm: extra: {k} is {v!r}, expected a text or a number.")
+        if not (isinstance(k, str) and KEY.fullmatch(k)):
+            raise VfmError(f"slurm: extra has the option {k!r}, expected a name as sbatch spells it without the "
+                           "dashes, e.g. nice.")
+        if not isinstance(v, (str, int, float)):
+            raise VfmError(f"slurm: extra: {k} is {v!r}, expected a text or a number.")
     for k, v in (lines | {f"extra: {k}": str(v) for k, v in settings.extra.items()}).items():
         if not (isinstance(v, str) and v.replace("\t", " ").isprintable()):
-            raise VfmError(f"slurm: {k} is {v!r}, expected one line without control characters: it becomes a line of the job's script.")
+            raise VfmError(f"slurm: {k} is {v!r}, expected one line without control characters: it becomes a line of "
+                           "the job's script.")
 
 # %% ../../nbs/745_slurm.ipynb #21d1800b
 def slurm_settings(
@@ -180,11 +187,14 @@ def call_folder() -> Path: return study_root(".slurm")/getpass.getuser()  # of c
 def private_folder(folder: str | Path) -> Path:  # folder: made where there is none
     "A folder that nobody else can write into."
     folder = Path(folder).resolve()
-    if not str(folder).isprintable(): raise VfmError(f"{str(folder)!r} stands in the script of a job, which cannot hold it: set VFM_RUNS to a folder without line breaks in its path.")
+    if not str(folder).isprintable():
+        raise VfmError(f"{str(folder)!r} stands in the script of a job, which cannot hold it: set VFM_RUNS to a "
+                       "folder without line breaks in its path.")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH): return folder
-    raise VfmError(f"{folder} is not yours alone, and jobs do what its files say: 'chmod 700 {shlex.quote(str(folder))}', or set VFM_RUNS to a folder of yours.")
+    raise VfmError(f"{folder} is not yours alone, and jobs do what its files say: 'chmod 700 "
+                   f"{shlex.quote(str(folder))}', or set VFM_RUNS to a folder of yours.")
 
 def job_script(
     settings: SlurmSettings,
