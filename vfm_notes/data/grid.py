@@ -12,7 +12,7 @@ from .volume import affine_of, corners, stored_geometry
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/133_grid.ipynb #b6b778a1
-GRID_MM = 0.1  # how far a corner of a mask may lie from that of its image
+GRID_MM = 0.2  # how far a corner of a mask may lie from that of its image
 AXES = ("left-right", "front-back", "feet-head")  # of the patient
 
 def displacement(

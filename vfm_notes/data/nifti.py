@@ -200,6 +200,9 @@ def read_voxels(
 ) -> np.ndarray:  # (z, y, x) as stored
     "One volume of a file that is then read to its end."
     kind, start = number_type(path, header), int(header.get_data_offset())
+    if start < header.sizeof_hdr:
+        raise VfmError(f"{path} has voxels that begin at byte {start}, inside its header of {header.sizeof_hdr}; "
+                       "convert it again.")
     one = math.prod(shape[:3]) * kind.itemsize
     need = start + one * math.prod(shape[3:])
     check_room(path, shape, need, kind.itemsize)
