@@ -248,6 +248,13 @@ def test_a_table_that_declares_too_much(tmp_path):
     assert "manifest.parquet (75000 rows of 40 columns) would take 300 MB of memory" in refused(read_manifest, folder)
 
 
+@pytest.mark.parametrize("text, words", [("a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk")), "it repeats values"), ("name: " + "[" * 5000, "not valid YAML")])
+def test_a_card_that_unfolds(tmp_path, text, words):
+    folder = write_manifest(boxes(tmp_path, 4), tmp_path)
+    (folder/"card.yaml").write_text(text)
+    assert words in refused(read_manifest, folder)
+
+
 @pytest.mark.parametrize("cell", ["x" * 5000, "a/" * 3000, "nul\0.nii"])
 def test_a_cell_that_is_no_path_is_a_bad_case(tmp_path, runs_root, cell):
     manifest = boxes(tmp_path, 4)

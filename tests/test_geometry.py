@@ -204,6 +204,10 @@ def foreign(kind: str, folder: Path) -> Path:
             nib.save(nib.Cifti2Image(np.ones((2, 8), np.float32), axes), path := folder/"x.dtseries.nii")
         case "Analyze": nib.save(nib.AnalyzeImage(values, STRAIGHT), folder/"x.img"), (folder/"x.hdr").rename(path)
         case "half a pair": nib.save(nib.Nifti1Pair(values, STRAIGHT), folder/"x.img"), (folder/"x.hdr").rename(path)
+        case "micrometres":
+            image = nib.Nifti1Image(values, STRAIGHT)
+            image.header.set_xyzt_units("micron")
+            nib.save(image, path)
         case "hdr": nib.save(nib.Nifti1Pair(values, STRAIGHT), path := folder/"x.hdr")
         case "FreeSurfer": nib.save(nib.MGHImage(values, STRAIGHT), path := folder/"x.mgz")
         case "compressed .nii": nib.save(nib.Nifti1Image(values, STRAIGHT), folder/"x.nii.gz"), (folder/"x.nii.gz").rename(path)
@@ -218,7 +222,7 @@ FOREIGN = {
     "complex": ("complex values", "write its magnitude or its phase"), "colour": ("3 values per voxel (colours)", "grey"), "one slice": ("is one slice (16x16)", "join the slices"),
     "one slice of a MetaImage": ("is one slice (16x16)", "join the slices"), "five dimensions": ("has 5 dimensions (16x16x6x1x3)", "slicer[..., 0, 0]"), "no voxels": ("has no voxels (its header declares 4x0x6)", "copy"),
     "wrong code": ("1234", "convert"), "damaged qform": ("damaged qform", "repair"), "CIFTI": ("is a CIFTI file", "wb_command"), "Analyze": ("Analyze", "left from right"), "half a pair": ("header of a pair", "nibabel.save"),
-    "hdr": ("is one half of a pair", "as one .nii file"), "FreeSurfer": ("is a FreeSurfer volume", "nibabel.load('x.mgz')"), "compressed .nii": ("is compressed, though its name does not end in .gz", "rename"),
+    "micrometres": ("has its geometry in micrometres", "expected millimetres"), "hdr": ("is one half of a pair", "as one .nii file"), "FreeSurfer": ("is a FreeSurfer volume", "nibabel.load('x.mgz')"), "compressed .nii": ("is compressed, though its name does not end in .gz", "rename"),
     "plain .nii.gz": ("is not a gzip file", "expected a compressed"), "garbage behind gzip": ("checksum is wrong, or something follows", "copy")}
 
 

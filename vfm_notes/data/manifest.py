@@ -58,9 +58,14 @@ def read_card(
     path: Path,  # card.yaml
 ) -> tuple[CohortCard, dict]:  # the card; root, crop and targets
     "Read a card strictly."
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
+            raise VfmError(f"{path}: it repeats values by '*name', expected each value written out.")
+        values = yaml.safe_load(text)
     except FileNotFoundError: raise VfmError(f"{path} does not exist; expected the card of the cohort (name, title, licence, ...).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise VfmError(f"{path}: not valid YAML ({str(e).splitlines()[0]}); correct the file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        raise VfmError(f"{path}: not valid YAML ({str(e).splitlines()[0]}); correct the file.") from None
     if not isinstance(values, dict): raise VfmError(f"{path}: expected a mapping of card fields, found {type(values).__name__}.")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     more = {k: values.pop(k) for k in MORE if k in values}
