@@ -19,7 +19,8 @@ from ..foundation.meter import check_allocation
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/131_dicom.ipynb #0cf1ab16
-TAGS = dict(type="0008|0008", series="0020|000e", description="0008|103e", number="0020|0011", position="0020|0032", axes="0020|0037", spacing="0028|0030", rows="0028|0010", columns="0028|0011", frames="0028|0008",
+TAGS = dict(type="0008|0008",
+            series="0020|000e", description="0008|103e", number="0020|0011", position="0020|0032", axes="0020|0037", spacing="0028|0030", rows="0028|0010", columns="0028|0011", frames="0028|0008",
             samples="0028|0002", bits="0028|0101", signed="0028|0103", slope="0028|1053", intercept="0028|1052", b="0018|9087", siemens_b="0019|100c", sequence="0018|0024")
 
 def dicom_reader(path: Path) -> sitk.ImageFileReader:

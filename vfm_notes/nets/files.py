@@ -119,7 +119,8 @@ def check_nesting(
     "Refuse a dictionary that holds itself: looking for tensors in it would not end."
     level = [content]
     for _ in range(DEEP):
-        level = list({id(v): v for d in level if isinstance(d, dict) for v in d.values() if isinstance(v, dict)}.values())
+        inner = [v for d in level if isinstance(d, dict) for v in d.values() if isinstance(v, dict)]
+        level = list({id(v): v for v in inner}.values())
         if not level: return content
     raise VfmError(f"{path} has more than {DEEP} dictionaries inside each other, or one that holds itself; "
                    "expected a state dict, alone or under 'model' or 'state_dict'.")
