@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
@@ -54,13 +53,25 @@ def refused(function, *args) -> str:
 # how much memory there is
 
 def test_free_memory_is_what_the_system_says():
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").is_file() else pytest.skip("no /proc/meminfo")
+    lines = (
+        dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        if Path("/proc/meminfo").is_file()
+        else pytest.skip("no /proc/meminfo")
+    )
     assert 0 < free_memory() <= int(lines["MemTotal"].split()[0]) * 1024
 
 
-@pytest.mark.parametrize("groups, expected", [
-    ({"0::/job/step": {"job": ("max", 5 * GIB, 0), "job/step": (4 * GIB, GIB, GIB // 2)}}, 3.5), ({"0::/job/step": {"job": (2 * GIB, GIB, 0), "job/step": (4 * GIB, GIB, 0)}}, 1.0),
-    ({"0::/": {"": ("max", GIB, 0)}}, None), ({"4:memory:/docker/x": {"memory/docker/x": (3 * GIB, GIB, GIB)}}, 3.0), ({"4:memory:/hidden": {"memory": (2 * GIB, GIB, 0)}}, 1.0), ({"9:cpu:/x": {}}, None)])
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ({"0::/job/step": {"job": ("max", 5 * GIB, 0), "job/step": (4 * GIB, GIB, GIB // 2)}}, 3.5),
+        ({"0::/job/step": {"job": (2 * GIB, GIB, 0), "job/step": (4 * GIB, GIB, 0)}}, 1.0),
+        ({"0::/": {"": ("max", GIB, 0)}}, None),
+        ({"4:memory:/docker/x": {"memory/docker/x": (3 * GIB, GIB, GIB)}}, 3.0),
+        ({"4:memory:/hidden": {"memory": (2 * GIB, GIB, 0)}}, 1.0),
+        ({"9:cpu:/x": {}}, None),
+    ],
+)
 def test_limits_of_containers_and_jobs(tmp_path, groups, expected):
     "Trees of control groups as the kernel shows them, version 2 and 1."
     (line, tree), = groups.items()
@@ -78,7 +89,9 @@ def test_limits_of_containers_and_jobs(tmp_path, groups, expected):
 
 def test_what_fits_is_granted_and_what_does_not_is_told():
     check_allocation(GIB // 4, "a")
-    assert message(check_allocation, GIB // 4 + 1, "a.nii (1x1x1 voxels)").startswith("a.nii (1x1x1 voxels) would take 268 MB of memory, 268 MB are free; ")
+    assert message(check_allocation, GIB // 4 + 1, "a.nii (1x1x1 voxels)").startswith(
+        "a.nii (1x1x1 voxels) would take 268 MB of memory, 268 MB are free; "
+    )
     assert [as_size(n) for n in (0, 999, 1000, 4e12, 9e20)] == ["0 B", "999 B", "1 kB", "4 TB", "9.0e+05 PB"]
 
 
@@ -111,22 +124,41 @@ def volume(kind: str, folder: Path) -> Path:
             raw = bytearray(header((4, 5, 6)))
             raw[108:112] = struct.pack("<f", 1e30)
             path.write_bytes(gzip.compress(bytes(raw) + bytes(480)))
-        case "MetaImage": (path := folder/"x.mha").write_text("ObjectType = Image\nNDims = 3\nBinaryData = True\nCompressedData = True\nCompressedDataSize = 9\nDimSize = 30000 30000 30000\nElementType = MET_FLOAT\nElementDataFile = LOCAL\n123456789")
-        case "NRRD": (path := folder/"x.nrrd").write_text("NRRD0004\ntype: float\ndimension: 3\nsizes: 30000 30000 30000\nencoding: gzip\nendian: little\n\n123456789")
+        case "MetaImage":
+            (path := folder / "x.mha").write_text(
+                "ObjectType = Image\nNDims = 3\nBinaryData = True\nCompressedData = True\nCompressedDataSize = 9\n"
+                "DimSize = 30000 30000 30000\nElementType = MET_FLOAT\nElementDataFile = LOCAL\n123456789"
+            )
+        case "NRRD":
+            (path := folder / "x.nrrd").write_text(
+                "NRRD0004\ntype: float\ndimension: 3\nsizes: 30000 30000 30000\n"
+                "encoding: gzip\nendian: little\n\n123456789"
+            )
     return path
 
 
-@pytest.mark.parametrize("kind, words", {
-    "terabytes": "is cut off, or its header is damaged", "terabytes, plain": "is cut off, or its header is damaged", "more than any": "is cut off, or its header is damaged",
-    "gigabytes of zeros": "(400x400x250 voxels) would take 640 MB of memory, 268 MB are free", "a stream without end": "unpacks to more than 1.05 MB, its header declares 832 B",
-    "a far offset": "x.nii.gz is ", "MetaImage": "(30000x30000x30000 voxels) would take", "NRRD": "(30000x30000x30000 voxels) would take"}.items())
+@pytest.mark.parametrize(
+    "kind, words",
+    {
+        "terabytes": "is cut off, or its header is damaged",
+        "terabytes, plain": "is cut off, or its header is damaged",
+        "more than any": "is cut off, or its header is damaged",
+        "gigabytes of zeros": "(400x400x250 voxels) would take 640 MB of memory, 268 MB are free",
+        "a stream without end": "unpacks to more than 1.05 MB, its header declares 832 B",
+        "a far offset": "x.nii.gz is ",
+        "MetaImage": "(30000x30000x30000 voxels) would take",
+        "NRRD": "(30000x30000x30000 voxels) would take",
+    }.items(),
+)
 def test_a_volume_that_declares_too_much(tmp_path, kind, words):
     said = refused(read_image, volume(kind, tmp_path))
     assert words in said and str(tmp_path) in said
 
 
 def test_a_series_that_declares_too_much(tmp_path):
-    write_series(sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 99, (3, 6, 5)).astype(np.int16)), tmp_path/"a")
+    write_series(
+        sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 99, (3, 6, 5)).astype(np.int16)), tmp_path / "a"
+    )
     for path in (tmp_path/"a").iterdir():
         raw = path.read_bytes()
         for tag in (b"\x28\x00\x10\x00\x02\x00\x00\x00", b"\x28\x00\x11\x00\x02\x00\x00\x00"):  # rows, columns
@@ -140,7 +172,12 @@ def test_a_series_that_declares_too_much(tmp_path):
 
 def png(width: int, height: int, data: bytes) -> bytes:
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def npy(shape: tuple, n: int) -> bytes:
@@ -159,17 +196,28 @@ def picture(kind: str, folder: Path) -> Path:
             at = re.search(rb"\xff[\xc0-\xc2]", raw).start() + 5
             path.write_bytes(raw[:at] + b"\xff\xdc\xff\xdc" + raw[at + 4:])
         case "npz":
-            with zipfile.ZipFile(path := folder/"x.npz", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a.npy", npy((10**6, 10**4, 10**4), 100))
+            with zipfile.ZipFile(path := folder / "x.npz", "w", zipfile.ZIP_DEFLATED) as z:
+                z.writestr("a.npy", npy((10**6, 10**4, 10**4), 100))
         case "npz of zeros":
-            with zipfile.ZipFile(path := folder/"x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z, z.open("a.npy", "w", force_zip64=True) as f:
+            with (
+                zipfile.ZipFile(path := folder / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z,
+                z.open("a.npy", "w", force_zip64=True) as f,
+            ):
                 f.write(npy((200, 1000, 1000), 0))
                 for _ in range(200): f.write(bytes(10**6))
     return path
 
 
-@pytest.mark.parametrize("kind, words", {
-    "PNG": "its header declares 60000x60000 pixels, more than its", "PNG of zeros": "(4000x4000 pixels) would take 320 MB", "JPEG": "(65500x65500 pixels) would take 85.8 GB",
-    "npz": "the array 'a' declares 1000000x10000x10000 numbers", "npz of zeros": "array 'a' would take 400 MB"}.items())
+@pytest.mark.parametrize(
+    "kind, words",
+    {
+        "PNG": "its header declares 60000x60000 pixels, more than its",
+        "PNG of zeros": "(4000x4000 pixels) would take 320 MB",
+        "JPEG": "(65500x65500 pixels) would take 85.8 GB",
+        "npz": "the array 'a' declares 1000000x10000x10000 numbers",
+        "npz of zeros": "array 'a' would take 400 MB",
+    }.items(),
+)
 def test_a_picture_that_declares_too_much(tmp_path, kind, words):
     path = picture(kind, tmp_path)
     said = refused(read_picture, f"{path}#a/0" if path.suffix == ".npz" else path)
@@ -184,7 +232,8 @@ def varint(n: int) -> bytes:
     return out + bytes([n])
 
 
-def field(number: int, body: bytes, n: int | None = None) -> bytes: return varint(number << 3 | 2) + varint(len(body) if n is None else n) + body
+def field(number: int, body: bytes, n: int | None = None) -> bytes:
+    return varint(number << 3 | 2) + varint(len(body) if n is None else n) + body
 
 
 def weights(kind: str, folder: Path) -> Path:
@@ -192,14 +241,18 @@ def weights(kind: str, folder: Path) -> Path:
     match kind:
         case "ONNX beyond the file": path.write_bytes(field(7, field(5, tensor + field(9, bytes(16), 2**62))))
         case "ONNX without end": path.write_bytes(b"\x3a" + b"\xff" * 100_000)
-        case "ONNX of many numbers": path.write_bytes(field(7, field(5, varint(1 << 3) + varint(2**62) + tensor + field(9, bytes(16)))))
+        case "ONNX of many numbers":
+            path.write_bytes(field(7, field(5, varint(1 << 3) + varint(2**62) + tensor + field(9, bytes(16)))))
         case "safetensors": (path := folder/"x.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
         case "safetensors of many numbers":
             head = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
             (path := folder/"x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(16))
         case "torch, compressed":
             torch.save({"w": torch.zeros(4)}, folder/"a.pth")
-            with zipfile.ZipFile(folder/"a.pth") as a, zipfile.ZipFile(path := folder/"x.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+            with (
+                zipfile.ZipFile(folder / "a.pth") as a,
+                zipfile.ZipFile(path := folder / "x.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z,
+            ):
                 for name in a.namelist(): z.writestr(name, a.read(name))
                 with z.open("archive/data/1", "w", force_zip64=True) as f:
                     for _ in range(300): f.write(bytes(10**6))
@@ -211,9 +264,19 @@ def weights(kind: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind, words", {
-    "ONNX beyond the file": "damaged or truncated", "ONNX without end": "damaged or truncated", "ONNX of many numbers": "damaged or truncated", "safetensors": "damaged or truncated", "safetensors of many numbers": "damaged or truncated",
-    "torch, compressed": "would take 300 MB of memory", "torch, repeated": "'w' (10000000000000 numbers) would take 80 TB", "torch in itself": "more than 50 dictionaries inside each other, or one that holds itself"}.items())
+@pytest.mark.parametrize(
+    "kind, words",
+    {
+        "ONNX beyond the file": "damaged or truncated",
+        "ONNX without end": "damaged or truncated",
+        "ONNX of many numbers": "damaged or truncated",
+        "safetensors": "damaged or truncated",
+        "safetensors of many numbers": "damaged or truncated",
+        "torch, compressed": "would take 300 MB of memory",
+        "torch, repeated": "'w' (10000000000000 numbers) would take 80 TB",
+        "torch in itself": "more than 50 dictionaries inside each other, or one that holds itself",
+    }.items(),
+)
 def test_weights_that_declare_too_much(tmp_path, kind, words):
     said = refused(read_state, weights(kind, tmp_path))
     assert words in said and str(tmp_path) in said
@@ -230,7 +293,19 @@ def test_any_bytes_are_a_message_or_an_end(data):
 def test_sound_weights_are_read(tmp_path):
     save_file({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path/"a.safetensors")
     torch.save({"model": {"w": torch.arange(6.0).reshape(2, 3), "i": torch.arange(3).expand(1, -1)}}, tmp_path/"a.pth")
-    (tmp_path/"a.onnx").write_bytes(field(7, field(5, b"".join(varint(1 << 3) + varint(n) for n in (2, 3)) + varint(2 << 3) + varint(1) + field(8, b"w") + field(9, np.arange(6, dtype="<f4").tobytes()))))
+    (tmp_path / "a.onnx").write_bytes(
+        field(
+            7,
+            field(
+                5,
+                b"".join(varint(1 << 3) + varint(n) for n in (2, 3))
+                + varint(2 << 3)
+                + varint(1)
+                + field(8, b"w")
+                + field(9, np.arange(6, dtype="<f4").tobytes()),
+            ),
+        )
+    )
     for path in tmp_path.iterdir(): assert torch.equal(read_state(path)["w"], torch.arange(6.0).reshape(2, 3))
 
 
@@ -248,7 +323,17 @@ def test_a_table_that_declares_too_much(tmp_path):
     assert "manifest.parquet (75000 rows of 40 columns) would take 300 MB of memory" in refused(read_manifest, folder)
 
 
-@pytest.mark.parametrize("text, words", [("a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk")), "repeats values by"), ("name: " + "[" * 5000, "more than 9 lists or mappings inside each other")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "a: &a [x, x]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk")),
+            "repeats values by",
+        ),
+        ("name: " + "[" * 5000, "more than 9 lists or mappings inside each other"),
+    ],
+)
 def test_a_card_that_unfolds(tmp_path, text, words):
     folder = write_manifest(boxes(tmp_path, 4), tmp_path)
     (folder/"card.yaml").write_text(text)
@@ -267,8 +352,15 @@ def test_a_cell_that_is_no_path_is_a_bad_case(tmp_path, runs_root, cell):
 
 # any failure of a decoder is a bad case
 
-FAILURES = {"MemoryError": MemoryError(), "RecursionError": RecursionError("maximum recursion depth exceeded"), "error": zlib.error("Error -3 while decompressing data"), "OverflowError": OverflowError("too large"),
-            "RuntimeError": RuntimeError("sitk::ERROR:\nBad allocation."), "AssertionError": AssertionError(), "KeyError": KeyError("x")}
+FAILURES = {
+    "MemoryError": MemoryError(),
+    "RecursionError": RecursionError("maximum recursion depth exceeded"),
+    "error": zlib.error("Error -3 while decompressing data"),
+    "OverflowError": OverflowError("too large"),
+    "RuntimeError": RuntimeError("sitk::ERROR:\nBad allocation."),
+    "AssertionError": AssertionError(),
+    "KeyError": KeyError("x"),
+}
 
 
 def test_any_failure_is_a_bad_case_with_its_name(tmp_path, runs_root, monkeypatch):
@@ -281,15 +373,23 @@ def test_any_failure_is_a_bad_case_with_its_name(tmp_path, runs_root, monkeypatc
     monkeypatch.setattr(decode, "read_image", read)
     said, found = message(manifest_cohort, manifest, **GRID, n={}), check_manifest(manifest)
     left = manifest_cohort(manifest, **GRID, n={}, exclude_bad=True)
-    for i, name in enumerate(FAILURES): assert all(f"c{i}: cannot be decoded ({name}" in text and "\n" not in text for text in (said, found[i]))
+    for i, name in enumerate(FAILURES):
+        assert all(f"c{i}: cannot be decoded ({name}" in text and "\n" not in text for text in (said, found[i]))
     assert f"has {len(FAILURES)} bad cases" in said and len(found) == len(left.excluded) == len(FAILURES)
-    assert left.names == [f"c{len(FAILURES) + i}" for i in (0, 1)] and "MemoryError" in left.excluded[0]["reason"] and problems(left) == []
+    assert (
+        left.names == [f"c{len(FAILURES) + i}" for i in (0, 1)]
+        and "MemoryError" in left.excluded[0]["reason"]
+        and problems(left) == []
+    )
 
 
 def test_a_failure_inside_a_library_names_the_file(tmp_path, monkeypatch):
     boxes(tmp_path, 2)
     monkeypatch.setattr(sitk, "DICOMOrient", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    assert message(read_image, tmp_path/"c0_t2w.nii.gz") == f"{tmp_path/'c0_t2w.nii.gz'} cannot be read (MemoryError); repair it or leave out its case."
+    assert (
+        message(read_image, tmp_path / "c0_t2w.nii.gz")
+        == f"{tmp_path / 'c0_t2w.nii.gz'} cannot be read (MemoryError); repair it or leave out its case."
+    )
 
 
 def test_a_bomb_among_the_cases_leaves_the_others(tmp_path, runs_root):
@@ -297,4 +397,3 @@ def test_a_bomb_among_the_cases_leaves_the_others(tmp_path, runs_root):
     (tmp_path/"c1_adc.nii.gz").write_bytes(gzip.compress(header()))
     assert len(check_manifest(manifest)) == 1 and "c1: " in check_manifest(manifest)[0]
     assert manifest_cohort(manifest, **GRID, n={}, exclude_bad=True).names == ["c0", "c2", "c3"]
-    assert isinstance(manifest.table, pd.DataFrame)
