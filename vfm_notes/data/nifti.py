@@ -148,6 +148,7 @@ def best_affine(
     except Exception as e:
         raise VfmError(f"{path} has a damaged qform ({(str(e).splitlines() or ['no reason given'])[0]}); repair the "
                        "header.") from None
+    if header.sizeof_hdr == 348: affine = affine.astype(np.float32).astype(float)  # a qform gives what its sform would
     det = np.linalg.det(affine[:3, :3]) if np.isfinite(affine).all() else math.nan
     if not abs(det) >= 1e-9:
         raise VfmError(f"{path} has a singular affine (determinant {det:.3g}); its axes do not span space, repair the "
