@@ -39,7 +39,7 @@ FILES = {
     "mask without the organ": (lambda f: nifti(f/"c1_gland.nii.gz", GLAND * 0), "c1_gland.nii.gz: The mask is empty"),
     "copied": (lambda f: shutil.copy(f/"c0_adc.nii.gz", f/"c1_adc.nii.gz"), "c1: has the same adc as c0"),
     "unsigned overflow": (lambda f: nifti(f/"c1_t2w.nii.gz", (picture_of(0) - 110).astype(np.int16).astype(np.uint16)), "c1_t2w.nii.gz has"),
-    "outside the grid": (lambda f: nifti(f/"c1_gland.nii.gz", GLAND, np.array([[1.0, 0, 0, 400], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), "does not overlap with the grid"),
+    "mask elsewhere": (lambda f: nifti(f/"c1_gland.nii.gz", GLAND, np.array([[1.0, 0, 0, 400], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), "c1_gland.nii.gz does not lie on its image (t2w)"),
 }
 
 

@@ -12,7 +12,7 @@ from .volume import affine_of, corners, stored_geometry
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/133_grid.ipynb #b6b778a1
-GRID_MM = 0.1  # how far a corner of a mask may lie from that of its image
+GRID_MM = 0.2  # how far a corner of a mask may lie from that of its image
 AXES = ("left-right", "front-back", "feet-head")  # of the patient
 
 def displacement(
@@ -54,7 +54,7 @@ def grid_differences(
         found.append(f"its spacing is {times(theirs)} mm instead of {times(spacing)}")
     away = b[:3, 3] - a[:3, 3]
     parts = ", ".join(f"{name} {v:+.3g}" for name, v in zip(AXES, away) if abs(v) > 1e-3)
-    return found + [f"its origin differs by {np.linalg.norm(away):.3g} mm ({parts})"] * bool(np.linalg.norm(away) > 1e-3)
+    return found + [f"its origin differs by {np.linalg.norm(away):.3g} mm ({parts})"] * bool(parts)
 
 def check_fit(
     what: str,  # the mask's file
