@@ -18,6 +18,7 @@ from torch import Tensor
 
 # %% ../../nbs/308_plan.ipynb #50ca2e5f
 from ..foundation.places import weights_root
+from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
 from ..nets.files import read_state
 
@@ -89,6 +90,7 @@ def read_plan(
     path: str | Path, # a .safetensors file
 ) -> AdaptationPlan | None: # None when the file carries none
     "The plan of a file."
+    check_fetched(path)
     if Path(path).suffix != ".safetensors": return None
     try:
         with safe_open(path, "pt") as f: found = f.metadata() or {}
