@@ -132,11 +132,12 @@ def similarity(
 
 def best_of(
     scores: dict[str, float], # architecture → likeness
+    near: float = 1.0, # share of the best likeness that is still taken
     least: float = 0.3, # of the best
 ) -> list[str]: # several when they differ in size alone; none when nothing is similar
     "The most similar backbones."
     best = max(scores.values(), default=0)
-    return [name for name, score in scores.items() if score == best >= least]
+    return [name for name, score in scores.items() if score >= near * best and best >= least]
 
 def similar(
     state: dict[str, Tensor], # of an unknown network
@@ -191,9 +192,12 @@ def chosen(
     best = max(m.report.share for m in matches)
     first, *others = [m for m in matches if m.report.share == best]
     differ = lambda m: any(not torch.equal(m.state[k], first.state[k]) for k in first.report.matched if k in m.state)
-    rivals = [m.part.address for m in others if m.part.address != first.part.address and differ(m)] if best else []
-    if rivals:
-        names = list(dict.fromkeys([first.part.address, *rivals]))
+    within = lambda a, b: f"{a}.".startswith(f"{b}." if b else "")
+    apart = lambda m, of: not within(m.part.address, of) and not within(of, m.part.address)
+    names = [first.part.address]
+    for m in others:
+        if best and all(apart(m, of) for of in names) and differ(m): names.append(m.part.address)
+    if len(names) > 1:
         raise VfmError(f"{path} holds {len(names)} networks that fit equally well ({', '.join(n or 'the names as they are' for n in names)}): name the one that is meant, e.g. {path}#{names[-1]}.")
     return first
 
@@ -294,7 +298,7 @@ def search(
     foreign, scores = lambda n: backbones[n].__module__.endswith(OTHERS), {}
     for names in ([n for n in backbones if not foreign(n)], [n for n in backbones if foreign(n)]):
         scores |= similarity([p.state for p in parts], names)
-        found = read_as(path, parts, of_this_size(best_of(scores), parts), in_channels)
+        found = read_as(path, parts, of_this_size(best_of(scores, 0.8), parts), in_channels)
         if any(m.report.share >= 0.9 for m in found): return found
     near = max(scores, key=scores.get)
     if not found:
