@@ -21,8 +21,8 @@ def some(
     values: np.ndarray,  # sorted, each once
 ) -> str:
     "A few values in full, and how many there are."
-    told = [f"{v:.9g}" for v in values[:5]]
-    return ", ".join(told) + f" and {len(values) - 5} more up to {values[-1]:.9g}" * (len(values) > 5)
+    plain = lambda v: f"{v}".removesuffix(".0")  # as many digits as its type has
+    return ", ".join(map(plain, values[:5])) + f" and {len(values) - 5} more up to {plain(values[-1])}" * (len(values) > 5)
 
 def kinds_of(
     values: np.ndarray,
