@@ -33,7 +33,7 @@ def spellings(
     out |= {f(n, safe=s) for n in plain for f in (quote, quote_plus) for s in ("", "/")}
     return {n for n in out if n.strip()}
 
-# %% ../../nbs/913_sweep.ipynb #ef1d55f8
+# %% ../../nbs/913_sweep.ipynb #ed39804a
 @lru_cache
 def vocabulary() -> frozenset[str]:  # in small letters
     "The words of the report's pages and of the templates."
@@ -42,7 +42,9 @@ def vocabulary() -> frozenset[str]:  # in small letters
 
 def telling(name: str) -> bool:
     "Can a name be told from other text wherever it stands?"
-    return len(name) >= 6 if name.isdigit() else len(name) >= 4 and name.lower() not in vocabulary()
+    if name.isdigit(): return len(name) >= 6
+    if re.fullmatch(r"[a-z]\d+", name, re.I): return len(name) >= 5  # n24 and s0 are parts of a run's id
+    return len(name) >= 4 - name.isalpha() and name.lower() not in vocabulary()
 
 def edges(
     word: str,  # one spelling
@@ -52,7 +54,7 @@ def edges(
     if len(word) < 8 or word.isalpha(): return r"(?<![^\W_])", r"(?![^\W_])"
     return r"(?<!\d)" * word[0].isdigit(), r"(?!\d)" * word[-1].isdigit()
 
-# %% ../../nbs/913_sweep.ipynb #09527c74
+# %% ../../nbs/913_sweep.ipynb #468ff78e
 def alternatives(
     words: Iterable[tuple[str, str]],  # in small letters, and what may not stand behind each
 ) -> str:  # a regular expression
@@ -73,7 +75,7 @@ def expression(words: Iterable[str]) -> re.Pattern:
     for word in words:
         before, behind = edges(word)
         kinds.setdefault(before, []).append((word.lower(), behind))
-    parts = [f"{before}{alternatives(of)}" for before, of in sorted(kinds.items())]
+    parts = [f"{before}{alternatives(of)}" for before, of in sorted(kinds.items(), key=lambda k: (k[0] == edges("1")[0], len(k[0])))]  # long names first, they have the least edges; numbers last
     return re.compile("|".join(parts) or r"(?!)", re.I)
 
 # %% ../../nbs/913_sweep.ipynb #8c964b11
