@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['site_config', 'made_from', 'write_assets', 'look_files', 'assets_print', 'choose_renderer', 'render', 'publish',
            'SiteResult', 'read_stamp', 'write_json', 'reference_print', 'reference_config', 'build_reference',
-           'study_findings', 'make_pages', 'build_site']
+           'study_findings', 'make_pages', 'site_pages', 'build_site']
 
 # %% ../../nbs/93_site.ipynb #b84c5022
 import json
@@ -262,6 +262,18 @@ def make_pages(
     if moving := [p for p in own if p not in still]: execute_pages(moving, study, done)
     return problems, people
 
+# %% ../../nbs/93_site.ipynb #sitepages
+def site_pages(
+    study: StudySpec,
+    records: list[dict],  # of the study
+    pseudonyms: bool,
+) -> tuple[Publication, list[Page]]:
+    "List the pages of a site, and collect what their publication has to know."
+    jobs = plan(study)
+    notebooks = [f for j in jobs if (f := notebook_file(study.name, j.name)).exists()]
+    by = publication(study, records, notebooks, pseudonyms)
+    return by, [*report_pages(study, records, publication_print(by)), *run_pages(study, jobs, {r["id"]: r for r in records}, by)]
+
 # %% ../../nbs/93_site.ipynb #9f82120b
 def build_site(
     study: str = "phantom",  # name in nbs/studies or path of a YAML file
@@ -272,9 +284,7 @@ def build_site(
     "Build the report site of a study; return at once when nothing changed."
     begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
     records = read_records(spec.name)
-    jobs = plan(spec)
-    by = publication(spec, records, [f for j in jobs if (f := notebook_file(spec.name, j.name)).exists()], pseudonyms)
-    pages = report_pages(spec, records, publication_print(by)) + run_pages(spec, jobs, {r["id"]: r for r in records}, by)
+    by, pages = site_pages(spec, records, pseudonyms)
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = fingerprint(records_print(records), code_print())
