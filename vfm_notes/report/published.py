@@ -160,11 +160,11 @@ def publication_print(by: Publication) -> str:
     "All that decides how texts are changed."
     return repr((by.study, key_id(), sorted(by.people)) if by.pseudonyms else "names as they are")
 
-# %% ../../nbs/916_published.ipynb #dccbb7a1
+# %% ../../nbs/916_published.ipynb #9ea35e51
 RECORD = ("schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls",
           "d2p", "d2p_moments", "scores", "cost", "n", "normalisation", "cohort_hash", "weights_hash", "weights_files",
-          "licences", "excluded", "notes", "notebook", "template_hash", "error", "versions", "commit", "device", "threads",
-          "created", "files")
+          "licences", "excluded", "notes", "notebook", "template_hash", "error", "versions", "commit", "device",
+          "threads", "created", "files")
 
 def published_record(
     by: Publication,
@@ -205,7 +205,7 @@ def published_output(
     new = {"output_type": kind, "metadata": {}, "data": {k: everywhere(v, by.text, by.named) for k, v in data.items()}}
     return new | ({"execution_count": out.get("execution_count")} if kind == "execute_result" else {})
 
-# %% ../../nbs/916_published.ipynb #ed6c7905
+# %% ../../nbs/916_published.ipynb #e2e4ae76
 METADATA = {"kernelspec": ("name", "language", "display_name"), "language_info": ("name", "version"),
             "papermill": ("version", "start_time", "end_time", "duration", "exception")}
 
@@ -216,13 +216,15 @@ def published_notebook(
     "Keep of a notebook what readers need."
     def cell(c: dict) -> dict:
         tags = {"tags": c.get("metadata", {}).get("tags", [])}
-        out = {k: c.get(k, "") for k in ("cell_type", "id")} | {"metadata": tags, "source": by.text(joined(c["source"]))}
+        out = {"cell_type": c["cell_type"], "id": c.get("id", ""), "metadata": tags}
+        out["source"] = by.text(joined(c["source"]))
         if c["cell_type"] != "code": return out
         outputs = [o for o in (published_output(by, o) for o in c.get("outputs", [])) if o]
         return out | {"execution_count": c.get("execution_count"), "outputs": outputs}
     all, kept = nb.get("metadata", {}), {}
     for name, fields in METADATA.items():
-        if some := {k: v for k, v in all.get(name, {}).items() if k in fields}: kept[name] = everywhere(some, by.text, by.text)
+        some = {k: v for k, v in all.get(name, {}).items() if k in fields}
+        if some: kept[name] = everywhere(some, by.text, by.text)
     out = {k: nb[k] for k in ("nbformat", "nbformat_minor") if k in nb}
     return out | {"cells": [cell(c) for c in nb["cells"]], "metadata": kept}
 
