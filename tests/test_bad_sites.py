@@ -139,9 +139,9 @@ def test_a_page_that_fails_or_takes_too_long_is_named_and_the_others_are_there(t
     from vfm_notes.report.cli import app
     path, _ = build(tmp_path, monkeypatch, lend_library, tasks={"segmentation": {}}, seeds=[0])
     known = site.report_pages
-    def two(spec, records):
+    def two(spec, records, *more):
         slow = {"guide_reader": "import time; time.sleep(60)", "guide_batch": "1 / 0"}
-        for page in known(spec, records):
+        for page in known(spec, records, *more):
             if page.name not in {*slow, "index", "methods"}: continue
             if page.name in slow:
                 nb = json.loads(page.source.read_text(encoding="utf-8"))
@@ -150,7 +150,7 @@ def test_a_page_that_fails_or_takes_too_long_is_named_and_the_others_are_there(t
                 own.write_text(json.dumps(nb))
                 page = replace(page, source=own)
             yield page
-    monkeypatch.setattr(site, "report_pages", lambda spec, records: list(two(spec, records)))
+    monkeypatch.setattr(site, "report_pages", lambda *given: list(two(*given)))
     monkeypatch.setattr(site, "run_pages", lambda *_: [])
     monkeypatch.setattr(report, "PATIENCE", 5)
     done = CliRunner().invoke(app, ["site", str(path), "--renderer", "smalldocs"])

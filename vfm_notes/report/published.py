@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'LEFT_OUT', 'IMAGE', 'DRAWN', 'RECORD', 'DRAWINGS', 'KINDS', 'METADATA', 'marked_name', 'cohort_folders',
-           'people_of', 'shipped', 'message_parts', 'Publication', 'publication', 'publication_print',
+           'cohort_people', 'people_of', 'shipped', 'message_parts', 'Publication', 'publication', 'publication_print',
            'published_record', 'published_output', 'published_notebook', 'tally', 'people_line']
 
 # %% ../../nbs/916_published.ipynb #b5f5e3f7
@@ -45,16 +45,35 @@ def cohort_folders(
     names = [study.cohort, (study.external or {}).get("cohort")]
     return {n: f.resolve() for n in names if n and (f := manifest_folder(n))}
 
-# %% ../../nbs/916_published.ipynb #ad92e25c
+# %% ../../nbs/916_published.ipynb #d9f6b0c5
+def cohort_people(
+    study: StudySpec,
+    load: bool,  # also cohorts that are made by code, which may take as long as their first run took
+) -> tuple[set[str], set[str]]:  # cases, patients
+    "Collect the names in a study's cohorts, where they are here."
+    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.manifest import read_manifest
+    folders, cases, patients = cohort_folders(study), set(), set()
+    for folder in folders.values():
+        try: table = read_manifest(folder).table
+        except VfmError: continue  # told elsewhere; marks hold names, too
+        cases, patients = cases | {*table.get("case", ())}, patients | {*table.get("patient", ())}
+    if load and study.cohort not in folders:
+        try: made = load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
+        except VfmError: return cases, patients
+        cases, patients = cases | {*made.names}, patients | {*made.patients}
+    return cases, patients
+
+# %% ../../nbs/916_published.ipynb #973138bb
 def people_of(
     study: StudySpec,
     records: Iterable[dict],
     notebooks: Iterable[Path] = (),  # executed
+    load: bool = False,  # see `cohort_people`
 ) -> dict[str, str]:  # name → case or patient
     "Collect the names of cases and patients that a study's files hold."
     import pyarrow.parquet as pq
-    from vfm_notes.data.manifest import read_manifest
-    found, cases, patients, seen = {}, set(), set(), set()
+    (cases, patients), seen = cohort_people(study, load), set()
     for r in records:
         cases |= {str(e["case"]) for e in r.get("excluded") or []}
         known = r.get("cohort_hash")  # the same content, the same cases
@@ -64,12 +83,8 @@ def people_of(
         table = pq.read_table(run_folder(study.name, r["id"])/"cases.parquet", columns=["case", "patient"])
         cases |= {*map(str, table["case"].unique().to_pylist())}
         patients |= {*map(str, table["patient"].unique().to_pylist())}
-    for folder in cohort_folders(study).values():
-        try: table = read_manifest(folder).table
-        except VfmError: continue  # whoever needs it is told; names are in marks, too
-        cases, patients = cases | {*table.get("case", ())}, patients | {*table.get("patient", ())}
     for path in notebooks: cases |= {*map(marked_name, MARK.finditer(path.read_text(encoding="utf-8")))} - patients
-    found |= dict.fromkeys(sorted(patients), "patient") | dict.fromkeys(sorted(cases), "case")
+    found = dict.fromkeys(sorted(patients), "patient") | dict.fromkeys(sorted(cases), "case")
     return {n: kind for n, kind in found.items() if n.strip()}
 
 # %% ../../nbs/916_published.ipynb #0a6df19a
@@ -136,7 +151,7 @@ class Publication:
         for m in self.messages: out = out.replace(m, LEFT_OUT)
         return IMAGE.sub(DRAWN, out) if self.pseudonyms else out
 
-# %% ../../nbs/916_published.ipynb #c4910f1d
+# %% ../../nbs/916_published.ipynb #e9a34df8
 def publication(
     study: StudySpec,
     records: Iterable[dict] = (),  # of the study
@@ -148,11 +163,14 @@ def publication(
     records = list(records)
     folders = {runs_root(): "runs", project_root(): "vfm_notes", weights_root(): "weights"}
     machines = machine_words(records)
-    for name, folder in cohort_folders(study).items():
-        card, more = read_card(folder/"card.yaml")
-        folders |= {folder: card.name, folder/more.get("root", "."): card.name}
-        if Path(name).name != name and telling(folder.name): machines[folder.name] = card.name
-    people, relative = people_of(study, records, notebooks), Relative(folders, below=not pseudonyms)
+    names = {study.cohort: None, (study.external or {}).get("cohort"): None} | cohort_folders(study)
+    for name, folder in names.items():
+        try: card, more = read_card(folder/"card.yaml") if folder else (None, {})
+        except VfmError: card, more = None, {}  # the data page says what is wrong with it
+        short = card.name if card else "cohort"
+        if folder: folders |= {folder: short, folder/more.get("root", "."): short}
+        if name and "/" in name and telling(last := Path(name).name): machines[last] = short
+    people, relative = people_of(study, records, notebooks, load=pseudonyms), Relative(folders, below=not pseudonyms)
     messages = message_parts(records) if pseudonyms else []
     return Publication(study.name, people, relative, Sweep(machines), pseudonyms, messages)
 
