@@ -28,9 +28,12 @@ def scratch_home(tmp_path_factory):
     key = home/"site.key"
     key.touch(mode=0o600)
     key.write_text("5e" * 32 + "\n")
-    away = ("VFM_DATA", "VFM_WEIGHTS", "VFM_TEMPLATE_HASH", "VFM_JOB", "VFM_PROGRESS", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+    before = Path(OWN["HOME"] or "~").expanduser()
+    tools = {"PIP_CONFIG_FILE": before/".config"/"pip"/"pip.conf", "PIP_CACHE_DIR": before/".cache"/"pip", "GIT_CONFIG_GLOBAL": before/".gitconfig"}  # these programs work as the user set them up
     with pytest.MonkeyPatch.context() as patch:
-        for name in away: patch.delenv(name, raising=False)
+        for name in ("VFM_DATA", "VFM_WEIGHTS", "VFM_JOB", "VFM_TEMPLATE_HASH", "VFM_PROGRESS", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"): patch.delenv(name, raising=False)
+        for name, path in tools.items():
+            if path.exists() and name not in os.environ: patch.setenv(name, str(path))
         for name, value in {"HOME": home, "VFM_RUNS": home/"runs", "VFM_SITE_KEY": key}.items(): patch.setenv(name, str(value))
         yield home
 

@@ -19,6 +19,10 @@ from vfm_notes.nets.files import read_state, strip
 CASES = {"provicnet_picai_sample": ("t2", "mask"), "prostatex_0000": ("t2_tra", "gland_Bosma22b"), "prostatex_0001": ("t2_tra", "gland_Bosma22b")}
 
 
+@pytest.fixture(autouse=True)
+def own(real_weights): return real_weights
+
+
 def needs(name):
     "Skip unless the weights are in the weights folder."
     if not converted_file(name).is_file(): pytest.skip(f"no {converted_file(name)}: vfm weights fetch {name}")

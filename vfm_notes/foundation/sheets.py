@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = ['FORMULA', 'NUMBER', 'harmless', 'write_sheet']
 
-# %% ../../nbs/095_sheets.ipynb #edd05644
+# %% ../../nbs/095_sheets.ipynb #01a6f96e
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/095_sheets.ipynb #af98ed0f
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
@@ -22,9 +19,9 @@ def harmless(
     "Put an apostrophe before what a spreadsheet would compute."
     return "'" + value if isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value) else value
 
-# %% ../../nbs/095_sheets.ipynb #7afc049a
+# %% ../../nbs/095_sheets.ipynb #f08dd037
 def write_sheet(
-    table: "pd.DataFrame",
+    table,  # pandas DataFrame
     path: Path,  # ends in .csv
 ) -> None:
     "Write a table for people as CSV."

@@ -18,24 +18,29 @@ from urllib.parse import quote
 from ..foundation.origin import cpu_name
 from .sweep import Sweep, telling
 
-# %% ../../nbs/914_relative.ipynb #061f611a
-USUAL = ("home", "Users", "root", "mnt", "media", "Volumes", "data", "srv", "scratch", "tmp", "var", "opt", "usr", "etc", "private", "run", "work", "project", "projects", "gpfs", "lustre", "nfs", "beegfs")
-ENDINGS = r"(?:nii\.gz|tar\.gz|nii|gz|dcm|ima|mha|mhd|nrrd|gii|png|jpe?g|tiff?|bmp|csv|tsv|xlsx|json|ya?ml|ipynb|safetensors|pth?|onnx|parquet|npz|npy|h5|py|txt|log|zip)"
+# %% ../../nbs/914_relative.ipynb #60f9a7db
+USUAL = ("home", "Users", "root", "mnt", "media", "Volumes", "data", "srv", "scratch", "tmp", "var", "opt", "usr",
+         "etc", "private", "run", "work", "project", "projects", "gpfs", "lustre", "nfs", "beegfs")
+ENDINGS = (r"(?:nii\.gz|tar\.gz|nii|gz|dcm|ima|mha|mhd|nrrd|gii|png|jpe?g|tiff?|bmp|csv|tsv|xlsx|json|ya?ml|ipynb"
+           r"|safetensors|pth?|onnx|parquet|npz|npy|h5|py|txt|log|zip)")
 PART = r"[^\s/\"'<>|;,(){}\[\]&\\`]+"
 BELOW = rf"(?:/(?:{PART}(?: {PART}){{0,3}}(?=/)|{PART})?)*"
 
 @lru_cache
 def absolute() -> re.Pattern:
     "Find absolute paths."
-    tops = "|".join(sorted({re.escape(n) for n in (*USUAL, *(p.name for p in Path("/").iterdir()))}, key=len, reverse=True))
-    return re.compile(rf"(?<=[\"'])/(?:{tops})/[^\"'\n<>]*|(?:file://|(?<![\w.~/<]))/(?:{tops})(?=/){BELOW}|%2F(?:{tops})(?:%2F[\w.%+~-]+)+|[A-Za-z]:\\{{1,2}}Users\\[^\s\"'<>|]+")
+    names = {*USUAL, *(p.name for p in Path("/").iterdir())}
+    tops = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    kinds = (rf"(?<=[\"'])/(?:{tops})/[^\"'\n<>]*", rf"(?:file://|(?<![\w.~/<]))/(?:{tops})(?=/){BELOW}",
+             rf"%2F(?:{tops})(?:%2F[\w.%+~-]+)+", r"[A-Za-z]:\\{1,2}Users\\[^\s\"'<>|]+")
+    return re.compile("|".join(kinds))
 
 def kind_of(path: str) -> str:  # e.g. ….nii.gz
     "Leave of a path the kind of its file."
     ending = re.search(rf"\.{ENDINGS}$", path.rstrip(".:,"), re.I)
     return "…" + (ending[0] if ending else "") + path[len(path.rstrip(".:,")):]
 
-# %% ../../nbs/914_relative.ipynb #57ccf7d4
+# %% ../../nbs/914_relative.ipynb #f68898fc
 class Relative:
     "Makes paths relative."
     def __init__(
@@ -46,7 +51,8 @@ class Relative:
         self.below, self.short = below, {}
         for folder, name in folders.items():
             for f in {str(folder), str(Path(folder).resolve())}:
-                if len(Path(f).parts) > 2: self.short |= {s.lower(): name for s in (f, f.replace("_", " "), quote(f), quote(f, safe=""))}
+                if len(Path(f).parts) < 3: continue
+                self.short |= {s.lower(): name for s in (f, f.replace("_", " "), quote(f), quote(f, safe=""))}
         known = "|".join(map(re.escape, sorted(self.short, key=len, reverse=True)))
         self.known = re.compile(rf"(?:file://)?(?<![\w.])({known})(?![\w-])({BELOW})" if known else r"(?!)", re.I)
 

@@ -21,19 +21,20 @@ from urllib.parse import quote, quote_plus
 # %% ../../nbs/913_sweep.ipynb #20150c2f
 from ..foundation.places import report_notebooks, template_file
 
-# %% ../../nbs/913_sweep.ipynb #956f2152
+# %% ../../nbs/913_sweep.ipynb #6b67cb91
 def spellings(
     name: str,
 ) -> set[str]:
     "Every way in which notebooks, pages and addresses write a name."
     plain = {unicodedata.normalize(form, n) for form in ("NFC", "NFD") for n in (name, name.replace("_", " "))}
-    out = plain | {json.dumps(n, ensure_ascii=a)[1:-1] for n in plain for a in (True, False)} | {repr(n)[1:-1] for n in plain}
+    out = plain | {repr(n)[1:-1] for n in plain}
+    out |= {json.dumps(n, ensure_ascii=a)[1:-1] for n in plain for a in (True, False)}
     out |= {html.escape(n, quote=q) for n in out for q in (True, False)}
     out |= {n.replace("&#x27;", "&#39;") for n in out} | {n.replace("<", "\\u003c") for n in out}
     out |= {f(n, safe=s) for n in plain for f in (quote, quote_plus) for s in ("", "/")}
     return {n for n in out if n.strip()}
 
-# %% ../../nbs/913_sweep.ipynb #ef1d55f8
+# %% ../../nbs/913_sweep.ipynb #ed39804a
 @lru_cache
 def vocabulary() -> frozenset[str]:  # in small letters
     "The words of the report's pages and of the templates."
@@ -42,7 +43,9 @@ def vocabulary() -> frozenset[str]:  # in small letters
 
 def telling(name: str) -> bool:
     "Can a name be told from other text wherever it stands?"
-    return len(name) >= 6 if name.isdigit() else len(name) >= 4 and name.lower() not in vocabulary()
+    if name.isdigit(): return len(name) >= 6
+    if re.fullmatch(r"[a-z]\d+", name, re.I): return len(name) >= 5  # n24 and s0 are parts of a run's id
+    return len(name) >= 4 - name.isalpha() and name.lower() not in vocabulary()
 
 def edges(
     word: str,  # one spelling
@@ -52,7 +55,7 @@ def edges(
     if len(word) < 8 or word.isalpha(): return r"(?<![^\W_])", r"(?![^\W_])"
     return r"(?<!\d)" * word[0].isdigit(), r"(?!\d)" * word[-1].isdigit()
 
-# %% ../../nbs/913_sweep.ipynb #09527c74
+# %% ../../nbs/913_sweep.ipynb #42eba59f
 def alternatives(
     words: Iterable[tuple[str, str]],  # in small letters, and what may not stand behind each
 ) -> str:  # a regular expression
@@ -63,7 +66,8 @@ def alternatives(
         for c in word: node = node.setdefault(c, {})
         node[""] = behind
     def written(node: dict) -> str:
-        parts = [re.escape(c) + written(n) for c, n in sorted(node.items()) if c] + [node[k] for k in ("",) if k in node]
+        parts = [re.escape(c) + written(n) for c, n in sorted(node.items()) if c]
+        if "" in node: parts.append(node[""])
         return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
     return written(trie)
 
@@ -73,7 +77,8 @@ def expression(words: Iterable[str]) -> re.Pattern:
     for word in words:
         before, behind = edges(word)
         kinds.setdefault(before, []).append((word.lower(), behind))
-    parts = [f"{before}{alternatives(of)}" for before, of in sorted(kinds.items())]
+    def rank(before: str) -> tuple: return before == edges("1")[0], len(before)  # long names first, numbers last
+    parts = [f"{before}{alternatives(kinds[before])}" for before in sorted(kinds, key=rank)]
     return re.compile("|".join(parts) or r"(?!)", re.I)
 
 # %% ../../nbs/913_sweep.ipynb #8c964b11
@@ -140,8 +145,8 @@ def unpacked(
         at = match.end()
     return "".join([*parts, SHORT.sub(packed, change(text[at:]))])
 
-# %% ../../nbs/913_sweep.ipynb #1de17482
-NAMED = ("case", "cases", "patient", "patients", "domain", "sort")  # fields of tables and charts whose texts may be names
+# %% ../../nbs/913_sweep.ipynb #abcfb11b
+NAMED = ("case", "cases", "patient", "patients", "domain", "sort")  # fields whose texts may be names
 
 def everywhere(
     value: object,  # of JSON
