@@ -1,18 +1,20 @@
 """The report's charts on a made-up study of six strategies: valid, complete, and drawn by the same library as in the browser."""
+import inspect
+import json
+
 import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
+from every_chart import PARTS, every_chart
 from fake_runs import write_study
-from vfm_notes.analysis.association import cell_points, run_points
-from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
-from vfm_notes.analysis.crossed import crossed
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import points, prediction_table
+from vfm_notes.analysis.prediction import points
 from vfm_notes.analysis.tables import load_tables
+from vfm_notes.foundation.chart import MEDIA, chart_html
 from vfm_notes.foundation.spec import load_study
-from vfm_notes.report import curves, evidence, figures
+from vfm_notes.report import curves, evidence, explorer, figures, live, measured
 
 SIX = ["scratch", "full", "probe", "decoder", "lora rank=4", "top k=1"]
 STUDY = """
@@ -65,18 +67,23 @@ def test_matrix_puts_many_strategies_below_each_other(tables):
 
 
 def test_every_chart_is_drawn(tables):
-    gains = gain_table(tables, draws=100)
-    moved, done = tables.curves[tables.curves.name == "d2p_embed"], tables.done()
-    reached = convergence_table(tables)
-    reached = reached[(reached.rule == "rise")].assign(value=lambda t: t.epochs, low=lambda t: t.epochs_low, high=lambda t: t.epochs_high)
-    cells = cell_points(tables, gains)
-    charts = {"scatter": figures.alignment_scatter(cells, crossed(cells, draws=100)), "layers": figures.distance_layers(tables.d2p[tables.d2p.strategy != "scratch"], "t", "s"), "dots": figures.dots(reached, "epochs"), "cost": figures.cost_chart(done, "t", "s"),
-              "curves": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}), "way": curves.trajectories(tables.curves, {"segmentation": "dice", "translation": "psnr"}, "t", "s"), "reached": curves.reached_panels(reached_curves(run_convergence(tables)), "t", "s"),
-              "scores": evidence.score_panels(points(tables, gains), "t", "s"), "regret": evidence.regret_chart(prediction_table(tables, draws=20).query("counts"), "t", "s"), "moments": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"), "seeds": evidence.seed_panels(run_points(tables), "t", "s")}
+    charts = every_chart(tables)
+    made = {n for module in (figures, curves, evidence, measured, explorer, live) for n, f in vars(module).items()
+            if inspect.isfunction(f) and f.__module__ == module.__name__ and inspect.isclass(kind := inspect.get_annotations(f, eval_str=True).get("return")) and issubclass(kind, alt.TopLevelMixin)}
+    assert made - PARTS == set(charts), "a chart was added: draw it in every_chart"
     for name, chart in charts.items():
         svg = drawn(chart)
         assert svg.count("<path") > 12 and "NaN" not in svg, name
-    for name in ("curves", "way", "reached", "moments", "seeds", "dots"): assert all(s in drawn(charts[name]) for s in SIX[1:]), name
+    for name in ("curve_panels", "trajectories", "reached_panels", "moment_panels", "seed_panels", "dots"): assert all(s in drawn(charts[name]) for s in SIX[1:]), name
+
+
+def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(tables):
+    figures.use_charts()
+    for name, chart in every_chart(tables).items():
+        stored = chart._repr_mimebundle_()[MEDIA]
+        assert stored.get("width") != "container" and "container" not in json.dumps({k: v for k, v in stored.items() if k != "datasets"}), name
+        assert vl_convert.vegalite_to_svg({k: v for k, v in stored.items() if k != "$schema"}).count("<path") > 12, name
+        if chart.to_dict().get("width") == "container": assert stored["width"] >= 640 and '"width":"container"' in chart_html(stored, "c"), name
 
 
 def test_charts_hold_what_the_tables_hold(tables):

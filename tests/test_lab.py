@@ -1,6 +1,7 @@
 """The widgets in a real JupyterLab, in a real browser whose network is blocked."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +27,15 @@ volume_viewer(dict(zip(("T2w", "DWI", "ADC"), case.volume)), case.label, "A case
 SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}, "notebook-extension/tracker": {"windowingMode": "none"}}
 
 
+TOUR = Path(__file__).resolve().parents[1] / "nbs" / "00_tour.ipynb"
+
+
+def write_notebook(path, sources):
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": s, "execution_count": None, "outputs": []} for i, s in enumerate(sources)]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
+    path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A folder with a made-up study and a notebook that shows every widget."
@@ -34,9 +44,10 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VFM_RUNS", str(root / "runs"))
         write_study(load_study(root / "made_up.yaml"), failed=1, absent=1)
-    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": s, "execution_count": None, "outputs": []} for i, s in enumerate(CELLS)]
-    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
-    (root / "look.ipynb").write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+        write_study(load_study("phantom"), failed=0, absent=0)
+    write_notebook(root / "look.ipynb", CELLS)
+    write_notebook(root / "charts.ipynb", ["from every_chart import every_chart\nfrom vfm_notes.analysis.tables import load_tables\nfrom vfm_notes.foundation.chart import use_charts\nuse_charts()\nfor chart in every_chart(load_tables('made_up')).values(): display(chart)"])
+    shutil.copy(TOUR, root)
     return root
 
 
@@ -52,7 +63,7 @@ def lab(folder):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipython"}
-    env = os.environ | {k: str(own / v) for k, v in places.items()} | {"VFM_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    env = os.environ | {k: str(own / v) for k, v in places.items()} | {"VFM_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).resolve().parents[:2]))}
     log = (folder / "lab.log").open("w")
     process = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
                                 f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -70,18 +81,62 @@ def lab(folder):
 
 
 VIEW, EXPLORER, LIVE, BUILDER = (f"document.querySelectorAll('.jp-Cell')[{i}]" for i in range(4))
-IMAGES = f"return [...{VIEW}.querySelectorAll('.widget-image')].map(i => i.src)"
+PICTURES = "querySelectorAll('.widget-image:not(.vfm-outlines)')"
+IMAGES = f"return [...{VIEW}.{PICTURES}].map(i => i.src)"
+
+
+HERE = "const notebook = jupyterapp.shell.currentWidget, kernel = notebook.context.sessionContext.session?.kernel;"
+RAN = HERE + "const code = [...notebook.context.model.cells].filter(c => c.type === 'code'); return code.every(c => c.executionCount !== null && c.executionState !== 'running') && kernel.status === 'idle'"
+
+
+def run_all(browser, lab, name, width, seconds=180, memory=2**60):
+    "Open a notebook in a window and run all of it; the tab may not take more memory than that, in MiB."
+    browser.set_window_size(width, 1400)
+    browser.get(f"{lab}/lab/tree/{name}")
+    wait(browser, f"if (!window.jupyterapp || !jupyterapp.shell.currentWidget?.context?.path.endsWith('{name}') || !document.querySelector('.jp-Cell')) return false; {HERE} return kernel?.status === 'idle'", 60)
+    browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+    end = time.monotonic() + seconds
+    while not browser.execute_script(RAN):
+        assert time.monotonic() < end and tab_memory(browser) < memory, (name, tab_memory(browser))
+        time.sleep(0.3)
+    assert not browser.execute_script("return [...document.querySelectorAll('.jp-RenderedText[data-mime-type*=stderr], .jp-mod-error')].map(e => e.innerText)")
+
+
+def tab_memory(browser) -> float:
+    "MiB of the largest renderer."
+    psutil = pytest.importorskip("psutil")
+    sizes = [0]
+    for process in psutil.Process(browser.service.process.pid).children(recursive=True):
+        try: sizes.append(process.memory_info().rss if "--type=renderer" in process.cmdline() else 0)
+        except psutil.Error: pass  # it has just ended
+    return max(sizes) / 2**20
+
+
+MOST = 1000  # MiB of a tab; 250 before there were charts, 3000 and more where one is drawn without end
+DRAWN = "return [...document.querySelectorAll('.jp-RenderedVegaCommon5')].map(n => { const c = n.querySelector('canvas, svg.marks'), box = n.closest('.jp-OutputArea-output') || n; return c ? [c.clientWidth, c.clientHeight, box.clientWidth, box.scrollWidth, getComputedStyle(box).overflowX] : null })"
+
+
+def check_drawn(browser, least):
+    "As many charts as expected, each of some size, and what is wider than its box can be reached by scrolling."
+    found = wait(browser, DRAWN.replace("return", "const found =", 1) + f"; return found.length >= {least} && found.every(f => f && f[0] > 150 && f[1] > 40) && found", 30)
+    assert all(box >= width or flow == "auto" for width, _, box, _, flow in found), found
+    assert tab_memory(browser) < MOST
+    return found
+
+COLOURED = f"""return [...{VIEW}.{PICTURES}].map(i => {{
+  const c = Object.assign(document.createElement('canvas'), {{ width: i.naturalWidth, height: i.naturalHeight }}), pen = c.getContext('2d');
+  if (!c.width) return -1;
+  pen.drawImage(i, 0, 0);
+  const v = pen.getImageData(0, 0, c.width, c.height).data;
+  return v.reduce((n, x, k) => n + (k % 4 === 0 && x !== v[k + 2]), 0) }})"""  # pixels that are not grey
 
 
 @pytest.fixture(scope="module")
 def browser(lab):
     "The notebook, opened and run."
     with chromium() as made:
-        made.set_window_size(1300, 1400)
-        made.get(f"{lab}/lab/tree/look.ipynb")
-        wait(made, "return window.jupyterapp && document.querySelectorAll('.jp-Cell').length === 4 && jupyterapp.shell.currentWidget.context.sessionContext.session?.kernel?.status === 'idle'", 60)
-        made.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
-        wait(made, f"return {BUILDER}.querySelector('.jp-OutputArea-output .widget-inline-hbox') && jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle'", 90)
+        run_all(made, lab, "look.ipynb", 1300)
+        wait(made, f"return {BUILDER}.querySelector('.jp-OutputArea-output .widget-inline-hbox')", 30)
         if os.environ.get("VFM_SCREENSHOT"): made.save_screenshot(os.environ["VFM_SCREENSHOT"])
         assert not made.execute_script("return [...document.querySelectorAll('.jp-RenderedText[data-mime-type*=stderr], .jp-mod-error')].map(e => e.innerText)")
         yield made
@@ -94,7 +149,7 @@ def keys(browser, element, *pressed):
 
 
 def test_the_volume_viewer_draws_its_sequences(browser):
-    pictures = wait(browser, f"const i = [...{VIEW}.querySelectorAll('.widget-image')]; return i.length === 3 && i.every(x => x.naturalWidth) && i.map(x => [x.naturalWidth, x.naturalHeight, x.clientWidth, x.clientHeight])")
+    pictures = wait(browser, f"const i = [...{VIEW}.{PICTURES}]; return i.length === 3 && i.every(x => x.naturalWidth) && i.map(x => [x.naturalWidth, x.naturalHeight, x.clientWidth, x.clientHeight])")
     assert pictures == [[64, 64, 260, 260]] * 3  # native pixels, enlarged by the browser
     assert "axial 7 of 12" in browser.execute_script(f"return {VIEW}.innerText") and "window" in browser.execute_script(f"return {VIEW}.innerText")
 
@@ -123,17 +178,25 @@ def test_a_slider_moves_the_slice_by_hand_and_by_keyboard(browser):
 def test_labels_and_planes_change_the_picture(browser):
     before = browser.execute_script(IMAGES)
     browser.execute_script(f"[...{VIEW}.querySelectorAll('.widget-toggle-button')].find(b => b.innerText.trim() === 'all three').click()")
-    wait(browser, f"return {VIEW}.querySelectorAll('.widget-image').length === 9")
+    wait(browser, f"return {VIEW}.{PICTURES}.length === 9")
     browser.execute_script(f"[...{VIEW}.querySelectorAll('.widget-toggle-button')].find(b => b.innerText.trim() === 'axial').click()")
-    wait(browser, f"return {VIEW}.querySelectorAll('.widget-image').length === 3")
+    wait(browser, f"return {VIEW}.{PICTURES}.length === 3")
     handle = browser.execute_script(f"return [...{VIEW}.querySelectorAll('.widget-slider')].find(s => s.innerText.includes('axial')).querySelector('.noUi-handle')")
     from selenium.webdriver.common.keys import Keys
     handle.send_keys(Keys.END)
     handle.send_keys(*[Keys.ARROW_LEFT] * 5)
     wait(browser, f"return {VIEW}.innerText.includes('axial 7 of 12')")
-    labelled = wait(browser, IMAGES.replace("return", "const now =") + f"; return now[0] !== {json.dumps(before)}[0] && now")
-    browser.execute_script(f"{VIEW}.querySelectorAll('.widget-checkbox input').forEach(c => c.click())")
-    wait(browser, IMAGES.replace("return", "const now =") + f"; return now.every((s, k) => s !== {json.dumps(labelled)}[k])")
+    wait(browser, IMAGES.replace("return", "const now =") + f"; return now[0] !== {json.dumps(before)}[0]")
+    over = f"return [...{VIEW}.querySelectorAll('.vfm-outlines')].map((o, k) => [o.src, o.offsetTop - {VIEW}.{PICTURES}[k].offsetTop, o.clientWidth, o.naturalWidth])"
+    lines, plain = browser.execute_script(over), browser.execute_script(COLOURED)
+    assert [row[1:] for row in lines] == [[0, 260, 260]] * 3 and plain == [0] * 3  # outlines lie on grey pictures
+    tick = f"{VIEW}.querySelectorAll('.widget-checkbox input').forEach(c => c.click())"
+    browser.execute_script(tick)
+    wait(browser, over.replace("return", "const now =") + f"; return now.every((o, k) => o[0] !== {json.dumps([row[0] for row in lines])}[k])")
+    browser.execute_script(tick)
+    filling = browser.execute_script(f"return [...{VIEW}.querySelectorAll('.widget-slider')].find(s => s.innerText.includes('filling')).querySelector('.noUi-handle')")
+    filling.send_keys(*[Keys.ARROW_RIGHT] * 4)
+    wait(browser, COLOURED.replace("return", "const found =", 1) + "; return found.every(n => n > 100)")
 
 
 def test_the_run_explorer_filters_and_draws(browser):
@@ -172,3 +235,21 @@ def test_nothing_was_asked_of_the_network(browser, lab):
 
 def test_live_training_says_that_nothing_runs(browser):
     assert "nothing is running" in browser.execute_script(f"return {LIVE}.innerText")
+
+
+def test_every_chart_is_drawn_in_a_narrow_window_and_after_it_grew(browser, lab):
+    run_all(browser, lab, "charts.ipynb", 620, memory=MOST)
+    narrow = check_drawn(browser, 15)
+    assert any(box < wide for _, _, box, wide, _ in narrow)  # some had to be scrolled
+    browser.set_window_size(1400, 1400)
+    wait(browser, DRAWN.replace("return", "const found =", 1) + f"; return found[0][2] > {narrow[0][2]}")
+    assert [f[:2] for f in check_drawn(browser, 15)] == [f[:2] for f in narrow]
+
+
+def test_the_tour_runs_to_its_end_beside_a_finished_study(browser, lab):
+    run_all(browser, lab, "00_tour.ipynb", 1300, 600, MOST)
+    found = check_drawn(browser, 4)  # pretraining, score and distance, gain matrix, curves of the explorer
+    assert sum(f[0] >= 640 for f in found) >= 1
+    said = browser.execute_script("return document.querySelector('.jp-Notebook').innerText")
+    assert "of 64 runs" in said and "RPG" in said and "no finished runs to compare" not in said
+    assert browser.execute_script("return document.querySelectorAll('.widget-image:not(.vfm-outlines)').length") == 3 + 3 + 3  # a case, the pyramid, a prediction

@@ -17,16 +17,16 @@ from .show import PALETTE
 
 # %% ../../nbs/05_chart.ipynb #570ffb3f
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
-INK = {"lab": ("#7d7d7d", "#7d7d7d", "#8884"), "light": ("#1f2328", "#59636e", "#d1d9e0"), "dark": ("#e6e6e6", "#a8adb4", "#3d444d")}  # words, secondary words, lines
+INK = {"light": ("#1f2328", "#59636e", "#d1d9e0"), "dark": ("#e6e6e6", "#a8adb4", "#3d444d")}  # words, secondary words, lines
 
 # %% ../../nbs/05_chart.ipynb #6e6c13ab
 def chart_theme(
-    mode: str = "lab",  # "lab" (reads on both), "light" or "dark"
+    mode: str = "lab",  # "lab" (as light, on a white sheet), "light" or "dark"
 ) -> dict:  # a Vega-Lite config
     "Calm charts: transparent ground, quiet axes, title at the left that says the finding."
-    ink, faint, line = INK[mode]
+    ink, faint, line = INK["dark" if mode == "dark" else "light"]
     axis = dict(labelColor=faint, titleColor=faint, domainColor=line, tickColor=line, gridColor=line, gridOpacity=0.6, titleFontWeight="normal", labelFontSize=12, titleFontSize=12)
-    return dict(background="transparent", font=FONT, view=dict(stroke="transparent"), axis=axis,
+    return dict(background="#ffffff" if mode == "lab" else "transparent", font=FONT, view=dict(stroke="transparent"), axis=axis,
                 title=dict(color=ink, subtitleColor=faint, anchor="start", fontSize=14, subtitleFontSize=12, fontWeight=600, offset=12, frame="bounds"),
                 header=dict(labelColor=ink, titleColor=faint, labelFontSize=12, labelFontWeight=600, titleFontWeight="normal"),
                 legend=dict(symbolBaseFillColor=ink, symbolBaseStrokeColor=ink, labelColor=ink, titleColor=faint, titleFontWeight="normal", labelFontSize=12, titleFontSize=12, symbolSize=90),

@@ -15,7 +15,7 @@ from einops import rearrange
 
 # %% ../../nbs/945_feature_maps.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, window_of, windowed, words
+from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, shown_name, window_of, windowed, words
 from .widgets import PLANES, Scene, VolumeViewer, blend, cut
 
 # %% ../../nbs/945_feature_maps.ipynb #32d3e2df
@@ -67,8 +67,9 @@ class FeatureViewer(VolumeViewer):
     def __init__(self, scene: FeatureScene, labels: list[str], title: str, width: int):
         super().__init__(scene, title, width)
         self.labels = labels
-        self.level = widgets.Dropdown(options=[(t, i) for i, t in enumerate(labels)], description="level", layout=widgets.Layout(width="420px"))
-        self.opacity.value, self.curtain.value, self.curtain.tooltip = 0.7, 1.0, "left of it features, right of it the image alone"
+        self.level = widgets.Dropdown(options=[(t, i) for i, t in enumerate(labels)], description="level", layout=widgets.Layout(width="500px"))
+        self.opacity.description, self.opacity.tooltip, self.opacity.value = "opacity", "of the colours over the image", 0.7
+        self.curtain.value, self.curtain.tooltip = 1.0, "left of it features, right of it the image alone"
         self.level.observe(lambda change: self.choose_level(change["new"]), "value")
         self.children = [*self.children, widgets.HBox([self.level, self.opacity, self.curtain], layout=dict(flex_flow="row wrap"))]
 
@@ -96,13 +97,13 @@ def pyramid_figure(
     out = [words(title, 0, 14, 13, bold=True)] if title else []
     for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
     y += 15
-    for label, pictures in [(name, [windowed(volume[z], *window) for z in at]), *[(t, [m[z] for z in at]) for t, m in zip(labels, scene.maps)]]:
+    for label, pictures in [(shown_name(name), [windowed(volume[z], *window) for z in at]), *[(t, [m[z] for z in at]) for t, m in zip(labels, scene.maps)]]:
         for k, part in enumerate(label.split(", ")): out.append(words(part, 0, y + 13 + 16 * k, 12, k > 0, bold=k == 0))
         for i, pixels in enumerate(pictures):
             data = base64.b64encode(png(pixels)).decode()
             out.append(f'<image x="{left + i * (width + 4):.1f}" y="{y:.1f}" width="{width:.1f}" height="{high:.1f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>')
         y += high + 4
-    return frame(out, left, y, left + len(at) * (width + 4) - 4, width / (w * scene.spacing[2]), w * scene.spacing[2], {}, title or f"Features of {name}", f"window of {name} {window[0]:.4g} to {window[1]:.4g}")
+    return frame(out, left, y, left + len(at) * (width + 4) - 4, width / (w * scene.spacing[2]), w * scene.spacing[2], {}, title or f"Features of {shown_name(name)}", f"window of {shown_name(name)} {window[0]:.4g} to {window[1]:.4g}")
 
 # %% ../../nbs/945_feature_maps.ipynb #6fcec8c5
 def feature_viewer(
@@ -121,7 +122,7 @@ def feature_viewer(
     for k, f in levels.items():
         if np.ndim(f) != 4: raise VfmError(f"feature_viewer: '{k}' has shape {np.shape(f)}, expected (c, d, h, w), the features of one case; pick one of the batch, e.g. level[0].")
     if not levels: raise VfmError("feature_viewer: the pyramid is empty, expected at least one feature map (c, d, h, w).")
-    scene = FeatureScene(rows, {}, {name: tuple(window or window_of(rows[name]))}, tuple(spacing))
+    scene = FeatureScene(rows, {}, {name: tuple(float(f"{end:.3g}") for end in window or window_of(rows[name]))}, tuple(spacing))
     made = {k: colour_map(np.asarray(f), rows[name].shape) for k, f in levels.items()}
     scene.maps = [m for m, _ in made.values()]
     labels = [f"{k}, {np.shape(levels[k])[0]} features, {' x '.join(map(str, np.shape(levels[k])[1:]))} voxels, {share:.0%} of variance" for k, (_, share) in made.items()]
