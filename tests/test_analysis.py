@@ -9,8 +9,9 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from scipy import stats
 from vfm_notes.analysis import gain
-from vfm_notes.analysis.association import associate, association_table, cell_points, in_words, orders, run_points
-from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_curves, reached_table, run_convergence
+from vfm_notes.analysis.association import associate, cell_points, in_words, orders, run_points
+from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_curves, reached_table, run_convergence, time_words
+from vfm_notes.analysis.crossed import association_table
 from vfm_notes.analysis.findings import findings
 from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
 from vfm_notes.analysis.tables import cohort_value, load_tables
@@ -362,6 +363,46 @@ def test_mean_interval_against_scipy():
     assert np.isnan(mean_interval([1.0])[1]) and np.isnan(mean_interval([])[0])
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.sampled_from([(0, 1), (0, np.inf), (-np.inf, 1), (-1, 1)]))
+def test_a_mean_and_its_interval_stay_within_bounds(x, bounds):
+    mean, low, high = mean_interval(x, *bounds)
+    assert bounds[0] <= low <= mean + 1e-12 and mean - 1e-12 <= high <= bounds[1] and mean == pytest.approx(np.mean(x))
+
+
+def test_bounded_intervals_against_the_scales_that_they_are_made_on():
+    x = np.array([0.90, 0.95, 0.99])
+    mean, half = x.mean(), stats.t.ppf(0.975, 2) * stats.sem(x)
+    logit = np.log(mean / (1 - mean)) + np.array([-1, 1]) * half / (mean * (1 - mean))
+    assert mean + half > 1 and mean_interval(x, 0, 1)[1:] == pytest.approx(1 / (1 + np.exp(-logit)))
+    assert mean_interval(x, 0)[1:] == pytest.approx(np.exp(np.log(mean) + np.array([-1, 1]) * half / mean))
+    assert mean_interval(x - 0.5, -0.5, 0.5)[1:] == pytest.approx(1 / (1 + np.exp(-logit)) - 0.5) and mean_interval([0.4, 0.4], 0, 1) == (0.4, 0.4, 0.4)
+    far = x * 1e-4 + 0.5  # far from both bounds, against its spread: Student's own
+    assert mean_interval(far, 0, 1)[1:] == pytest.approx(mean_interval(far)[1:], abs=1e-9)
+    with pytest.raises(VfmError, match="1.2 is not between 0 and 1"): mean_interval([0.5, 1.2], 0, 1)
+
+
+def test_bounded_intervals_hold_the_truth_as_often_as_they_say():
+    r, hit = np.random.default_rng(0), {}
+    for n in (3, 5, 10):
+        x = r.beta(8, 2, (3000, n))  # an AUC around .8, skewed
+        ends = [mean_interval(v, 0, 1)[1:] for v in x]
+        hit[n] = np.mean([a <= 0.8 <= b for a, b in ends])
+    assert all(0.93 < h < 0.98 for h in hit.values()), hit
+
+
+def test_times_beyond_the_budget_are_open():
+    row = dict(epochs=6.0, epochs_low=3.0, epochs_high=7.5, sooner=1.0, sooner_low=-2.0, sooner_high=4.0, seconds=3.0, seconds_low=1.0, seconds_high=5.0, budget=8.0, seconds_budget=12.0, censored=0, censored_reference=0)
+    assert time_words(row, "epochs") == ("6.0", "[3.0, 7.5]") and time_words(row, "sooner") == ("+1.0", "[−2.0, +4.0]")
+    late = row | dict(censored=1, epochs_high=np.inf, seconds_high=np.inf, sooner_low=-np.inf)
+    assert time_words(late, "epochs") == ("> 6.0", "[3.0, > 8.0]") and time_words(late, "sooner") == ("< +1.0", "[< −8.0, +4.0]") and time_words(late, "seconds") == ("> 3.0", "[1.0, > 12.0]")
+    ref = row | dict(censored_reference=1, sooner_high=np.inf)
+    assert time_words(ref, "sooner") == ("> +1.0", "[−2.0, > +8.0]") and time_words(ref, "epochs") == ("6.0", "[3.0, 7.5]")
+    both = row | dict(censored=1, censored_reference=1, sooner_low=-np.inf, sooner_high=np.inf)
+    assert time_words(both, "sooner") == ("+1.0", "[< −8.0, > +8.0]") and time_words(row | dict(epochs=np.nan), "epochs") == ("missing", "")
+    assert time_words(row | dict(epochs_low=np.nan, epochs_high=np.nan), "epochs") == ("6.0", "")
+
+
 # --- association
 
 @settings(max_examples=30, deadline=None)
@@ -455,7 +496,7 @@ def test_findings_say_what_the_tables_hold(study):
     top, low = gains.loc[("translation", "b.x")], gains.loc[("segmentation", "b.x")]
     assert len(said) >= 5 and all(s.endswith(".") for s in said)
     assert "translation with b.x" in said[0] and f"{top.rpg:+.1f} %" in said[0] and f"{top.low:+.1f} to {top.high:+.1f}" in said[0] and "3 seeds, 20 test cases" in said[0]
-    assert said[1].startswith("Largest loss: segmentation with b.x") and f"{low.rpg:+.1f} %" in said[1]
+    assert said[1].startswith("Largest loss: segmentation with b.x") and f"{low.rpg:+.1f} %".replace("-", "−") in said[1]
     assert "Of 4 cells, 3 gain and 1 lose" in said[2] and "1 of 5 cells are missing" in said[2]
     t = convergence_table(study)
     sooner = t[(t.rule == "rise") & (t.strategy == "full")].sooner.dropna()

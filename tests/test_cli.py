@@ -104,7 +104,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(toy):
 
 def test_status_and_table_of_a_study_that_never_ran(toy):
     done = toy.vfm("status", str(toy.study))
-    assert done.returncode == 0 and "0 done, 0 notebooks running, 0 failed, 7 missing" in done.stdout
+    assert done.returncode == 0 and "Study toy: 7 missing of 7 runs." in done.stdout
     assert "No records yet" in toy.vfm("table", str(toy.study)).stdout and not toy.runs.exists()
 
 

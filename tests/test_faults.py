@@ -188,7 +188,7 @@ def test_progress_can_be_watched_from_outside(tmp_path):
     runner = toy.start_run()
     wait_until(lambda: list(toy.flags.glob("holding-*")))
     status = toy.vfm("status", str(toy.study))
-    assert "running pretrain-profound_toy.mae_phantom" in status.stdout and "0 done, 1 notebooks running, 0 failed, 3 missing" in status.stdout and status.returncode == 0
+    assert "running pretrain-profound_toy.mae_phantom" in status.stdout and "1 running, 2 missing of 3 runs; 1 notebook at work" in status.stdout and status.returncode == 0
     toy.flag("hold", False)
     assert runner.wait(60) == 0 and "running " not in toy.vfm("status", str(toy.study)).stdout
     runner.communicate()

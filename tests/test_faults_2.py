@@ -230,9 +230,9 @@ def test_status_can_be_watched_to_the_end(tmp_path):
     runner = toy.start_run()
     kernel_at_work(toy)
     watcher = toy.start("status", str(toy.study), "--watch", "--every", "0.2")
-    wait_until(lambda: "0 done, " in watcher.stdout.readline())
+    wait_until(lambda: "of 3 runs; 1 notebook at work" in watcher.stdout.readline())
     toy.flag("hold", False)
     assert runner.wait(60) == 0
     out, err = watcher.communicate(timeout=60)
-    assert watcher.returncode == 0 and "3 done, 0 notebooks running, 0 failed, 0 missing" in out and "running " not in out.splitlines()[-1], out + err
+    assert watcher.returncode == 0 and "3 done of 3 runs." in out and "running " not in out.splitlines()[-1], out + err
     runner.communicate()

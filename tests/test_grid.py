@@ -10,9 +10,11 @@ from toy_batch import write_template
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import StudySpec, load_study, pretrain_specs, run_id, run_specs
-from vfm_notes.runs.grid import check_template, check_templates, job_specs, known_records, parameter_names, parse_only, plan, seed_choice, shard, run_states, state, template_parameters
+from vfm_notes.runs.grid import check_template, check_templates, job_specs, known_records, parameter_names, parse_only, plan, seed_choice, shard, run_states, template_parameters
 from vfm_notes.runs.locks import job_lock
 from vfm_notes.runs.record import failed_record, new_record, write_record
+from vfm_notes.runs.states import count_states, job_state
+from vfm_notes.runs.watch import look_at
 
 WEIGHTS = {"mae_phantom": "profound_toy", "contrast_phantom": "provicnet_toy", "other": "profound_toy"}
 BACKBONES = [f"{a}.{w}" for w, a in WEIGHTS.items()]
@@ -100,18 +102,24 @@ def test_an_external_cohort_waits_for_the_tuned_runs(monkeypatch, tmp_path):
     assert not [j for j in plan(s, "seed=0") if j.kind == "external"] and [j for j in plan(s, "task=segmentation") if j.kind == "external"]
 
 
-def test_states(runs_root):
+def test_states(runs_root, monkeypatch):
+    monkeypatch.delenv("VFM_DATA", raising=False)
+    def stands(job, queued=""):
+        states = look_at("toy", job, known_records("toy"), queued).states
+        return job_state(states.values()), count_states(states.values())
     job = plan(study(), "task=segmentation,backbone=profound_toy.mae_phantom")[-1]
-    assert state(job, "toy") == "missing"
+    assert stands(job) == ("missing", "4 missing") and stands(job, "pending") == ("queued", "4 queued")
     for spec in job.specs[:-1]: write_record(run_folder("toy", run_id(spec)), new_record(spec, "toy"))
-    assert state(job, "toy") == "partial"
+    assert stands(job) == ("missing", "3 done, 1 missing")
+    with job_lock("toy", job.name): assert stands(job, "pending") == ("running", "3 done, 1 running")
     write_record(run_folder("toy", job.runs[-1]), failed_record(job.specs[-1], "toy", ValueError("no")))
-    assert state(job, "toy") == "failed" and list(run_states(job, known_records("toy")).values()) == ["done"] * 3 + ["failed"]
+    assert stands(job) == ("failed", "3 done, 1 failed") and list(run_states(job, known_records("toy")).values()) == ["done"] * 3 + ["failed"]
     write_record(run_folder("toy", job.runs[-1]), new_record(job.specs[-1], "toy"))
-    assert state(job, "toy") == "done"
-    with job_lock("toy", job.name): assert state(job, "toy") == "running"
+    assert stands(job) == ("done", "4 done")
     changed = plan(replace(study(), size=(4, 8, 16)), "task=segmentation,backbone=profound_toy.mae_phantom")[-1]
-    assert state(changed, "toy") == "missing"  # same job, other spec: old records are never taken for new ones
+    assert stands(changed) == ("missing", "4 missing")  # same job, other spec: old records are never taken for new ones
+    outside = [j for j in plan(load_study("phantom")) if j.kind == "external"][0]
+    assert stands(outside) == ("skipped", "1 skipped") and stands(outside, "pending") == ("queued", "1 queued")
 
 
 def test_templates_are_checked_in_both_directions(tmp_path):

@@ -76,7 +76,7 @@ def test_preempted_by_somebody_more_important_it_goes_on_afterwards(slurm, tmp_p
     urgent = slurm("sbatch", "-p", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", f"touch {tmp_path}/urgent; sleep 1")
     assert urgent.returncode == 0, urgent.stderr
     wait_until(lambda: (tmp_path/"urgent").exists())  # it has the machine
-    assert list((toy.runs/"toy"/"checkpoints").glob("*.pt")) and not toy.records() and "1 missing" in toy.vfm("status", str(toy.study)).stdout.replace("2 missing", "1 missing")
+    assert list((toy.runs/"toy"/"checkpoints").glob("*.pt")) and not toy.records() and " done" not in toy.vfm("status", str(toy.study)).stdout
     goes_on(toy, runner, undisturbed)
     assert restarts(slurm, id) == 1 and epochs(toy) == [str(e) for e in range(1, 41)]
 

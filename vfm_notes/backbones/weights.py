@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from .plan import carried_file, carried_names, read_plan
 from .protocol import backbone_card
 from ..foundation.disk import file_hash, whole_file, write_whole
-from ..foundation.places import weights_root
+from ..foundation.places import weights_file, weights_root
 from ..foundation.registry import Registry, VfmError, backbones, nearest
 from ..nets.files import read_state
 
@@ -106,7 +106,7 @@ def converted_file(
     name: str, # "architecture.weights"
 ) -> Path: # may not exist yet
     "Where the converted weights lie after `fetch`."
-    return weights_root() / f"{name}.safetensors"
+    return weights_file(name)
 
 # %% ../../nbs/31_weights.ipynb #d8ac5b25
 def check_licence(
@@ -121,7 +121,7 @@ def check_licence(
 # %% ../../nbs/31_weights.ipynb #c98ede65
 def digest(path: Path) -> str: return file_hash(path) # sha256, hex
 
-def seen_file(name: str) -> Path: return weights_root() / f"{name}.sha256" # kept where the card has no checksum
+def seen_file(name: str) -> Path: return weights_file(name, "sha256") # kept where the card has no checksum
 
 def first_seen(
     name: str, # registered weights

@@ -153,6 +153,11 @@ def put(
         try: return os.rename(new, folder)
         except OSError:
             if read_cohort(folder) is not None: return shutil.rmtree(new)
+            more = sorted(set(os.listdir(folder) if folder.is_dir() else []) - {"cohort.json",
+                                                                                *(f"{k}.npy" for k in ARRAYS)})
+            if more:
+                raise VfmError(f"{folder} is the place of a prepared cohort, and holds {', '.join(more[:3])}: move "
+                               "that away.") from None
             shutil.rmtree(folder, ignore_errors=True)
     raise VfmError(f"{folder} cannot be written; is the disk full, or does another process hold it? It is a cache and safe to delete.")
 

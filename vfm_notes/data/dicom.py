@@ -20,7 +20,8 @@ from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/131_dicom.ipynb #0cf1ab16
-TAGS = dict(type="0008|0008", series="0020|000e", description="0008|103e", number="0020|0011", position="0020|0032", axes="0020|0037", spacing="0028|0030", rows="0028|0010", columns="0028|0011", frames="0028|0008",
+TAGS = dict(type="0008|0008",
+            series="0020|000e", description="0008|103e", number="0020|0011", position="0020|0032", axes="0020|0037", spacing="0028|0030", rows="0028|0010", columns="0028|0011", frames="0028|0008",
             samples="0028|0002", bits="0028|0101", signed="0028|0103", slope="0028|1053", intercept="0028|1052", b="0018|9087", siemens_b="0019|100c", sequence="0018|0024")
 
 def dicom_reader(path: Path) -> sitk.ImageFileReader:
@@ -135,17 +136,26 @@ def check_slices(
     for path, h in headers.items():
         lacks = [what for what, k in (("position", "position"), ("orientation", "axes"), ("pixel spacing", "spacing")) if not h[k]]
         if "MOSAIC" in h["type"].split("\\"):
-            raise VfmError(f"{path} is a Siemens mosaic (the slices of a volume as tiles of one picture of {h['columns']}x{h['rows']}), "
-                           "expected one slice per file; convert the series to NIfTI with dcm2niix.")
-        if h["frames"] not in ("", "1"): raise VfmError(f"{path} holds {h['frames']} frames in one file (enhanced DICOM); expected one slice per file, convert it first.")
-        if h["samples"] not in ("", "1"): raise VfmError(f"{path} has {h['samples']} values per voxel, expected 1; is it a colour image?")
-        if lacks: raise VfmError(f"{path} has no {' and no '.join(lacks)} in its header, expected the geometry of a slice; is it a localiser or a report?")
+            raise VfmError(f"{path} is a Siemens mosaic (the slices of a volume as tiles of one picture of "
+                           f"{h['columns']}x{h['rows']}), expected one slice per file; convert the series to NIfTI "
+                           "with dcm2niix.")
+        if h["frames"] not in ("", "1"):
+            raise VfmError(f"{path} holds {h['frames']} frames in one file (enhanced DICOM); expected one slice per "
+                           "file; convert the series to NIfTI with dcm2niix.")
+        if h["samples"] not in ("", "1"):
+            raise VfmError(f"{path} has {h['samples']} values per voxel, expected 1; is it a colour image?")
+        if lacks:
+            raise VfmError(f"{path} has no {' and no '.join(lacks)} in its header, expected the geometry of a slice; "
+                           "is it a localiser or a report?")
     start, first = next(iter(headers.items()))
     near = lambda a, b: np.allclose([float(v) for v in a.split("\\")], [float(v) for v in b.split("\\")], atol=1e-3)
     size = lambda h: f"{h['columns']}x{h['rows']}"
     for what, value, agrees in (("matrix", size, str.__eq__), ("pixel spacing", lambda h: h["spacing"], near), ("orientation", lambda h: h["axes"], near)):
         odd = [p for p, h in headers.items() if not agrees(value(h), value(first))]
-        if odd: raise VfmError(f"{folder} mixes slices of different {what}: {len(headers) - len(odd)} of {value(first)} ({start.name}) and {len(odd)} of {value(headers[odd[0]])} ({odd[0].name}); expected one {what} in a series.")
+        if odd:
+            raise VfmError(f"{folder} mixes slices of different {what}: {len(headers) - len(odd)} of {value(first)} "
+                           f"({start.name}) and {len(odd)} of {value(headers[odd[0]])} ({odd[0].name}); expected one "
+                           f"{what} in a series.")
 
 # %% ../../nbs/131_dicom.ipynb #dd5dccdb
 def slice_axes(

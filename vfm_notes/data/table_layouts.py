@@ -23,6 +23,7 @@ from .picture import ENDINGS, read_picture
 from .prostate_layouts import chosen, finished, names_in, native_spacing, save, toy_case, tried
 from .sheets import read_sheet
 from .volume import SUFFIXES, split_address
+from ..foundation.names import as_name
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
 
@@ -248,7 +249,7 @@ def table(
     have, folder = list(rows[0]), path.parent
     rows, sequences, spacing, note = picture_columns(rows, sequences, folder, found)
     title, targets = str(name) or folder.name, tuple(c.removeprefix("target_") for c in have if c.startswith("target_"))
-    card = CohortCard(title, title, str(licence), str(path), "not stated", sequences, ("background", *classes), grades, spacing,
+    card = CohortCard(str(name) or as_name(folder.name), title, str(licence), str(path), "not stated", sequences, ("background", *classes), grades, spacing,
                       f"Read from a hand-written table.{note}", non_commercial=licence == "not stated", empty_labels=empty_labels, targets=targets)
     crop = "mask_gland" if "gland" in classes and "label" not in have else "volume"
     return finished("table", folder, rows, card, found, crop, threshold)
@@ -291,5 +292,5 @@ def profound(
     found += [f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(PROFOUND_GRADES[grade])} or unknown" for r in out if grade and r["grade"] not in (*PROFOUND_GRADES[grade], "unknown")]
     if grade: out = [r | {"grade": f"{grade} {r['grade']}" if r["grade"] in PROFOUND_GRADES[grade] else "unknown"} for r in out]
     drawn = [c for c in ("gland", "lesion") if f"mask_{c}" in ours]
-    card = CohortCard(path.parent.name, path.stem, licence, str(path), "not stated", ("t2w", "dwi", "adc"), ("background", *drawn), tuple(f"{grade} {g}" for g in PROFOUND_GRADES[grade]) if grade else (), native_spacing(path.parent/(out[0]["t2w"] if out else ""), found), "ProFound takes volumes at 1.0 x 0.5 x 0.5 mm, z-scored over the voxels that are not zero.", non_commercial=licence == "not stated", empty_labels=drawn == ["lesion"])
+    card = CohortCard(as_name(path.parent.name), path.stem, licence, str(path), "not stated", ("t2w", "dwi", "adc"), ("background", *drawn), tuple(f"{grade} {g}" for g in PROFOUND_GRADES[grade]) if grade else (), native_spacing(path.parent/(out[0]["t2w"] if out else ""), found), "ProFound takes volumes at 1.0 x 0.5 x 0.5 mm, z-scored over the voxels that are not zero.", non_commercial=licence == "not stated", empty_labels=drawn == ["lesion"])
     return finished("profound", path.parent, out, card, found, "mask_gland" if "gland" in drawn else "volume")

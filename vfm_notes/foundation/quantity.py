@@ -89,7 +89,7 @@ def rounded(
     sign: bool = False,  # with a plus
 ) -> str:  # with a true minus sign
     "Round a number, the same however it was summed."
-    value, plus = float(f"{value:.12g}"), "+" if sign else ""
+    value, plus = float(f"{value:.12g}") if abs(value) > 1e-12 else 0.0, "+" if sign else ""
     if places is None and 10 ** digits - 0.5 <= abs(value) < 1e6: places = 0
     text = f"{value:{plus}.{digits}g}" if places is None else f"{value:{plus}.{places}f}"
     if float(text) == 0: text = text.replace("-", "+" if sign else "")  # nothing is less than nothing

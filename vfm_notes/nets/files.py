@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONNX_TYPES', 'DEEP', 'varint', 'proto_fields', 'onnx_tensor', 'read_onnx', 'check_declared', 'check_tensor',
-           'check_nesting', 'load_any', 'unwrap', 'strip', 'read_state']
+           'check_nesting', 'load_any', 'unwrap', 'strip', 'read_content', 'check_state', 'read_state']
 
 # %% ../../nbs/24_files.ipynb #2af8a9a2
 import argparse
@@ -21,6 +21,7 @@ from torch import Tensor
 
 # %% ../../nbs/24_files.ipynb #03b2baca
 from ..foundation.meter import check_allocation
+from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/24_files.ipynb #eeb6eb5f
@@ -153,22 +154,39 @@ def strip(
     "The part of a state below a prefix."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
+def read_content(
+    path: str | Path, # .safetensors, .onnx, or a torch file
+) -> dict: # whatever it holds
+    "The content of a file; raise VfmError when it is damaged or holds code."
+    path = Path(path)
+    check_fetched(path)
+    if not path.is_file(): raise VfmError(f"No weights file {path}: check the path.")
+    try: content = load_any(path)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"(?:GLOBAL|[Cc]lass|Trying to \w+) (\S+)", str(e))
+        if not found: raise VfmError(f"{path} is damaged or no weights file: delete it and fetch it again.") from None
+        raise VfmError(f"{path} holds code ({found[1]}), which was not run: ask its author for tensors alone.") from None
+    except VfmError: raise
+    except Exception as e:
+        raise VfmError(f"{path} is damaged or truncated ({type(e).__name__}): delete it and fetch it again.") from None
+    if not isinstance(content, dict):
+        raise VfmError(f"{path} holds no tensors by name (it is a {type(content).__name__}): expected a state dict, "
+                       "alone or under 'model' or 'state_dict'.")
+    return content
+
+def check_state(
+    state: dict[str, Tensor], # of a file
+    path: str | Path, # for messages
+) -> None:
+    "Refuse a state without tensors, or with values that are not finite."
+    if not state:
+        raise VfmError(f"{path} holds no tensors: expected a state dict, alone or under 'model' or 'state_dict'.")
+    for key, value in state.items(): check_tensor(path, key, value)
+
 def read_state(
     path: str | Path, # .safetensors, .onnx, or a torch file
 ) -> dict[str, Tensor]: # finite tensors by published names
     "The tensors of a file; raise VfmError when it is damaged, holds code or holds NaN."
-    path = Path(path)
-    if not path.is_file(): raise VfmError(f"No weights file {path}: check the path.")
-    try: state = unwrap(load_any(path))
-    except pickle.UnpicklingError as e:
-        found = re.search(r"(?:GLOBAL|[Cc]lass|Trying to \w+) (\S+)", str(e))
-        if not found: raise VfmError(f"{path} is damaged or no weights file: delete it and fetch it again.") from None
-        raise VfmError(f"{path} holds code ({found[1]}), which was not run: ask its author for tensors "
-                       "alone.") from None
-    except VfmError: raise
-    except Exception as e:
-        raise VfmError(f"{path} is damaged or truncated ({type(e).__name__}): delete it and fetch it again.") from None
-    if not state:
-        raise VfmError(f"{path} holds no tensors: expected a state dict, alone or under 'model' or 'state_dict'.")
-    for key, value in state.items(): check_tensor(path, key, value)
+    state = unwrap(read_content(path))
+    check_state(state, path)
     return state

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'weights_app', 'Study', 'SHOWN', 'Accept', 'show_version', 'options', 'main', 'run', 'print_summary',
-           'failures', 'show_plan', 'lacking', 'job_line', 'status_lines', 'status', 'in_words', 'table', 'site',
+           'failures', 'show_plan', 'job_line', 'status_lines', 'status', 'in_words', 'is_table', 'table', 'site',
            'weights_list', 'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
@@ -75,7 +75,8 @@ def run(
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
     if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
     if gpus: os.environ["VFM_GPUS"] = gpus
-    if dry_run: return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
+    if dry_run:
+        return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
@@ -105,15 +106,17 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
     return lines
 
 # %% ../../nbs/99_cli.ipynb #981d5ae7
-def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None, executor: str = "local", profile: Path | None = None) -> None:
+def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None,
+              executor: str = "local", profile: Path | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
-    from vfm_notes.runs.batch import to_do
+    from vfm_notes.runs.batch import conflicts, to_do
     from vfm_notes.runs.estimate import speeds, time_left
     from vfm_notes.runs.grid import check_templates, plan, shard
     from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.states import count_states
     from vfm_notes.runs.watch import look_at
+    from vfm_notes.tune.catalog import weights_problems
     spec = load_study(study)
     jobs = shard(plan(spec, only, templates), part)
     ids = {id for j in jobs for id in j.runs}
@@ -127,23 +130,14 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     print(f"Study {spec.name}: {count_states(states)} of {len(states)} runs.")
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run" + (f", {left} of work ({left.basis})." if todo else "."))
     print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
-    for problem in lacking(spec): print(f"missing: {problem}")
+    found = conflicts(spec, todo)
+    for sentence in found: print(f"cannot work: {sentence}")
+    for sentence in weights_problems(spec):
+        if sentence not in found: print(f"missing: {sentence}")
     if executor == "slurm":
         from vfm_notes.runs.slurm import job_script, slurm_settings
-        print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
-
-def lacking(spec) -> list[str]:  # spec: of the study
-    "What a study needs and this machine has not got: data, weights, accepted licences, names."
-    import os
-    from dataclasses import replace
-
-    from vfm_notes.runs.grid import unavailable
-    from vfm_notes.tune.catalog import check_names, weights_problems
-    found = [unavailable(spec.cohort, os.environ.get("VFM_DATA")), *weights_problems(spec)]
-    for backbone in spec.backbones:  # each by itself, so that all that is missing is told at once
-        try: check_names(replace(spec, backbones=[backbone], leave_out=[]))
-        except VfmError as error: found.append(str(error))
-    return [f for f in dict.fromkeys(found) if f]
+        print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the "
+              f"shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
 
 # %% ../../nbs/99_cli.ipynb #15865b57
 def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
@@ -171,8 +165,10 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
     records = {r["id"]: r for r in found}
     looks = [look_at(spec.name, j, records, queue.get(j.name, "")) for j in jobs]
     summary, running = summarise(spec.name, jobs, records=records), [k for k in looks if k.since]
-    lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary), *damage_lines(spec.name, damaged, ids)]
-    states, at_work = [s for k in looks for s in k.states.values()], f"; {how_many([len(running)], 'notebook', 'notebooks')} at work" if running else ""
+    lines = [*(job_line(look, max(len(j.name) for j in jobs)) for look in looks), *failures(summary),
+             *damage_lines(spec.name, damaged, ids)]
+    states = [s for k in looks for s in k.states.values()]
+    at_work = f"; {how_many([len(running)], 'notebook', 'notebooks')} at work" if running else ""
     lines.append(f"Study {spec.name}: {count_states(states)} of {len(states)} runs{at_work}.")
     if summary.others: lines.append(f"{summary.others} records belong to no run of the study file as it is now; they are kept and not used.")
     lines += [f"{n} records were made by another version of {template}; they are kept as they are. To compute them again, delete their folders." for template, n in summary.stale.items()]
@@ -223,6 +219,17 @@ def in_words(runs):  # runs: from analysis.tables.runs_table; the same with numb
 # %% ../../nbs/99_cli.ipynb #b9b3d6a4
 SHOWN = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]
 
+def is_table(file: Path) -> bool:
+    "Is a file a table of runs, as `vfm table` writes it?"
+    import pandas as pd
+    try:
+        if file.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+            return set(SHOWN) <= set(read_schema(file).names)
+        found = pd.read_csv(file, nrows=0) if file.suffix == ".csv" else pd.read_json(file)
+        return set(SHOWN) <= set(found.columns) or (file.suffix == ".json" and found.empty)
+    except Exception: return False  # whatever it is, it is not ours
+
 @app.command()
 def table(
     study: Study,
@@ -230,6 +237,7 @@ def table(
 ) -> None:
     "One row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
+    from vfm_notes.foundation.disk import whole_file
     from vfm_notes.foundation.sheets import write_sheet
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.grid import plan
@@ -237,6 +245,8 @@ def table(
     from vfm_notes.runs.states import count_states, states_of
     writers = {".csv": write_sheet, ".json": lambda t, f: t.to_json(f, orient="records", indent=1), ".parquet": lambda t, f: t.to_parquet(f, index=False)}
     if output and output.suffix not in writers: raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
+    if output and output.exists() and not is_table(output):
+        raise VfmError(f"{output} exists and is no table of runs: give another name, or delete it.")
     spec = load_study(study)
     with no_collecting():  # until all is written
         jobs = plan(spec)
@@ -252,7 +262,9 @@ def table(
         shown = SHOWN + [*spec.search, "chosen"] * bool(spec.search)
         if not output: return print(in_words(runs)[shown].to_string(index=False) if records else "No records yet.")
         names = sorted({m for r in records for m in r["metrics"]})
-        writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), output)  # a row is a record
+        # a row is a record
+        with whole_file(output) as part: writers[output.suffix](runs.assign(**{m: [r["metrics"].get(m)
+                                                                                   for r in records] for m in names}), part)
         print(f"{output}: {len(runs)} runs")
 
 # %% ../../nbs/99_cli.ipynb #b4607401
@@ -330,19 +342,21 @@ def weights_export(
     import shutil
     from vfm_notes.backbones.plan import carried_file, read_plan
     from vfm_notes.foundation.disk import check_companion, whole_file
-    from vfm_notes.foundation.places import run_folder, weights_root
+    from vfm_notes.foundation.names import check_weights_name
+    from vfm_notes.foundation.places import run_folder, weights_file
     from vfm_notes.foundation.registry import nearest
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.record import read_records
+    if called: check_weights_name(called, "--as")
     study = load_study(study).name
     made = {r["spec"]["backbone"]: r for r in read_records(study) if r["kind"] == "pretrain" and r["status"] == "done"}
     if name not in made: raise VfmError(f"Study '{study}' has no finished weights '{name}'.{nearest(name, made)} Finished: {', '.join(made) or 'none'}.")
-    file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_root()/f"{called or name}.safetensors"
+    file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_file(called or name)
+    check_companion(file)
     plan = read_plan(file)
     if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
     if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
-    check_companion(file)
     with whole_file(target) as part: shutil.copyfile(file, part)
     print(f"{carried_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
@@ -363,7 +377,7 @@ def doctor(study: Annotated[str, typer.Argument(help="Also look whether all is h
     "What is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
     from vfm_notes.report.doctor import checks
     missing = 0
-    for check in checks(study, lacking):
+    for check in checks(study):
         print(check, flush=True)
         missing += check.state == "missing"
     print(f"{missing} things are missing." if missing else "Nothing is missing.")

@@ -119,7 +119,7 @@ def strategy_marks(
 # %% ../../nbs/90_figures.ipynb #cbcd4c35
 def strategy_dash(strategies: Iterable[str]) -> alt.StrokeDash:
     "Dash by strategy."
-    return alt.StrokeDash("strategy:N", title=None, scale=strategy_marks(strategies, DASHES, [5, 4]), legend=alt.Legend(orient="top", symbolStrokeWidth=2, columns=3))
+    return alt.StrokeDash("strategy:N", title=None, scale=strategy_marks(strategies, DASHES, [5, 4]), legend=alt.Legend(orient="top", symbolType="stroke", symbolSize=260, symbolStrokeWidth=2, columns=3))
 
 def strategy_shape(strategies: Iterable[str], legend: bool = True) -> alt.Shape:
     "Shape by strategy; without a legend where there is one tuned strategy."

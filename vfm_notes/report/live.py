@@ -20,7 +20,7 @@ from ..foundation.quantity import how_many
 from ..foundation.places import checkpoint_file, study_root
 from ..foundation.show import Figure, words as drawn_words
 from ..foundation.spec import load_study
-from .explorer import html_output
+from .explorer import curve_words, html_output
 from .figures import titled, words
 from .widgets import Shown, escaped, static_bundle
 from ..runs.grid import known_records, plan
@@ -78,7 +78,7 @@ def training_rows(
     value = lambda pair, named: "" if pair is None else (f"{words(pair[0].removeprefix('val_'))} " if named else "") + f"{pair[1]:.4g}"
     for t in found:
         bar = f'<progress max="{t.epochs}" value="{t.epoch}" aria-label="epochs of {escaped(t.name)}"></progress>'
-        cells = (escaped(t.name), f"{t.epoch} of {t.epochs}", bar, value(t.last("loss"), False), escaped(value(t.last("val_"), True)), "" if t.left is None else f"about {duration(t.left)}", f"{duration(max(0, now - t.told))} ago")
+        cells = (escaped(t.name), f"{t.epoch} of {t.epochs}", bar, value(t.last("loss"), False), escaped(value(t.last("val_"), True)), "" if t.left is None else f"about {duration(t.left)}" if t.epoch < t.epochs else "done", f"{duration(max(0, now - t.told))} ago")
         out.append("<tr>" + "".join(f'<td style="text-align:left">{c}</td>' for c in cells) + "</tr>")
     return "".join(out) + "</tbody></table>"
 
@@ -88,9 +88,11 @@ def training_chart(
 ) -> alt.TopLevelMixin:
     "Loss and validation scores of trainings, each curve in its own panel."
     data = pd.concat([t.curves for t in found], ignore_index=True)
-    data = data[data.value.notna()].assign(name=data.name.map(words))
-    chart = alt.Chart(data).mark_line(point=True).encode(x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1, grid=False)), y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)), color=alt.Color("id:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=500, columns=1) if len(found) > 1 else None),
-                                              tooltip=["id:N", "name:N", "epoch:Q", "value:Q"]).properties(width=260, height=150).facet("name:N", title=None, columns=3).resolve_scale(y="independent")
+    data = data[data.value.notna()].assign(name=data.name.map(curve_words))
+    last = max(t.epoch for t in found)
+    marks = dict(values=list(range(last + 1))) if last <= 8 else {}  # whole epochs, also when there are two
+    chart = alt.Chart(data).mark_line(point=True).encode(x=alt.X("epoch:Q", axis=alt.Axis(grid=False, tickMinStep=1, **marks)), y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)), color=alt.Color("id:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=500, columns=1) if len(found) > 1 else None),
+                                              tooltip=["id:N", "name:N", "epoch:Q", "value:Q"]).properties(width=260, height=150).facet(alt.Facet("name:N", title=None), columns=3).resolve_scale(y="independent")
     newest = found[0]
     return titled(chart, f"Epoch {newest.epoch} of {newest.epochs}" + (f", {len(found)} trainings" if len(found) > 1 else ""), newest.name if len(found) == 1 else "the newest first")
 

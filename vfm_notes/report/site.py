@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['site_config', 'made_from', 'write_assets', 'look_files', 'assets_print', 'choose_renderer', 'render', 'publish',
            'SiteResult', 'reference_print', 'reference_config', 'build_reference', 'study_findings', 'make_pages',
-           'build_site']
+           'site_pages', 'build_site']
 
 # %% ../../nbs/93_site.ipynb #b84c5022
 import json
@@ -34,7 +34,8 @@ from .published import Publication, people_line, publication, publication_print,
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
 from ..runs.record import SMALL, damage_lines, scan_records
-from .stamp import check_ours, close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing, write_json
+from .stamp import (close_folder, drop_pages, one_at_a_time, open_folder, read_stamp, remove_ours, replacing,
+                                    write_json)
 
 # %% ../../nbs/93_site.ipynb #dd0f03e1
 def site_config(
@@ -242,6 +243,18 @@ def make_pages(
     if moving := [p for p in own if p not in still]: execute_pages(moving, study, done)
     return problems, people
 
+# %% ../../nbs/93_site.ipynb #sitepages
+def site_pages(
+    study: StudySpec,
+    records: list[dict],  # of the study
+    pseudonyms: bool,
+) -> tuple[Publication, list[Page]]:
+    "List the pages of a site, and collect what their publication has to know."
+    jobs = plan(study)
+    notebooks = [f for j in jobs if (f := notebook_file(study.name, j.name)).exists()]
+    by = publication(study, records, notebooks, pseudonyms)
+    return by, [*report_pages(study, records, publication_print(by)), *run_pages(study, jobs, {r["id"]: r for r in records}, by)]
+
 # %% ../../nbs/93_site.ipynb #9f82120b
 @one_at_a_time
 def build_site(
@@ -252,11 +265,9 @@ def build_site(
 ) -> SiteResult:
     "Build the report site of a study; return at once when nothing changed."
     begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
-    jobs = plan(spec)
-    ids = {id for j in jobs for id in j.runs}
+    ids = {id for j in plan(spec) for id in j.runs}
     records, damaged = scan_records(spec.name, ids, same=SMALL)
-    by = publication(spec, records, [f for j in jobs if (f := notebook_file(spec.name, j.name)).exists()], pseudonyms)
-    pages = report_pages(spec, records, publication_print(by)) + run_pages(spec, jobs, {r["id"]: r for r in records}, by)
+    by, pages = site_pages(spec, records, pseudonyms)
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = fingerprint(records_print(records), code_print())
@@ -267,8 +278,7 @@ def build_site(
     if not todo and stamp.get("around") == around and shown.get("site") == stamp.get("site") and (target / "index.html").exists():
         return result(stamp["findings"], True, problems=tuple(stamp["problems"]), seconds=time.monotonic() - begun,
                       people=people_line(stamp["people"].values(), pseudonyms))
-    check_ours(target)
-    open_folder(folder, [p.name for p in todo])
+    open_folder(folder, [p.name for p in todo], target)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
     write_assets(folder / "assets")
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_weights', 'check_strategies', 'check_head_weights', 'weights_of', 'weights_problems', 'check_start',
-           'check_names', 'accepted_by', 'published_state', 'starting_point', 'describe', 'write_cards']
+           'name_checks', 'check_names', 'accepted_by', 'published_state', 'starting_point', 'describe', 'write_cards']
 
 # %% ../../nbs/69_catalog.ipynb #b572d976
 import vfm_notes.backbones.natural
@@ -43,6 +43,7 @@ import vfm_notes.tune.value_task
 # %% ../../nbs/69_catalog.ipynb #f9450cf7
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,10 +61,11 @@ from ..data.load import cohort_maker
 from ..foundation.disk import check_companion
 from ..foundation.origin import write_rows
 from ..foundation.people import key_id
-from ..foundation.places import report_notebooks, run_folder, studies, weights_root
+from ..foundation.places import report_notebooks, run_folder, studies, weights_file, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
-from ..foundation.options import weightless
+from ..foundation.options import parse_strategy, weightless
 from ..foundation.spec import PretrainSpec, RunSpec, StudySpec, load_study, pretrain_specs
+from ..pretrain.card import check_objective
 from .strategy import needs_weights, strategy_card, strategy_options
 from .task import task_kind
 from .transfer import run_cohort
@@ -77,7 +79,7 @@ def check_weights(
     made = [s.backbone for s in pretrain_specs(study)]
     if name in made or weightless(name): return
     if not known_weights(name):
-        if (path := weights_root()/f"{name}.safetensors").is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
+        if (path := weights_file(name)).is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
         raise VfmError(f"Study '{study.name}': backbone '{name}' needs weights that its 'pretrain' section does not make and that no card of published weights names."
                        f"{nearest(name, [*made, *weights])} Add them to 'pretrain', or choose from: vfm weights list.")
     try: check_licence(weights_card(name), study.licences)
@@ -140,21 +142,30 @@ def check_start(
     if normalisation(made.start) != normalisation(made.backbone): raise VfmError(f"{where}, whose inputs are normalised by '{normalisation(made.start)}', while runs of '{architecture}' use '{normalisation(made.backbone)}'; choose other weights.")
 
 # %% ../../nbs/69_catalog.ipynb #413246c3
+def name_checks(
+    study: StudySpec,
+) -> Iterator[Callable[[], object]]: # each raises on a name that no registry knows, suggesting the nearest
+    "Everything that a study names, one check each."
+    yield lambda: cohort_maker(study.cohort)
+    yield lambda: check_strategies(study)
+    known = [parse_strategy(s)[0] for s in study.strategies]
+    pretrained = any(strategies.card(s)["pretrained"] for s in known if s in strategies)
+    for made in pretrain_specs(study):
+        yield lambda made=made: (objectives[made.objective], check_objective(made.objective, made.options))
+        yield lambda made=made: (backbones[made.backbone.partition(".")[0]], check_start(study, made))
+    for name in study.backbones:
+        yield lambda name=name: (backbones[name.partition(".")[0]], pretrained and check_weights(study, name))
+    for name in study.specialists.values(): yield lambda name=name: backbones[name]
+    for name, options in study.tasks.items():
+        yield lambda name=name, options=options: (tasks[task_kind(name, options)], check_head_weights(study, options))
+    yield lambda: augment(study.budget.augment)
+    if study.external: yield lambda: cohort_maker(study.external["cohort"])
+
 def check_names(
     study: StudySpec,
 ) -> None:
     "Raise on the first name that no registry knows, suggesting the nearest."
-    cohort_maker(study.cohort)
-    check_strategies(study)
-    pretrained = any(strategy_card(s)["pretrained"] for s in study.strategies)
-    for made in pretrain_specs(study): objectives[made.objective]; backbones[made.backbone.partition(".")[0]]; check_start(study, made)
-    for name in study.backbones:
-        backbones[name.partition(".")[0]]
-        if pretrained: check_weights(study, name)
-    for name in study.specialists.values(): backbones[name]
-    for name, options in study.tasks.items(): tasks[task_kind(name, options)]; check_head_weights(study, options)
-    augment(study.budget.augment)
-    if study.external: cohort_maker(study.external["cohort"])
+    for check in name_checks(study): check()
 
 # %% ../../nbs/69_catalog.ipynb #c9e79f41
 def accepted_by(

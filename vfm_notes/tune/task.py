@@ -8,7 +8,6 @@ __all__ = ['AUXILIARY', 'TaskData', 'case_rows', 'Task', 'task_kind', 'build_tas
            'Segmentation', 'mean_defined']
 
 # %% ../../nbs/61_task.ipynb #3ab22e36
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 # %% ../../nbs/61_task.ipynb #2d4ee6e0
 from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
-from ..foundation.registry import VfmError, nearest, tasks
+from ..foundation.registry import VfmError, tasks
+from ..foundation.schema import argument_types, check_options
 from .heads import DENSE_HEADS, check_head, dense_head
 from ..foundation.quantity import METRICS
 from .metric import dice_per_class, hausdorff_per_class, one_hot
@@ -93,9 +93,7 @@ def build_task(
     "A task for a cohort, its options checked."
     kind = task_kind(name, options)
     cls, options = tasks[kind], {k: v for k, v in options.items() if k != "task"}
-    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "card")]
-    for key in options:
-        if key not in known: raise VfmError(f"Task '{name}' has no option '{key}'.{nearest(key, known)} Known: {', '.join(known) or 'none'}.")
+    check_options(options, argument_types(cls.__init__, 2), f"task '{name}'")
     task = cls(card, **options)
     task.title = tasks.card(kind)["title"]
     return task
@@ -190,7 +188,7 @@ class Segmentation(Task):
     primary, metrics, called = "dice", ("dice", "hd95"), "segmentation"
 
     def __init__(self, card: CohortCard,
-                 class_weights: list | None = None,  # of the cross-entropy, one per class; default: all 1
+                 class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
                  head: str = "decoder",  # decoder, upernet or unetr
                  width: int | None = None):  # channels inside the head; default: as published
         super().__init__(card)
