@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from .cohort import CohortCard
-from .manifest import CARD_TYPES, TEXT, Manifest, as_text, card_type, layouts, manifest_problems
+from .manifest import CardMore, Manifest, as_text, layouts, manifest_problems
 from .phantom import GRADES
 from .sheets import read_sheet
 from .volume import read_image, spacing_of, split_address
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
+from ..foundation.schema import from_values
 
 # %% ../../nbs/18_prostate_layouts.ipynb #824f205f
 def tried(
@@ -67,9 +68,9 @@ def finished(
     threshold: float | None = None,  # of masks that hold no whole numbers
 ) -> Manifest:
     "The manifest of a source, or one error that lists everything wrong with it."
-    fields = asdict(card) | ({} if threshold is None else {"threshold": threshold})
-    wrong = [f"{k} is {v!r}, expected {CARD_TYPES.get(k, TEXT)}" for k, v in fields.items() if not card_type(k, v)]
-    if wrong: raise VfmError(f"{src} as a source of the layout {layout}: {'; '.join(wrong)}.")
+    where = f"{src} as a source of the layout {layout}"
+    from_values(CohortCard, asdict(card), where)
+    from_values(CardMore, {"threshold": threshold}, where)
     paths = [v for r in rows for v in r.values() if isinstance(v, Path)]
     root = Path(os.path.commonpath([src, *paths]))
     text = lambda v: os.path.relpath(v, root) if isinstance(v, Path) else v
