@@ -36,10 +36,10 @@ def runs_root(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def lend_library(tmp_path_factory):
     "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them."
-    from vfm_notes.report.site import build_reference
+    from vfm_notes.report.site import build_reference, choose_renderer
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("library")/"runs"))
-        built = build_reference("smalldocs", lambda line: None)
+        built = build_reference(choose_renderer("smalldocs"), lambda line: None)
     return lambda root: shutil.copytree(built, root/"pages"/"_reference")
 
 

@@ -281,7 +281,7 @@ def test_the_measure_of_reading_can_fail(browser, server):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_violation(browser, server, scheme):
-    if not AXE.exists(): pytest.skip("axe-core is not there; `make programs` fetches it from registry.npmjs.org")
+    if not AXE.exists(): pytest.skip("axe-core is not there; `make programs` fetches it (tests/axe.txt)")
     browser.set_script_timeout(60)
     with screen(browser, 1300, scheme):
         for name in KINDS:

@@ -22,7 +22,7 @@ from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
-from .convert import front_matter, joined, parameterised, read_notebook, to_page, without_title
+from .convert import front_matter, joined, parameterised, raw_html, read_notebook, to_page, without_title
 from ..runs.forkserver import python_path
 from ..runs.grid import Job, plan, run_states
 
@@ -197,5 +197,5 @@ def run_page(
     "Convert an executed run notebook."
     whole = f'<a href="notebooks/{html.escape(page.job.name)}.ipynb" download>the notebook</a> has it all'
     made = to_page(without_title(read_notebook(page.source)), page.options, page.name, whole)
-    made["cells"].insert(1, {"cell_type": "markdown", "id": "header", "metadata": {}, "source": f"```{{=html}}\n{run_header(page.job, records)}\n```"})
+    made["cells"].insert(1, {"cell_type": "markdown", "id": "header", "metadata": {}, "source": raw_html(run_header(page.job, records))})
     return made

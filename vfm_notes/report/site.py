@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['site_config', 'made_from', 'write_assets', 'look_files', 'assets_print', 'choose_renderer', 'render', 'publish',
-           'SiteResult', 'read_stamp', 'write_json', 'reference_print', 'reference_config', 'build_reference',
-           'study_findings', 'make_pages', 'build_site']
+           'SiteResult', 'read_stamp', 'write_json', 'reference_print', 'write_config', 'say_warnings',
+           'reference_config', 'build_reference', 'study_findings', 'make_pages', 'lay_beside', 'build_site']
 
 # %% ../../nbs/93_site.ipynb #b84c5022
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +27,9 @@ from ..foundation.origin import git_commit, versions
 from ..foundation.places import library_notebooks, package_root, pages_root, project_root, report_notebooks, site_root
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
-from .convert import read_notebook, to_page
+from .convert import read_notebook, to_page, write_notebook, write_whole
 from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
+from .quarto import made_mark, quarto_version, render_project
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
 from ..runs.record import read_records
@@ -56,8 +56,8 @@ def site_config(
             head = {"pretrain": "Pretraining", "external": "External cohort"}.get(p.job.kind) or words(first.task)
             groups.setdefault(head, []).append({"text": first.backbone + (f", n {first.n_train}" if len(study.n_train) > 1 else ""), "href": f"{p.name}.ipynb"})
     if groups: web["sidebar"]["contents"].append({"section": "Notebooks", "contents": [{"section": k, "contents": v} for k, v in groups.items()]})
-    web["page-footer"] = {"left": made_from}
-    config["project"]["output-dir"] = "_site"
+    web["page-footer"] = {"left": made_mark(made_from)}
+    config["project"]["render"] = [f"{p.name}.ipynb" for p in pages]
     return config
 
 # %% ../../nbs/93_site.ipynb #62a8fc29
@@ -103,50 +103,48 @@ def assets_print() -> str:
 # %% ../../nbs/93_site.ipynb #0133749e
 def choose_renderer(
     renderer: str,  # auto, quarto or smalldocs
-) -> str:  # quarto or smalldocs
+) -> tuple[str, str]:  # quarto or smalldocs, and its version
     "Take quarto where it is installed, else smalldocs."
-    if renderer not in ("auto", "quarto", "smalldocs"): raise VfmError(f"Unknown renderer '{renderer}'.{nearest(renderer, ['auto', 'quarto', 'smalldocs'])} Known: auto, quarto, smalldocs.")
-    found = shutil.which("quarto")
+    known = ["auto", "quarto", "smalldocs"]
+    if renderer not in known: raise VfmError(f"Unknown renderer '{renderer}'.{nearest(renderer, known)} Known: {', '.join(known)}.")
+    found = quarto_version() if renderer != "smalldocs" else ""
     if renderer == "quarto" and not found: raise VfmError("Renderer 'quarto' is not on PATH; install Quarto, or use --renderer smalldocs.")
-    return "quarto" if found and renderer != "smalldocs" else "smalldocs"
+    if found: return "quarto", found
+    import smalldocs
+    return "smalldocs", smalldocs.__version__
 
 # %% ../../nbs/93_site.ipynb #6b714c61
 def render(
     folder: Path,  # generated pages
-    renderer: str,  # quarto or smalldocs
+    renderer: tuple[str, str],  # quarto or smalldocs, and its version
     more: list[dict] | None = None,  # further entries of the search
-) -> None:
+) -> list[str]:  # warnings
     "Render the generated pages into their `_site`."
-    if renderer == "quarto":
-        done = subprocess.run(["quarto", "render", str(folder), "--to", "html"], capture_output=True, text=True)
-        if done.returncode: raise VfmError(f"quarto could not render {folder}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    told, site = [], folder / "_site"
+    if renderer[0] == "quarto": told = render_project(folder, renderer[1])
     else:
         from smalldocs.config import BuildError, ConfigError
         from smalldocs.site import build
+        (folder / "rendered.json").unlink(missing_ok=True)  # Quarto's pages are gone
         try: build(folder, quiet=True)
         except (BuildError, ConfigError) as e: raise VfmError(f"smalldocs could not render {folder}: {e}") from None
-    index = folder / "_site" / "search.json"
-    if index.exists():
-        entries = json.dumps(json.loads(index.read_text(encoding="utf-8")) + (more or []), ensure_ascii=False)
-        index.write_text(entries, encoding="utf-8")
-        (folder / "_site" / "assets" / "search.js").write_text(f"window.vfmSearch = {entries};\n", encoding="utf-8")
+        if (folder / "notebooks").exists(): shutil.copytree(folder / "notebooks", site / "notebooks", dirs_exist_ok=True)
+    if (index := site / "search.json").exists():
+        own = [e for e in json.loads(index.read_text(encoding="utf-8")) if not e["href"].startswith("reference/")]
+        entries = json.dumps(own + (more or []), ensure_ascii=False)
+        write_whole(index, entries)
+        write_whole(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n")
+    return told
 
 # %% ../../nbs/93_site.ipynb #5cd9e07e
 def publish(
     folder: Path,  # generated pages with their `_site`
-    pages: list[Page],
     target: Path,  # where readers find the site
-    reference: Path,  # generated pages of the library
 ) -> None:
-    "Put the rendered site, with notebooks and records of the runs and the library's pages, in the readers' place."
+    "Put the rendered site in the readers' place."
     new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
     for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     shutil.copytree(folder / "_site", new)
-    shutil.copytree(reference / "_site", new / "reference")
-    if (folder / "records").exists(): shutil.copytree(folder / "records", new / "records")
-    (new / "notebooks").mkdir(exist_ok=True)
-    for p in pages:
-        if p.job: shutil.copy(p.source, new / "notebooks" / f"{p.job.name}.ipynb")
     if target.exists(): target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
@@ -175,15 +173,29 @@ def write_json(
     content: dict | list,  # JSON
 ) -> None:
     "Write a file whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 # %% ../../nbs/93_site.ipynb #refprint
-def reference_print(renderer: str) -> str:  # renderer: quarto or smalldocs
+def reference_print(renderer: tuple[str, str]) -> str:  # renderer: quarto or smalldocs, and its version
     "Fingerprint of all that the library's pages are made from."
-    return fingerprint(*library_notebooks(), *(package_root() / "report" / n for n in ("reference.py", "convert.py")), *look_files(), renderer)
+    code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "quarto.py")]
+    return fingerprint(*library_notebooks(), *code, *look_files(), renderer)
+
+# %% ../../nbs/93_site.ipynb #501f6f61
+def write_config(
+    folder: Path,  # generated pages
+    config: dict,  # settings of a project
+) -> None:
+    "Write a project's settings."
+    write_whole(folder / "_quarto.yml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+def say_warnings(
+    renderer: tuple[str, str],  # quarto or smalldocs, and its version
+    told: list[str],  # its warnings
+    say: Callable[[str], None],
+) -> None:
+    "Count the warnings and name the first."
+    if told: say(f"  {renderer[0]} warned {len(told)} time{'s' * (len(told) > 1)}; the first: {told[0]}")
 
 # %% ../../nbs/93_site.ipynb #refconfig
 def reference_config(
@@ -195,26 +207,30 @@ def reference_config(
     for b in books: groups.setdefault(f"{b.path.name[0]}x {b.module.split('.')[0]}", []).append({"text": b.title, "href": b.path.name})
     config["website"]["sidebar"]["contents"] = [{"text": "Library", "href": "index.ipynb"}, *({"section": k, "contents": v} for k, v in groups.items())]
     config["website"]["navbar"] = {"title": "vfm_notes library"}
-    config["website"]["page-footer"] = {"left": f"vfm_notes {versions().get('vfm_notes', '')} · commit {(git_commit() or 'unknown')[:7]}"}
+    made = f"vfm_notes {versions().get('vfm_notes', '')} · commit {(git_commit() or 'unknown')[:7]}"
+    config["website"]["page-footer"] = {"left": made_mark(made)}
+    config["project"] |= {"render": ["index.ipynb", *(b.path.name for b in books)], "resources": ["assets"]}
     return config
 
 # %% ../../nbs/93_site.ipynb #refbuild
 def build_reference(
-    renderer: str,  # quarto or smalldocs
+    renderer: tuple[str, str],  # quarto or smalldocs, and its version
     say: Callable[[str], None],
 ) -> Path:  # generated pages with their `_site`
     "Make the library's pages, once for all studies, again when a notebook changed."
     folder, made, begun = pages_root() / "_reference", reference_print(renderer), time.monotonic()
     if read_stamp(folder / "stamp.json").get("made") == made and (folder / "_site" / "index.html").exists(): return folder
-    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "stamp.json").unlink(missing_ok=True)
     books = read_library()
     known = addresses(books)
-    for b in books: write_json(folder / b.path.name, reference_page(b, known))
-    write_json(folder / "index.ipynb", index_page(books))
+    for f in folder.glob("*.ipynb"):
+        if f.name not in ("index.ipynb", *(b.path.name for b in books)): f.unlink()
+    for b in books: write_notebook(folder / b.path.name, reference_page(b, known))
+    write_notebook(folder / "index.ipynb", index_page(books))
     write_json(folder / "search_entries.json", search_entries(books))
-    (folder / "_quarto.yml").write_text(yaml.safe_dump(reference_config(books), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_config(folder, reference_config(books))
     write_assets(folder / "assets", charts=False)
-    render(folder, renderer)
+    say_warnings(renderer, render(folder, renderer), say)
     write_json(folder / "stamp.json", {"made": made})
     say(f"  library: {len(books)} notebooks ({time.monotonic() - begun:.1f} s)")
     return folder
@@ -240,19 +256,38 @@ def make_pages(
     problems, by_id, begun = [], {r["id"]: r for r in records}, time.monotonic()
     for p in pages:
         if not p.job: continue
-        write_json(folder / f"{p.name}.ipynb", run_page(p, by_id))
+        write_notebook(folder / f"{p.name}.ipynb", run_page(p, by_id))
+        write_notebook(folder / "notebooks" / f"{p.job.name}.ipynb", read_notebook(p.source))
         write_json(folder / "records" / f"{p.job.name}.json", {i: by_id[i] for i in p.job.runs if i in by_id})
     own = [p for p in pages if not p.job]
     still = [p for p in own if not any(c["cell_type"] == "code" for c in read_notebook(p.source)["cells"])]  # nothing to execute
     def done(page: Page, nb: dict, error: str) -> None:
         if error: problems.append(f"Page {page.name} failed: {error}")
-        write_json(folder / f"{page.name}.ipynb", to_page(nb, page.options, page.name, fold=False))
+        write_notebook(folder / f"{page.name}.ipynb", to_page(nb, page.options, page.name, fold=False))
         say(f"  page {len(seen) + 1}/{len(own)} {page.name} {'FAILED ' + error if error else ''}({time.monotonic() - begun:.1f} s)")
         seen.append(page.name)
     seen: list[str] = []
     for p in still: done(p, read_notebook(p.source), "")
     if moving := [p for p in own if p not in still]: execute_pages(moving, study, done)
     return problems
+
+# %% ../../nbs/93_site.ipynb #b75ee3aa
+def lay_beside(
+    folder: Path,  # generated pages
+    pages: list[Page],
+    reference: Path,  # generated pages of the library with their `_site`
+) -> None:
+    "Put the library beside the pages, and remove what belongs to no page."
+    jobs = {p.job.name for p in pages if p.job}
+    mine = {".": ("*.ipynb", {p.name for p in pages}), "notebooks": ("*.ipynb", jobs), "records": ("*.json", jobs)}
+    for kind, (pattern, wanted) in mine.items():
+        for f in (folder / kind).glob(pattern):
+            if f.stem not in wanted: f.unlink()
+    here, there = folder / "reference", reference / "stamp.json"
+    if (here / "stamp.json").exists() and (here / "stamp.json").read_bytes() == there.read_bytes(): return
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(reference / "_site", here)
+    shutil.copy(there, here)
 
 # %% ../../nbs/93_site.ipynb #9f82120b
 def build_site(
@@ -261,13 +296,13 @@ def build_site(
     say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True),  # progress lines
 ) -> SiteResult:
     "Build the report site of a study; return at once when nothing changed."
-    begun, spec, renderer = time.monotonic(), load_study(study), choose_renderer(renderer)
+    begun, spec, chosen = time.monotonic(), load_study(study), choose_renderer(renderer)
     records = read_records(spec.name)
     pages = report_pages(spec, records) + run_pages(spec, plan(spec), {r["id"]: r for r in records})
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = fingerprint(records_print(records), code_print())
-    around = fingerprint(assets_print(), renderer, [p.name for p in pages], known, reference_print(renderer))
+    around = fingerprint(assets_print(), chosen, [p.name for p in pages], known, reference_print(chosen))
     wanted = {p.name: p.print for p in pages}
     todo = [p for p in pages if stamp.get("pages", {}).get(p.name) != p.print or not (folder / f"{p.name}.ipynb").exists()]
     result = partial(SiteResult, target / "index.html", pages=len(pages))
@@ -278,18 +313,18 @@ def build_site(
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None
-        library = beside.submit(build_reference, renderer, say)
+        library = beside.submit(build_reference, chosen, say)
         problems = make_pages(study, spec, todo, records, folder, say)
         findings = sentences.result() if stale else stamp["findings"]
         reference = library.result()
-    for f in folder.glob("*.ipynb"):
-        if f.stem not in wanted: f.unlink()
-    (folder / "_quarto.yml").write_text(yaml.safe_dump(site_config(spec, pages, made_from(spec, records)), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    render(folder, renderer, json.loads((reference / "search_entries.json").read_text(encoding="utf-8")))
-    say(f"  rendered by {renderer} ({time.monotonic() - begun:.1f} s)")
+    lay_beside(folder, pages, reference)
+    write_config(folder, site_config(spec, pages, made_from(spec, records)))
+    more = json.loads((reference / "search_entries.json").read_text(encoding="utf-8"))
+    say_warnings(chosen, render(folder, chosen, more), say)
+    say(f"  rendered by {' '.join(chosen)} ({time.monotonic() - begun:.1f} s)")
     failed = {p.split()[1] for p in problems}
     stamp = {"pages": {k: v for k, v in wanted.items() if k not in failed}, "around": around, "known": known, "findings": findings, "problems": problems, "site": fingerprint(time.time(), spec.name)}
     write_json(folder / "stamp.json", stamp)
-    publish(folder, pages, target, reference)
+    publish(folder, target)
     write_json(target / "stamp.json", {"study": spec.name, "site": stamp["site"]})
     return result(findings, False, made=tuple(p.name for p in todo), problems=tuple(problems), seconds=time.monotonic() - begun)
