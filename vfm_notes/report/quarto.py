@@ -58,9 +58,10 @@ def error_of(
     lines = plain_lines(said)
     at = next((i for i, line in enumerate(lines) if re.match(r"\[?ERROR\b", line)), None)
     if at is None: return lines[-1] if lines else "it said nothing"
-    end = next((i for i, line in enumerate(lines) if i > at and line.startswith(("Stack trace", "at "))), len(lines))
+    rest = lines[at + 1:]  # where it is; then the lines of the file, or a stack trace
+    where = rest[:next((i for i, line in enumerate(rest) if re.match(r"Stack trace|at |\d+ ?[:|]", line)), len(rest))]
     page = next((m[1] for line in reversed(lines[:at]) if (m := re.match(r"\[\s*\d+/\d+\]\s+(\S+)", line))), "")
-    return " ".join(lines[at:min(end, at + 4)]) + f" (at {page})" * bool(page)
+    return " ".join([lines[at], *where[:2]]) + f" (at {page})" * bool(page)
 
 def warnings_of(
     said: str,  # what Quarto printed
