@@ -58,7 +58,7 @@ def equations(
 
 # %% ../../nbs/91_convert.ipynb #33ba846b
 LIMIT = {"text": 20_000, "html": 2_000_000}  # characters of one output in a page
-REMOTE = re.compile(r"<(?:script|link|iframe|img|object|source|video|audio)\b[^>]*?(?:src|href|data)\s*=\s*[\"']?(?:https?:)?//|@import\s+(?:url\()?[\"']?(?:https?:)?//|import\(\s*[\"']https?://|https?://cdn\.", re.I)
+REMOTE = re.compile(r"<(?:script|link|iframe|img|object|source|video|audio)\b[^>]*?(?:src|href|data)\s*=\s*[\"']?(?:https?:)?//|@import\s+(?:url\()?[\"']?(?:https?:)?//|import\(\s*[\"']https?://|https?://cdn\.|!\[[^\]]*\]\((?:https?:)?//", re.I)
 
 # %% ../../nbs/91_convert.ipynb #a918ae56
 def joined(value: str | list) -> str: return "".join(value) if isinstance(value, list) else value  # a notebook's source or text as one string
@@ -99,11 +99,11 @@ def convert_output(
     chart = next((m for m in data if m.startswith("application/vnd.vegalite")), None)
     if chart: return [as_html(chart_html(data[chart] if isinstance(data[chart], dict) else json.loads(joined(data[chart])), key))]
     shown = {m: joined(v) for m, v in data.items() if m.startswith("image/") or m in ("text/html", "text/markdown", "text/latex", "text/plain")}
-    content = shown.get("text/html", "")
+    content = shown.get("text/html", shown.get("text/markdown", ""))
     if len(content) > LIMIT["html"] or REMOTE.search(content):
         why = f"an output of {len(content):,} characters is left out" if len(content) > LIMIT["html"] else "an output that asks the network is left out"
         return [as_html(f'<p class="vfm-cut">Here {why}; {whole}.</p>')]
-    if content: return [as_html(content)]
+    if "text/html" in shown: return [as_html(content)] if content.strip() else []
     if not any(m.startswith("image/") for m in shown) and len(shown.get("text/plain", "")) > LIMIT["text"]:
         return cut(shown["text/plain"], whole)
     if "text/markdown" in shown: shown["text/markdown"] = equations(shown["text/markdown"])
