@@ -156,7 +156,12 @@ def write_whole(
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
-def write_notebook(path: Path, nb: dict) -> None: write_whole(path, notebook_text(nb))  # the only way in which a notebook is written
+def write_notebook(
+    path: Path,  # an .ipynb file
+    nb: dict,  # notebook JSON
+) -> None:
+    "Write a notebook's file; the only way in which one is written."
+    write_whole(path, notebook_text(nb))
 
 # %% ../../nbs/91_convert.ipynb #4114a9ca
 def front_matter(

@@ -37,6 +37,7 @@ def check_version(
                        "update it (quarto.org), or use --renderer smalldocs.")
     return found[0].strip()
 
+# %% ../../nbs/927_quarto.ipynb #f0e87ec8
 def quarto_version() -> str:  # "" where there is no Quarto
     "Ask Quarto on PATH for its version."
     found = shutil.which("quarto")
@@ -51,6 +52,7 @@ def plain_lines(
     "Read Quarto's lines."
     return [line for line in map(str.strip, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said).splitlines()) if line]
 
+# %% ../../nbs/927_quarto.ipynb #fb6bfa8f
 def error_of(
     said: str,  # what Quarto printed
 ) -> str:  # one line
@@ -63,6 +65,7 @@ def error_of(
     page = next((m[1] for line in reversed(lines[:at]) if (m := re.match(r"\[\s*\d+/\d+\]\s+(\S+)", line))), "")
     return " ".join([lines[at], *where[:2]]) + f" (at {page})" * bool(page)
 
+# %% ../../nbs/927_quarto.ipynb #b8c2e205
 def warnings_of(
     said: str,  # what Quarto printed
 ) -> list[str]:
@@ -74,6 +77,7 @@ FOOTER = re.compile(r'(<span class="vfm-made">).*?(</span>)', re.S)  # what the 
 
 def made_mark(sentence: str) -> str: return f'<span class="vfm-made">{sentence}</span>'  # the sentence of a page's footer
 
+# %% ../../nbs/927_quarto.ipynb #53e0ba5c
 def project_print(
     folder: Path,  # generated pages
     version: str,  # of the renderer
@@ -84,6 +88,7 @@ def project_print(
     files = [p for p in sorted((folder / "assets").iterdir()) if p.suffix in (".css", ".scss", ".html", ".svg")]
     return fingerprint(version, config, *files)
 
+# %% ../../nbs/927_quarto.ipynb #38a35efe
 def pages_to_render(
     folder: Path,  # generated pages with their `_site`
     before: dict,  # what `render_project` wrote last time
@@ -108,6 +113,7 @@ def run_quarto(
     if done.returncode: raise VfmError(f"Quarto could not render {folder}: {error_of(said)}")
     return warnings_of(said)
 
+# %% ../../nbs/927_quarto.ipynb #925bf14e
 def render_project(
     folder: Path,  # generated pages
     version: str,  # of Quarto
@@ -130,6 +136,7 @@ MODULE = re.compile(r'<script\b(?=[^>]*\stype="module")(?=[^>]*\ssrc="([^":]+)\.
 IMPORT = re.compile(r"""^import \* as (\w+) from ["'](\.[^"']+)["'];?[ \t]*$""", re.M)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|class|const|let) (\w+))", re.M)
 
+# %% ../../nbs/927_quarto.ipynb #642e90c7
 def plain_script(
     module: Path,  # a JavaScript module
 ) -> str:  # an expression that gives its exports; "" when it is written in a way that is not known here
@@ -142,6 +149,7 @@ def plain_script(
     first = "".join(f"const {name} = {made};\n" for name, made in inner.items())
     return f"(() => {{\n{first}{body}\nreturn {{{', '.join(names)}}};\n}})()"
 
+# %% ../../nbs/927_quarto.ipynb #7b4866d0
 def without_modules(
     page: Path,  # a rendered page; changed in place
     footer: str,  # what it says it was made from
