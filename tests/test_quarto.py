@@ -10,6 +10,7 @@ import yaml
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.report.convert import as_html, raw_cell, write_notebook
+from vfm_notes.report.doctor import check_renderer
 from vfm_notes.report.quarto import made_mark
 from vfm_notes.report.site import choose_renderer, publish, render, say_warnings
 
@@ -145,6 +146,8 @@ def test_an_unfit_quarto_is_named_with_what_to_do(quarto, monkeypatch, version, 
         with pytest.raises(VfmError) as e: choose_renderer(renderer)
         assert words in str(e.value)
     assert choose_renderer("smalldocs")[0] == "smalldocs"
+    found = check_renderer()
+    assert found.state == "missing" and "--renderer smalldocs" in found.do
 
 
 # --- Quarto itself
