@@ -158,7 +158,8 @@ def own_anchors(
 ) -> str:
     "Give the headings that read like a name other anchors."
     heading = lambda m: f"{m[0]} {{#about-{anchor_of(m[1])}}}" if anchor_of(m[1]) in names else m[0]
-    return "".join(p if i % 2 else re.sub(r"^#+ +(.+)$", heading, p, flags=re.M) for i, p in enumerate(CODE.split(markdown)))
+    fenced = re.split(r"(```.*?```|~~~.*?~~~)", markdown, flags=re.S)
+    return "".join(p if i % 2 else re.sub(r"^#+ +(.+)$", heading, p, flags=re.M) for i, p in enumerate(fenced))
 
 # %% ../../nbs/925_reference.ipynb #d4a6422f
 def doc_html(
