@@ -31,17 +31,15 @@ test: $(READY) programs
 	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25 tests
 
 # The site and JupyterLab are tested in a real browser, accessibility with axe-core, batches on a real Slurm of one node. On a Debian machine where we are root they are installed; elsewhere those tests skip and say so.
-AXE        := 4.14.1
-AXE_SHA256 := e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745
-programs:
+AXE     := .venv/share/axe
+programs: $(READY)
 	@missing=""; command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="chromium chromium-driver"; \
 	command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v munged >/dev/null || missing="$$missing slurm-wlm munge"; \
 	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	{ echo "Programs for tests: installing Debian's $$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; }; } \
 	|| echo "Programs for tests: no $$missing here, their tests will be skipped"
-	@test -s .venv/share/axe.min.js || { mkdir -p .venv/share; tar=$$(mktemp); \
-	curl -fsSL --max-time 60 -o $$tar https://registry.npmjs.org/axe-core/-/axe-core-$(AXE).tgz && echo "$(AXE_SHA256)  $$tar" | sha256sum --check --status && tar -xzOf $$tar package/axe.min.js > .venv/share/axe.min.js; rm -f $$tar; \
-	test -s .venv/share/axe.min.js; } || { rm -f .venv/share/axe.min.js; echo "Programs for tests: axe-core $(AXE) could not be fetched from registry.npmjs.org, the tests of accessibility will be skipped"; }
+	@test -d $(AXE)/axe_playwright_python || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target $(AXE) -r tests/axe.txt \
+	|| echo "Programs for tests: pip could not fetch axe-core (tests/axe.txt), the tests of accessibility will be skipped"
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb

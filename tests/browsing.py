@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-AXE = Path(__file__).resolve().parents[1] / ".venv" / "share" / "axe.min.js"  # fetched by `make programs`
+AXE = Path(__file__).resolve().parents[1]/".venv"/"share"/"axe"/"axe_playwright_python"/"axe.min.js"  # fetched by `make programs`
 
 
 @contextmanager

@@ -64,11 +64,15 @@ def runs_root(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def lend_library(tmp_path_factory):
     "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them."
-    from vfm_notes.report.site import build_reference
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("library")/"runs"))
-        built = build_reference("smalldocs", lambda line: None)
-    return lambda root: shutil.copytree(built, root/"pages"/"_reference")
+    from vfm_notes.report.site import build_reference, choose_renderer
+    built = {}
+    def lend(root, renderer="smalldocs"):
+        if renderer not in built:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("library")/"runs"))
+                built[renderer] = build_reference(choose_renderer(renderer), lambda line: None)
+        return shutil.copytree(built[renderer], root/"pages"/"_reference")
+    return lend
 
 
 # ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py

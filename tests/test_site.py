@@ -15,9 +15,11 @@ import yaml
 from browsing import AXE, asked, chromium, luminance, wait
 from fake_runs import write_study
 
-from vfm_notes.foundation.places import notebook_file, run_folder
+from vfm_notes.foundation.places import library_notebooks, notebook_file, run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import load_study, run_id
+from vfm_notes.report import reference, site as site_module
+from vfm_notes.report.convert import joined
 from vfm_notes.report.site import build_site
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import new_record, write_record
@@ -31,18 +33,26 @@ CHARTS = {"index": 1, "alignment": 6, "convergence": 4, "prediction": 2, "strate
 silent = lambda line: None
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, lend_library):
-    "A folder with a study, its records and its site."
+LIBRARY = ("02_", "04_", "50_", "91_")  # what Quarto renders of the library in these tests; smalldocs renders all
+SEARCH = {"smalldocs": (".smalldocs-search input", ".search-result"), "quarto": ("#quarto-search input", ".aa-Panel a.search-result-link")}
+
+
+@pytest.fixture(scope="module", params=["smalldocs", "quarto"])
+def project(request, tmp_path_factory, lend_library):
+    "A folder with a study, its records and its site, by each renderer that is on this machine."
+    if request.param == "quarto" and not shutil.which("quarto"): pytest.skip("quarto is not on PATH")
     with pytest.MonkeyPatch.context() as patch:
+        if request.param == "quarto":
+            some = [p for p in library_notebooks() if p.name.startswith(LIBRARY)]
+            for module in (reference, site_module): patch.setattr(module, "library_notebooks", lambda: some)
         root = tmp_path_factory.mktemp("site")
-        lend_library(root)
+        lend_library(root, request.param)
         patch.setenv("VFM_RUNS", str(root / "runs"))
         patch.delenv("VFM_DATA", raising=False)
         study = root / "made_up.yaml"
         study.write_text(yaml.safe_dump(STUDY))
         write_study(load_study(study), failed=1, absent=1)
-        yield {"root": root, "study": str(study), "made": build_site(str(study), "smalldocs", silent)}
+        yield {"root": root, "study": str(study), "made": build_site(str(study), request.param, silent), "renderer": request.param}
 
 
 # --- without a browser
@@ -56,6 +66,53 @@ def test_site_is_complete(project):
     pages = {p.stem: p.read_text(encoding="utf-8") for p in site.glob("*.html")}
     assert max(len(t) for t in pages.values()) < 3e6
     assert all("study made_up" in t and "site made from commit" in t for t in pages.values())
+
+
+def generated(root):
+    "Notebooks that we wrote for a renderer to read, and the program that looks at results."
+    found = [*(root / "pages" / "made_up").glob("*.ipynb"), *(root / "pages" / "_reference").glob("*.ipynb")]
+    return {p: json.loads(p.read_text(encoding="utf-8")) for p in found}
+
+
+def headings(markdown):
+    "Level and id of each heading, as Pandoc names it."
+    bare = re.sub(r"^(`{3,}|~{3,}).*?^\1`*\s*$", "", markdown, flags=re.S | re.M)
+    for marks, text in re.findall(r"^(#+) +(.+)$", bare, re.M):
+        own = re.search(r"\{#(\S+)\}", text)
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[`*]|\{.*\}", "", text))
+        yield len(marks), own[1] if own else re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", plain.lower()).strip()))
+
+
+def test_pages_are_written_as_quarto_needs_them(project):
+    "Texts are lists of lines, no output is text/html, a title and an id stand once, nothing is asked of the network."
+    found = generated(project["root"])
+    assert len(found) > 30
+    for path, nb in found.items():
+        ids, levels = [], []
+        for c in nb["cells"]:
+            texts = [c["source"]] + [v for o in c.get("outputs", []) for v in [o.get("text", []), *o.get("data", {}).values()]]
+            assert all(isinstance(v, list) and all(line.endswith("\n") for line in v[:-1]) for v in texts), path.name
+            assert not [o for o in c.get("outputs", []) if "text/html" in o.get("data", {})], path.name
+            if c["cell_type"] == "markdown":
+                made = list(headings(joined(c["source"])))
+                ids += [i for _, i in made]
+                levels += [level for level, _ in made]
+            shown = [joined(v) for v in texts] if c["cell_type"] != "code" else [joined(v) for v in texts[1:]]
+            ids += [i for text in shown for i in re.findall(r"<[a-z]+\b[^<>]*?\sid=\"([^\"]+)\"", text)]
+        assert nb["cells"][0]["cell_type"] == "raw" and "title:" in joined(nb["cells"][0]["source"]) and 1 not in levels, path.name
+        twice = {i for i in ids if ids.count(i) > 1}
+        assert not twice, f"{path.name}: {twice}"
+
+
+def test_the_generated_folder_is_a_whole_project(project):
+    "What pages link to lies beside them, so that `quarto preview` there shows the same site."
+    folder = project["root"] / "pages" / "made_up"
+    config = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
+    assert set(config["project"]["render"]) == {p.name for p in folder.glob("*.ipynb")}
+    assert all((folder / r).is_dir() for r in config["project"]["resources"]) and not config["execute"]["enabled"]
+    for page in (folder / "_site").glob("*.html"):
+        for to in re.findall(r'href="((?:records|notebooks|reference|assets)/[^"#]+)', page.read_text(encoding="utf-8")):
+            assert (folder / to).exists() and (folder / "_site" / to).exists(), f"{page.name}: {to}"
 
 
 def test_nothing_in_the_site_asks_the_network(project):
@@ -89,7 +146,7 @@ def test_huge_and_remote_outputs_are_cut_with_a_link(project):
 
 def test_second_build_does_nothing_and_is_quick(project):
     begun = time.monotonic()
-    again = build_site(project["study"], "smalldocs", silent)
+    again = build_site(project["study"], project["renderer"], silent)
     assert again.up_to_date and again.findings == project["made"].findings and time.monotonic() - begun < 2
 
 
@@ -100,18 +157,18 @@ def test_a_change_touches_only_what_depends_on_it(project):
     nb = json.loads(path.read_text(encoding="utf-8"))
     nb["cells"][0]["source"] += "\n\nA word more."
     path.write_text(json.dumps(nb))
-    assert build_site(project["study"], "smalldocs", silent).made == (f"run-{job.name}",)
+    assert build_site(project["study"], project["renderer"], silent).made == (f"run-{job.name}",)
     spec = next(s for j in plan(study) for s in j.specs if not run_folder(study.name, run_id(s)).exists())
     owner = next(j.name for j in plan(study) if spec in j.specs)
     write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, metrics={"psnr": 27.0}, primary="psnr", directions={"psnr": 1}, units={"psnr": "dB"}, cost={"seconds": {"training": 1.0}}))
-    made = build_site(project["study"], "smalldocs", silent)
+    made = build_site(project["study"], project["renderer"], silent)
     assert set(made.made) == {*OWN, f"run-{owner}"} - {"phantom", "methods", "log", *STILL} and made.problems == ()
 
 
 def test_study_without_records_says_so(project, tmp_path, monkeypatch, lend_library):
-    lend_library(tmp_path)
+    lend_library(tmp_path, project["renderer"])
     monkeypatch.setenv("VFM_RUNS", str(tmp_path / "runs"))
-    made = build_site(project["study"], "smalldocs", silent)
+    made = build_site(project["study"], project["renderer"], silent)
     assert made.problems == () and made.pages == len(OWN) and made.findings
     assert "No finished run of study" in (tmp_path / "_site" / "index.html").read_text(encoding="utf-8")
     assert "missing" in (tmp_path / "_site" / "runs.html").read_text(encoding="utf-8")
@@ -149,6 +206,14 @@ def visit(browser, base, name):
     browser.get(f"{base}/{name}.html")
     wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)", 30)
     return asked(browser, base)
+
+
+def searched(browser, renderer, words):
+    "Type into the search and give the addresses that it finds."
+    box, found = SEARCH[renderer]
+    wait(browser, f"return document.querySelector('{box}')")
+    browser.find_element("css selector", box).send_keys(words)
+    return wait(browser, f"return [...document.querySelectorAll('{found}')].map(a => a.getAttribute('href')).join(' ')")
 
 
 def test_every_page_opens_clean_over_http(project, browser, server):
@@ -210,14 +275,13 @@ def test_equations_are_drawn_without_a_script(browser, server):
 @pytest.mark.parametrize("kind", ["http", "file"])
 def test_search_finds_a_run(project, browser, server, kind):
     visit(browser, server if kind == "http" else (project["root"] / "_site").as_uri(), "index")
-    browser.find_element("css selector", ".smalldocs-search input").send_keys("super resolution provicnet")
-    assert "run-super_resolution-provicnet_toy.contrast-n4.html" in wait(browser, "return [...document.querySelectorAll('.search-result')].map(a => a.getAttribute('href')).join(' ')")
+    assert "run-super_resolution-provicnet_toy.contrast-n4.html" in searched(browser, project["renderer"], "super resolution provicnet")
 
 
 def test_the_library_is_in_the_site(project, browser, server):
     "Pages of the library open from http and from files, fit a phone, and are found by the report's search."
     pages = sorted((project["root"] / "_site" / "reference").glob("*.html"))
-    assert len(pages) > 100 and max(p.stat().st_size for p in pages) < 3e6
+    assert len(pages) > (100 if project["renderer"] == "smalldocs" else len(LIBRARY)) and max(p.stat().st_size for p in pages) < 3e6
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
     try:
         for base in (server, (project["root"] / "_site").as_uri()):
@@ -227,8 +291,30 @@ def test_the_library_is_in_the_site(project, browser, server):
     finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     visit(browser, server, "index")
     assert browser.execute_script("return [...document.querySelectorAll('nav a')].some(a => a.getAttribute('href').endsWith('reference/index.html'))")
-    browser.find_element("css selector", ".smalldocs-search input").send_keys("two_sample_test")
-    assert "reference/50_mmd.html#two_sample_test" in wait(browser, "return [...document.querySelectorAll('.search-result')].map(a => a.getAttribute('href')).join(' ')")
+    assert "reference/50_mmd.html#two_sample_test" in searched(browser, project["renderer"], "two_sample_test")
+
+
+def test_what_a_reader_chose_holds_on_pages_from_files(project, browser):
+    "Opened from files: dark stays dark on the next page, and the contents follow the reading."
+    base = (project["root"] / "_site").as_uri()
+    with screen(browser):
+        visit(browser, base, "index")
+        assert ground(browser) > 0.9
+        browser.execute_script("document.querySelector('.quarto-color-scheme-toggle').click()")
+        visit(browser, base, "methods")
+        assert wait(browser, "return document.readyState === 'complete'") and ground(browser) < 0.1
+        browser.execute_script("document.querySelector('.quarto-color-scheme-toggle').click()")
+        browser.execute_script("window.scrollTo(0, document.body.scrollHeight / 2)")
+        active = "return [...document.querySelectorAll('nav[role=doc-toc] a.active, #TOC a.active')].map(a => a.innerText).join()"
+        first = wait(browser, active)
+        browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+        assert wait(browser, active + f" !== {json.dumps(first)}")
+
+
+def test_library_examples_are_open(project, browser, server):
+    visit(browser, server, "reference/50_mmd")
+    shown = browser.execute_script("return [...document.querySelectorAll('main pre.python')].map(p => [p.checkVisibility(), !!p.closest('details')])")
+    assert sum(v for v, _ in shown) > 5 and sum(folded for _, folded in shown) > 5 and all(v != folded for v, folded in shown)
 
 
 def test_downloads(browser, server):
@@ -281,7 +367,7 @@ def test_the_measure_of_reading_can_fail(browser, server):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_violation(browser, server, scheme):
-    if not AXE.exists(): pytest.skip("axe-core is not there; `make programs` fetches it from registry.npmjs.org")
+    if not AXE.exists(): pytest.skip("axe-core is not there; `make programs` fetches it (tests/axe.txt)")
     browser.set_script_timeout(60)
     with screen(browser, 1300, scheme):
         for name in KINDS:

@@ -20,6 +20,24 @@
     };
   }
 
+  // ---- Quarto's pages opened from files: its search warns once before it looks, and its choice of light or dark is not kept
+  if (location.protocol === "file:") ready(() => {
+    if (window.readSearchData) {
+      const said = window.alert;
+      window.alert = () => {};
+      window.readSearchData();
+      window.alert = said;
+    }
+    const toggle = window.quartoToggleColorScheme, kept = "vfm-scheme";
+    if (toggle) {
+      const wanted = localStorage.getItem(kept);
+      if (wanted && (wanted === "dark") !== dark()) toggle();
+      window.quartoToggleColorScheme = () => { toggle(); localStorage.setItem(kept, dark() ? "dark" : "light"); };
+    }
+    const footer = document.querySelector("footer .nav-footer");
+    if (footer && document.querySelector('script[type="module"]')) footer.insertAdjacentHTML("beforeend", '<p class="vfm-from-file">Opened from a file: “On this page” does not follow the reading. It does when a server shows the folder, e.g. python -m http.server.</p>');
+  });
+
   // ---- downloads
   const save = (name, href) => { const a = document.createElement("a"); a.download = name; a.href = href; a.click(); };
   const saveText = (name, text, kind) => { const url = URL.createObjectURL(new Blob([text], { type: kind })); save(name, url); setTimeout(() => URL.revokeObjectURL(url), 5000); };

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LITTLE', 'Check', 'unmet', 'check_packages', 'check_torch', 'check_engine', 'check_machine', 'check_folders',
-           'check_programs', 'check_study', 'checks']
+           'check_renderer', 'check_programs', 'check_study', 'checks']
 
 # %% ../../nbs/985_doctor.ipynb #1eec7c55
 import os
@@ -20,6 +20,7 @@ from pathlib import Path
 from ..foundation.origin import cpu_name, git_commit, versions
 from ..foundation.places import checkout, project_root, runs_root, template_file, weights_root
 from ..foundation.registry import VfmError
+from .quarto import quarto_version
 from ..foundation.spec import StudySpec, load_study
 
 # %% ../../nbs/985_doctor.ipynb #e574b6f0
@@ -113,11 +114,17 @@ def check_folders() -> Iterator[Check]:
     size = sum(p.stat().st_size for p in files) / 2**20
     yield Check("weights", "ok" if files else "note", f"{len(files)} files, {size:.0f} MiB in {weights_root()}" if files else f"none in {weights_root()}", "" if files else "vfm weights list, then vfm weights fetch NAME; or VFM_WEIGHTS. The default study makes its own.")
 
+# %% ../../nbs/985_doctor.ipynb #7c96446d
+def check_renderer() -> Check:
+    "Look at what renders the site."
+    try: version = quarto_version()
+    except VfmError as error: return Check("renderer", "missing", *str(error).split("; ", 1))
+    return Check("renderer", "ok", f"quarto {version}" if version else "smalldocs; quarto is used when it is on PATH")
+
 # %% ../../nbs/985_doctor.ipynb #e9edc741
 def check_programs() -> Iterator[Check]:
     "Look at renderer, browser and Slurm."
-    quarto = shutil.which("quarto")
-    yield Check("renderer", "ok", f"quarto, {quarto}" if quarto else "smalldocs; quarto is used when it is on PATH")
+    yield check_renderer()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     both = browser and shutil.which("chromedriver")
     yield Check("chromium", "ok" if both else "note", browser if both else "chromium and chromedriver are not both on PATH", "" if both else "Only the tests of the site need them: apt-get install chromium chromium-driver.")

@@ -6,12 +6,12 @@
 __all__ = ['STUDY', 'README', 'IGNORED', 'LOOK', 'look_notebook', 'study_name', 'init_folder']
 
 # %% ../../nbs/982_folder.ipynb #bc803146
-import json
 from pathlib import Path
 
 # %% ../../nbs/982_folder.ipynb #03b2baca
 from ..foundation.names import as_name
 from ..foundation.registry import VfmError
+from .convert import notebook_text
 
 # %% ../../nbs/982_folder.ipynb #c64c9043
 STUDY = '''\
@@ -85,7 +85,7 @@ def look_notebook(
 ) -> str:  # JSON
     "Write the notebook that opens a study."
     cells = [{"cell_type": "code" if i else "markdown", "id": f"look{i}", "metadata": {}, "source": s if i else s.format(name=name)} | ({"outputs": [], "execution_count": None} if i else {}) for i, s in enumerate(LOOK)]
-    return json.dumps({"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
+    return notebook_text({"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}, "nbformat": 4, "nbformat_minor": 5})
 
 # %% ../../nbs/982_folder.ipynb #68165d71
 def study_name(

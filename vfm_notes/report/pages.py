@@ -22,7 +22,7 @@ from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
-from .convert import front_matter, joined, parameterised, read_notebook, to_page, without_title
+from .convert import front_matter, joined, parameterised, raw_html, read_notebook, to_page, without_title
 from .published import Publication, publication_print, published_notebook
 from ..runs.forkserver import SAFE_KERNEL, safe_env
 from ..runs.grid import Job, plan, run_states
@@ -207,6 +207,6 @@ def run_page(
     "Publish and convert an executed run notebook."
     nb = published_notebook(by, read_notebook(page.source))
     whole = f'<a href="notebooks/{html.escape(page.download)}.ipynb" download>the notebook</a> has it all'
-    made = to_page(without_title(nb), page.options, page.name, whole)
-    made["cells"].insert(1, {"cell_type": "markdown", "id": "header", "metadata": {}, "source": f"```{{=html}}\n{by.text(run_header(page.job, records))}\n```"})
+    made, header = to_page(without_title(nb), page.options, page.name, whole), raw_html(by.text(run_header(page.job, records)))
+    made["cells"].insert(1, {"cell_type": "markdown", "id": "header", "metadata": {}, "source": header})
     return made, nb

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'Argument', 'Documented', 'comments', 'argument', 'arguments', 'refusals', 'signature', 'function_doc',
-           'class_doc', 'documented', 'linked', 'doc_html', 'prose', 'code_cells', 'LibraryNotebook', 'read_library',
-           'reference_page', 'addresses', 'index_page', 'search_entries']
+           'class_doc', 'documented', 'linked', 'anchor_of', 'own_anchors', 'doc_html', 'prose', 'code_cells',
+           'LibraryNotebook', 'read_library', 'reference_page', 'addresses', 'index_page', 'search_entries']
 
 # %% ../../nbs/925_reference.ipynb #f3136459
 import ast
@@ -19,7 +19,7 @@ from pathlib import Path
 
 # %% ../../nbs/925_reference.ipynb #50ca2e5f
 from ..foundation.places import library_notebooks
-from .convert import CODE, equations, joined, raw_cell, read_notebook
+from .convert import CODE, equations, joined, raw_cell, raw_html, read_notebook
 
 # %% ../../nbs/925_reference.ipynb #4b9a4b60
 ALWAYS = {"seed": "of the random numbers; the same seed gives the same result", "rng": "where random numbers come from", "draws": "how many times the data are drawn again",
@@ -149,6 +149,18 @@ def linked(
         return f"[{part}]({known[name]})" if part.startswith("`") and not part.startswith("``") and name in known else part
     return "".join(one(p) if i % 2 else p for i, p in enumerate(CODE.split(markdown)))
 
+# %% ../../nbs/925_reference.ipynb #1902e6f3
+def anchor_of(heading: str) -> str: return re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", heading.lower()).strip()).lstrip("-_.0123456789")  # the id that renderers give it
+
+def own_anchors(
+    markdown: str,  # of a notebook
+    names: set[str],  # what the notebook defines
+) -> str:
+    "Give the headings that read like a name other anchors."
+    heading = lambda m: f"{m[0]} {{#about-{anchor_of(m[1])}}}" if anchor_of(m[1]) in names else m[0]
+    fenced = re.split(r"(```.*?```|~~~.*?~~~)", markdown, flags=re.S)
+    return "".join(p if i % 2 else re.sub(r"^#+ +(.+)$", heading, p, flags=re.M) for i, p in enumerate(fenced))
+
 # %% ../../nbs/925_reference.ipynb #d4a6422f
 def doc_html(
     d: Documented,
@@ -178,7 +190,7 @@ def code_cells(
     nodes = ast.parse(body).body
     if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes): return []
     found = documented(body)
-    told = [prose(f"### {d.name} {{#{d.name}}}\n\n```{{=html}}\n{doc_html(d)}\n```", f"{cell}-{d.name}"[:60]) for d in found]
+    told = [prose(f"### {d.name} {{#{d.name}}}\n\n{raw_html(doc_html(d))}", f"{cell}-{d.name}"[:60]) for d in found]
     return [*told, shown | {"source": ("#| code-fold: true\n#| code-summary: Source\n" if found else "") + body}]
 
 # %% ../../nbs/925_reference.ipynb #9809a6fe
@@ -213,10 +225,10 @@ def reference_page(
     "Make the page of a library notebook."
     options = {"title": book.title, "subtitle": book.subtitle, "toc-depth": 3, "execute": {"echo": True}}
     where = f'<p class="vfm-defined"><a href="../index.html">Report</a> · <a href="index.html">Library</a> · <code>vfm_notes.{html.escape(book.module)}</code>, written in <code>nbs/{html.escape(book.path.name)}</code>; its examples are run by the notebook tests</p>'
-    cells = [raw_cell(options), prose(f"```{{=html}}\n{where}\n```", "from")]
+    cells, names = [raw_cell(options), prose(raw_html(where), "from")], {d.name for d in book.names}
     for i, c in enumerate(book.nb["cells"][1:]):
         source = joined(c["source"])
-        cells += [prose(equations(linked(source, known)), f"m{i}")] if c["cell_type"] == "markdown" else code_cells(source, f"c{i}") if c["cell_type"] == "code" else []
+        cells += [prose(equations(linked(own_anchors(source, names), known)), f"m{i}")] if c["cell_type"] == "markdown" else code_cells(source, f"c{i}") if c["cell_type"] == "code" else []
     return {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
 
 # %% ../../nbs/925_reference.ipynb #931563a1
@@ -237,10 +249,11 @@ def index_page(
         names = " · ".join(f'<a href="{b.path.stem}.html#{d.name}">{html.escape(d.name)}</a>' for d in b.names)
         return f'<tr><td><a href="{b.path.stem}.html">{b.path.stem.split("_")[0]} {html.escape(b.title)}</a></td><td>{html.escape(b.subtitle)}<span class="vfm-under">{names}</span></td></tr>'
     cells = [raw_cell({"title": "Library", "subtitle": "Every notebook of vfm_notes, and every name that it defines"}),
-             prose('```{=html}\n<p class="vfm-defined"><a href="../index.html">Report</a></p>\n```\n\nThe first digit of a notebook is its layer and its sub-package; a notebook imports only lower numbers. Each page is the notebook itself: the idea, the code, an example that the tests run.', "about")]
+             prose(raw_html('<p class="vfm-defined"><a href="../index.html">Report</a></p>') + "\n\nThe first digit of a notebook is its layer and its sub-package; a notebook imports only lower numbers. Each page is the notebook itself: the idea, the code, an example that the tests run.", "about")]
     for digit in dict.fromkeys(b.path.name[0] for b in books):
         own = [b for b in books if b.path.name[0] == digit]
-        cells.append(prose(f'## {digit}x {own[0].module.split(".")[0]}\n\n```{{=html}}\n<div class="vfm-scroll" tabindex="0"><table class="vfm-table"><thead><tr><th>notebook</th><th>what it is, what it defines</th></tr></thead><tbody>{"".join(map(row, own))}</tbody></table></div>\n```', f"layer{digit}"))
+        listed = f'<div class="vfm-scroll" tabindex="0"><table class="vfm-table"><thead><tr><th>notebook</th><th>what it is, what it defines</th></tr></thead><tbody>{"".join(map(row, own))}</tbody></table></div>'
+        cells.append(prose(f"## {digit}x {own[0].module.split('.')[0]}\n\n{raw_html(listed)}", f"layer{digit}"))
     return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
 # %% ../../nbs/925_reference.ipynb #2520ffb1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY', 'MAKING', 'read_stamp', 'write_json', 'files_of', 'seal', 'changed', 'check_ours', 'open_folder', 'close_folder',
-           'drop_pages', 'remove_ours', 'replacing', 'beside', 'erase', 'recover', 'site_lock', 'one_at_a_time']
+           'drop_pages', 'drop_files', 'replacing', 'beside', 'erase', 'recover', 'site_lock', 'one_at_a_time']
 
 # %% ../../nbs/928_stamp.ipynb #stamp003
 import fcntl
@@ -113,7 +113,7 @@ def open_folder(
 def close_folder(folder: Path, stamp: dict) -> None:  # stamp: what to remember
     "Stamp the pages; those that are wanted no more, and were made here, are gone."
     theirs = read_stamp(folder/"stamp.json").get("theirs", [])
-    names = sorted(Path(n).stem for n in set(files_of(folder)) - set(theirs) if n.endswith(".ipynb"))
+    names = sorted(Path(n).stem for n in set(files_of(folder)) - set(theirs) if n.endswith(".ipynb") and "/" not in n)
     seal(folder, stamp | {"names": names}, theirs)
 
 def drop_pages(folder: Path, wanted: Iterable[str]) -> None:  # wanted: names of pages
@@ -121,15 +121,15 @@ def drop_pages(folder: Path, wanted: Iterable[str]) -> None:  # wanted: names of
     made = set(read_stamp(folder/"stamp.json").get("names", []))
     for name in made - set(wanted): (folder/f"{name}.ipynb").unlink(missing_ok=True)
 
-def remove_ours(folder: Path) -> None:
-    "Remove what was made here; the folder stays where others have files in it."
-    stamp, theirs = check_ours(folder)
-    for name in set(files_of(folder)) - set(theirs): (folder/name).unlink(missing_ok=True)
-    for name in MAKING if stamp else (): shutil.rmtree(folder/name, ignore_errors=True)
-    for root, _, _ in sorted(os.walk(folder), reverse=True):
-        if root != str(folder) and not os.listdir(root): os.rmdir(root)
-    (folder/"stamp.json").unlink(missing_ok=True)  # last, so that half of it is still ours
-    if folder.is_dir() and not os.listdir(folder): folder.rmdir()
+def drop_files(
+    folder: Path,
+    part: str,  # a folder inside it
+    wanted: Iterable[str],  # names without ending that stay
+) -> None:
+    "Remove what was made below a part of an open folder and is wanted no more; files of others stay."
+    theirs, keep = set(read_stamp(folder/"stamp.json")["theirs"]), set(wanted)
+    for name in files_of(folder/part) if (folder/part).is_dir() else ():
+        if Path(name).stem not in keep and f"{part}/{name}" not in theirs: (folder/part/name).unlink()
 
 # %% ../../nbs/928_stamp.ipynb #stamp014
 @contextmanager
