@@ -119,7 +119,8 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     check_templates(todo)
     for job in jobs: print(job_line(look_at(spec.name, job, records), max(len(j.name) for j in jobs)))
     left = time_left([look_at(spec.name, j, records) for j in todo], speeds(records.values()))
-    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run" + (f", {left} of work ({left.basis})." if todo else "."))
+    work = f", {left} of work ({left.basis})" if todo else ""
+    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run{work}.")
     for problem in lacking(spec): print(f"missing: {problem}")
 
 def lacking(spec) -> list[str]:  # spec: of the study
