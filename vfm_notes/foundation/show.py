@@ -194,7 +194,7 @@ def panel(
     return "".join(out)
 
 # %% ../../nbs/04_show.ipynb #ceb09a4d
-SEQUENCES = {"t1w": "T1w", "t2w": "T2w", "dwi": "DWI", "adc": "ADC", "flair": "FLAIR", "dce": "DCE", "swi": "SWI", "ct": "CT"}
+SEQUENCES = {"t1w": "T1w", "t2w": "T2w", "ct": "CT"} | {name: name.upper() for name in ("dwi", "adc", "flair", "dce", "swi")}
 
 def shown_name(
     name: str,  # of a sequence as files and studies write it, alone or among other words

@@ -86,8 +86,11 @@ def outlines_svg(
     "Draw outlines to lie on a picture: a dark line below a bright one, which reads on any grey."
     high, wide = size
     paths = [(outline(m, (high / m.shape[0], wide / m.shape[1])), colour) for m, colour in masks]
-    lines = "".join(f'<path d="{d}" stroke="#0008" stroke-width="3"/><path d="{d}" stroke="{colour}" stroke-width="1.5"/>' for d, colour in paths if d)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:g} {high:g}" width="{wide:g}" height="{high:g}" fill="none" stroke-linecap="square">{lines}</svg>'.encode()
+    strokes = lambda colour: (("#0008", 3), (colour, 1.5))
+    lines = [f'<path d="{d}" stroke="{c}" stroke-width="{w}"/>' for d, colour in paths if d for c, w in strokes(colour)]
+    box = f'viewBox="0 0 {wide:g} {high:g}" width="{wide:g}" height="{high:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} fill="none" stroke-linecap="square">'
+    return f"{head}{''.join(lines)}</svg>".encode()
 
 # %% ../../nbs/94_widgets.ipynb #edea16dc
 @dataclass
@@ -115,7 +118,8 @@ class Scene:
         if name in self.after:
             edge = round(curtain * grey.shape[1])
             grey = np.concatenate([grey[:, :edge], self.grey(self.after[name], name, plane, at)[:, edge:]], axis=1)
-        return blend(grey, [(mask, rgb(colour)) for mask, colour in self.labels(plane, at, shown)] if opacity else [], opacity)
+        filled = self.labels(plane, at, shown) if opacity else []
+        return blend(grey, [(mask, rgb(colour)) for mask, colour in filled], opacity)
 
     def labels(self, plane: str, at: int, shown: Iterable[str]) -> list[tuple[np.ndarray, str]]:
         "Slices of some masks, (h, w) bool, each with its colour."
@@ -219,7 +223,8 @@ def picture(
     caption, over = widgets.HTML(), []
     viewer.pictures[name, plane], viewer.captions[name, plane] = image, caption
     if scene.masks:  # the outlines lie on the image: one step up, as high as the image is
-        over = [widgets.Image(format="svg+xml", layout=widgets.Layout(width=image.layout.width, height=image.layout.height, margin=f"-{high * scale:.0f}px 0 0 0"))]
+        place = dict(width=image.layout.width, height=image.layout.height, margin=f"-{high * scale:.0f}px 0 0 0")
+        over = [widgets.Image(format="svg+xml", layout=widgets.Layout(**place))]
         viewer.outlines[name, plane] = over[0].add_class("vfm-outlines")
     bar = scale_length(wide)
     ruler = widgets.HTML(f'<div style="width:{bar * scale:.0f}px;border:solid;border-width:0 1.5px 1.5px;height:5px"></div><span style="font-size:12px">{bar} mm</span>')
@@ -244,7 +249,8 @@ def draw(self, planes: Iterable[str] = PLANES) -> None:
         image.value = png(self.scene.pixels(name, plane, at, self.opacity.value, shown, self.curtain.value), effort=1)
         if over := self.outlines.get((name, plane)):
             size = (float(side.removesuffix("px")) for side in (image.layout.height, image.layout.width))
-            over.value = outlines_svg([] if name in self.scene.signed else self.scene.labels(plane, at, shown), tuple(size))
+            labels = [] if name in self.scene.signed else self.scene.labels(plane, at, shown)
+            over.value = outlines_svg(labels, tuple(size))
         self.captions[name, plane].value = caption(self.scene, name, plane, at)
 
 # %% ../../nbs/94_widgets.ipynb #e195f8d4
