@@ -80,7 +80,8 @@ def plan_rows(
         own = [k for k in looks if k.job.kind == kind]
         rows.append((kind, len(own), sum(k.left for k in own), str(time_left(own, known))))
     whole = time_left(looks, known)
-    return rows, f"{len(jobs)} notebooks, {sum(k.left for k in looks)} runs; {whole} one after the other, {whole.basis}."
+    runs = sum(k.left for k in looks)
+    return rows, f"{len(jobs)} notebooks, {runs} runs; {whole} one after the other, {whole.basis}."
 
 # %% ../../nbs/96_builder.ipynb #8285e27a
 def heading(name: str) -> widgets.HTML:

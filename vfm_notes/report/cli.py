@@ -128,7 +128,8 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     left = time_left([look_at(spec.name, j, records) for j in todo], speeds(records.values()))
     states = [s for j in jobs for s in look_at(spec.name, j, records).states.values()]
     print(f"Study {spec.name}: {count_states(states)} of {len(states)} runs.")
-    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run" + (f", {left} of work ({left.basis})." if todo else "."))
+    work = f", {left} of work ({left.basis})" if todo else ""
+    print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run{work}.")
     print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
     found = conflicts(spec, todo)
     for sentence in found: print(f"cannot work: {sentence}")
