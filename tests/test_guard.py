@@ -75,7 +75,7 @@ def test_every_module_has_one_notebook_and_every_notebook_its_module():
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
 def test_module_size_and_direction(path):
     text, package = path.read_text(encoding="utf-8"), path.parent.name
-    assert len(text.splitlines()) <= 360
+    assert len(text.splitlines()) <= 480
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom): continue

@@ -155,6 +155,7 @@ def _bytes(study: str, record: dict, file: str) -> bytes:  # b"" for a damaged f
 def _damaged(study: str) -> set[str]: return set().union(*(bad for (s, _), (_, _, bad) in _kept.items()
                                                            if s == study))  # run ids
 
+# %% ../../nbs/80_tables.ipynb #a84c4f0e
 def curves_table(
     study: str,  # name of the study
     records: list[dict] | None = None,  # default: all of the study

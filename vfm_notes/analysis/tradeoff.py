@@ -51,6 +51,7 @@ def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy
     costs = runs[[*keys, *(c for c in COSTS if c in runs)]].melt(keys, None, "what", "value").assign(direction=-1, unit="")
     return pd.concat([scores, costs], ignore_index=True)[[*keys, "what", "value", "direction", "unit"]].astype({"value": float})
 
+# %% ../../nbs/87_tradeoff.ipynb #f3d1db9b
 def tradeoff_table(
     tables: Tables,
     draws: int = DRAWS,
@@ -165,6 +166,7 @@ def axis_words(
             f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
             f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
 
+# %% ../../nbs/87_tradeoff.ipynb #5b6807cb
 def front_words(
     front: pd.DataFrame,  # from front_table
     metric: str,  # name of the metric

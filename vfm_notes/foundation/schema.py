@@ -40,6 +40,7 @@ def check_line(
     "Refuse more than one line."
     if isinstance(text, str) and ("\n" in text or "\r" in text): raise VfmError(f"{what} is {shown(text)}, expected one line of text.")
 
+# %% ../../nbs/026_schema.ipynb #7ff01476
 def check_start(
     name: str,  # architecture.weights, or "" for random ones
     what: str,  # the field
@@ -175,6 +176,7 @@ def convert(
 @lru_cache(maxsize=None)
 def field_types(cls: type) -> dict[str, Any]: return get_type_hints(cls, include_extras=True)  # of a dataclass, by field
 
+# %% ../../nbs/026_schema.ipynb #a69e6cc5
 def converted(
     cls: type,  # a dataclass
     values: dict,  # field → value, from outside
@@ -198,6 +200,7 @@ def allowed_of(
     kind = field_types(cls)[name]
     return "a mapping of fields" if is_dataclass(kind) else allowed(kind)
 
+# %% ../../nbs/026_schema.ipynb #41405a65
 def bounds_of(
     cls: type,  # a dataclass
     name: str,  # of a field that holds a number

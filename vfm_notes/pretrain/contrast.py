@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'tile_shares', 'find_pairs', 'Projection', 'FixedProjection', 'pair_loss', 'dice_ce', 'TileContrast',
-           'likeness', 'PatchContrast']
+           'likeness', 'check_classes', 'PatchContrast']
 
 # %% ../../nbs/41_contrast.ipynb #f3fbb532
 import numpy as np
@@ -138,6 +138,24 @@ def likeness(
     anchor = reduce(tokens * weight, "b e d h w -> b e 1 1 1", "sum")
     return rearrange(F.cosine_similarity(tokens, anchor, dim=1), "b d h w -> b 1 d h w")
 
+# %% ../../nbs/41_contrast.ipynb #965dd377
+def check_classes(
+    card, # of a cohort
+    weights: int, # classes that have a weight
+    anchor_class: int, # the smallest class that makes an anchor
+) -> None:
+    "Raise where a cohort has no labels, more classes than weights, or no class that makes an anchor."
+    classes, name = card.classes, card.name
+    listed = ", ".join(classes)
+    if len(classes) < 2:
+        raise VfmError(f"patch_contrast is guided by labels and cohort '{name}' has none; choose an objective without, e.g. nt_xent.")
+    if len(classes) > weights:
+        raise VfmError(f"patch_contrast: cohort '{name}' has {len(classes)} classes ({listed}), but class_weights has {weights} entries; "
+                       "give one per class.")
+    if anchor_class >= len(classes):
+        raise VfmError(f"patch_contrast: anchor_class is {anchor_class}, but the classes of cohort '{name}' are 0 to {len(classes) - 1} "
+                       f"({listed}), so nothing is an anchor; set options: {{anchor_class: {len(classes) - 1}}}.")
+
 # %% ../../nbs/41_contrast.ipynb #965dd376
 @objectives("patch_contrast", title="label-guided patch contrast", family="contrast", source="ProViCNet, arXiv 2502.00366", labels=True, shows="neighbours", recipe=dict(epochs=30, batch_size=8, lr=1e-3),
             options=dict(a=0.05, anchor_class=2, anchor_share=62 / 64, clear_share=2 / 64, pairs=30, class_weights=(0.02, 0.04, 0.5, 0.5), projection=(2048, 2048, 256, 65536)),
@@ -166,10 +184,7 @@ class PatchContrast(nn.Module):
              card, # of their cohort
             ) -> None:
         "Raise where a cohort has no labels for it, or more classes than weights."
-        classes = card.classes
-        if len(classes) < 2: raise VfmError(f"patch_contrast is guided by labels and cohort '{card.name}' has none; choose an objective without, e.g. nt_xent.")
-        if len(classes) > len(self.class_weights): raise VfmError(f"patch_contrast: cohort '{card.name}' has {len(classes)} classes ({', '.join(classes)}), but class_weights has {len(self.class_weights)} entries; give one per class.")
-        if self.tiles.anchor_class >= len(classes): raise VfmError(f"patch_contrast: anchor_class is {self.tiles.anchor_class}, but the classes of cohort '{card.name}' are 0 to {len(classes) - 1} ({', '.join(classes)}), so nothing is an anchor; set options: {{anchor_class: {len(classes) - 1}}}.")
+        check_classes(card, len(self.class_weights), self.tiles.anchor_class)
 
     def loss(self,
              batch: dict[str, Tensor], # "volumes" b c d h w and "labels" b d h w

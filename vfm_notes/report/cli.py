@@ -231,6 +231,7 @@ def is_table(file: Path) -> bool:
         return set(SHOWN) <= set(found.columns) or (file.suffix == ".json" and found.empty)
     except Exception: return False  # whatever it is, it is not ours
 
+# %% ../../nbs/99_cli.ipynb #809bd7ea
 @app.command()
 def table(
     study: Study,

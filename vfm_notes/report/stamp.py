@@ -26,6 +26,7 @@ from ..foundation.registry import VfmError
 BY = "vfm site"  # who made a folder
 MAKING = ("_site", ".quarto")  # folders of a renderer inside generated pages: it makes them anew itself
 
+# %% ../../nbs/928_stamp.ipynb #e3f7d0b5
 def read_stamp(path: Path) -> dict:
     "Read what was made from what; empty when unknown, or when the folder is not ours."
     try: stamp = json.loads(path.read_text(encoding="utf-8"))
@@ -116,6 +117,7 @@ def close_folder(folder: Path, stamp: dict) -> None:  # stamp: what to remember
     names = sorted(Path(n).stem for n in set(files_of(folder)) - set(theirs) if n.endswith(".ipynb") and "/" not in n)
     seal(folder, stamp | {"names": names}, theirs)
 
+# %% ../../nbs/928_stamp.ipynb #57c043a9
 def drop_pages(folder: Path, wanted: Iterable[str]) -> None:  # wanted: names of pages
     "Remove pages that were made here and are wanted no more."
     made = set(read_stamp(folder/"stamp.json").get("names", []))
