@@ -179,11 +179,7 @@ class PatchContrast(nn.Module):
         if self.tiles.anchor_class >= len(class_weights):
             raise VfmError(f"patch_contrast: anchor_class is {self.tiles.anchor_class}, but class_weights has {len(class_weights)} entries, one per class.")
 
-    def fits(self,
-             size: tuple[int, int, int], # of the volumes (d, h, w)
-             card, # of their cohort
-            ) -> None:
-        "Raise where a cohort has no labels for it, or more classes than weights."
+    def fits(self, size: tuple[int, int, int], card) -> None: # size: of the volumes (d, h, w); card: of their cohort
         check_classes(card, len(self.class_weights), self.tiles.anchor_class)
 
     def loss(self,
