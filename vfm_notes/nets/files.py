@@ -124,7 +124,9 @@ def read_content(
         if not found: raise VfmError(f"{path} is damaged or no weights file: delete it and fetch it again.") from None
         raise VfmError(f"{path} holds code ({found[1]}), which was not run: ask its author for tensors alone.") from None
     except Exception as e: raise VfmError(f"{path} is damaged or truncated ({type(e).__name__}): delete it and fetch it again.") from None
-    if not isinstance(content, dict): raise VfmError(f"{path} holds no tensors by name (it is a {type(content).__name__}): expected a state dict, alone or under 'model' or 'state_dict'.")
+    if not isinstance(content, dict):
+        raise VfmError(f"{path} holds no tensors by name (it is a {type(content).__name__}): expected a state dict, "
+            f"alone or under 'model' or 'state_dict'.")
     return content
 
 def check_state(
