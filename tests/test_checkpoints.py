@@ -19,10 +19,17 @@ def under(prefix: str, state: dict) -> dict: return {prefix + name: v for name, 
 
 
 CHECKPOINTS = {
-    "torch.compile": lambda s: under("_orig_mod.", s), "compiled inside": lambda s: {n.replace("encoder.", "encoder._orig_mod.", 1): v for n, v in s.items()},
-    "DataParallel": lambda s: {"state_dict": under("module.", s), "epoch": 3}, "Lightning": lambda s: {"state_dict": under("model.", s) | {"criterion.weight": torch.ones(2)}, "hyper_parameters": {"lr": 1e-3}},
-    "DDP of a compiled one": lambda s: {"model": under("module._orig_mod.", s), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "backbone with a head": lambda s: under("backbone.", s) | {"head.weight": torch.ones(2, 3)},
-    "model_state": lambda s: {"model_state": s, "step": torch.tensor(3)}, "deep": lambda s: {"state": {"nets": {"ema_model": under("net.", s)}}}, "the encoder alone": lambda s: {n.removeprefix("encoder."): v for n, v in s.items()},
+    "torch.compile": lambda s: under("_orig_mod.", s), "compiled inside": lambda s: {n.replace("encoder.",
+    "encoder._orig_mod.", 1): v for n, v in s.items()},
+    "DataParallel": lambda s: {"state_dict": under("module.", s), "epoch": 3},
+    "Lightning": lambda s: {"state_dict": under("model.", s) | {"criterion.weight": torch.ones(2)},
+    "hyper_parameters": {"lr": 1e-3}},
+    "DDP of a compiled one": lambda s: {"model": under("module._orig_mod.", s),
+    "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "backbone with a "
+    "head": lambda s: under("backbone.", s) | {"head.weight": torch.ones(2, 3)},
+    "model_state": lambda s: {"model_state": s, "step": torch.tensor(3)},
+    "deep": lambda s: {"state": {"nets": {"ema_model": under("net.", s)}}}, "the encoder "
+    "alone": lambda s: {n.removeprefix("encoder."): v for n, v in s.items()},
     "a prefix of one's own": lambda s: under("prostate_net_v2.", s),
 }
 
@@ -39,7 +46,9 @@ def test_check_and_load_find_the_network(tmp_path, kind):
     assert k.load_weights(build("profound_toy", 1), CHECKPOINTS[kind](state)).share == 1
 
 
-@pytest.mark.parametrize("kind, said", [("torch.compile", "without the prefix '_orig_mod.'"), ("Lightning", "without the prefix 'model.' (1 other tensors"), ("DataParallel", "without the prefix 'module.'"), ("deep", "without the prefix 'net.'")])
+@pytest.mark.parametrize("kind, said", [("torch.compile", "without the prefix '_orig_mod.'"),
+    ("Lightning", "without the prefix 'model.' (1 other tensors"), ("DataParallel", "without the prefix 'module.'"),
+    ("deep", "without the prefix 'net.'")])
 def test_the_command_says_what_was_taken_off(folder, catalog, tmp_path, kind, said):  # noqa: F811
     torch.save(CHECKPOINTS[kind](toy()), tmp_path/"x.pth")
     status, out, err = vfm("check", tmp_path/"x.pth", "--arch", "profound_toy", "--channels", "1")
@@ -50,22 +59,27 @@ def test_the_search_without_an_architecture_takes_prefixes_off(folder, catalog, 
     state = build("provicnet_toy", 3).state_dict()
     torch.save({"state_dict": under("student_net.module.", state)}, tmp_path/"x.pth")
     report, found, _ = k.check_file(tmp_path/"x.pth")
-    assert report.share == 1 and "provicnet_toy" in report.name and all(torch.equal(found[n], v) for n, v in state.items())
+    assert report.share == 1 and "provicnet_toy" in report.name and all(torch.equal(found[n], v) for n,
+        v in state.items())
     assert "it/s" not in capfd.readouterr().err, "no bar of another library"
 
 
 def test_of_teacher_and_student_the_owner_chooses(tmp_path):
-    pair, path = {"student": under("backbone.", toy(1)), "teacher": under("backbone.", toy(2)), "epoch": 9}, tmp_path/"dino.pth"
+    pair, path = {"student": under("backbone.", toy(1)), "teacher": under("backbone.", toy(2)),
+        "epoch": 9}, tmp_path/"dino.pth"
     torch.save(pair, path)
-    with pytest.raises(VfmError, match="2 networks that fit equally well.*dino.pth#teacher.backbone"): k.check_file(path, "profound_toy", 1)
+    with pytest.raises(VfmError, match="2 networks that fit equally well.*dino.pth#teacher.backbone"):
+        k.check_file(path, "profound_toy", 1)
     with pytest.raises(VfmError, match="2 networks"): k.load_weights(build("profound_toy", 1), path)
     for side, seed in (("student", 1), ("teacher", 2)):
         report, state, _ = k.check_file(f"{path}#{side}", "profound_toy", 1)
-        assert report.share == 1 and f"its part '{side}'" in report.name and all(torch.equal(state[n], v) for n, v in toy(seed).items())
+        assert report.share == 1 and f"its part '{side}'" in report.name and all(torch.equal(state[n], v) for n,
+            v in toy(seed).items())
     model = build("profound_toy", 1)
     k.load_weights(model, f"{path}#teacher")
     assert all(torch.equal(v, toy(2)[n]) for n, v in model.state_dict().items())
-    with pytest.raises(VfmError, match="no part 'techer'. Did you mean 'teacher"): k.check_file(f"{path}#techer", "profound_toy", 1)
+    with pytest.raises(VfmError, match="no part 'techer'. Did you mean 'teacher"):
+        k.check_file(f"{path}#techer", "profound_toy", 1)
 
 
 def test_equal_copies_and_lesser_fits_are_no_question(tmp_path):
@@ -75,12 +89,14 @@ def test_equal_copies_and_lesser_fits_are_no_question(tmp_path):
     less = {n: v for n, v in toy(1).items() if "stages.0" not in n}
     torch.save({"student": less, "teacher": toy(2)}, tmp_path/"two.pth")
     report, state, _ = k.check_file(tmp_path/"two.pth", "profound_toy", 1)
-    assert report.share == 1 and "its part 'teacher'" in report.name and all(torch.equal(state[n], v) for n, v in toy(2).items())
+    assert report.share == 1 and "its part 'teacher'" in report.name and all(torch.equal(state[n], v) for n,
+        v in toy(2).items())
 
 
 def test_what_is_no_network_is_left_alone():
     one = torch.ones(1)
-    parts = parts_of({"optimizer_states": [{"state": {}}], "optimizer": {"a": one}, "lr_schedulers": {"b": one}, "state_dict": {"net.w": one}})
+    parts = parts_of({"optimizer_states": [{"state": {}}], "optimizer": {"a": one}, "lr_schedulers": {"b": one},
+        "state_dict": {"net.w": one}})
     assert [(p.place, p.prefix) for p in parts] == [("state_dict", ""), ("state_dict", "net")]
 
 

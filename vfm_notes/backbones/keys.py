@@ -103,7 +103,8 @@ def maps_of(
     arch: str, # "architecture" or "architecture.weights"
 ) -> list[str]: # weights, one for each map
     "The cards whose maps an architecture may be read through."
-    return [arch] if "." in arch else list({weights[n]: n for n in reversed(list(weights)) if n.split(".")[0] == arch}.values())[::-1]
+    return [arch] if "." in arch else list({weights[n]: n for n in reversed(list(weights))
+        if n.split(".")[0] == arch}.values())[::-1]
 
 # %% ../../nbs/311_keys.ipynb #65839309
 def layouts_of(
@@ -128,7 +129,8 @@ def similarity(
     "How much a file is like each backbone, in any layout; a bar where it takes long."
     from vfm_notes.data.cache import progress
     bare = [{k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in s.items()} for s in states]
-    return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0) for name in progress(list(names), "comparing with every backbone")}
+    return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0)
+        for name in progress(list(names), "comparing with every backbone")}
 
 def best_of(
     scores: dict[str, float], # architecture → likeness
@@ -198,7 +200,9 @@ def chosen(
     for m in others:
         if best and all(apart(m, of) for of in names) and differ(m): names.append(m.part.address)
     if len(names) > 1:
-        raise VfmError(f"{path} holds {len(names)} networks that fit equally well ({', '.join(n or 'the names as they are' for n in names)}): name the one that is meant, e.g. {path}#{names[-1]}.")
+        raise VfmError(f"{path} holds {len(names)} networks that fit equally well "
+            f"({', '.join(n or 'the names as they are' for n in names)}): name the one that is meant, e.g. "
+            f"{path}#{names[-1]}.")
     return first
 
 # %% ../../nbs/311_keys.ipynb #f66b8cd5
@@ -214,7 +218,8 @@ def fitting(
         report, share = compare(state, model, source), weights_card(source).share if share is None else share
     else:
         path, parts = ("state", parts_of(source)) if isinstance(source, dict) else read_parts(source)
-        best = chosen([Match("", p, compare(p.state, model, f"{path}{p}"), p.state) for p in parts or [Part("", "", {})]], path)
+        best = chosen([Match("", p, compare(p.state, model, f"{path}{p}"), p.state) for p in parts
+            or [Part("", "", {})]], path)
         state, report = best.state, best.report
         if not isinstance(source, dict): check_state(state, path)
     refuse(report, state, 0.9 if share is None else share, type(model).__name__)
@@ -287,7 +292,8 @@ def read_as(
                 found.append(Match(a, p, compare(inside, net, f"{path}{p} as {a}, below '{head}.'"), inside))
     return found
 
-OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists", "sulcus_nets") # modules with networks of transformers or MONAI
+OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists",
+    "sulcus_nets") # modules with networks of transformers or MONAI
 
 def search(
     path: str, # of the file, for messages
@@ -304,7 +310,9 @@ def search(
     if not found:
         told = f"; the nearest card is '{near}', with {scores[near]:.0%} of the kinds of keys in common. To see the report: --arch {near}." if scores[near] >= 0.01 else ", nor near to any: name the architecture (--arch)."
         raise VfmError(f"The keys of {path} are those of no registered backbone{told}")
-    if not any(m.report.share for m in found): raise VfmError(f"The keys of {path} are like those of '{near}', but nothing in it has that network's size: no registered backbone takes this file. To see the report: --arch {near}.")
+    if not any(m.report.share for m in found):
+        raise VfmError(f"The keys of {path} are like those of '{near}', but nothing in it has that network's size: "
+            f"no registered backbone takes this file. To see the report: --arch {near}.")
     return found
 
 # %% ../../nbs/311_keys.ipynb #737b9a91
@@ -321,13 +329,17 @@ def check_file(
         state, share = read_state(fetch(source, accepted)), weights_card(source).share
         return compare(state, skeleton(arch.split(".")[0] or source.split(".")[0], in_channels), source), state, share
     file = Path(str(source).rpartition("#")[0] if "#" in str(source) and not Path(source).is_file() else source)
-    if file.suffix not in SUFFIXES and not file.is_file(): source = file = carried_file(str(source)) or weights[str(source)] # a misspelt name raises
+    if file.suffix not in SUFFIXES and not file.is_file():
+        source = file = carried_file(str(source)) or weights[str(source)] # a misspelt name raises
     (path, parts), plan = read_parts(source), read_plan(file)
     if plan and not arch: arch, in_channels = plan.architecture, in_channels or plan.arguments["in_channels"]
     found = read_as(path, parts, [arch], in_channels) if arch else search(path, parts, in_channels)
-    if not found: raise VfmError(f"{path} has not the layout of weights '{arch}': name the architecture alone (--arch {arch.split('.')[0]}) to try all layouts.")
+    if not found:
+        raise VfmError(f"{path} has not the layout of weights '{arch}': name the architecture alone (--arch "
+            f"{arch.split('.')[0]}) to try all layouts.")
     best = chosen(found, path)
     check_state(best.part.state, path)
     others = dict.fromkeys(m.arch for m in found if m.arch != best.arch and m.report.share == best.report.share)
-    report = replace(best.report, name=f"{best.report.name} (or {', '.join(others)}: the same names and shapes)") if others else best.report
+    report = replace(best.report, name=f"{best.report.name} (or {', '.join(others)}: the same names and "
+        f"shapes)") if others else best.report
     return report, best.state, weights_card(arch).share if arch in weights else 0.9

@@ -27,7 +27,9 @@ def sulcus_labels(
     "Grades of some names in a label file."
     if classes not in (2, 3): raise VfmError(f"A sulcus cohort has 2 or 3 classes, not {classes}.")
     check_fetched(path)
-    if not path.is_file(): raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(GRADES)} in column {column}.")
+    if not path.is_file():
+        raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(GRADES)} "
+            f"in column {column}.")
     rows = [cells for _, cells in sheet_rows(path)]
     words = {n: [r[column - 1] if len(r) >= column else "" for r in rows if r[0] == n] for n in names}
     bad = [f"{path.name} has {len(w) or 'no'} line{'s' * (len(w) > 1)} for {n}, expected one" for n, w in words.items() if len(w) != 1]
@@ -92,7 +94,8 @@ def brainvisa(
     grades, found = sulcus_labels(src/labels, list(dict.fromkeys(key.values())), column, classes)
     known = GRADES if classes == 3 else ("absent", "present")
     name = lambda n: known[grades[key[n]]] if key[n] in grades else "unknown"
-    rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz", grade=name(n)) for n in names]
+    rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz",
+        grade=name(n)) for n in names]
     if masks: rows = [row | dict(label=mask_file(src/masks, f"{hemisphere}{mask_prefix}{row['case']}{mask_suffix}")) for row in rows]
     if split == "sequential": rows = [row | dict(split=s) for row, s in zip(rows, sequential_split(len(rows)))]
     card = CohortCard(f"brainvisa_{hemisphere}", f"Sulcal skeletons, hemisphere {hemisphere}", licence, str(src), "Mamalakis et al., arXiv 2405.19204, for the layout", ("skeleton",), ("background", "skeleton", "PCS") if masks else ("background",), known, (1.0, 1.0, 1.0),

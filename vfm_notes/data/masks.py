@@ -22,7 +22,8 @@ def some(
 ) -> str:
     "A few values in full, and how many there are."
     plain = lambda v: f"{v}".removesuffix(".0")  # as many digits as its type has
-    return ", ".join(map(plain, values[:5])) + f" and {len(values) - 5} more up to {plain(values[-1])}" * (len(values) > 5)
+    more = f" and {len(values) - 5} more up to {plain(values[-1])}" * (len(values) > 5)
+    return ", ".join(map(plain, values[:5])) + more
 
 def kinds_of(
     values: np.ndarray,
@@ -32,7 +33,9 @@ def kinds_of(
     "The values of a mask, which must be whole."
     found = np.unique(values)
     off = found[abs(found - np.rint(found)) > TOLERANCE]
-    if len(off): raise VfmError(f"{file} has values between whole numbers ({some(off)}), so it is no mask but something like a probability{advice}.")
+    if len(off):
+        raise VfmError(f"{file} has values between whole numbers ({some(off)}), so it is no mask but something like "
+            f"a probability{advice}.")
     return np.unique(np.rint(found))
 
 # %% ../../nbs/129_masks.ipynb #f5dc8ab5
@@ -43,7 +46,8 @@ def label_values(
 ) -> np.ndarray:  # uint8, the same shape
     "The classes of a label file."
     allowed = sorted(allowed)
-    wrong = (found := np.unique(values))[~(abs(found - np.rint(found)) <= TOLERANCE) | ~np.isin(np.rint(found), allowed)]
+    wrong = (found := np.unique(values))[~(abs(found - np.rint(found)) <= TOLERANCE) | ~np.isin(np.rint(found),
+        allowed)]
     many = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 8 else ", ".join(map(str, allowed))
     if len(wrong): raise VfmError(f"{file} has the values {some(wrong)}, expected only {many}.")
     return np.rint(values).astype(np.uint8)
@@ -58,9 +62,15 @@ def mask_values(
     "The values of a mask, or what is wrong with them."
     if threshold is not None and allowed in (None, range(2)): return (values >= threshold).astype(np.uint8)
     if allowed is not None: return label_values(values, file, allowed)
-    advice = f"; expected 0 and one other whole number, or state from where on a value belongs to the structure, e.g. threshold: {float(values.max() / 2 + values.min() / 2):.4g} in card.yaml (option threshold of the layouts table and bids)"
+    middle = float(values.max() / 2 + values.min() / 2)
+    advice = ("; expected 0 and one other whole number, or state from where on a value belongs to the structure, "
+              f"e.g. threshold: {middle:.4g} in card.yaml (option threshold of the layouts table and bids)")
     kinds = kinds_of(values, file, advice)
-    if kinds[0] < 0: raise VfmError(f"{file} has negative values ({some(kinds[kinds < 0])}), which are no background{advice}.")
-    if len(kinds) > 1 and kinds[0] > 0: raise VfmError(f"{file} has the values {some(kinds)} and no background (0){advice}.")
-    if len(kinds) > 2 and kinds[-1] > PARTS: raise VfmError(f"{file} has the values {some(kinds)}, so it is an image, a label of many structures or a mask that lost sharpness (JPEG){advice}; a file of several structures belongs into a column label.")
+    if kinds[0] < 0:
+        raise VfmError(f"{file} has negative values ({some(kinds[kinds < 0])}), which are no background{advice}.")
+    if len(kinds) > 1 and kinds[0] > 0:
+        raise VfmError(f"{file} has the values {some(kinds)} and no background (0){advice}.")
+    if len(kinds) > 2 and kinds[-1] > PARTS:
+        raise VfmError(f"{file} has the values {some(kinds)}, so it is an image, a label of many structures or a "
+            f"mask that lost sharpness (JPEG){advice}; a file of several structures belongs into a column label.")
     return (np.rint(values) > 0).astype(np.uint8)

@@ -126,7 +126,9 @@ def medmnist(
     rows, pictures, bad = medmnist_rows(path, name, len(grades))
     several, colour = rows and len(rows[0]["label"]) > 1, pictures[0].ndim == 4
     targets = tuple(re.sub(r"\W+", "_", g) for g in grades) if several else ()
-    for row in rows: row |= dict(zip([f"target_{t}" for t in targets], row.pop("label"))) if several else {"grade": grade_name(row.pop("label")[0], grades)}
+    for row in rows:
+        row |= dict(zip([f"target_{t}" for t in targets],
+            row.pop("label"))) if several else {"grade": grade_name(row.pop("label")[0], grades)}
     note = f"Split as published; patients are not, so each picture counts as one. {path.name}: {' x '.join(map(str, pictures[0].shape[1:]))} pixels."
     card = picture_card(name, f"{name}: {title}", licence, "MedMNIST v2", "Yang et al., MedMNIST v2, Scientific Data 2023", note, grades=() if several else grades, targets=targets, colour=colour, non_commercial="NC" in licence)
     return finished("medmnist", path.parent, rows, card, bad)
@@ -159,9 +161,11 @@ def aptos2019(
     src = Path(src).resolve()
     table = table_of(src/"train.csv", ("id_code", "diagnosis"))
     split = shuffled_split(len(table), 0.3)
-    rows = [dict(case=i, patient=i, split=s, **rgb(picture_file(src, f"train_images/{i}.png")), grade=grade_name(g, APTOS)) for i, g, s in zip(table["id_code"], table["diagnosis"], split)]
+    rows = [dict(case=i, patient=i, split=s, **rgb(picture_file(src, f"train_images/{i}.png")),
+        grade=grade_name(g, APTOS)) for i, g, s in zip(table["id_code"], table["diagnosis"], split)]
     card = picture_card("aptos2019", "APTOS 2019 blindness detection", "rules of the Kaggle competition APTOS 2019", "kaggle.com/c/aptos2019-blindness-detection, train.csv", "Asia Pacific Tele-Ophthalmology Society, 2019",
-        f"Split 70/15/15 by picture as released (shuffle with seed 42): the set has no patient identifiers. {statistics_note('aptos2019')}", grades=APTOS, colour=True, non_commercial=True)
+        f"Split 70/15/15 by picture as released (shuffle with seed 42): the set has no patient identifiers. "
+        f"{statistics_note('aptos2019')}", grades=APTOS, colour=True, non_commercial=True)
     return finished("aptos2019", src, rows, card, [], "middle")
 
 # %% ../../nbs/19_picture_sets.ipynb #a69db1eb
@@ -185,7 +189,9 @@ def isic2019(
     grade, bad = one_hot_grades(table, list(ISIC), "image")
     bad += [f"{i} is not in ISIC_2019_Training_Metadata.csv" for i in table["image"] if i not in lesion]
     split, group = shuffled_split(len(table), 0.2), [i if as_released else lesion.get(i) or i for i in table["image"]]
-    rows = [dict(case=i, patient=p, split=s, **rgb(picture_file(src, f"train/{i}.jpg")), grade="unknown" if g < 0 else grade_name(g, tuple(ISIC.values())), note_lesion=lesion.get(i, "")) for i, p, s, g in zip(table["image"], group, keep_together(split, group), grade)]
+    rows = [dict(case=i, patient=p, split=s, **rgb(picture_file(src, f"train/{i}.jpg")), grade="unknown" if g < 0
+        else grade_name(g, tuple(ISIC.values())), note_lesion=lesion.get(i, "")) for i, p, s,
+        g in zip(table["image"], group, keep_together(split, group), grade)]
     rule = "by picture, as released: pictures of one lesion may stand in several splits" if as_released else "as released, then every lesion kept in one split; pictures without a lesion count as their own, and patients are not published"
     card = picture_card("isic2019", "ISIC 2019 skin lesions", "CC BY-NC 4.0", "challenge.isic-archive.com, ISIC 2019 training set", "Tschandl et al. 2018 (HAM10000); Codella et al. 2018; Combalia et al. 2019 (BCN20000)",
         f"Split 80/10/10 (shuffle with seed 42) {rule}. {statistics_note('isic2019')}", grades=tuple(ISIC.values()), colour=True, non_commercial=True)
@@ -238,7 +244,9 @@ def cbis_ddsm(
     done = [ddsm_row(src, line.strip(), s, classes, None if as_released else patient) for s in ("train", "val", "test") for line in (lists/f"{s}.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
     rule = "patients not checked, as released" if as_released else "a patient is the part of the name before the side"
     card = picture_card("cbis_ddsm", "DDSM mammograms", "CC BY 3.0 (CBIS-DDSM); DDSM is public for research", "TCIA CBIS-DDSM and the DDSM of the University of South Florida", "Lee et al., Scientific Data 2017; Heath et al. 2001",
-        f"Splits are the given lists; {rule}. " + ("Class 1 holds benign and cancer, called 'Cancer' in the released code. " if classes == 2 else "") + statistics_note("cbis_ddsm"), grades=DDSM_TWO if classes == 2 else DDSM_WORDS)
+        f"Splits are the given lists; {rule}. " + ("Class 1 holds benign and cancer, called 'Cancer' in the released "
+        "code. " if classes == 2 else "") + statistics_note("cbis_ddsm"), grades=DDSM_TWO if classes == 2
+        else DDSM_WORDS)
     return finished("cbis_ddsm", src, [row for row, _ in done], card, [b for _, problems in done for b in problems], "middle")
 
 # %% ../../nbs/19_picture_sets.ipynb #1b9b02be

@@ -15,7 +15,8 @@ from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/128_sheets.ipynb #47f60877
-NOT_TEXT = {b"PK\x03\x04": "a workbook of Excel or LibreOffice", b"\xd0\xcf\x11\xe0": "a workbook of an old Excel", b"PAR1": "a Parquet table", b"\x1f\x8b": "a gzip file", b"%PDF": "a PDF file"}
+NOT_TEXT = {b"PK\x03\x04": "a workbook of Excel or LibreOffice", b"\xd0\xcf\x11\xe0": "a workbook of an old Excel",
+    b"PAR1": "a Parquet table", b"\x1f\x8b": "a gzip file", b"%PDF": "a PDF file"}
 SAVE_AS = "open it in a spreadsheet program and save it as 'CSV UTF-8'"
 
 def sheet_text(
@@ -24,13 +25,17 @@ def sheet_text(
     "The text of a sheet; what is no text, or not Unicode, is refused."
     check_fetched(path)
     try: data = path.read_bytes()
-    except OSError as e: raise VfmError(f"{path} cannot be read as a table ({e.strerror}); expected a text file.") from None
+    except OSError as e:
+        raise VfmError(f"{path} cannot be read as a table ({e.strerror}); expected a text file.") from None
     kind = next((k for start, k in NOT_TEXT.items() if data.startswith(start)), "")
     if kind: raise VfmError(f"{path} cannot be read as a table (it is {kind}, not text): {SAVE_AS}.")
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try: text = data.decode(encoding)
-    except UnicodeDecodeError as e: raise VfmError(f"{path} cannot be read as a table (byte 0x{data[e.start]:02x} in line {data[:e.start].count(10) + 1} is not {encoding.upper().removesuffix('-SIG')}): {SAVE_AS}.") from None
-    if "\0" in text: raise VfmError(f"{path} cannot be read as a table (it holds NUL characters, so it is no text): {SAVE_AS}.")
+    except UnicodeDecodeError as e:
+        raise VfmError(f"{path} cannot be read as a table (byte 0x{data[e.start]:02x} in line "
+            f"{data[:e.start].count(10) + 1} is not {encoding.upper().removesuffix('-SIG')}): {SAVE_AS}.") from None
+    if "\0" in text:
+        raise VfmError(f"{path} cannot be read as a table (it holds NUL characters, so it is no text): {SAVE_AS}.")
     return text
 
 # %% ../../nbs/128_sheets.ipynb #6df36a41
@@ -39,7 +44,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 def cut(
     text: str,
     separator: str,
-) -> list[tuple[int, list[str]]]:  # number of the line (of its last one, where a cell has several), cells; without empty rows
+) -> list[tuple[int, list[str]]]:  # number of the line (the last, where a cell has several), cells
     "Rows of cells, without spaces around them."
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     return [(reader.line_num, cells) for row in reader if any(cells := [c.strip() for c in row])]
@@ -55,7 +60,9 @@ def sheet_rows(
     wide = {s: len(r[0][1]) for s, r in rows.items() if r}
     even = {s: w for s, w in wide.items() if w > 1 and all(len(c) == w for _, c in rows[s])} or wide
     best = [s for s, w in even.items() if w == max(even.values())]
-    if len(best) > 1 and even[best[0]] > 1: raise VfmError(f"{path} cannot be read as a table ({' and '.join(SEPARATORS[s] for s in best)} cut its heading into {even[best[0]]} columns each): write the right one into a first line of its own, e.g. sep=;")
+    if len(best) > 1 and even[best[0]] > 1:
+        raise VfmError(f"{path} cannot be read as a table ({' and '.join(SEPARATORS[s] for s in best)} cut its "
+            f"heading into {even[best[0]]} columns each): write the right one into a first line of its own, e.g. sep=;")
     return rows[best[0]] if best else []
 
 # %% ../../nbs/128_sheets.ipynb #9cbe06f2
@@ -64,9 +71,12 @@ def named_columns(
     rows: list[tuple[int, list[str]]],  # the heading first
 ) -> list[str]:  # one for each column, "" for those that are empty throughout
     "The names of the columns; two of one name are refused."
-    names = [h or (f"unnamed_{k + 1}" if any(len(c) > k and c[k] for _, c in rows[1:]) else "") for k, h in enumerate(rows[0][1])] if rows else []
+    names = [h or (f"unnamed_{k + 1}" if any(len(c) > k and c[k] for _, c in rows[1:]) else "") for k,
+        h in enumerate(rows[0][1])] if rows else []
     twice = sorted({n for n in names if n and names.count(n) > 1})
-    if twice: raise VfmError(f"{path} has the column {' and the column '.join(repr(n) for n in twice)} more than once; rename or remove one.")
+    if twice:
+        raise VfmError(f"{path} has the column {' and the column '.join(repr(n) for n in twice)} more than once; "
+            f"rename or remove one.")
     return names
 
 def read_table(
@@ -76,7 +86,9 @@ def read_table(
     rows = sheet_rows(path)
     names = named_columns(path, rows)
     for line, cells in rows[1:]:
-        if len(cells) < len(names) or any(cells[len(names):]): raise VfmError(f"{path} cannot be read as a table (line {line} has {len(cells)} cells, the heading {len(names)}): a cell that holds the separator must be in quotes.")
+        if len(cells) < len(names) or any(cells[len(names):]):
+            raise VfmError(f"{path} cannot be read as a table (line {line} has {len(cells)} cells, the heading "
+                f"{len(names)}): a cell that holds the separator must be in quotes.")
     return [n for n in names if n], [{n: c for n, c in zip(names, cells) if n} for _, cells in rows[1:]]
 
 # %% ../../nbs/128_sheets.ipynb #e13f4da0
@@ -86,9 +98,13 @@ def read_sheet(
 ) -> list[dict[str, str]]:  # one per row
     "The rows of a sheet that must have some, or one sentence on why not."
     check_fetched(path)
-    if not path.is_file(): raise VfmError(f"{path} does not exist; expected a sheet with the columns {', '.join(needed) or 'of the cohort'}.")
+    if not path.is_file():
+        raise VfmError(f"{path} does not exist; expected a sheet with the columns "
+            f"{', '.join(needed) or 'of the cohort'}.")
     names, rows = read_table(path)
     lacks = [f"'{c}'" for c in needed if c not in names]
-    if lacks: raise VfmError(f"{path} has no column {' and no '.join(lacks)}, expected {', '.join(needed)}; it has {', '.join(names) or 'none'}.")
+    if lacks:
+        raise VfmError(f"{path} has no column {' and no '.join(lacks)}, expected {', '.join(needed)}; it has "
+            f"{', '.join(names) or 'none'}.")
     if not rows: raise VfmError(f"{path} has no rows, expected one for each case.")
     return rows

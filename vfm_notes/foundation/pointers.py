@@ -24,9 +24,11 @@ def fetch_command(
     here = path.parent
     if path.is_symlink() and not path.exists():
         target = os.readlink(path).replace(os.sep, "/")
-        return f"git annex get {path.name}" if "annex/objects/" in target else "dvc pull" if "/files/md5/" in target or ".dvc/" in target else "", here
+        if "annex/objects/" in target: return f"git annex get {path.name}", here
+        return "dvc pull" if "/files/md5/" in target or ".dvc/" in target else "", here
     if not path.exists():
-        return next(((f"dvc pull {p.name}.dvc", p.parent) for p in (path, *path.parents) if p.name and p.with_name(f"{p.name}.dvc").is_file()), ("", here))
+        return next(((f"dvc pull {p.name}.dvc", p.parent) for p in (path, *path.parents) if p.name
+            and p.with_name(f"{p.name}.dvc").is_file()), ("", here))
     if not path.is_file() or path.stat().st_size > 32768: return "", here
     with path.open("rb") as f: start = f.read(400)
     if start.startswith(LFS): return "git lfs pull", here

@@ -18,8 +18,9 @@ from ..foundation.registry import VfmError, nearest
 from .files import check_state, read_content, strip
 
 # %% ../../nbs/242_checkpoints.ipynb #1da24dda
-STATE_OF = re.compile(r"optim|sched|scaler|callback|loop|hyper|param_group|args|config|rng", re.I)  # dictionaries that hold no network
-WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # within a name: put there by a wrapper, never by a network
+STATE_OF = re.compile(r"optim|sched|scaler|callback|loop|hyper|param_group|args|config|rng",
+    re.I)  # dictionaries that hold no network
+WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # in a name: by a wrapper
 
 def dictionaries(
     content: dict, # of a checkpoint
@@ -29,12 +30,15 @@ def dictionaries(
     own = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     found = {place: own} if own else {}
     for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, dict) and not STATE_OF.search(key): found |= dictionaries(value, f"{place}.{key}".lstrip("."))
+        if isinstance(key, str) and isinstance(value, dict) and not STATE_OF.search(key):
+            found |= dictionaries(value, f"{place}.{key}".lstrip("."))
     return found
 
 # %% ../../nbs/242_checkpoints.ipynb #29528462
-KEPT_IN = {"module", "model", "net", "network", "backbone", "encoder", "teacher", "student", "online", "target", "momentum_encoder", "base_encoder", "encoder_q", "encoder_k", "online_encoder",
-           "target_encoder", "online_network", "target_network", "ema", "ema_model", "model_ema", "image_encoder", "vision_model", "vision_tower", "visual", "trunk", "_forward_module", "_orig_mod"}
+KEPT_IN = {"module", "model", "net", "network", "backbone", "encoder", "teacher", "student", "online", "target",
+    "momentum_encoder", "base_encoder", "encoder_q", "encoder_k", "online_encoder",
+           "target_encoder", "online_network", "target_network", "ema", "ema_model", "model_ema", "image_encoder",
+           "vision_model", "vision_tower", "visual", "trunk", "_forward_module", "_orig_mod"}
 
 def below(
     state: dict[str, Tensor],
@@ -44,7 +48,8 @@ def below(
     yield prefix, state
     heads = dict.fromkeys(k.partition(".")[0] for k in state if "." in k)
     for head in heads:
-        if head in KEPT_IN or len(heads) == 1 and all("." in k for k in state): yield from below(strip(state, f"{head}."), f"{prefix}.{head}".lstrip("."))
+        if head in KEPT_IN or len(heads) == 1 and all("." in k for k in state):
+            yield from below(strip(state, f"{head}."), f"{prefix}.{head}".lstrip("."))
 
 # %% ../../nbs/242_checkpoints.ipynb #66612a38
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Part:
 
     def __str__(self) -> str:
         "What was done to get it, for reports."
-        said = [f"its part '{self.place}'"] * (self.among > 1) + [f"without the prefix '{self.prefix}.'"] * bool(self.prefix)
+        said = [f"its part '{self.place}'"] * (self.among > 1) + [f"without the prefix "
+            f"'{self.prefix}.'"] * bool(self.prefix)
         return "".join(f", {s}" for s in said) + f" ({self.left} other tensors are not of it)" * bool(self.left)
 
 # %% ../../nbs/242_checkpoints.ipynb #4861cbd5
@@ -73,7 +79,8 @@ def parts_of(
     def part(place: str, state: dict[str, Tensor]) -> Iterator[Part]:
         wrapped = "_orig_mod" if any(WRAPPED.search(k) for k in state) else ""
         clean = {WRAPPED.sub("", k): v for k, v in state.items()}
-        for prefix, inner in below(clean): yield Part(place, f"{wrapped}.{prefix}".strip("."), inner, len(found), len(state) - len(inner))
+        for prefix, inner in below(clean):
+            yield Part(place, f"{wrapped}.{prefix}".strip("."), inner, len(found), len(state) - len(inner))
     return [p for place, state in found.items() for p in part(place, state)]
 
 def read_parts(
@@ -84,6 +91,8 @@ def read_parts(
     if not Path(path).is_file() and "#" in path: path, _, at = path.rpartition("#")
     parts = parts_of(read_content(path))
     chosen = [p for p in parts if not at or p.address == at or p.address.startswith(f"{at}.")]
-    if parts and not chosen: raise VfmError(f"{path} has no part '{at}'.{nearest(at, [p.address for p in parts])} It has {', '.join(dict.fromkeys(p.address for p in parts if p.address))}.")
+    if parts and not chosen:
+        raise VfmError(f"{path} has no part '{at}'.{nearest(at, [p.address for p in parts])} It has "
+            f"{', '.join(dict.fromkeys(p.address for p in parts if p.address))}.")
     if not parts: check_state({}, path)
     return path, chosen
