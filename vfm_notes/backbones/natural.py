@@ -191,7 +191,8 @@ def like_hub(
     ends = {end for key in pattern(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
 
-def key_ends(key: str) -> list[str]: return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]  # "a.b.c", "b.c", "c"
+def key_ends(key: str) -> list[str]: return [".".join(key.split(".")[i:])
+    for i in range(key.count(".") + 1)]  # "a.b.c", "b.c", "c"
 
 def hub_likeness(
     state: dict[str, Tensor], # of a file
@@ -257,7 +258,8 @@ def register_hub(
     repo, licence, more = HUB[name]
     net = name.split(".")[0]
     def keys(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(state, net)
-    keys.__qualname__, keys.fits, keys.likeness = name, lambda state: like_hub(state, net), lambda state: hub_likeness(state, net)
+    keys.__qualname__, keys.fits, keys.likeness = name, lambda state: like_hub(state,
+        net), lambda state: hub_likeness(state, net)
     weights(name, title=f"{NETS[net][4]}, {name.split('.')[1]}", licence=licence, source=f"huggingface.co/{repo}", hub=repo, file=f"{name}/model.safetensors",
             note="the hub's checksum is not known here; the first fetch stores what it found", **more)(keys)
 

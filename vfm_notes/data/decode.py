@@ -156,7 +156,8 @@ def picture_masks(
         mask = mask_values(read_picture_mask(file), file, *allowed_values(manifest, column))
         if mask.shape not in shapes.values():
             have = ", ".join(f"{k} {times(v[::-1])}" for k, v in shapes.items())
-            raise VfmError(f"{file} has {times(mask.shape[::-1])} pixels, expected as many as a picture of the case ({have}).")
+            raise VfmError(f"{file} has {times(mask.shape[::-1])} pixels, expected as many as a picture of the case "
+                f"({have}).")
         found[column] = mask
     return found
 
@@ -183,7 +184,8 @@ def decode_pictures(
     for c in manifest.card.sequences:
         picture = read_picture(place(c))
         if len(picture) != 1:
-            raise VfmError(f"{place(c)} has {len(picture)} channels, column '{c}' is one: write {row[c]}#grey, or three columns red, green and blue with {row[c]}#red and so on.")
+            raise VfmError(f"{place(c)} has {len(picture)} channels, column '{c}' is one: write {row[c]}#grey, or "
+                f"three columns red, green and blue with {row[c]}#red and so on.")
         shapes[c] = picture.shape[2:]
         parts.append(resize_crop(picture, whole, size[1:]) if manifest.crop == "middle" else resize(picture, size[1:]))
     masks = {c: nearest_pixels(m, size[1:]) for c, m in picture_masks(manifest, row, shapes).items()}
@@ -210,7 +212,8 @@ def manifest_plan(
         cells = {c: row[c] for c in files if row.get(c)}
         grade = grade_index(card, row.get("grade", "")) if card.grades else None
         return Source(row["case"] or f"row {i + 2}", row["patient"], partial(decode_row, manifest, row, size, spacing), tuple(split_address(located(manifest.root, c))[0] for c in cells.values() if c != "none"),
-                      (cells, manifest.crop, manifest.threshold), row.get("split", ""), -1 if grade is None else grade, tuple(int(number_of(row[f"target_{t}"]) == 1) for t in manifest.targets))
+                      (cells, manifest.crop, manifest.threshold), row.get("split", ""), -1 if grade is None
+                      else grade, tuple(int(number_of(row[f"target_{t}"]) == 1) for t in manifest.targets))
     none = any(all(row.get(c) == "none" for c in mask_columns(manifest)) for row in rows) and len(card.classes) > 1
     card = replace(card, spacing=spacing, targets=manifest.targets, empty_labels=card.empty_labels or none)
     return Plan(card, [source(i, row) for i, row in enumerate(rows)], size, n, seed, bad, "zones" in manifest.table, MODULES)

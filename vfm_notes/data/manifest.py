@@ -113,7 +113,8 @@ def read_manifest(
     except VfmError: raise
     except Exception as e: raise VfmError(f"{tables[0]} cannot be read as a table ({(str(e).splitlines() or ['no reason given'])[0]}).") from None
     root = Path(os.path.normpath(folder.resolve()/more.get("root", ".")))
-    return Manifest(as_text(table), card, root, more.get("crop", "volume"), more.get("targets", ()), more.get("threshold"))
+    return Manifest(as_text(table), card, root, more.get("crop", "volume"), more.get("targets", ()),
+        more.get("threshold"))
 
 # %% ../../nbs/17_manifest.ipynb #13351ca7
 def write_manifest(
@@ -185,10 +186,14 @@ def mask_problems(
 ) -> list[str]:  # one sentence each
     "What is wrong with the card where it speaks of masks."
     masks, classes, found = mask_columns(manifest), manifest.card.classes[1:], []
-    if "label" in manifest.table and not classes: found.append("column 'label' is there, but the card names no classes; expected 'background' and a name for each of its values 1, 2, ... in classes")
+    if "label" in manifest.table and not classes:
+        found.append("column 'label' is there, but the card names no classes; expected 'background' and a name for "
+            "each of its values 1, 2, ... in classes")
     if manifest.threshold is None: return found
     if not masks: found.append(f"threshold is {manifest.threshold:g}, but there is no column of masks; remove it")
-    if masks == ["label"] and len(classes) > 1: found.append(f"threshold is {manifest.threshold:g}, but the column label tells {len(classes)} classes apart by its values; remove it, or give each class a mask column")
+    if masks == ["label"] and len(classes) > 1:
+        found.append(f"threshold is {manifest.threshold:g}, but the column label tells {len(classes)} classes apart "
+            f"by its values; remove it, or give each class a mask column")
     return found
 
 def table_problems(
@@ -248,7 +253,8 @@ def grade_index(
     "The index of a grade: the cell is its name, never the index itself."
     if cell == "unknown": return -1
     if cell in card.grades: return card.grades.index(cell)
-    same = [k for k, name in enumerate(card.grades) if number_of(cell) is not None and number_of(name) == number_of(cell)]
+    same = [k for k, name in enumerate(card.grades) if number_of(cell) is not None
+        and number_of(name) == number_of(cell)]
     return same[0] if len(same) == 1 else None
 
 # %% ../../nbs/17_manifest.ipynb #ddde0ddc
@@ -261,8 +267,11 @@ def row_problems(
     files = [c for c in (*card.sequences, *mask_columns(manifest)) if c in row] + ["zones"] * bool(row.get("zones"))
     found += [p for c in files if (p := file_problem(manifest, c, row[c]))]
     if "split" in row and row["split"] not in SPLITS: found.append(f"split is '{row['split']}', expected one of {', '.join(SPLITS)}.{nearest(row['split'], SPLITS)}" if row["split"] else f"split is missing, expected one of {', '.join(SPLITS)}")
-    if card.grades and "grade" in row and grade_index(card, row["grade"]) is None: found.append(f"grade is {row['grade']!r}, expected a name of the card: {', '.join(card.grades)} (or 'unknown')" if row["grade"] else f"grade is missing, expected {', '.join(card.grades)} or 'unknown'")
-    return found + [f"target_{t} is {row[f'target_{t}']!r}, expected 0 or 1" for t in manifest.targets if number_of(row.get(f"target_{t}", "0")) not in (0, 1)]
+    if card.grades and "grade" in row and grade_index(card, row["grade"]) is None:
+        found.append(f"grade is {row['grade']!r}, expected a name of the card: {', '.join(card.grades)} (or "
+            f"'unknown')" if row["grade"] else f"grade is missing, expected {', '.join(card.grades)} or 'unknown'")
+    return found + [f"target_{t} is {row[f'target_{t}']!r}, expected 0 or 1" for t in manifest.targets
+        if number_of(row.get(f"target_{t}", "0")) not in (0, 1)]
 
 # %% ../../nbs/17_manifest.ipynb #aad52ebe
 def doubled(
@@ -298,6 +307,8 @@ def count_cases(
     table, card = manifest.table, manifest.card
     def row(split: str, of: pd.DataFrame) -> dict:
         grades = [grade_index(card, g) for g in of["grade"]] if card.grades and "grade" in of else []
-        return {"split": split, "cases": len(of), "patients": of["patient"].nunique(), **{g: grades.count(k) for k, g in enumerate(card.grades)}, **{t: sum(number_of(v) == 1 for v in of[f"target_{t}"]) for t in manifest.targets if f"target_{t}" in of}}
+        return {"split": split, "cases": len(of), "patients": of["patient"].nunique(),
+            **{g: grades.count(k) for k, g in enumerate(card.grades)},
+            **{t: sum(number_of(v) == 1 for v in of[f"target_{t}"]) for t in manifest.targets if f"target_{t}" in of}}
     if "split" not in table: return pd.DataFrame([row("dealt by the study", table)])
     return pd.DataFrame([row(s, table[table["split"] == s]) for s in SPLITS if (table["split"] == s).any()])

@@ -61,7 +61,8 @@ def exif_orientation(
     n = struct.unpack(order + "H", table[at:at + 2])[0] if len(table) >= at + 2 else 0
     for k in range(at + 2, min(at + 2 + 12 * n, len(table) - 11), 12):
         tag, kind = struct.unpack(order + "HH", table[k:k + 4])
-        if (tag, kind) == (0x0112, 3): return value if 1 <= (value := struct.unpack(order + "H", table[k + 8:k + 10])[0]) <= 8 else 1
+        if (tag, kind) == (0x0112, 3):
+            return value if 1 <= (value := struct.unpack(order + "H", table[k + 8:k + 10])[0]) <= 8 else 1
     return 1
 
 def orientation_of(
@@ -73,7 +74,8 @@ def orientation_of(
     while at + 12 <= len(data):
         length, = struct.unpack(">H" if jpeg else ">I", data[at + 2:at + 4] if jpeg else data[at:at + 4])
         if jpeg and (data[at] != 0xFF or data[at + 1] == 0xDA): break
-        if jpeg and data[at + 1] == 0xE1 and data[at + 4:at + 10] == b"Exif\0\0": return exif_orientation(data[at + 10:at + 2 + length])
+        if jpeg and data[at + 1] == 0xE1 and data[at + 4:at + 10] == b"Exif\0\0":
+            return exif_orientation(data[at + 10:at + 2 + length])
         if not jpeg and data[at + 4:at + 8] == b"eXIf": return exif_orientation(data[at + 8:at + 8 + length])
         at += 2 + length if jpeg else 12 + length
     return 1
@@ -90,7 +92,8 @@ def upright(
 # %% ../../nbs/135_picture.ipynb #6a8f0187
 def tiff_problem(data: bytes) -> str:  # "" when all is well
     "What is wrong with the bytes of a TIFF; whether it is cut off is seen when it is decoded."
-    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return "is not a TIFF picture (its first bytes are another format's)"
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "is not a TIFF picture (its first bytes are another format's)"
     turn = exif_orientation(data)
     return f"is stored turned (orientation {turn}), which is not read from a TIFF; save it upright" if turn > 1 else ""
 
@@ -160,7 +163,8 @@ def decode_file(
         if values.shape[0] != 1: raise VfmError(f"{path} has {values.shape[0]} frames or pages, expected one picture.")
         values = values[0].astype(np.float32) if path.suffix.lower() == ".dcm" else values[0]
     values = values if image.GetNumberOfComponentsPerPixel() > 1 else values[..., None]
-    return upright(values, orientation_of(path.read_bytes())) if path.suffix.lower() in (".png", ".jpg", ".jpeg") else values
+    return upright(values, orientation_of(path.read_bytes())) if path.suffix.lower() in (".png", ".jpg",
+        ".jpeg") else values
 
 # %% ../../nbs/135_picture.ipynb #3532fb4d
 def without_alpha(
@@ -334,6 +338,7 @@ def read_picture_mask(
     values = raw_picture(where, part)
     if channel: return pick_channel(values.astype(np.float32), channel, os.fspath(path))[..., 0]
     if (values != values[..., :1]).any():
-        raise VfmError(f"{path} is coloured, expected one number per pixel: save it in grey, or choose a channel, e.g. {where.name}#red.")
+        raise VfmError(f"{path} is coloured, expected one number per pixel: save it in grey, or choose a channel, "
+            f"e.g. {where.name}#red.")
     check_values(where, values, constant=True)
     return values[..., 0]

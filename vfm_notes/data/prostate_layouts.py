@@ -74,7 +74,8 @@ def finished(
     paths = [v for r in rows for v in r.values() if isinstance(v, Path)]
     root = Path(os.path.commonpath([src, *paths]))
     text = lambda v: os.path.relpath(v, root) if isinstance(v, Path) else v
-    manifest = Manifest(as_text(pd.DataFrame([{k: text(v) for k, v in r.items()} for r in rows])), card, root, crop, card.targets, threshold)
+    manifest = Manifest(as_text(pd.DataFrame([{k: text(v) for k, v in r.items()} for r in rows])), card, root, crop,
+        card.targets, threshold)
     found = found + (manifest_problems(manifest) if rows else [] if found else ["no case was found"])
     if found: raise VfmError(f"{src} has {len(found)} problem{'s' * (len(found) > 1)} as a source of the layout {layout}: {'; '.join(found)}.")
     return manifest
@@ -87,7 +88,8 @@ def names_in(
     "An option that is a list of names; numbers are names too."
     fine = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool) and v != ""
     if not isinstance(value, (list, tuple)) or not all(map(fine, value)):
-        raise VfmError(f"{what} is {value!r}, expected a list of names, e.g. {what}=[low, high] (in quotes where YAML reads something else).")
+        raise VfmError(f"{what} is {value!r}, expected a list of names, e.g. {what}=[low, high] (in quotes where "
+            f"YAML reads something else).")
     return tuple(str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in value)
 
 # %% ../../nbs/18_prostate_layouts.ipynb #3711f065
@@ -284,7 +286,8 @@ def prostate158(
             seen[case] = name
             tumour = bool(row["adc_tumor_reader1"]) and Path(row["adc_tumor_reader1"]).name != "empty.nii.gz"
             masks = {"label": at("t2_anatomy_reader1")} if zones else {"mask_gland": at("t2_anatomy_reader1"), "mask_lesion": at("adc_tumor_reader1") if tumour else "none"}
-            rows.append({"case": case, "patient": case, "split": split, "t2w": at("t2"), "dwi": at("dwi"), "adc": at("adc"), **masks, "grade": "tumour" if tumour else "no tumour"})
+            rows.append({"case": case, "patient": case, "split": split, "t2w": at("t2"), "dwi": at("dwi"),
+                "adc": at("adc"), **masks, "grade": "tumour" if tumour else "no tumour"})
     classes = ("background", "central gland", "peripheral zone") if zones else ("background", "gland", "lesion")
     card = CohortCard("prostate158", "Prostate158, public cases", "CC BY 4.0", "doi 10.5281/zenodo.6481141", "Adams et al., Prostate158 - An expert-annotated 3T MRI dataset and algorithm for prostate cancer detection, Computers in Biology and Medicine 2022", ("t2w", "dwi", "adc"), classes, ("no tumour", "tumour"), (3.0, 0.4, 0.4),
         "Masks by the first reader; tumours were delineated on ADC; splits of the authors' sheets.")

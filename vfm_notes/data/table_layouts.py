@@ -48,13 +48,17 @@ def msd_index(
     check_fetched(path)
     try: index = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError: raise VfmError(f"{path} does not exist; expected the index of a Decathlon task.") from None
-    except (ValueError, OSError, RecursionError) as e: raise VfmError(f"{path} is not valid JSON ({(str(e).splitlines() or ['no reason given'])[0]}).") from None
+    except (ValueError, OSError, RecursionError) as e:
+        raise VfmError(f"{path} is not valid JSON ({(str(e).splitlines() or ['no reason given'])[0]}).") from None
     if isinstance(index, dict) and "channel_names" in index and not index.get("training"):
-        raise VfmError(f"{path} is the index of an nnU-Net data set, which lists no files; write a sheet with the columns case, label and one per channel, and use the layout table.")
+        raise VfmError(f"{path} is the index of an nnU-Net data set, which lists no files; write a sheet with the "
+            f"columns case, label and one per channel, and use the layout table.")
     lacks = [k for k in ("name", "modality", "labels", "training") if not (isinstance(index, dict) and index.get(k))]
     if lacks: raise VfmError(f"{path} has no {' and no '.join(lacks)}; expected the index of a Decathlon task.")
     for what in ("labels", "modality"):
-        if not isinstance(index[what], dict): raise VfmError(f"{path}: {what} is {index[what]!r}, expected names by number, e.g. {{\"0\": \"{'background' if what == 'labels' else 'MRI'}\"}}.")
+        if not isinstance(index[what], dict):
+            raise VfmError(f"{path}: {what} is {index[what]!r}, expected names by number, e.g. {{\"0\": "
+                f"\"{'background' if what == 'labels' else 'MRI'}\"}}.")
         if sorted(index[what]) != sorted(map(str, range(len(index[what])))): raise VfmError(f"{path}: {what} has the keys {', '.join(index[what])}, expected 0 to {len(index[what]) - 1}.")
     return index
 
@@ -67,10 +71,14 @@ def msd_pairs(
     src, pairs = path.parent, index["training"]
     good = lambda p: isinstance(p, dict) and all(isinstance(p.get(k), str) and p[k] for k in ("image", "label"))
     odd = [p for p in pairs if not good(p)] if isinstance(pairs, list) else [pairs]
-    if odd: raise VfmError(f"{path}: training holds {json.dumps(odd[0])[:120]}, expected a list of {{\"image\": path, \"label\": path}}, one for each case.")
+    if odd:
+        raise VfmError(f"{path}: training holds {json.dumps(odd[0])[:120]}, expected a list of {{\"image\": path, "
+            f"\"label\": path}}, one for each case.")
     found = [tuple(Path(os.path.normpath(src/p[k])) for k in ("image", "label")) for p in pairs]
     away = [f for pair in found for f in pair if not f.is_relative_to(src)]
-    if away: raise VfmError(f"{path}: training names {away[0]}, which lies outside {src}; expected paths relative to the folder, e.g. ./imagesTr/a.nii.gz.")
+    if away:
+        raise VfmError(f"{path}: training names {away[0]}, which lies outside {src}; expected paths relative to the "
+            f"folder, e.g. ./imagesTr/a.nii.gz.")
     return found
 
 # %% ../../nbs/182_table_layouts.ipynb #2e07d09b
@@ -93,33 +101,42 @@ def msd(
     name, tests = str(index["name"]).lower(), index.get("test") if isinstance(index.get("test"), list) else []
     spacing = native_spacing(src/rows[0][sequences[0]], found)
     card = CohortCard(f"msd_{name}", f"Medical Segmentation Decathlon, {name}", "CC BY-SA 4.0", "medicaldecathlon.com", "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022", tuple(sequences), ("background", *in_order(index["labels"])[1:]), (), spacing,
-        f"{len(tests)} test images without labels are not part of the cohort; every image is taken for another patient.")
+        f"{len(tests)} test images without labels are not part of the cohort; every image is taken for another "
+        f"patient.")
     return finished("msd", src, rows, card, found)
 
-# %% ../../nbs/182_table_layouts.ipynb #1025a732
-TABLE_SEQUENCES = ("t2w", "dwi", "adc", "t1w", "flair", "t1", "t1c", "t1ce", "t2", "pd", "swi", "ct", "cta", "pet", "us", "mr", "mri", "xray", "image", "grey", "red", "green", "blue")
+# %% ../../nbs/182_table_layouts.ipynb #24e39919
+TABLE_SEQUENCES = ("t2w", "dwi", "adc", "t1w", "flair", "t1", "t1c", "t1ce", "t2", "pd", "swi", "ct", "cta", "pet",
+    "us", "mr", "mri", "xray", "image", "grey", "red", "green", "blue")
 TABLE_KEPT = ("case", "patient", "split", "label", "zones", "grade", "site", "scanner", "age")
 PREFIXES = ("mask_", "target_", "note_")
 
+# %% ../../nbs/182_table_layouts.ipynb #ef6ad3c9
 def checked_columns(
     columns: dict[str, str] | None,  # option: our name → heading
     have: list[str],  # headings
     path: Path,  # of the sheet, for messages
 ) -> dict[str, str]:
     "The mapping of a table, whose names and headings exist."
-    if not isinstance(columns or {}, dict): raise VfmError(f"columns is {columns!r}, expected our names with the headings of {path.name}, e.g. {option({'case': have[0]})}.")
+    if not isinstance(columns or {}, dict):
+        raise VfmError(f"columns is {columns!r}, expected our names with the headings of {path.name}, e.g. "
+            f"{option({'case': have[0]})}.")
     columns = {str(c): str(h) for c, h in (columns or {}).items()}
     wrong = [f"'{h}' (for {c})" for c, h in columns.items() if h not in have]
     if wrong: raise VfmError(f"{path} has no column {' and no '.join(wrong)}; it has {', '.join(have)}.")
     odd = [c for c in columns if not re.fullmatch(r"[a-z][a-z0-9_]*", c) and not c.startswith(PREFIXES)]
-    if odd: raise VfmError(f"columns names a sequence {odd[0]!r}, expected small letters, digits and _ (e.g. t2w, ct_portal).")
+    if odd:
+        raise VfmError(f"columns names a sequence {odd[0]!r}, expected small letters, digits and _ (e.g. t2w, "
+            f"ct_portal).")
     return columns
 
+# %% ../../nbs/182_table_layouts.ipynb #f87b0908
 def option(columns: dict[str, str]) -> str:
     "The option columns as it is typed."
-    return "-o " + shlex.quote("columns=" + yaml.safe_dump(columns, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False).strip())
+    return "-o " + shlex.quote("columns=" + yaml.safe_dump(columns, default_flow_style=True, width=10**6,
+        allow_unicode=True, sort_keys=False).strip())
 
-# %% ../../nbs/182_table_layouts.ipynb #d31f34d4
+# %% ../../nbs/182_table_layouts.ipynb #15f0e64b
 def our_name(
     heading: str,  # that is not mapped
     taken: dict[str, str],  # our names that are mapped
@@ -128,8 +145,10 @@ def our_name(
     low = heading.lower()
     if low in TABLE_KEPT + TABLE_SEQUENCES and low not in taken: return low
     start = next((p for p in PREFIXES if low.startswith(p)), "")
-    return start + heading[len(start):] if start and start + heading[len(start):] not in taken else "note_" + "_".join(low.split())
+    ours = start + heading[len(start):]
+    return ours if start and ours not in taken else "note_" + "_".join(low.split())
 
+# %% ../../nbs/182_table_layouts.ipynb #cc8a8620
 def mapped(
     rows: list[dict[str, str]],
     columns: dict[str, str] | None,  # our name → heading
@@ -141,7 +160,10 @@ def mapped(
     names = {h: [c for c, of in columns.items() if of == h] or [our_name(h, columns)] for h in have}
     ours = [n for h in have for n in names[h]]
     twice = next((n for n in ours if ours.count(n) > 1), "")
-    if twice: raise VfmError(f"{path} has several columns for {twice} ({', '.join(h for h in have if twice in names[h])}); rename one of them, or map the one that is meant, e.g. {option(columns | {twice: next(h for h in have if twice in names[h])})}.")
+    if twice:
+        raise VfmError(f"{path} has several columns for {twice} ({', '.join(h for h in have if twice in names[h])}); "
+            f"rename one of them, or map the one that is meant, e.g. "
+            f"{option(columns | {twice: next(h for h in have if twice in names[h])})}.")
     return [{n: v for h, v in row.items() for n in names[h]} for row in rows]
 
 # %% ../../nbs/182_table_layouts.ipynb #9e0ddf37
@@ -165,9 +187,10 @@ def sheet_of(
     if len(sheets) != 1: raise VfmError(f"{src} has {len(sheets)} sheets (.csv or .tsv){': ' * bool(sheets)}{', '.join(p.name for p in sheets)}; expected one, or its name in the option sheet.")
     return sheets[0]
 
-# %% ../../nbs/182_table_layouts.ipynb #84055f1c
+# %% ../../nbs/182_table_layouts.ipynb #cea10744
 def is_image(cell: str) -> bool: return split_address(cell)[0].name.lower().endswith(SUFFIXES + ENDINGS)
 
+# %% ../../nbs/182_table_layouts.ipynb #28edd73f
 def table_columns(
     rows: list[dict[str, str]],  # of the sheet
     columns: dict[str, str] | None,  # option
@@ -176,17 +199,24 @@ def table_columns(
     "Rows with a case, a patient and images, or what to map."
     out, have, given = mapped(rows, columns, path), list(rows[0]), {str(k): str(v) for k, v in (columns or {}).items()}
     if not {"case", "patient"} & set(out[0]):
-        named = [h for h in have if re.search(r"(?i)\bcase|patient|subject|participant|(^|[^a-z])(id|nr|no)($|[^a-z])|record", h)]
-        raise VfmError(f"{path} has no column for case or patient; map one, e.g. {option(given | {'case': (named or have)[0]})} (it has {', '.join(have)}).")
+        who = re.compile(r"(?i)\bcase|patient|subject|participant|(^|[^a-z])(id|nr|no)($|[^a-z])|record")
+        named = [h for h in have if who.search(h)]
+        raise VfmError(f"{path} has no column for case or patient; map one, e.g. "
+            f"{option(given | {'case': (named or have)[0]})} (it has {', '.join(have)}).")
     kept = lambda n: n in TABLE_KEPT or n.startswith(PREFIXES)
     sequences = tuple(n for n in out[0] if not kept(n))
     if not sequences:
-        images = [h for h in have if is_image(rows[0][h]) and h not in given.values() and not re.match("(?i)mask_|label$|zones$", h)]
-        if not images: raise VfmError(f"{path} has no column of images; expected at least one whose cells are paths (it has {', '.join(have)}).")
+        images = [h for h in have if is_image(rows[0][h]) and h not in given.values()
+            and not re.match("(?i)mask_|label$|zones$", h)]
+        if not images:
+            raise VfmError(f"{path} has no column of images; expected at least one whose cells are paths (it has "
+                f"{', '.join(have)}).")
         word = re.sub(r"\W+", "_", images[0].lower()).strip("_")
         name = word if re.fullmatch(r"[a-z][a-z0-9_]*", word) and not kept(word) else "image"
-        raise VfmError(f"{path} has no column for an image by a name that is known; map one for each sequence, e.g. {option(given | {name: images[0]})}.")
-    return [{"case": r.get("case", r.get("patient")), "patient": r.get("patient", r.get("case"))} | r for r in out], sequences
+        raise VfmError(f"{path} has no column for an image by a name that is known; map one for each sequence, e.g. "
+            f"{option(given | {name: images[0]})}.")
+    return [{"case": r.get("case", r.get("patient")), "patient": r.get("patient", r.get("case"))} | r
+        for r in out], sequences
 
 # %% ../../nbs/182_table_layouts.ipynb #ccfb5b52
 def picture_columns(
@@ -197,7 +227,8 @@ def picture_columns(
 ) -> tuple[list[dict[str, str]], tuple[str, ...], tuple[float, float, float], str]:  # rows, sequences, spacing, a note
     "Images that are pictures: colour ones, by the first row, are three sequences; nobody knows their millimetres."
     first = folder/rows[0][sequences[0]]
-    if not split_address(first)[0].name.lower().endswith(ENDINGS): return rows, sequences, native_spacing(first, found), ""
+    if not split_address(first)[0].name.lower().endswith(ENDINGS):
+        return rows, sequences, native_spacing(first, found), ""
     names = {}
     for s in sequences:
         here = folder/rows[0][s]
@@ -207,11 +238,13 @@ def picture_columns(
     part = lambda cell, n: f"{cell}{'/' if '#' in cell else '#'}{n.split('_')[-1]}" if cell else ""
     split = lambda r, s: {n: part(r[s], n) for n in names[s]} if len(names[s]) == 3 else {s: r[s]}
     out = [{k: v for c in r for k, v in (split(r, c) if c in names else {c: r[c]}).items()} for r in rows]
-    return out, tuple(n for s in sequences for n in names[s]), (1.0, 1.0, 1.0), " The size of a pixel in mm is unknown; 1 stands for a pixel."
+    return out, tuple(n for s in sequences for n in names[s]), (1.0, 1.0, 1.0), (
+        " The size of a pixel in mm is unknown; 1 stands for a pixel.")
 
-# %% ../../nbs/182_table_layouts.ipynb #c760d4a0
+# %% ../../nbs/182_table_layouts.ipynb #11839c24
 UNSAID = ("na", "n/a", "nan", ".", "-", "?")  # what other programs write for a missing value
 
+# %% ../../nbs/182_table_layouts.ipynb #c1dc2643
 def table_labels(
     rows: list[dict[str, str]],
     path: Path,  # of the sheet
@@ -221,12 +254,20 @@ def table_labels(
     "The names of classes and grades, given or read from the sheet."
     have, classes, grades = list(rows[0]), names_in("classes", classes), names_in("grades", grades)
     drawn = tuple(c.removeprefix("mask_") for c in have if c.startswith("mask_"))
-    if "label" in have and not classes: raise VfmError(f"{path} has a column label, whose values 1, 2, ... need names: give them in this order, e.g. -o 'classes=[gland, lesion]'; or keep the column as a note, {option({'note_label': 'label'})}.")
-    if classes and "label" not in have: raise VfmError(f"classes names {', '.join(classes)}, but {path} has no column label; map one, or give each class a column mask_{classes[0]}.")
-    if grades and "grade" not in have: raise VfmError(f"grades names {', '.join(grades)}, but {path} has no column grade; map one (it has {', '.join(have)}).")
+    if "label" in have and not classes:
+        raise VfmError(f"{path} has a column label, whose values 1, 2, ... need names: give them in this order, e.g. "
+            f"-o 'classes=[gland, lesion]'; or keep the column as a note, {option({'note_label': 'label'})}.")
+    if classes and "label" not in have:
+        raise VfmError(f"classes names {', '.join(classes)}, but {path} has no column label; map one, or give each "
+            f"class a column mask_{classes[0]}.")
+    if grades and "grade" not in have:
+        raise VfmError(f"grades names {', '.join(grades)}, but {path} has no column grade; map one (it has "
+            f"{', '.join(have)}).")
     occur = grade_order({r["grade"] for r in rows} - {"", "unknown"}) if "grade" in have else ()
     unsaid = [g for g in occur if g.lower() in UNSAID]
-    if unsaid and not grades: raise VfmError(f"{path} has the grade '{unsaid[0]}', which may stand for a missing value: write unknown in its place, or name all grades in order, e.g. -o 'grades=[low, high]'.")
+    if unsaid and not grades:
+        raise VfmError(f"{path} has the grade '{unsaid[0]}', which may stand for a missing value: write unknown in "
+            f"its place, or name all grades in order, e.g. -o 'grades=[low, high]'.")
     return classes if "label" in have else drawn, grades or occur
 
 # %% ../../nbs/182_table_layouts.ipynb #53cb7892
@@ -290,7 +331,9 @@ def profound(
     if not who: found += [f"{path.name}: {f} is the folder of several rows, so it cannot tell the patients apart; add a column patient" for f in dict.fromkeys(map(folder, rows)) if [*map(folder, rows)].count(f) > 1]
     out = [{"case": r[who] if who else folder(r), "patient": r[who] if who else folder(r)} | {k: r[c] for k, c in ours.items()} | {f"note_{c}": r[c] for c in r if c not in {*ours.values(), who}} for r in rows]
     found += [f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(PROFOUND_GRADES[grade])} or unknown" for r in out if grade and r["grade"] not in (*PROFOUND_GRADES[grade], "unknown")]
-    if grade: out = [r | {"grade": f"{grade} {r['grade']}" if r["grade"] in PROFOUND_GRADES[grade] else "unknown"} for r in out]
+    if grade:
+        out = [r | {"grade": f"{grade} {r['grade']}" if r["grade"] in PROFOUND_GRADES[grade] else "unknown"}
+            for r in out]
     drawn = [c for c in ("gland", "lesion") if f"mask_{c}" in ours]
     card = CohortCard(as_name(path.parent.name), path.stem, licence, str(path), "not stated", ("t2w", "dwi", "adc"), ("background", *drawn), tuple(f"{grade} {g}" for g in PROFOUND_GRADES[grade]) if grade else (), native_spacing(path.parent/(out[0]["t2w"] if out else ""), found), "ProFound takes volumes at 1.0 x 0.5 x 0.5 mm, z-scored over the voxels that are not zero.", non_commercial=licence == "not stated", empty_labels=drawn == ["lesion"])
     return finished("profound", path.parent, out, card, found, "mask_gland" if "gland" in drawn else "volume")

@@ -168,8 +168,7 @@ class PatchContrast(nn.Module):
                  a: float = 0.05, # weight of the contrast, 0 to 1
                  class_weights: tuple[float, ...] = (0.02, 0.04, 0.5), # of the segmentation term, one per class
                  level: int = -1, # pyramid level whose cells are the tokens
-                 **tiles, # anchor_class, anchor_share, clear_share, pairs, projection of TileContrast
-                ):
+                 **tiles): # anchor_class, anchor_share, clear_share, pairs, projection of TileContrast
         super().__init__()
         if not 0 <= a <= 1: raise VfmError(f"patch_contrast: a is {a}, expected a weight from 0 to 1.")
         self.backbone, self.a, self.level = backbone, a, level
@@ -182,9 +181,7 @@ class PatchContrast(nn.Module):
     def fits(self, size: tuple[int, int, int], card) -> None: # size: of the volumes (d, h, w); card: of their cohort
         check_classes(card, len(self.class_weights), self.tiles.anchor_class)
 
-    def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w and "labels" b d h w
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
         if "labels" not in batch: raise VfmError("patch_contrast is guided by labels and the batch has none; choose a cohort with labels or an objective without, e.g. nt_xent.")
         x, labels = batch["volumes"], batch["labels"]
         if labels.max() >= len(self.class_weights):
