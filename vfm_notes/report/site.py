@@ -253,7 +253,8 @@ def make_pages(
     still = [p for p in own if not any(c["cell_type"] == "code" for c in read_notebook(p.source)["cells"])]  # nothing to execute
     def done(page: Page, nb: dict, error: str) -> None:
         if error: problems.append(f"Page {page.name} failed: {error}")
-        write_json(folder / f"{page.name}.ipynb", to_page(nb if page in still else published_notebook(by, nb), page.options, page.name, fold=False))
+        if page not in still: nb = published_notebook(by, nb)
+        write_json(folder / f"{page.name}.ipynb", to_page(nb, page.options, page.name, fold=False))
         people[page.name] = tally(by)
         say(f"  page {len(seen) + 1}/{len(own)} {page.name} {'FAILED ' + error if error else ''}({time.monotonic() - begun:.1f} s)")
         seen.append(page.name)
@@ -272,7 +273,8 @@ def site_pages(
     jobs = plan(study)
     notebooks = [f for j in jobs if (f := notebook_file(study.name, j.name)).exists()]
     by = publication(study, records, notebooks, pseudonyms)
-    return by, [*report_pages(study, records, publication_print(by)), *run_pages(study, jobs, {r["id"]: r for r in records}, by)]
+    own = report_pages(study, records, publication_print(by))
+    return by, [*own, *run_pages(study, jobs, {r["id"]: r for r in records}, by)]
 
 # %% ../../nbs/93_site.ipynb #9f82120b
 def build_site(
