@@ -87,7 +87,7 @@ class Start:
     state: dict[str, Tensor] | None = None # of the backbone
     notes: list[str] = field(default_factory=list) # how it was adapted
     licences: list[str] = field(default_factory=list) # that come with it
-    patients: dict[str, list[str]] = field(default_factory=dict) # fingerprints of those it was made from, by site key, as far as they are known
+    patients: dict[str, list[str]] = field(default_factory=dict) # id of a site key → fingerprints, as far as known
 
 def channels(
     plan: AdaptationPlan,
@@ -134,5 +134,9 @@ def adapt(
     overlap, both = patient_overlap(plan, *judged)
     if both: raise VfmError(f"{both} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))
-    if overlap == "unknown" and judged[1]: notes += [f"overlap of patients unknown: weights '{plan.name}' {'were made with another site key' if plan.data.get('patients') else 'carry no fingerprints of patients'}, so whether a patient of this run was in their pretraining cannot be checked"]
-    return Start(fitted, notes + scales(plan, tuple(size), tuple(spacing)), list(plan.licences), dict(plan.data.get("patients") or {}))
+    if overlap == "unknown" and judged[1]:
+        why = "were made with another site key" if plan.data.get("patients") else "carry no fingerprints of patients"
+        notes.append(f"overlap of patients unknown: weights '{plan.name}' {why}, "
+                     "so whether a patient of this run was in their pretraining cannot be checked")
+    notes = notes + scales(plan, tuple(size), tuple(spacing))
+    return Start(fitted, notes, list(plan.licences), dict(plan.data.get("patients") or {}))

@@ -34,5 +34,6 @@ def adaptation_plan(
         name=spec.backbone, arguments={"in_channels": result.backbone.in_channels}, sequences=tuple(card.sequences), size=tuple(spec.size), spacing=tuple(spec.spacing), normalisation=scale,
         objective={"name": objective.name, "title": objective.title, "source": objective.source, "options": taken(spec.objective) | spec.options, "labels": objective.labels},
         recipe={k: getattr(spec, k) for k in RECIPE}, keys={"loads": len(state), "untouched": result.untouched, "left": result.left}, weights_hash=state_hash(state), licences=tuple(dict.fromkeys([*begin.licences, card.licence])), parent=spec.start,
-        data={"cohort": card.name, "title": card.title, "source": card.source, "licence": card.licence, "non_commercial": card.non_commercial, "hash": seen.hash(), "cases": len(seen), "patients": patient_prints(card.name, seen.patients, begin.patients)},
+        data={"cohort": card.name, "title": card.title, "source": card.source, "licence": card.licence, "non_commercial": card.non_commercial, "hash": seen.hash(), "cases": len(seen),
+              "patients": patient_prints(card.name, seen.patients, begin.patients)},
         made={"study": study, "run": run_id(spec)} | made)
