@@ -35,7 +35,7 @@ class AdaptationPlan:
     normalisation: dict # arguments of data.loader.normalise
     objective: dict # name, title, source, options, labels: whether it looked at labels
     recipe: dict # epochs, batch_size, lr, …
-    data: dict # cohort, title, source, licence, non_commercial, hash, cases, patients: id of a site key → fingerprints made with it
+    data: dict # cohort, title, source, licence, non_commercial, hash, cases, patients: site key → fingerprints
     keys: dict # loads: number of tensors; untouched: names that training did not change; left: parts of the objective that are not in the file, with their parameters
     weights_hash: str # of the tensors
     licences: tuple[str, ...] = () # whoever uses the weights is under
@@ -139,7 +139,8 @@ def patient_words(
     "Say how the patients of a pretraining can be found, and by whom."
     if not told: return "no fingerprints: overlap with other cohorts cannot be checked"
     of = ", ".join(f"{len(v)} under {'this' if k == key_id() else 'another'} site's key {k}" for k, v in told.items())
-    return f"fingerprints (HMAC-SHA256), {of}; whoever has the key can look for an id, nobody can read one off, and their number is visible"
+    return (f"fingerprints (HMAC-SHA256), {of}; whoever has the key can look for an id, "
+            "nobody can read one off, and their number is visible")
 
 def plan_lines(
     plan: AdaptationPlan,
@@ -151,6 +152,7 @@ def plan_lines(
     return {"weights": plan.name, "build": f"{plan.architecture}({', '.join(f'{k}={v}' for k, v in plan.arguments.items())})", "input channels": ", ".join(plan.sequences),
             "size and spacing": f"{sides(plan.size)} voxels of {sides(plan.spacing)} mm", "normalisation": given(plan.normalisation), "began with": plan.parent or "random weights",
             "objective": f"{plan.objective.get('name')} ({given(plan.objective.get('options', {}))}){', which looked at labels' if plan.objective.get('labels') else ''}", "recipe": given(plan.recipe),
-            "data": f"{data.get('title') or data.get('cohort')}, {data.get('cases')} cases, hash {str(data.get('hash', ''))[:12]}", "patients": patient_words(data.get("patients") or {}), "licences": ", ".join(plan.licences),
+            "data": f"{data.get('title') or data.get('cohort')}, {data.get('cases')} cases, hash {str(data.get('hash', ''))[:12]}",
+            "patients": patient_words(data.get("patients") or {}), "licences": ", ".join(plan.licences),
             "keys that load": str(keys.get("loads")), "of these never trained": ", ".join(keys.get("untouched", [])) or "none", "left behind": given(keys.get("left", {})),
             "made by": given({k: plan.made.get(k) for k in ("study", "run", "created")})}

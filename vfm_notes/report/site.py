@@ -297,7 +297,8 @@ def site_pages(
     jobs = plan(study)
     notebooks = [f for j in jobs if (f := notebook_file(study.name, j.name)).exists()]
     by = publication(study, records, notebooks, pseudonyms)
-    return by, [*report_pages(study, records, publication_print(by)), *run_pages(study, jobs, {r["id"]: r for r in records}, by)]
+    own = report_pages(study, records, publication_print(by))
+    return by, [*own, *run_pages(study, jobs, {r["id"]: r for r in records}, by)]
 
 # %% ../../nbs/93_site.ipynb #sitedone
 def site_result(
