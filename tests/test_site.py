@@ -37,14 +37,19 @@ LIBRARY = ("02_", "04_", "50_", "91_")  # what Quarto renders of the library in 
 SEARCH = {"smalldocs": (".smalldocs-search input", ".search-result"), "quarto": ("#quarto-search input", ".aa-Panel a.search-result-link")}
 
 
+def use(renderer, patch):
+    "Skip where a renderer is not on this machine; let Quarto render a part of the library only."
+    if renderer == "smalldocs": return
+    if not shutil.which("quarto"): pytest.skip("quarto is not on PATH")
+    some = [p for p in library_notebooks() if p.name.startswith(LIBRARY)]
+    for module in (reference, site_module): patch.setattr(module, "library_notebooks", lambda: some)
+
+
 @pytest.fixture(scope="module", params=["smalldocs", "quarto"])
 def project(request, tmp_path_factory, lend_library):
     "A folder with a study, its records and its site, by each renderer that is on this machine."
-    if request.param == "quarto" and not shutil.which("quarto"): pytest.skip("quarto is not on PATH")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "quarto":
-            some = [p for p in library_notebooks() if p.name.startswith(LIBRARY)]
-            for module in (reference, site_module): patch.setattr(module, "library_notebooks", lambda: some)
+        use(request.param, patch)
         root = tmp_path_factory.mktemp("site")
         lend_library(root, request.param)
         patch.setenv("VFM_RUNS", str(root / "runs"))
