@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from fake_runs import write_study
-from test_site import STUDY, browser, silent, visit  # noqa: F401: browser is a fixture
+from test_site import STUDY, browser, silent, use, visit  # noqa: F401: browser is a fixture
 
 from vfm_notes.foundation.places import notebook_file, run_folder
 from vfm_notes.foundation.spec import load_study, run_id
@@ -20,9 +20,9 @@ LONG = "mae_" + "of_a_very_long_name_" * 6 + "end"
 EVIL = "<img src=x onerror=alert(1)>&amp;\"quoted\" 'case'"
 
 
-def build(root, patch, lend_library, failed=0, **changes):
+def build(root, patch, lend_library, failed=0, renderer="smalldocs", **changes):
     "A study with made-up records, and its site."
-    lend_library(root)
+    lend_library(root, renderer)
     patch.setenv("VFM_RUNS", str(root/"runs"))
     patch.delenv("VFM_DATA", raising=False)
     path = root/"bad.yaml"
@@ -36,12 +36,13 @@ def build(root, patch, lend_library, failed=0, **changes):
 def pages(root): return {p.stem: p.read_text(encoding="utf-8") for p in (root/"_site").glob("*.html")}
 
 
-@pytest.fixture(scope="module")
-def ruins(tmp_path_factory, lend_library):
+@pytest.fixture(scope="module", params=["smalldocs", "quarto"])
+def ruins(request, tmp_path_factory, lend_library):
     "Half of the runs failed, half of the rest has no metric; long names, names that are HTML, an output of megabytes."
     with pytest.MonkeyPatch.context() as patch:
+        use(request.param, patch)
         root = tmp_path_factory.mktemp("bad")
-        path, study = build(root, patch, lend_library, failed=0.5, pretrain={LONG: {"backbone": "profound_toy", "epochs": 3}, "contrast": {"backbone": "provicnet_toy", "epochs": 3}},
+        path, study = build(root, patch, lend_library, failed=0.5, renderer=request.param, pretrain={LONG: {"backbone": "profound_toy", "epochs": 3}, "contrast": {"backbone": "provicnet_toy", "epochs": 3}},
                             backbones=[f"profound_toy.{LONG}", "provicnet_toy.contrast"], title="A title of many words " * 12 + "<script>alert(2)</script>")
         done = [s for j in plan(study) for s in j.specs if s.kind == "transfer" and json.loads((run_folder("bad", run_id(s))/"record.json").read_text(encoding="utf-8"))["status"] == "done"]
         for i, spec in enumerate(done[::2]):
@@ -52,7 +53,7 @@ def ruins(tmp_path_factory, lend_library):
         nb = json.loads(notebook_file("bad", job.name).read_text(encoding="utf-8"))
         nb["cells"][-1]["outputs"].append({"output_type": "display_data", "metadata": {}, "data": {"text/html": "<p>" + "y" * 3_000_000 + "</p>"}})
         notebook_file("bad", job.name).write_text(json.dumps(nb))
-        made = build_site(str(path), "smalldocs", silent)
+        made = build_site(str(path), request.param, silent)
         yield {"root": root, "study": study, "made": made, "pages": pages(root), "job": job, "undefined": {run_id(s) for s in done[::2]}}
 
 

@@ -5,12 +5,14 @@ import shutil
 import stat
 import sys
 
+import nbformat
 import pytest
 import yaml
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.report.convert import as_html, raw_cell, write_notebook
 from vfm_notes.report.doctor import check_renderer
+from vfm_notes.report.folder import init_folder
 from vfm_notes.report.quarto import made_mark
 from vfm_notes.report.site import choose_renderer, publish, render, say_warnings
 
@@ -148,6 +150,12 @@ def test_an_unfit_quarto_is_named_with_what_to_do(quarto, monkeypatch, version, 
     assert choose_renderer("smalldocs")[0] == "smalldocs"
     found = check_renderer()
     assert found.state == "missing" and "--renderer smalldocs" in found.do
+
+
+def test_the_notebook_of_a_new_folder_is_stored_as_nbformat_stores_it(tmp_path):
+    init_folder(tmp_path/"mine")
+    text = (tmp_path/"mine"/"look.ipynb").read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(nbformat.writes(nbformat.reads(text, as_version=4))) and len(json.loads(text)["cells"][1]["source"]) > 3
 
 
 # --- Quarto itself
