@@ -226,8 +226,9 @@ def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when 
     if cell == "none" and column.startswith("mask_"): return ""
     path, _ = split_address(located(manifest.root, cell))
     if not path.is_relative_to(manifest.root): return f"{column} is {cell}, which lies outside the root {manifest.root}; expected a path inside it"
-    if problem := pointer_problem(path): return f"{column}: {problem}"
-    try: return "" if path.exists() else f"{column}: {path} does not exist"
+    try:
+        if problem := pointer_problem(path): return f"{column}: {problem}"
+        return "" if path.exists() else f"{column}: {path} does not exist"
     except OSError as e: return f"{column} is '{cell[:40]}{'...' * (len(cell) > 40)}', which is no path ({e.strerror})"
 
 # %% ../../nbs/17_manifest.ipynb #218fac3e

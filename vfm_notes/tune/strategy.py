@@ -172,10 +172,9 @@ def freeze_first(
     model: Network,
     count: int,  # of the encoder's parameter tensors
 ) -> None:
-    "Train the head and all but the first tensors of the encoder, in the order of their depth."
-    depth, own = depths(model, block_names(model.backbone)), dict(model.backbone.named_parameters())
+    "Train the head and all but the first tensors of the encoder, in the order of its list (as in arXiv 2405.19204)."
     model.requires_grad_(True)
-    for name in sorted(own, key=lambda name: depth[f"backbone.{name}"])[:count]: own[name].requires_grad_(False)
+    for p in list(model.backbone.parameters())[:count]: p.requires_grad_(False)
 
 def check_fraction(name: str, fraction: float) -> float:
     "A share of parameter tensors, above 0 to 1."
