@@ -73,7 +73,7 @@ def test_commands_of_a_new_folder_parse(tmp_path):
     offered = yaml.safe_load("\n".join(l.removeprefix("# ") for l in study.splitlines() if re.match(r"# \w+:", l) and "Run it" not in l))
     from_values(StudySpec, yaml.safe_load(study) | offered | {"bad_cases": "exclude"}, "study.yaml")  # what is offered in comments is accepted
     cells = json.loads((tmp_path/"new"/"look.ipynb").read_text(encoding="utf-8"))["cells"]
-    for line in "\n".join(c["source"] for c in cells).splitlines(): check_import(line)
+    for line in "\n".join("".join(c["source"]) for c in cells).splitlines(): check_import(line)
 
 
 def check_import(line: str) -> None:
