@@ -24,6 +24,7 @@ from ..foundation.options import parse_strategy
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
 from ..foundation.spec import PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
+from ..pretrain.card import check_objective
 from .case_task import CaseTask
 from .catalog import name_checks
 from .strategy import apply_strategy, strategy_options
@@ -150,6 +151,7 @@ def task_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
 def objective_conflicts(specs: list[PretrainSpec], card: CohortCard) -> Iterator[str]:
     "What an objective demands of network, volumes, labels and batches."
     for s in specs:
+        if said_by(lambda: check_objective(s.objective, s.options)): continue  # told with the names
         yield from said_by(lambda: check_pretraining(s, card), f"pretraining '{s.backbone}': ")
 
 def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
