@@ -109,7 +109,8 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
 def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
-    from vfm_notes.runs.batch import conflicts, to_do
+    from vfm_notes.runs.batch import to_do
+    from vfm_notes.runs.preflight import conflicts
     from vfm_notes.runs.grid import check_templates, known_records, plan, shard
     from vfm_notes.runs.watch import duration, durations, look_at, time_left
     from vfm_notes.tune.catalog import weights_problems
