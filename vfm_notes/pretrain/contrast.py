@@ -162,8 +162,7 @@ class PatchContrast(nn.Module):
                  a: float = 0.05, # weight of the contrast, 0 to 1
                  class_weights: tuple[float, ...] = (0.02, 0.04, 0.5), # of the segmentation term, one per class
                  level: int = -1, # pyramid level whose cells are the tokens
-                 **tiles, # anchor_class, anchor_share, clear_share, pairs, projection of TileContrast
-                ):
+                 **tiles): # anchor_class, anchor_share, clear_share, pairs, projection of TileContrast
         super().__init__()
         if not 0 <= a <= 1: raise VfmError(f"patch_contrast: a is {a}, expected a weight from 0 to 1.")
         self.backbone, self.a, self.level = backbone, a, level
