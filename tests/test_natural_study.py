@@ -19,7 +19,7 @@ from vfm_notes.data.picture_sets import medmnist_example
 from vfm_notes.foundation.places import run_folder, studies
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
-from vfm_notes.runs.batch import conflicts
+from vfm_notes.runs.preflight import conflicts
 from vfm_notes.report.pages import report_pages
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import new_record, write_record

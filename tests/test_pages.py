@@ -41,5 +41,5 @@ def test_a_page_is_made_again_when_its_measured_numbers_change(made):
 def test_a_page_that_does_not_exist_is_refused_with_the_nearest(made):
     with pytest.raises(VfmError, match="unknown page 'rar'.*rare"):
         pages.report_pages(replace(load_study("phantom"), pages=["rar"]), [])
-    with pytest.raises(VfmError, match="field 'pages'"):
+    with pytest.raises(VfmError, match="pages is 'rare', expected a list"):
         replace(load_study("phantom"), pages="rare")

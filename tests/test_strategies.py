@@ -141,7 +141,7 @@ def test_one_strategy_has_one_text_name_and_choice():
 @pytest.mark.parametrize("line, told", [
     ("full dekay=0.5", "Did you mean 'decay'"), ("fool", "Did you mean 'full'"), ("full decay=0", "above 0 to 1"), ("full decay=2", "above 0 to 1"), ("top k=6", "has 5 blocks"), ("top k=0", "has 5 blocks"),
     ("top from=6", "has 5 blocks"), ("top k=1 from=2", "leave one"), ("top k=1.5", "expected a whole number"), ("top fraction=0", "above 0 to 1"), ("decoder fraction=1.01", "above 0 to 1"), ("decoder fraction=half", "expected a number"),
-    ("lora targets=attention", "layers there are: linear: 10; conv"), ("lora rank=0", "at least 1"), ("lora alpha=0", "above 0"), ("lora targets=convs", "Did you mean 'conv'"), ("probe head=linaer", "Did you mean 'linear'"),
+    ("lora targets=attention", "write targets=linear (linear: 10, conv"), ("lora rank=0", "at least 1"), ("lora alpha=0", "above 0"), ("lora targets=convs", "Did you mean 'conv'"), ("probe head=linaer", "Did you mean 'linear'"),
     ("knn k=0", "at least 1"), ("full drop=5", "has 5 blocks"), ("full drop=0", "has 5 blocks"), ("top k = 2", "option=value"), ("top k=1 k=2", "twice"), ("", "begin with a name")])
 def test_a_wrong_line_is_told_in_one_sentence(line, told):
     with pytest.raises(VfmError, match=told.replace("(", r"\(")) as error: apply_strategy(line, network("profound_toy"))

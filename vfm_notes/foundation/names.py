@@ -30,7 +30,8 @@ def name_problem(
     if len(name) > LONGEST: return f"it has {len(name)} characters, expected at most {LONGEST}"
     if not PATTERN.fullmatch(name) or ".." in name: return f"expected {WORDS}, and no two dots side by side"
     if name.casefold() in OURS: return f"vfm_notes has a folder of this name itself; choose another, e.g. my_{name}"
-    if name.casefold().partition(".")[0] in DEVICES: return f"Windows has a device of this name; choose another, e.g. my_{name}"
+    if name.casefold().partition(".")[0] in DEVICES:
+        return f"Windows has a device of this name; choose another, e.g. my_{name}"
     if re.search(r"\.corrupt-\d+$", name): return "so are records called that were set aside; choose another"
     return ""
 

@@ -29,11 +29,14 @@ def parse_strategy(
 ) -> tuple[str, dict[str, int | float | str]]:  # name, option → value
     "Read a strategy's line; options come in alphabetical order."
     name, *rest = str(text).split() or [""]
-    if not re.fullmatch(r"\w+", name, re.ASCII): raise VfmError(f"Strategy '{text}' does not begin with a name: write it as name option=value, e.g. top k=2.")
+    if not re.fullmatch(r"\w+", name, re.ASCII):
+        raise VfmError(f"Strategy '{text}' does not begin with a name: write it as name option=value, e.g. top k=2.")
     options = {}
     for part in rest:
         found = re.fullmatch(r"([a-z]\w*)=([\w.+-]+)", part, re.ASCII)
-        if not found: raise VfmError(f"Strategy '{text}': '{part}' is not of the form option=value, without spaces around the equals sign, e.g. top k=2.")
+        if not found:
+            raise VfmError(f"Strategy '{text}': '{part}' is not of the form option=value, without spaces around the "
+                           f"equals sign, e.g. top k=2.")
         if found[1] in options: raise VfmError(f"Strategy '{text}' gives option '{found[1]}' twice; leave one.")
         options[found[1]] = value_of(found[2])
     return name, dict(sorted(options.items()))
@@ -56,11 +59,14 @@ def check_strategy(
     what: str,  # the field
 ) -> None:
     "Raise when a strategy's line cannot be read."
-    if len(text) > LONGEST_LINE: raise VfmError(f"{what} has {len(text)} characters, expected a strategy of at most {LONGEST_LINE}, e.g. top k=2.")
+    if len(text) > LONGEST_LINE:
+        raise VfmError(f"{what} has {len(text)} characters, expected a strategy of at most {LONGEST_LINE}, e.g. top "
+                       f"k=2.")
     try: options = parse_strategy(text)[1]
     except VfmError as error: raise VfmError(f"{what}: {error}") from None
     for key, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value): raise VfmError(f"{what}: option '{key}' of strategy '{text}' is no finite number.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise VfmError(f"{what}: option '{key}' of strategy '{text}' is no finite number.")
 
 # %% ../../nbs/025_options.ipynb #58f28293
 DRAWN = ("scratch", "random")  # strategies that begin with random weights

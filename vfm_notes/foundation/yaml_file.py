@@ -24,6 +24,7 @@ NUMBERS = ((re.compile(r"[-+]?[0-9]+"), int), (re.compile(r"0o[0-7]+|0x[0-9a-fA-
 CONSTANTS = {w: v for v, words in ((None, "~ null Null NULL"), (True, "true True TRUE"), (False, "false False FALSE"))
              for w in words.split()} | {"": None}
 
+# %% ../../nbs/023_yaml_file.ipynb #caa03c5b
 def plain_value(
     text: str,  # without quotes, as the file has it
 ) -> str | int | float | bool | None:
@@ -36,12 +37,13 @@ def plain_value(
 # %% ../../nbs/023_yaml_file.ipynb #7fba94fe
 DEEPEST, MOST, LONGEST_FILE = 20, 50_000, 1_000_000  # levels; values; bytes
 
+# %% ../../nbs/023_yaml_file.ipynb #d1cef3e5
 @dataclass
 class Document:
     "A document on its way from events to a value."
     where: str  # its file, for messages
     value: object = None
-    open: list = field(default_factory=list)  # (value, its anchor, values so far when it began, keys) of what is not closed
+    open: list = field(default_factory=list)  # of what is not closed: value, anchor, values when it began, next key
     known: dict = field(default_factory=dict)  # anchor → (value, how many values are in it); None while it is open
     values: int = 0
     begun: bool = False
@@ -51,12 +53,16 @@ class Document:
 
     def count(self, event, n: int) -> None:
         self.values += n
-        if self.values > MOST: self.fail(event, f"the file stands for more than {MOST:,} values, those behind aliases counted each time; write less")
-        if len(self.open) > DEEPEST: self.fail(event, f"values are nested more than {DEEPEST} levels deep; write them flatter")
+        if self.values > MOST:
+            self.fail(event, f"the file stands for more than {MOST:,} values, those behind aliases counted each time; "
+                             f"write less")
+        if len(self.open) > DEEPEST:
+            self.fail(event, f"values are nested more than {DEEPEST} levels deep; write them flatter")
 
 # %% ../../nbs/023_yaml_file.ipynb #76c5950a
 MISSING = object()  # a mapping's key is awaited
 
+# %% ../../nbs/023_yaml_file.ipynb #109e1f84
 def add(doc: Document, event, value) -> None:
     "Put a value where it belongs."
     if not doc.open:
@@ -69,9 +75,10 @@ def add(doc: Document, event, value) -> None:
     elif value in into: doc.fail(event, f"the key '{value}' stands here a second time; leave one")
     else: key[0] = value
 
+# %% ../../nbs/023_yaml_file.ipynb #48983814
 def scalar(doc: Document, event) -> str | int | float | bool | None:
     "What a word stands for."
-    if event.tag is not None and event.tag != "!": doc.fail(event, f"the tag {event.tag} is not known; write the value without it")
+    if event.tag not in (None, "!"): doc.fail(event, f"the tag {event.tag} is not known; write the value without it")
     try: return plain_value(event.value) if event.implicit[0] and event.tag is None else event.value
     except (VfmError, ValueError) as error: doc.fail(event, str(error))
 
@@ -108,34 +115,43 @@ def take(doc: Document, event) -> None:
 CONTROL = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what YAML refuses
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+# %% ../../nbs/023_yaml_file.ipynb #bd63dab7
 def parse_yaml(
     text: str,
     where: str,  # its file, for messages
 ):  # dicts, lists, text, numbers, true, false, None
     "The value of a YAML text."
     if bad := CONTROL.search(text):
-        raise VfmError(f"{where}, line {text.count(chr(10), 0, bad.start()) + 1}: not valid YAML, it holds the character {bad[0]!r}, which no text has; delete it.")
+        raise VfmError(f"{where}, line {text.count(chr(10), 0, bad.start()) + 1}: not valid YAML, it holds the "
+                       f"character {bad[0]!r}, which no text has; delete it.")
     doc = Document(where)
     try:
         for event in yaml.parse(text, Loader=LOADER): take(doc, event)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         said = ", ".join(filter(None, (e.context, e.problem)))
-        raise VfmError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({said}); correct the file.") from None
+        raise VfmError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({said}); correct the "
+                       f"file.") from None
     return doc.value
 
+# %% ../../nbs/023_yaml_file.ipynb #b8f6f7e6
 def decode_yaml(
     content: bytes,
     where: str,  # its file, for messages
 ) -> str:
     "The text of a YAML file."
-    if len(content) > LONGEST_FILE: raise VfmError(f"{where} has {len(content):,} bytes, expected at most {LONGEST_FILE:,}; it is no file that somebody wrote.")
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"): raise VfmError(f"{where}, line 1: the text is UTF-16; save it as UTF-8.")
+    if len(content) > LONGEST_FILE:
+        raise VfmError(f"{where} has {len(content):,} bytes, expected at most {LONGEST_FILE:,}; it is no file that "
+                       f"somebody wrote.")
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise VfmError(f"{where}, line 1: the text is UTF-16; save it as UTF-8.")
     try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        raise VfmError(f"{where}, line {line}: not UTF-8 text (the byte {content[e.start]:#04x}); save the file as UTF-8.") from None
+        raise VfmError(f"{where}, line {line}: not UTF-8 text (the byte {content[e.start]:#04x}); save the file as "
+                       f"UTF-8.") from None
 
+# %% ../../nbs/023_yaml_file.ipynb #5660c826
 def read_yaml(
     path: str | Path,
 ) -> dict:
@@ -144,7 +160,8 @@ def read_yaml(
     except OSError as e: raise VfmError(f"{path} cannot be read ({e.strerror}); expected a YAML file.") from None
     value = parse_yaml(decode_yaml(content, str(path)), str(path))
     if value is None: raise VfmError(f"{path} is empty; expected a mapping of fields, e.g. name: value.")
-    if not isinstance(value, dict): raise VfmError(f"{path}: expected a mapping of fields, e.g. name: value, found {shown(value)}.")
+    if not isinstance(value, dict):
+        raise VfmError(f"{path}: expected a mapping of fields, e.g. name: value, found {shown(value)}.")
     return value
 
 # %% ../../nbs/023_yaml_file.ipynb #116f2a09
@@ -152,8 +169,10 @@ class Dumper(yaml.SafeDumper):
     "Quotes text that looks like a number of YAML 1.2, too."
     def ignore_aliases(self, data) -> bool: return True  # everything is written out
 
-for _pattern, _ in NUMBERS: Dumper.add_implicit_resolver("tag:vfm,number", re.compile(f"^(?:{_pattern.pattern})$"), list("-+0123456789."))
+for _pattern, _ in NUMBERS:
+    Dumper.add_implicit_resolver("tag:vfm,number", re.compile(f"^(?:{_pattern.pattern})$"), list("-+0123456789."))
 
+# %% ../../nbs/023_yaml_file.ipynb #9d332718
 def dump_yaml(
     values,  # plain values
     width: int = 110,  # characters of a line
