@@ -33,8 +33,8 @@ def axis_differences(
     "Axes that point the other way, and the angle between the others."
     along = (a * b).sum(0)
     turned = ["xyz"[k] for k in range(3) if along[k] < -0.5]
-    one = len(turned) == 1
-    found = [f"its ax{'is' if one else 'es'} {' and '.join(turned)} point{'s' * one} in the other direction"] * bool(turned)
+    words = ("its axis", "points") if len(turned) == 1 else ("its axes", "point")
+    found = [f"{words[0]} {' and '.join(turned)} {words[1]} in the other direction"] * bool(turned)
     if np.linalg.det(a) * np.linalg.det(b) < 0: found.append("its axes are of the other handedness (a mirror image)")
     angle = np.degrees(np.arccos(np.clip(np.abs(along).min(), -1, 1)))
     return found + [f"its axes are turned by {angle:.3g} degrees"] * bool(angle > 0.01)
