@@ -2,6 +2,7 @@
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -9,6 +10,7 @@ import SimpleITK as sitk
 from vfm_notes.data.cohort import load_cohort
 from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.dicom import TAGS, b_value, list_series, read_header, read_headers, read_series, sorted_slices, write_series
+from vfm_notes.data.picture import read_picture
 from vfm_notes.data.tree_layouts import prostatex
 from vfm_notes.data.volume import same_locale, read_image, to_array
 from vfm_notes.foundation.registry import VfmError
@@ -45,7 +47,8 @@ def oblique(image: sitk.Image) -> sitk.Image:
 def rewrite(path: Path, **changes: str) -> None:
     "The same slice with other tags, by the names of TAGS."
     image = sitk.ReadImage(str(path))[:, :, 0]
-    header = {TAGS[k]: v for k, v in (read_header(path) | changes).items() if k in ("series", "description", "position", "axes", "slope", "intercept") and v}
+    kept = ("series", "description", "position", "axes", "slope", "intercept", *changes)
+    header = {TAGS[k]: v for k, v in (read_header(path) | changes).items() if k in kept and v}
     for tag, value in {"0008|0060": "MR", **header}.items(): image.SetMetaData(tag, value)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -180,6 +183,7 @@ def spoil(kind: str, root: Path) -> Path:
             image[3, 4, 2] = 65535
             shutil.rmtree(folder)
             write_series(image, folder)
+        case "mosaic": [rewrite(p, type=r"ORIGINAL\PRIMARY\M\ND\MOSAIC") for p in files]
         case "constant": shutil.rmtree(folder), write_series(made() * 0 + 7, folder)
     return folder
 
@@ -189,7 +193,9 @@ KINDS = {
     "truncated": "is cut off or damaged", "truncated in the header": "is cut off or damaged", "two bad files": "2 of the 6 files", "missing slice": "has a gap of 6.60 mm", "two missing slices": "has a gap of 9.90 mm",
     "doubled slice": "7 slices at 6 places", "several b-values": "18 slices at 6 places", "uneven": "expected 3.30 mm as elsewhere", "sideways": "shifted sideways by up to 1.00 mm", "two series": "has 2 series",
     "mixed orientation": "different orientation", "mixed matrix": "different matrix", "mixed spacing": "different pixel spacing", "one slice": "has 1 slice", "no position": "has no position", "colour": "3 values per voxel",
-    "frames": "6 frames in one file", "unsigned overflow": "unsigned overflow", "constant": "is constant (7 everywhere)"}
+    "frames": "6 frames in one file", "unsigned overflow": "unsigned overflow",
+    "mosaic": "is a Siemens mosaic (the slices of a volume as tiles of one picture of 9x11)",
+    "constant": "is constant (7 everywhere)"}
 
 
 @pytest.mark.parametrize("kind, words", KINDS.items())
@@ -197,6 +203,17 @@ def test_a_bad_series_is_told_in_one_sentence(tmp_path, kind, words):
     folder = spoil(kind, tmp_path)
     text = message(read_image, folder)
     assert words in text and str(folder) in text and "expected" in text
+
+
+def test_real_mosaics_are_named(tmp_path):
+    "The Siemens files that nibabel brings for its own tests, as a series and as a picture."
+    files = sorted((Path(nib.__file__).parent/"nicom"/"tests"/"data").glob("[01].dcm"))
+    if not files: pytest.skip("this nibabel was installed without its test data")
+    for path in files:
+        (tmp_path/path.stem).mkdir()
+        shutil.copy(path, tmp_path/path.stem)
+        assert "is a Siemens mosaic (the slices of a volume as tiles" in message(read_image, tmp_path/path.stem)
+        assert "is a Siemens mosaic" in message(read_picture, path)
 
 
 def test_what_a_message_names(tmp_path):

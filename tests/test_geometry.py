@@ -357,21 +357,21 @@ OFF = {
     "identity": (
         np.eye(4),
         (
-            "its axes x and y point the other way",
+            "its axes x and y point in the other direction",
             "its spacing is 1x1x1 mm instead of 1.5x1.5x3",
             "its origin differs by 14.8 mm",
         ),
     ),
     "signs": (
         np.diag([-1.0, -1, 1, 1]) @ STRAIGHT,
-        ("its axes x and y point the other way", "origin differs by 25.6 mm (left-right +16, front-back +20)"),
+        ("its axes x and y point in the other direction", "origin differs by 25.6 mm, 16 to the left, 20 to the back"),
     ),
     "origin zero": (
         moved(-8, -10, 7.5),
-        ("origin differs by 14.8 mm (left-right +8, front-back +10, feet-head +7.5)",),
+        ("origin differs by 14.8 mm, 8 to the left, 10 to the back, 7.5 to the head",),
     ),
-    "shifted": (moved(4.5), ("a corner is 4.5 mm off, at most 0.2", "origin differs by 4.5 mm (left-right -4.5)")),
-    "mirrored": (STRAIGHT @ np.diag([-1.0, 1, 1, 1]), ("its axis x points the other way", "other handedness")),
+    "shifted": (moved(4.5), ("a corner is 4.5 mm off, at most 0.2", "origin differs by 4.5 mm, 4.5 to the right")),
+    "mirrored": (STRAIGHT @ np.diag([-1.0, 1, 1, 1]), ("its axis x points in the other direction", "other handedness")),
     "spacing": (STRAIGHT @ np.diag([1.02, 1, 1, 1]), ("its spacing is 1.53x1.5x3 mm instead of 1.5x1.5x3",)),
     "turned": (
         np.vstack([np.column_stack([rotation(0, 0, 0.035) @ STRAIGHT[:3, :3], STRAIGHT[:3, 3]]), (0, 0, 0, 1)]),
