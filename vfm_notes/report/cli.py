@@ -257,7 +257,8 @@ def weights_fetch(name: Annotated[str, typer.Argument(help="Registered weights, 
 # %% ../../nbs/99_cli.ipynb #893d9b0a
 @weights_app.command("check")
 def weights_check(
-    source: Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="Registered weights, or a .pth, .safetensors or .onnx file.")],
+    source: Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="Registered weights, or a .pth, .safetensors or "
+        ".onnx file; FILE#PLACE for one of several networks in it.")],
     arch: Annotated[str, typer.Option(help="Architecture that the file is for, or ARCHITECTURE.WEIGHTS for the layout of that card; default: the most similar one.")] = "",
     channels: Annotated[int | None, typer.Option(min=1, help="Input sequences; default: as published.")] = None,
     accept: Accept = None,
@@ -266,7 +267,7 @@ def weights_check(
     import vfm_notes.tune.catalog
     from vfm_notes.backbones.keys import check_file, refuse
     from vfm_notes.backbones.plan import carried_file, plan_lines, read_planned
-    path = Path(source) if Path(source).is_file() else carried_file(source)
+    path = Path(source) if Path(source).is_file() else None if "#" in source else carried_file(source)
     _, plan = read_planned(path) if path and path.suffix == ".safetensors" else (None, None)
     for title, said in (plan_lines(plan) if plan else {}).items(): print(f"{title:24} {said}")
     report, state, share = check_file(source, arch, channels, accept or ())
