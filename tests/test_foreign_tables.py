@@ -110,6 +110,12 @@ def test_advice_works_when_it_is_typed(tmp_path, text):
         "b"] and len(manifest.card.sequences) == 1 and manifest_problems(manifest) == []
 
 
+def test_advice_knows_a_folder_of_slices(tmp_path):
+    (tmp_path/"S1").mkdir()
+    written(tmp_path, "case,series\na,S1\n")
+    assert options(message(table, tmp_path)) == {"columns": {"series": "series"}}
+
+
 @pytest.mark.parametrize("given, words", [({"columns": "id"}, "columns is 'id'"),
     ({"classes": "gland"}, "classes is 'gland', expected a list"), ({"grades": [True]}, "grades is .True."),
                                           ({"classes": ["gland"]}, "no column label"),
