@@ -124,6 +124,7 @@ def contrasts(
         if other: found["/".join(key)] = cell, other
     return found
 
+# %% ../../nbs/87_tradeoff.ipynb #b099a79a
 def compared(
     tables: Tables,
     axis: str,  # pretraining or tuning
@@ -145,6 +146,7 @@ def cell_name(
     "A cell of the grid in words."
     return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
 
+# %% ../../nbs/87_tradeoff.ipynb #c2b964b1
 def axis_words(
     table: pd.DataFrame,  # from compared
     axis: str,  # pretraining or tuning
@@ -165,6 +167,7 @@ def axis_words(
             f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
             f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
 
+# %% ../../nbs/87_tradeoff.ipynb #5a72ec46
 def front_words(
     front: pd.DataFrame,  # from front_table
     metric: str,  # name of the metric
