@@ -87,14 +87,15 @@ def run(
 def print_summary(summary) -> None:
     "The last lines of `vfm run`."
     from vfm_notes.runs.watch import duration
+    total = summary.done + len(summary.failed) + len(summary.missing) + len(summary.skipped)  # a skipped notebook is one run
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for line in failures(summary): print(line)
     if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, their job was cancelled, or the time was over): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.stopped: print(f"vfm: {summary.stopped}", file=sys.stderr)
     for template, n in summary.stale.items(): print(f"note: {n} records were made by another version of {template}")
-    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {summary.total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
-    elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {summary.total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
-    else: print(f"Study {summary.study}: {summary.done} of {summary.total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
+    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
+    elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
+    else: print(f"Study {summary.study}: {summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
 
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table tells the rest
     "What failed, one line each, not too many."

@@ -140,8 +140,6 @@ class Summary:
     ran: int = 0  # jobs executed by this batch
 
     @property
-    def total(self) -> int: return self.done + len(self.failed) + len(self.missing) + len(self.skipped)  # a skipped notebook is one run
-    @property
     def status(self) -> int: return 1 if self.failed or self.missing or self.problems else 0  # exit status of the command
 
 # %% ../../nbs/76_batch.ipynb #ac476b36
