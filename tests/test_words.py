@@ -26,7 +26,7 @@ def gains(cells, **more):
     for i, (sign, clear, p) in enumerate(cells):
         value, far = sign * (10.0 + i), 5.0 if clear else 15.0 + i
         rows.append(dict(task=f"task_{i}", backbone="net.made", strategy="full", n_train=8, metric="dice", direction=1, versus="scratch", rpg=value, low=value - far,
-                         high=value + far, p=p / 7, p_holm=p, n_seeds=3, n_cases=40, reason="", note="") | more)
+                         high=value + far, p=p / 70, p_holm=p, n_seeds=3, n_cases=40, reason="", note="") | more)
     return pd.DataFrame(rows)
 
 
@@ -38,7 +38,7 @@ def test_a_gain_in_words(sign, clear, p):
     said = gain_words(gains([(sign, clear, p)]).iloc[0], "Lead")
     assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}10.0 % Dice against scratch")
     assert ("neither a gain nor a loss is shown" in said) == (not clear)
-    assert f"p = {p:g} over cases, corrected" in said and f"{p / 7:.2g}" not in said
+    assert f"p = {p:g} over cases, corrected" in said and f"{p / 70:.2g}" not in said
     assert "95 % interval " + {(1, True): "+5.0 to +15.0 %", (1, False): "−5.0 to +25.0 %", (-1, True): "−15.0 to −5.0 %", (-1, False): "−25.0 to +5.0 %"}[sign, clear] in said
 
 
@@ -84,7 +84,7 @@ def test_the_matrix_shows_what_the_table_says():
 
 def contrasts(cells):
     "Rows of a contrast table: (sign, clear, corrected p)."
-    rows = [dict(contrast="c", first=0.6, second=0.5, difference=s * 0.1, low=s * 0.1 - (0.05 if clear else 0.2), high=s * 0.1 + (0.05 if clear else 0.2), p=p / 7, p_holm=p, metric="dice",
+    rows = [dict(contrast="c", first=0.6, second=0.5, difference=s * 0.1, low=s * 0.1 - (0.05 if clear else 0.2), high=s * 0.1 + (0.05 if clear else 0.2), p=p / 70, p_holm=p, metric="dice",
                  direction=1, n_seeds=3, n_cases=40, reason="", pretraining="made", network="net", tuning="full") for s, clear, p in cells]
     return pd.DataFrame(rows)
 
@@ -142,7 +142,7 @@ def test_objectives_in_words(sign, clear, p):
 
 def predicted(cells):
     rows = [dict(predictor=f"score_{i}", layer="", counts=True, outcome="gain", tasks=3 + i, questions=3, backbones=4, cells=12, pairs=18, right=0.7, right_low=0.5, right_high=0.9, regret=1.0 + i, random=3.0, saved=s * (2.0 - 0.1 * i),
-                 saved_low=s * 2 - (0.5 if clear else 4), saved_high=s * 2 + (0.5 if clear else 4), tau=0.5, p=p / 7, p_holm=p, least_p=0.001, tested=True, missing=0, why="") for i, (s, clear, p) in enumerate(cells)]
+                 saved_low=s * 2 - (0.5 if clear else 4), saved_high=s * 2 + (0.5 if clear else 4), tau=0.5, p=p / 70, p_holm=p, least_p=0.001, tested=True, missing=0, why="") for i, (s, clear, p) in enumerate(cells)]
     return pd.DataFrame(rows)
 
 

@@ -151,7 +151,8 @@ def decode_file(
         reader.ReadImageInformation()
         pixels = int(np.prod(reader.GetSize(), dtype=object)) * reader.GetNumberOfComponents()
         check_allocation(pixels * 12, f"{path} ({'x'.join(map(str, reader.GetSize()))} pixels)")
-        if "MOSAIC" in (reader.GetMetaData("0008|0008") if reader.HasMetaDataKey("0008|0008") else "").split("\\"):
+        kind = reader.GetMetaData("0008|0008").strip() if reader.HasMetaDataKey("0008|0008") else ""
+        if "MOSAIC" in kind.split("\\"):
             raise VfmError(f"{path} is a Siemens mosaic (slices as tiles of one picture), expected one picture; "
                            "convert the series to NIfTI with dcm2niix and read it as volumes.")
         image = reader.Execute()

@@ -188,7 +188,13 @@ def sheet_of(
     return sheets[0]
 
 # %% ../../nbs/182_table_layouts.ipynb #cea10744
-def is_image(cell: str) -> bool: return split_address(cell)[0].name.lower().endswith(SUFFIXES + ENDINGS)
+def is_image(
+    cell: str,
+    folder: Path,  # that paths are relative to
+) -> bool:
+    "Whether a cell looks like the path of an image: a file by its ending, a folder that exists."
+    if split_address(cell)[0].name.lower().endswith(SUFFIXES + ENDINGS): return True
+    return bool(cell) and (folder/cell).is_dir()
 
 # %% ../../nbs/182_table_layouts.ipynb #28edd73f
 def table_columns(
@@ -206,7 +212,7 @@ def table_columns(
     kept = lambda n: n in TABLE_KEPT or n.startswith(PREFIXES)
     sequences = tuple(n for n in out[0] if not kept(n))
     if not sequences:
-        images = [h for h in have if is_image(rows[0][h]) and h not in given.values()
+        images = [h for h in have if is_image(rows[0][h], path.parent) and h not in given.values()
             and not re.match("(?i)mask_|label$|zones$", h)]
         if not images:
             raise VfmError(f"{path} has no column of images; expected at least one whose cells are paths (it has "

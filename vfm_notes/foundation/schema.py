@@ -6,8 +6,9 @@
 __all__ = ['Name', 'WeightsName', 'StartName', 'Line', 'Word', 'Options', 'Share', 'Count', 'Seed', 'Epochs', 'Wait', 'BatchSize',
            'Rate', 'Decay', 'Average', 'Voxels', 'Positive', 'Millimetres', 'Size', 'Spacing', 'Schedule', 'Precision',
            'Kept', 'BadCases', 'Split', 'Window', 'check_text', 'check_line', 'check_start', 'check_distinct',
-           'check_window', 'bounds', 'in_words', 'of', 'allowed', 'check_plain', 'refuse', 'many', 'convert',
-           'field_types', 'converted', 'allowed_of', 'bounds_of', 'from_values', 'argument_types', 'check_options']
+           'check_window', 'bounds', 'in_words', 'either', 'at_least_one', 'of', 'allowed', 'check_plain', 'refuse',
+           'many', 'convert', 'field_types', 'converted', 'allowed_of', 'bounds_of', 'from_values', 'argument_types',
+           'check_options']
 
 # %% ../../nbs/026_schema.ipynb #d03534b2
 import inspect
@@ -33,14 +34,16 @@ def check_text(
     if bad := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", text):
         raise VfmError(f"{what} holds the character {bad[0]!r}, which no text has; delete it.")
 
+# %% ../../nbs/026_schema.ipynb #b44a57d7
 def check_line(
     text,  # numbers pass
     what: str,  # the field
 ) -> None:
     "Refuse more than one line."
-    if isinstance(text, str) and ("\n" in text or "\r" in text): raise VfmError(f"{what} is {shown(text)}, expected one line of text.")
+    if isinstance(text, str) and ("\n" in text or "\r" in text):
+        raise VfmError(f"{what} is {shown(text)}, expected one line of text.")
 
-# %% ../../nbs/026_schema.ipynb #7ff01476
+# %% ../../nbs/026_schema.ipynb #40fc7b75
 def check_start(
     name: str,  # architecture.weights, or "" for random ones
     what: str,  # the field
@@ -48,6 +51,7 @@ def check_start(
     "Check the name of weights that a training begins with."
     if name: check_weights_name(name, what)
 
+# %% ../../nbs/026_schema.ipynb #00ccc940
 def check_distinct(
     values,  # a list or tuple
     what: str,  # the field
@@ -76,45 +80,58 @@ Average = Annotated[float, Meta(ge=0, lt=1)]
 Voxels = Annotated[int, Meta(ge=1, le=4096)]
 Positive = Annotated[float, Meta(gt=0, le=1000)]
 Millimetres = Annotated[float, Meta(ge=0.05, le=50)]
-Size = Annotated[tuple[Voxels, Voxels, Voxels], Meta(description="three whole numbers of voxels [d, h, w], each from 1 to 4096")]
-Spacing = Annotated[tuple[Millimetres, Millimetres, Millimetres], Meta(description="three numbers of mm [d, h, w], each from 0.05 to 50")]
+Size = Annotated[tuple[Voxels, Voxels, Voxels],
+                 Meta(description="three whole numbers of voxels [d, h, w], each from 1 to 4096")]
+Spacing = Annotated[tuple[Millimetres, Millimetres, Millimetres],
+                    Meta(description="three numbers of mm [d, h, w], each from 0.05 to 50")]
 Schedule, Precision = Literal["cosine", "constant"], Literal["no", "bf16", "fp16"]
-Kept, BadCases, Split = Literal["last", "best"], Literal["refuse", "exclude"], Literal["pretrain", "train", "val", "test"]
+Kept, BadCases = Literal["last", "best"], Literal["refuse", "exclude"]
+Split = Literal["pretrain", "train", "val", "test"]
 
+# %% ../../nbs/026_schema.ipynb #5403b068
 def check_window(window: tuple, what: str) -> None:
     "A window has three sides or none."
-    if len(window) not in (0, 3): raise VfmError(f"{what} is {shown(list(window))}, expected three whole numbers [d, h, w], or [] for none.")
+    if len(window) not in (0, 3):
+        raise VfmError(f"{what} is {shown(list(window))}, expected three whole numbers [d, h, w], or [] for none.")
 
-Window = Annotated[tuple[Voxels, ...], Meta(description="three whole numbers of voxels [d, h, w], or [] for none"), check_window]
+Window = Annotated[tuple[Voxels, ...], check_window,
+                   Meta(description="three whole numbers of voxels [d, h, w], or [] for none")]
 
 # %% ../../nbs/026_schema.ipynb #b3b794a0
 def bounds(info) -> str:  # info: of a number, from msgspec.inspect
     "The range of a number in words."
     if info.ge is None and info.gt is None: return ""
     low = f"from {info.ge:g}" if info.ge is not None else f"above {info.gt:g}"
-    if info.le is not None: return f" {low}{' to' if info.ge is not None else ', at most'} {info.le if isinstance(info.le, int) else f'{info.le:g}'}"
+    if info.le is not None:
+        return (f" {low}{' to' if info.ge is not None else ', at most'} "
+                f"{info.le if isinstance(info.le, int) else f'{info.le:g}'}")
     return f" {low}" + (f" to below {info.lt:g}" if info.lt is not None else "")
 
+# %% ../../nbs/026_schema.ipynb #94df8607
 def in_words(info) -> str:  # info: from msgspec.inspect
     "What a type allows."
     kinds = msgspec.inspect
     match info:
-        case kinds.Metadata() if "description" in (info.extra_json_schema or {}): return info.extra_json_schema["description"]
+        case kinds.Metadata(extra_json_schema={"description": words}): return words
         case kinds.Metadata(): return in_words(info.type)
         case kinds.IntType(): return f"a whole number{bounds(info)}"
         case kinds.FloatType(): return f"a number{bounds(info)}"
         case kinds.BoolType(): return "true or false"
         case kinds.StrType(): return "text"
         case kinds.NoneType(): return "nothing"
-        case kinds.LiteralType(): return " or ".join(filter(None, (", ".join(map(str, sorted(info.values)[:-1])), str(sorted(info.values)[-1]))))
+        case kinds.LiteralType(): return either(sorted(map(str, info.values)))
         case kinds.UnionType(): return " or ".join(map(in_words, info.types))
         case kinds.TupleType(): return f"{len(info.item_types)} values, each {in_words(info.item_types[0])}"
-        case kinds.ListType() | kinds.VarTupleType(): return f"{'a list' if not info.min_length else 'a list with at least one entry'}{of(info.item_type)}"
-        case kinds.DictType(): return "a mapping" if not info.min_length else "a mapping with at least one entry"
+        case kinds.ListType() | kinds.VarTupleType(): return f"a list{at_least_one(info)}{of(info.item_type)}"
+        case kinds.DictType(): return f"a mapping{at_least_one(info)}"
     return "a value"
 
+# %% ../../nbs/026_schema.ipynb #a20d9a3c
+def either(words: list[str]) -> str: return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def at_least_one(info) -> str: return " with at least one entry" if info.min_length else ""
 def of(info) -> str: return "" if isinstance(info, msgspec.inspect.AnyType) else f", each entry {in_words(info)}"
 
+# %% ../../nbs/026_schema.ipynb #859f2d53
 @lru_cache(maxsize=None)
 def allowed(
     kind,  # a type, Annotated or not
@@ -132,7 +149,8 @@ def check_plain(
         case None | bool(): return
         case str(): check_text(value, what)
         case int():
-            if abs(value) > 2**63 - 1: raise VfmError(f"{what} is {shown(value)}, expected a number of at most 19 digits.")
+            if abs(value) > 2**63 - 1:
+                raise VfmError(f"{what} is {shown(value)}, expected a number of at most 19 digits.")
         case float():
             if not math.isfinite(value): raise VfmError(f"{what} is {value}, expected a finite number.")
         case list() | tuple():
@@ -150,8 +168,11 @@ def refuse(value, kind, what: str) -> None:
     guess = nearest(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
     raise VfmError(f"{what} is {shown(value)}, expected {allowed(kind)}.{guess}")
 
-def many(kind) -> bool: return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)  # of one type
+# %% ../../nbs/026_schema.ipynb #5b055459
+def many(kind) -> bool:
+    return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)  # of one type
 
+# %% ../../nbs/026_schema.ipynb #f2d50708
 def convert(
     value,  # from outside: YAML, JSON, Python
     kind,  # the type of the field
@@ -161,7 +182,8 @@ def convert(
     annotated = get_origin(kind) is Annotated
     base, more = (kind.__origin__, kind.__metadata__) if annotated else (kind, ())
     if is_dataclass(base): return base(**converted(base, vars(value) if isinstance(value, base) else value, what))
-    if many(base) and isinstance(value, (list, tuple)): value = [convert(v, get_args(base)[0], f"{what}[{i}]") for i, v in enumerate(value)]
+    if many(base) and isinstance(value, (list, tuple)):
+        value = [convert(v, get_args(base)[0], f"{what}[{i}]") for i, v in enumerate(value)]
     if get_origin(base) is dict and isinstance(value, dict):
         key, item = get_args(base)
         value = {convert(k, key, f"a key of {what}"): convert(v, item, f"{what}.{k}") for k, v in value.items()}
@@ -174,9 +196,10 @@ def convert(
 
 # %% ../../nbs/026_schema.ipynb #ae65fcd9
 @lru_cache(maxsize=None)
-def field_types(cls: type) -> dict[str, Any]: return get_type_hints(cls, include_extras=True)  # of a dataclass, by field
+def field_types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)  # of a dataclass, by field
 
-# %% ../../nbs/026_schema.ipynb #a69e6cc5
+# %% ../../nbs/026_schema.ipynb #5d2d8f3a
 def converted(
     cls: type,  # a dataclass
     values: dict,  # field → value, from outside
@@ -184,14 +207,21 @@ def converted(
 ) -> dict:  # field → value, of the field's type
     "The fields of a dataclass; an unknown or missing one is an error, too."
     inside, dot = (f" of {what}", f"{what}.") if what else ("", "")
-    if not isinstance(values, dict): raise VfmError(f"{what or 'the content'} is {shown(values)}, expected a mapping of fields, e.g. {fields(cls)[0].name}: value.")
+    if not isinstance(values, dict):
+        raise VfmError(f"{what or 'the content'} is {shown(values)}, expected a mapping of fields, e.g. "
+                       f"{fields(cls)[0].name}: value.")
     known = [f.name for f in fields(cls)]
     for key in values:
-        if key not in known: raise VfmError(f"unknown key {shown(key)}{inside}.{nearest(key, known)} Known: {', '.join(known)}.")
-    absent = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING and f.default_factory is MISSING]
-    if absent: raise VfmError(f"{' and '.join(dot + a for a in absent)} {'is' if len(absent) == 1 else 'are'} missing; expected {allowed_of(cls, absent[0])}.")
+        if key not in known:
+            raise VfmError(f"unknown key {shown(key)}{inside}.{nearest(key, known)} Known: {', '.join(known)}.")
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    absent = [n for n in needed if n not in values]
+    if absent:
+        raise VfmError(f"{' and '.join(dot + a for a in absent)} {'is' if len(absent) == 1 else 'are'} missing; "
+                       f"expected {allowed_of(cls, absent[0])}.")
     return {k: convert(v, field_types(cls)[k], dot + k) for k, v in values.items()}
 
+# %% ../../nbs/026_schema.ipynb #2602d07d
 def allowed_of(
     cls: type,  # a dataclass
     name: str,  # one of its fields
@@ -200,7 +230,7 @@ def allowed_of(
     kind = field_types(cls)[name]
     return "a mapping of fields" if is_dataclass(kind) else allowed(kind)
 
-# %% ../../nbs/026_schema.ipynb #41405a65
+# %% ../../nbs/026_schema.ipynb #c13f0163
 def bounds_of(
     cls: type,  # a dataclass
     name: str,  # of a field that holds a number
@@ -209,6 +239,7 @@ def bounds_of(
     info = msgspec.inspect.type_info(field_types(cls)[name])
     return {"min": info.ge, "max": info.le}
 
+# %% ../../nbs/026_schema.ipynb #901227b0
 def from_values(
     cls: type,  # a dataclass
     values: dict,  # field name → value
@@ -229,6 +260,7 @@ def argument_types(
     given = [p for p in list(inspect.signature(function).parameters.values())[skip:] if p.kind is not p.VAR_KEYWORD]
     return {p.name: hints.get(p.name, Any) for p in given}
 
+# %% ../../nbs/026_schema.ipynb #bcb0ab05
 def check_options(
     options: dict,  # option → value
     known: dict[str, Any],  # option → type
@@ -236,5 +268,7 @@ def check_options(
 ) -> None:
     "Raise on an option that nobody takes, or on a value that its type does not allow."
     for key, value in options.items():
-        if key not in known: raise VfmError(f"{owner[0].upper()}{owner[1:]} has no option '{key}'.{nearest(key, known)} Known: {', '.join(known) or 'none'}.")
+        if key not in known:
+            raise VfmError(f"{owner[0].upper()}{owner[1:]} has no option '{key}'.{nearest(key, known)} Known: "
+                           f"{', '.join(known) or 'none'}.")
         convert(value, known[key], f"option '{key}' of {owner}")

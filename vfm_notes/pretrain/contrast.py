@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'tile_shares', 'find_pairs', 'Projection', 'FixedProjection', 'pair_loss', 'dice_ce', 'TileContrast',
-           'likeness', 'check_classes', 'PatchContrast']
+           'likeness', 'check_labels', 'PatchContrast']
 
 # %% ../../nbs/41_contrast.ipynb #f3fbb532
 import numpy as np
@@ -138,23 +138,17 @@ def likeness(
     anchor = reduce(tokens * weight, "b e d h w -> b e 1 1 1", "sum")
     return rearrange(F.cosine_similarity(tokens, anchor, dim=1), "b d h w -> b 1 d h w")
 
-# %% ../../nbs/41_contrast.ipynb #965dd377
-def check_classes(
+# %% ../../nbs/41_contrast.ipynb #31575adc
+def check_labels(
     card, # of a cohort
-    weights: int, # classes that have a weight
-    anchor_class: int, # the smallest class that makes an anchor
+    weights: int, # how many class weights there are
+    anchor: int, # the smallest class that makes an anchor
 ) -> None:
-    "Raise where a cohort has no labels, more classes than weights, or no class that makes an anchor."
-    classes, name = card.classes, card.name
-    listed = ", ".join(classes)
-    if len(classes) < 2:
-        raise VfmError(f"patch_contrast is guided by labels and cohort '{name}' has none; choose an objective without, e.g. nt_xent.")
-    if len(classes) > weights:
-        raise VfmError(f"patch_contrast: cohort '{name}' has {len(classes)} classes ({listed}), but class_weights has {weights} entries; "
-                       "give one per class.")
-    if anchor_class >= len(classes):
-        raise VfmError(f"patch_contrast: anchor_class is {anchor_class}, but the classes of cohort '{name}' are 0 to {len(classes) - 1} "
-                       f"({listed}), so nothing is an anchor; set options: {{anchor_class: {len(classes) - 1}}}.")
+    "Raise where a cohort has no labels, more classes than weights, or no class for anchors."
+    classes, told = card.classes, f"patch_contrast: cohort '{card.name}' has {len(card.classes)} classes ({', '.join(card.classes)})"
+    if len(classes) < 2: raise VfmError(f"patch_contrast is guided by labels and cohort '{card.name}' has none; choose an objective without, e.g. nt_xent.")
+    if len(classes) > weights: raise VfmError(f"{told}, but class_weights has {weights} entries; give one per class.")
+    if anchor >= len(classes): raise VfmError(f"{told}, but anchor_class is {anchor}, so nothing is an anchor; set options: {{anchor_class: {len(classes) - 1}}}.")
 
 # %% ../../nbs/41_contrast.ipynb #965dd376
 @objectives("patch_contrast", title="label-guided patch contrast", family="contrast", source="ProViCNet, arXiv 2502.00366", labels=True, shows="neighbours", recipe=dict(epochs=30, batch_size=8, lr=1e-3),
@@ -178,10 +172,11 @@ class PatchContrast(nn.Module):
         if self.tiles.anchor_class >= len(class_weights):
             raise VfmError(f"patch_contrast: anchor_class is {self.tiles.anchor_class}, but class_weights has {len(class_weights)} entries, one per class.")
 
-    def fits(self, size: tuple[int, int, int], card) -> None: # size: of the volumes (d, h, w); card: of their cohort
-        check_classes(card, len(self.class_weights), self.tiles.anchor_class)
+    def fits(self, size: tuple[int, int, int], card) -> None: check_labels(card, len(self.class_weights), self.tiles.anchor_class)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+    def loss(self,
+             batch: dict[str, Tensor], # "volumes" b c d h w and "labels" b d h w
+            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
         if "labels" not in batch: raise VfmError("patch_contrast is guided by labels and the batch has none; choose a cohort with labels or an objective without, e.g. nt_xent.")
         x, labels = batch["volumes"], batch["labels"]
         if labels.max() >= len(self.class_weights):

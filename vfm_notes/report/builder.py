@@ -20,8 +20,8 @@ from ..foundation.schema import bounds_of
 from ..foundation.spec import Budget, StudySpec, study_from
 from ..foundation.yaml_file import dump_yaml, parse_yaml, read_yaml
 from .widgets import FLOW, Shown, escaped
-from ..runs.batch import conflicts
 from ..runs.grid import plan
+from ..runs.preflight import conflicts
 from ..runs.record import read_records
 from ..runs.estimate import speeds, time_left
 from ..runs.watch import Look

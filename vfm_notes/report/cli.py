@@ -88,14 +88,15 @@ def run(
 def print_summary(summary) -> None:
     "The last lines of `vfm run`."
     from vfm_notes.runs.watch import duration
+    total = summary.done + len(summary.failed) + len(summary.missing) + len(summary.skipped)  # a skipped notebook is one run
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
     for line in failures(summary): print(line)
     if summary.missing: print(f"missing {len(summary.missing)} runs (what they need failed, their job was cancelled, or the time was over): {', '.join(summary.missing[:3])}{' ...' * (len(summary.missing) > 3)}")
     if summary.stopped: print(f"vfm: {summary.stopped}", file=sys.stderr)
     for template, n in summary.stale.items(): print(f"note: {n} records were made by another version of {template}")
-    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {summary.total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
-    elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {summary.total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
-    else: print(f"Study {summary.study}: {summary.done} of {summary.total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
+    if summary.failed or summary.problems: print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed{f', {len(summary.problems)} more notebooks stopped' if summary.problems else ''}. To try again: vfm run {summary.study} --retry-failed")
+    elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
+    else: print(f"Study {summary.study}: {summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
 
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table tells the rest
     "What failed, one line each, not too many."
@@ -110,9 +111,10 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
               executor: str = "local", profile: Path | None = None) -> None:
     "The plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
-    from vfm_notes.runs.batch import conflicts, to_do
+    from vfm_notes.runs.batch import to_do
     from vfm_notes.runs.estimate import speeds, time_left
     from vfm_notes.runs.grid import check_templates, plan, shard
+    from vfm_notes.runs.preflight import conflicts
     from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.states import count_states
     from vfm_notes.runs.watch import look_at
@@ -312,7 +314,8 @@ def weights_fetch(name: Annotated[str, typer.Argument(help="Registered weights, 
 # %% ../../nbs/99_cli.ipynb #893d9b0a
 @weights_app.command("check")
 def weights_check(
-    source: Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="Registered weights, or a .pth, .safetensors or .onnx file.")],
+    source: Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="Registered weights, or a .pth, .safetensors or "
+        ".onnx file; FILE#PLACE for one of several networks in it.")],
     arch: Annotated[str, typer.Option(help="Architecture that the file is for, or ARCHITECTURE.WEIGHTS for the layout of that card; default: the most similar one.")] = "",
     channels: Annotated[int | None, typer.Option(min=1, help="Input sequences; default: as published.")] = None,
     accept: Accept = None,
@@ -321,7 +324,7 @@ def weights_check(
     import vfm_notes.tune.catalog
     from vfm_notes.backbones.keys import check_file, refuse
     from vfm_notes.backbones.plan import carried_file, plan_lines, read_planned
-    path = Path(source) if Path(source).is_file() else carried_file(source)
+    path = Path(source) if Path(source).is_file() else None if "#" in source else carried_file(source)
     _, plan = read_planned(path) if path and path.suffix == ".safetensors" else (None, None)
     for title, said in (plan_lines(plan) if plan else {}).items(): print(f"{title:24} {said}")
     report, state, share = check_file(source, arch, channels, accept or ())

@@ -139,7 +139,7 @@ def check_study(
     spec: StudySpec,
 ) -> Iterator[Check]:
     "Look at everything that a study needs, as `vfm run` would."
-    from vfm_notes.runs.batch import conflicts
+    from vfm_notes.runs.preflight import conflicts
     from vfm_notes.runs.grid import plan
     from vfm_notes.tune.catalog import weights_problems
     found = dict.fromkeys([*conflicts(spec, plan(spec)), *weights_problems(spec)])

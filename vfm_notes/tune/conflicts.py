@@ -25,9 +25,10 @@ from ..foundation.registry import VfmError, backbones, objectives, strategies, t
 from ..foundation.spec import PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from ..pretrain.card import check_objective
+from ..pretrain.card import check_objective
 from .case_task import CaseTask
 from .catalog import name_checks
-from .strategy import apply_strategy, strategy_options
+from .strategy import apply_strategy
 from .task import build_task, task_kind
 
 # %% ../../nbs/695_conflicts.ipynb #cec60b2e
@@ -40,6 +41,7 @@ def said_by(
     except VfmError as error: return [f"{where}{error}"]
     return []
 
+# %% ../../nbs/695_conflicts.ipynb #b86f4c96
 def fields_of(values) -> str: return f"[{', '.join(f'{v:g}' for v in values)}]"  # as YAML has them
 
 # %% ../../nbs/695_conflicts.ipynb #843881a3
@@ -51,16 +53,20 @@ def empty_network(
     "A backbone that has shapes only."
     return skeleton(architecture, channels).to("meta").eval()
 
+# %% ../../nbs/695_conflicts.ipynb #36965d76
 def empty_model(
     spec: RunSpec,
     card: CohortCard,
 ) -> Network:  # on the meta device, its own to change
     "Backbone and head of a run."
     backbone = skeleton(architecture(spec), len(card.sequences)).to("meta")
-    with torch.device("meta"): return Network(backbone, build_task(spec.task, card, dict(spec.options)).head(backbone, len(card.sequences)))
+    with torch.device("meta"):
+        return Network(backbone, build_task(spec.task, card, dict(spec.options)).head(backbone, len(card.sequences)))
 
+# %% ../../nbs/695_conflicts.ipynb #48c85791
 def architecture(spec: Spec) -> str: return spec.backbone.partition(".")[0]  # of its backbone
 
+# %% ../../nbs/695_conflicts.ipynb #09610829
 def registered(
     spec: Spec,
 ) -> bool:
@@ -83,6 +89,7 @@ def cohort_facts(
     homes = [split for _, split in deal(plan, {})]
     return plan.card, {s: homes.count(s) for s in SPLITS}
 
+# %% ../../nbs/695_conflicts.ipynb #b852a20e
 def case_conflicts(
     study: StudySpec,
     specs: list[Spec],
@@ -91,11 +98,18 @@ def case_conflicts(
     "Cases that a study needs and its splits do not have."
     runs, made = [s for s in specs if s.kind == "transfer"], [s for s in specs if s.kind == "pretrain"]
     for split in ("train", "val", "test"):
-        if runs and not there.get(split): yield f"split '{split}' of cohort '{study.cohort}' has no cases, and every fine-tuning needs some: set cases.{split} to 1 or more."
+        if runs and not there.get(split):
+            yield (f"split '{split}' of cohort '{study.cohort}' has no cases, and every fine-tuning needs some: set "
+                   f"cases.{split} to 1 or more.")
     for n in sorted({s.n_train for s in runs}):
-        if n > there.get("train", 0) > 0: yield f"n_train is {n}, and split 'train' of cohort '{study.cohort}' has {there['train']} cases: write n_train: [{there['train']}] or add cases."
+        if n > there.get("train", 0) > 0:
+            yield (f"n_train is {n}, and split 'train' of cohort '{study.cohort}' has {there['train']} cases: write "
+                   f"n_train: [{there['train']}] or add cases.")
     for s in made:
-        if there.get("pretrain", 0) < s.batch_size: yield f"pretraining '{s.backbone}' takes batches of {s.batch_size}, and split 'pretrain' of cohort '{study.cohort}' has {there.get('pretrain', 0)} cases: set cases.pretrain to {s.batch_size} or more, or lower batch_size."
+        if there.get("pretrain", 0) < s.batch_size:
+            yield (f"pretraining '{s.backbone}' takes batches of {s.batch_size}, and split 'pretrain' of cohort "
+                   f"'{study.cohort}' has {there.get('pretrain', 0)} cases: set cases.pretrain to {s.batch_size} or "
+                   f"more, or lower batch_size.")
 
 # %% ../../nbs/695_conflicts.ipynb #429c7b77
 def seen_size(
@@ -105,6 +119,7 @@ def seen_size(
     window = getattr(spec, "window", ())
     return tuple(min(w, s) for w, s in zip(window, spec.size)) if window else tuple(spec.size)
 
+# %% ../../nbs/695_conflicts.ipynb #2eb8800b
 def next_size(
     size: tuple,  # voxels, d h w
     nets: list[Backbone],
@@ -113,56 +128,76 @@ def next_size(
     cells = [math.lcm(*(n.strides[-1][axis] for n in nets if not n.ragged)) for axis in range(3)]
     return tuple(-(-s // c) * c for s, c in zip(size, cells))
 
+# %% ../../nbs/695_conflicts.ipynb #dde6fd50
 def size_conflicts(
     specs: list[Spec],
     card: CohortCard,
 ) -> Iterator[str]:
     "Sizes that networks do not take."
     nets = {architecture(s): empty_network(architecture(s), len(card.sequences)) for s in specs}
-    for name, size, windowed in dict.fromkeys((architecture(s), seen_size(s), bool(getattr(s, "window", ()))) for s in specs):
+    given = dict.fromkeys((architecture(s), seen_size(s), bool(getattr(s, "window", ()))) for s in specs)
+    for name, size, windowed in given:
         net, field = nets[name], "window" if windowed else "size"
         fits = next_size(size, list(nets.values()))
         if not net.ragged and any(s % t for s, t in zip(size, net.strides[-1])):
-            yield f"{field} {fields_of(size)} does not suit backbone '{name}', whose coarsest cell has {' x '.join(map(str, net.strides[-1]))} voxels (d, h, w): write {field}: {fields_of(fits)}."
+            yield (f"{field} {fields_of(size)} does not suit backbone '{name}', whose coarsest cell has "
+                   f"{' x '.join(map(str, net.strides[-1]))} voxels (d, h, w): write {field}: {fields_of(fits)}.")
         else: yield from said_by(lambda: read_empty(net, size), f"{field} {fields_of(size)}: ")
 
+# %% ../../nbs/695_conflicts.ipynb #b0e5dba2
 def read_empty(net: Backbone, size: tuple) -> None:
     "Let a network read a volume without numbers."
     x = torch.empty(1, net.in_channels, *size, device="meta")
     try: net.pyramid(x)
     except VfmError: raise
-    except (RuntimeError, ValueError) as error: raise VfmError(f"backbone '{net.name}' cannot read such volumes ({str(error).splitlines()[0]}); choose a larger size.") from None
+    except (RuntimeError, ValueError) as error:
+        raise VfmError(f"backbone '{net.name}' cannot read such volumes ({str(error).splitlines()[0]}); choose a "
+                       f"larger size.") from None
 
+# %% ../../nbs/695_conflicts.ipynb #fd5fa15c
 def window_conflicts(
     specs: list[RunSpec],
     card: CohortCard,
 ) -> Iterator[str]:
     "Windows for tasks that answer once for a whole case."
-    for task, options, size, window in {s.task: (s.task, s.options, s.size, s.window) for s in specs if s.window}.values():
-        if any(w > s for w, s in zip(window, size)): yield f"window {fields_of(window)} is larger than size {fields_of(size)}: write window: {fields_of(map(min, window, size))}."
+    given = {s.task: (s.task, s.options, s.size, s.window) for s in specs if s.window}
+    for task, options, size, window in given.values():
+        if any(w > s for w, s in zip(window, size)):
+            yield (f"window {fields_of(window)} is larger than size {fields_of(size)}: write window: "
+                   f"{fields_of(map(min, window, size))}.")
         if issubclass(tasks[task_kind(task, options)], CaseTask) and any(w < s for w, s in zip(window, size)):
-            yield f"task '{task}' answers once for a whole case, so it cannot be trained on windows {fields_of(window)}: leave out the task, or window."
+            yield (f"task '{task}' answers once for a whole case, so it cannot be trained on windows "
+                   f"{fields_of(window)}: leave out the task, or window.")
 
 # %% ../../nbs/695_conflicts.ipynb #27dec349
 def task_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
     "Options that a task does not take, or a cohort that it cannot learn from."
-    for task, options in {s.task: (s.task, s.options) for s in specs}.values(): yield from said_by(lambda: build_task(task, card, dict(options)))
+    for task, options in {s.task: (s.task, s.options) for s in specs}.values():
+        yield from said_by(lambda: build_task(task, card, dict(options)))
 
+# %% ../../nbs/695_conflicts.ipynb #f1fd495b
 def objective_conflicts(specs: list[PretrainSpec], card: CohortCard) -> Iterator[str]:
     "What an objective demands of network, volumes, labels and batches."
     for s in specs:
+        if said_by(lambda: check_objective(s.objective, s.options)): continue  # told with the names
         if said_by(lambda: check_objective(s.objective, s.options)): continue  # `name_checks` says so
         yield from said_by(lambda: check_pretraining(s, card), f"pretraining '{s.backbone}': ")
 
+# %% ../../nbs/695_conflicts.ipynb #222fe890
 def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
     "Build an objective without numbers and ask whether the volumes fit."
     whole = getattr(objectives[spec.objective], "whole_batches", False)
-    if whole and spec.accumulate > 1: raise VfmError(f"objective '{spec.objective}' compares the cases of a batch, so it cannot be cut: set accumulate: 1.")
-    if whole and spec.batch_size < 2: raise VfmError(f"objective '{spec.objective}' compares the cases of a batch: set batch_size to 2 or more.")
-    with torch.device("meta"): objective = objectives[spec.objective](empty_network(architecture(spec), len(card.sequences)), **spec.options)
+    if whole and spec.accumulate > 1:
+        raise VfmError(f"objective '{spec.objective}' compares the cases of a batch, so it cannot be cut: set "
+                       f"accumulate: 1.")
+    if whole and spec.batch_size < 2:
+        raise VfmError(f"objective '{spec.objective}' compares the cases of a batch: set batch_size to 2 or more.")
+    net = empty_network(architecture(spec), len(card.sequences))
+    with torch.device("meta"): objective = objectives[spec.objective](net, **spec.options)
     fits = getattr(objective, "fits", None)
     if fits and not any(size_conflicts([spec], card)): fits(tuple(spec.size), card)
 
+# %% ../../nbs/695_conflicts.ipynb #4b575f3a
 def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
     "Strategies that find nothing to train in a network, or whose head does not suit a task."
     buildable = [s for s in specs if not said_by(lambda: build_task(s.task, card, dict(s.options)))]
@@ -170,7 +205,7 @@ def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
     one_network = {(s.strategy, s.task): s for s in reversed(buildable)}
     for s in dict.fromkeys(id(s) for s in [*one_task.values(), *one_network.values()]):
         spec = next(x for x in buildable if id(x) == s)
-        yield from said_by(lambda: (strategy_options(spec.strategy), apply_strategy(spec.strategy, empty_model(spec, card))))
+        yield from said_by(lambda: apply_strategy(spec.strategy, empty_model(spec, card)))
 
 # %% ../../nbs/695_conflicts.ipynb #a9c985d2
 def conflicts(
@@ -183,6 +218,6 @@ def conflicts(
     runs, made = [s for s in specs if s.kind == "transfer"], [s for s in specs if s.kind == "pretrain"]
     try: card, there = cohort_facts(study.cohort, study.size, study.spacing, tuple(study.cases.items()))
     except VfmError as error: return list(dict.fromkeys([*found, str(error)]))
-    for some in (case_conflicts(study, specs, there), size_conflicts(specs, card), window_conflicts(runs, card), task_conflicts(runs, card),
-                 objective_conflicts(made, card), strategy_conflicts(runs, card)): found += some
+    for some in (case_conflicts(study, specs, there), size_conflicts(specs, card), window_conflicts(runs, card),
+                 task_conflicts(runs, card), objective_conflicts(made, card), strategy_conflicts(runs, card)): found += some
     return list(dict.fromkeys(found))
