@@ -1,4 +1,4 @@
-"""The files beside the pages: every one has an entry, is the one that was recorded, and a small part comes out again."""
+"""Files beside the pages: each has an entry, is the one that was recorded, and a small part comes out again."""
 
 import json
 import re
@@ -157,4 +157,5 @@ def test_a_page_is_photographed_alike(tmp_path):
 def test_what_was_copied_by_hand_says_from_where():
     paper = json.loads((ev.KEPT / "published_gains.json").read_text(encoding="utf-8"))
     assert re.search(r"arXiv \d{4}\.\d{5}", paper["source"]) and "measured in the figure" in paper["how"]
-    assert all(set(r) == {"model", "head", "gain", "data", "ours"} and r["model"] and abs(r["gain"]) < 100 for r in paper["rows"])
+    fields = {"model", "head", "gain", "data", "ours"}
+    assert all(set(r) == fields and r["model"] and abs(r["gain"]) < 100 for r in paper["rows"])

@@ -1,4 +1,4 @@
-"""Numbers and pictures that lie beside the pages: what each is, which command makes it, and from which code and data it came.
+"""Numbers and pictures that lie beside the pages: what each is, which command makes it, from which code and data.
 
     make evidence                       list all
     make evidence NAME=as_released      make one anew, from a tree without changes
@@ -76,7 +76,8 @@ def imported(name: str) -> set[str]:
     for node in ast.walk(ast.parse(module_file(name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
-            base = ".".join([*parts[: len(parts) - node.level], *filter(None, [node.module])]) if node.level else node.module
+            above = parts[: len(parts) - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
             found |= {base} | {f"{base}.{a.name}" for a in node.names}
     return {n for n in found if n.split(".")[0] == "vfm_notes" and module_file(n)}
 
@@ -213,8 +214,8 @@ def picture(path: Path, page: Path | None = None) -> None:
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --hide-scrollbars"
     shot = [f"--screenshot={path}", "--window-size=1300,1500", "--virtual-time-budget=15000"]
     with_home = os.environ | {"HOME": str(path.parent)}
-    address = (page or overview_page()).resolve().as_uri()
-    subprocess.run([browser(), *flags.split(), *shot, address], env=with_home, check=True, capture_output=True, timeout=120)
+    words = [browser(), *flags.split(), *shot, (page or overview_page()).resolve().as_uri()]
+    subprocess.run(words, env=with_home, check=True, capture_output=True, timeout=120)
 
 
 # ---- data
@@ -246,7 +247,8 @@ def real_data(*more: str) -> str | None:
 def weights_data() -> str:
     from vfm_notes.backbones.weights import converted_file
 
-    return hashlib.sha256(f"{files_hash(map(converted_file, WHEELS))}{real_data('breastmnist_28')}".encode()).hexdigest()
+    weights, cases = files_hash(map(converted_file, WHEELS)), real_data("breastmnist_28")
+    return hashlib.sha256(f"{weights}{cases}".encode()).hexdigest()
 
 
 def study_data() -> str | None:
@@ -305,9 +307,11 @@ def state(entry: Entry, kept: dict) -> str:
     if not kept: return "no record of its making"
     if kept["sha256"] != file_hash(KEPT / entry.file): return "the file is not the one that was recorded"
     if not entry.make: return f"copied by hand, {kept['date']}"
-    code = "unknown" if kept["code"] == "unknown" else "unchanged" if kept["code"] == code_hash(entry.code) else "changed"
+    code = kept["code"]
+    if code != "unknown": code = "unchanged" if code == code_hash(entry.code) else "changed"
     commit, _, changed = (kept["commit"] or "").partition("-")
-    of = f"commit {commit[:8]}{' with changes that were not committed' * bool(changed)}" if commit else "an unknown commit"
+    dirty = " with changes that were not committed" * bool(changed)
+    of = f"commit {commit[:8]}{dirty}" if commit else "an unknown commit"
     return f"made at {of} on {kept['date']}, code {code}{' since' * (code != 'unknown')}"
 
 
@@ -332,12 +336,12 @@ def make(name: str) -> None:
     if absent := [f"{n} ({why})" for n in entry.needs if (why := NEEDS[n]())]:
         sys.exit(f"{entry.file} needs {'; '.join(absent)}.")
     head, code, data, begun = git("rev-parse", "HEAD"), code_hash(entry.code), entry.data(), time.monotonic()
-    made = ROOT / "build" / "evidence" / head / entry.file  # an interrupted making goes on where it was, at the same commit
+    made = ROOT / "build" / "evidence" / head / entry.file  # at the same commit an interrupted making goes on
     made.parent.mkdir(parents=True, exist_ok=True)
     entry.make(made)
     seconds = round(time.monotonic() - begun, 1)
     if git("status", "--porcelain") or git("rev-parse", "HEAD") != head:
-        sys.exit(f"The tree changed meanwhile, so {entry.file} comes from no commit and stays as it was; what was made is {made}.")
+        sys.exit(f"The tree changed meanwhile, so {entry.file} comes from no commit; what was made is left at {made}.")
     shutil.copyfile(made, KEPT / entry.file)
     shutil.rmtree(made.parent)
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
