@@ -310,15 +310,6 @@ def test_drawing_with_the_best_answer_gives_the_distribution(prediction):
     assert abs(drawn.mean() - 2) < 0.02 and abs(drawn.std() - 0.5) < 0.02
 
 
-def test_features_at_a_step():
-    torch.manual_seed(0)
-    objective, x = Diffusion(profound_toy()).eval(), torch.randn(1, 3, 4, 32, 32)
-    near, far = (objective.features_at(x, t)[-1] for t in (0, 900))
-    plain = objective.backbone.pyramid(x)[-1]
-    assert (near - plain).norm() < 0.3 * (far - plain).norm()
-    with pytest.raises(VfmError, match="step -1 is not from 0 to 999"): objective.features_at(x, -1)
-
-
 @pytest.mark.parametrize("make,match", [
     (lambda: Diffusion(provicnet_toy(), steps=1), "steps 1"), (lambda: Diffusion(provicnet_toy(), betas=(0.1, 0.01)), "betas"), (lambda: Diffusion(provicnet_toy(), look=1.0), "look is 1.0"),
     (lambda: NTXent(provicnet_toy(), temperature=-1), "temperature is -1"), (lambda: SelfDistillation(provicnet_toy(), centre_momentum=1), "centre_momentum 1"),
