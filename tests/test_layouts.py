@@ -317,16 +317,6 @@ def test_weight_norm_equals_torch():
     assert sorted(ours.state_dict()) == sorted(theirs.state_dict()) and torch.allclose(ours(x), theirs(x), atol=1e-6)
 
 
-def test_fusion_keeps_its_trained_streams_unless_told():
-    fusion, heads = fresh(vl.Fusion(24, 4, 8)), [fresh(vl.TokenHead(24, 4), i) for i in (1, 2, 3)]
-    tokens = [torch.randn(1, 24, 4, 4) for _ in range(3)]
-    with torch.no_grad():
-        before = fusion(tokens)
-        vl.borrow_streams(fusion, heads)
-        after, manual = fusion(tokens), torch.cat([h.segmentation_conv[:4](t) for h, t in zip(heads, tokens)], 1)
-        assert not torch.allclose(before, after) and torch.allclose(after, fusion.FusionSegmentation(manual))
-
-
 def test_load_weights_reports_a_sparse_file(tmp_path):
     torch.manual_seed(0)
     state = pl.sparse_state(pl.FCMAE(ConvNeXt3d(3, **SMALL), 8, 3))
