@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from test_layouts import SMALL, dense, sparse_encoder
 from vfm_notes.backbones.profound import ProFound, profound_toy
-from vfm_notes.backbones.profound_layouts import FCMAE, profound_convmae, profound_vit, sparse_state
+from profound_networks import FCMAE, sparse_state
+from vfm_notes.backbones.profound_layouts import profound_convmae, profound_vit
 from vfm_notes.backbones.provicnet import ProViCNet, provicnet_toy
 from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.registry import VfmError, backbones

@@ -283,7 +283,7 @@ ENTRIES = [
           "tests/test_evidence_files.py::test_costs_are_of_these_networks"),
     Entry("real_weights.json", "what published weights and key lists were compared with", 10,
           f"VFM_EVIDENCE=... pytest {' '.join(MEASURING)}", real_weights,
-          (*MEASURING, "tests/conftest.py", "vfm_notes.tune.catalog"),
+          (*MEASURING, *(f"tests/{n}.py" for n in ("conftest", "segmenters", "profound_networks")), "vfm_notes.tune.catalog"),
           "tests/test_evidence_files.py::test_key_reports_are_of_the_published_lists", weights_data,
           ("real prostate cases", "BreastMNIST", "weights of wheels", "onnxruntime")),
     Entry("overview.png", "the front page of the default study, for the README", 0.2,
