@@ -222,3 +222,16 @@ def test_linear_probe_of_dinov2_beats_random_weights(real_data, evidence):
     assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random) # 0.850 against 0.718
     for what, value in (("pretrained", pretrained), ("random weights", random)):
         evidence("use", f"DINOv2-S, AUC of a linear probe on BreastMNIST, {what}", value=value, n=len(data["test_labels"]), unit="test images of 28 pixels, shown at 56")
+
+
+def test_boxes_on_a_volume():
+    "A box per slice in, a mask per slice out, whatever the slice's shape; slices without a box stay empty."
+    mask = torch.zeros(3, 8, 8, dtype=torch.bool)
+    mask[1, 2:5, 3:7] = True
+    slices, boxes = segmenters.mask_boxes(mask)
+    assert slices.tolist() == [1] and boxes.tolist() == [[3, 2, 6, 4]]
+    assert segmenters.unit_range(torch.arange(1000.).reshape(10, 10, 10)).aminmax() == (0, 1)
+    torch.manual_seed(0)
+    model = promptable.LiteMedSAM(promptable.lite_medsam(3, tiny=True).encoder, 16, 64, heads=2, hidden=16).eval()
+    found = segmenters.segment_boxes(model, torch.rand(3, 20, 30), torch.tensor([1]), torch.tensor([[5, 5, 20, 15]]))
+    assert found.shape == (3, 20, 30) and not found[[0, 2]].any()
