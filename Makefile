@@ -5,13 +5,14 @@ STUDY   ?= phantom
 BIN     := .venv/bin
 READY   := .venv/.ready
 
-.PHONY: report test lab bench mutants programs readme clean help
+.PHONY: report test lab bench mutants evidence programs readme clean help
 
 help:
 	@echo "make report [STUDY=phantom|hippocampus|natural|my.yaml] [VFM_DATA=folder]   run a study and build its site"
 	@echo "make test      export check, notebook tests, pytest"
 	@echo "make lab       JupyterLab on nbs/, the tour first"
 	@echo "make bench     benchmarks, as ratios against named alternatives"
+	@echo "make evidence  what lies beside the pages, how it is made and from which commit; NAME=as_released makes one anew"
 	@echo "make mutants   small wrong changes to the library: does a test fail? (about an hour; MUTANTS='--help')"
 
 $(READY): settings.ini setup.py
@@ -49,6 +50,9 @@ bench: $(READY)
 
 mutants: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(MUTANTS)
+
+evidence: $(READY)
+	@$(BIN)/python tests/evidence/make.py $(NAME)
 
 # README.md is the front notebook's prose, word for word.
 readme:

@@ -4,7 +4,9 @@ import json
 import numpy as np
 import pandas as pd
 
-from vfm_notes.analysis.tables import cohort_value
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+from vfm_notes.analysis.tables import class_scores
 from vfm_notes.foundation.places import notebook_file, run_folder
 from vfm_notes.foundation.show import slices
 from vfm_notes.foundation.spec import StudySpec, run_id
@@ -17,6 +19,14 @@ NAMES = {"classification": ("auc", "kappa"), "segmentation": ("dice", "hd95"), "
          "distortion_correction": ("psnr", "ssim"), "translation": ("psnr", "ssim")}
 LAYERS = ("stem", "stage1", "stage2", "embed")
 TUNED = {"full": 1.0, "probe": 0.3, "decoder": 0.6, "lora rank=4": 0.8, "top k=1": 0.7}  # how much of the gain and of the distance each strategy has
+
+
+def value_of(cases, metric):
+    "A metric of one run from its cases, by scikit-learn; the last class is the positive one."
+    if metric not in ("auc", "kappa"): return float(cases.loc[cases.metric == metric, "value"].mean())
+    label, score = class_scores(cases)
+    if metric == "auc": return float(roc_auc_score(label == score.shape[1] - 1, score[:, -1]))
+    return float(cohen_kappa_score(label, score.argmax(1), labels=list(range(score.shape[1])), weights="quadratic"))
 
 
 def curves(spec, final, metric, distance, rng):
@@ -65,7 +75,7 @@ def transfer(study, spec, rng):
     factor = 1 + better * share + rng.normal(0, 0.008)
     metrics = {m: METRICS[m][0] * (factor if m != "hd95" else 2 - factor) for m in NAMES[spec.task]}
     tested = cases(spec.task, metrics, 48, rng)
-    metrics = {m: cohort_value(pd.DataFrame(tested), m) for m in metrics}  # a record's score is that of its cases
+    metrics = {m: value_of(pd.DataFrame(tested), m) for m in metrics}  # a record's score is that of its cases
     distance = {"profound": 0.06, "provicne": 0.12}.get(spec.backbone[:8], 0.1) * (share or 1.5) + 0.02 * list(PRIMARY).index(spec.task)
     d2p = [dict(layer=layer, mmd2=distance * (k + 1) / 4, mmd2_independent=distance * (k + 1) / 4, p_value=0.001, bandwidth=8.1 + k, n=48, estimator="unbiased", bandwidth_rule="median",
                 pooling="mean over voxels", standardised="by pretrained features", permutations=1000, seed=0) for k, layer in enumerate(LAYERS)]

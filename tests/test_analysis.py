@@ -14,7 +14,7 @@ from vfm_notes.analysis.convergence import convergence_table, mean_interval, rea
 from vfm_notes.analysis.crossed import association_table
 from vfm_notes.analysis.findings import findings
 from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
-from vfm_notes.analysis.tables import cohort_value, load_tables
+from vfm_notes.analysis.tables import class_scores, load_tables, positive_score
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec, run_id
@@ -76,7 +76,7 @@ def test_tables_hold_every_run_and_value(study):
     assert len(study.cases) == 25 * 20 and len(study.curves) == 25 * 12 and len(study.d2p) == 50
     assert (study.d2p.groupby("id").seed.first().reindex(study.done().id).to_numpy() == study.done().seed.to_numpy()).all()
     one = study.cases[study.cases.id == study.done().id.iloc[0]]
-    assert cohort_value(one, "dice") == pytest.approx(study.done().value.iloc[0])
+    assert one.loc[one.metric == "dice", "value"].mean() == pytest.approx(study.done().value.iloc[0])
 
 
 def test_an_empty_study_and_an_all_failed_one(runs_root):
@@ -88,15 +88,14 @@ def test_an_empty_study_and_an_all_failed_one(runs_root):
     assert t.reason.tolist() == ["no finished run"] and np.isnan(t.rpg[0])
 
 
-def test_cohort_metrics_against_sklearn():
+def test_labels_and_scores_of_a_run_in_any_order():
     r = np.random.default_rng(0)
     label, score = r.integers(0, 3, 50), r.dirichlet([1, 1, 1], 50)
     cases = class_cases(label, score).sample(frac=1, random_state=0)
-    assert cohort_value(cases, "auc") == pytest.approx(roc_auc_score(label == 2, score[:, 2]))
-    assert cohort_value(cases, "auc", 1) == pytest.approx(roc_auc_score(label >= 1, score[:, 1] + score[:, 2]))
-    assert cohort_value(cases, "kappa") == pytest.approx(cohen_kappa_score(label, score.argmax(1), weights="quadratic"))
-    assert np.isnan(cohort_value(class_cases(label * 0, score), "auc")) and np.isnan(cohort_value(class_cases(label * 0, score), "kappa"))
-    with pytest.raises(VfmError, match="label"): cohort_value(cases[cases.metric == "score_0"], "auc")
+    found, scores = class_scores(cases)
+    assert found.tolist() == label.tolist() and np.allclose(scores, score)
+    assert np.allclose(positive_score(scores), score[:, 2]) and np.allclose(positive_score(scores, 1), 1 - score[:, 0])
+    with pytest.raises(VfmError, match="label"): class_scores(cases[cases.metric == "score_0"])
 
 
 # --- gain

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vfm_notes.data.degrade import epi_correct, epi_distort, epi_field, epi_fields, kspace_downsample
+from undistorted import epi_correct
+from vfm_notes.data.degrade import epi_distort, epi_field, epi_fields, kspace_downsample
 from vfm_notes.foundation.registry import VfmError
 
 GRID, SPACING = (6, 32, 16), (4.0, 1.5, 1.5)

@@ -1,4 +1,5 @@
 """DICOM series: what is written comes back voxel by voxel, and each way to spoil a series is told in one sentence."""
+import re
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from typer.testing import CliRunner
 
 from vfm_notes.data.cohort import load_cohort
 from vfm_notes.data.decode import manifest_cohort
@@ -14,6 +16,7 @@ from vfm_notes.data.picture import read_picture
 from vfm_notes.data.tree_layouts import prostatex
 from vfm_notes.data.volume import same_locale, read_image, to_array
 from vfm_notes.foundation.registry import VfmError
+from vfm_notes.report.data_commands import data_app
 
 
 def made(size: tuple[int, int, int] = (6, 11, 9), direction: str = "LPS", kind: type = np.int16, seed: int = 0) -> sitk.Image:
@@ -113,6 +116,8 @@ def test_one_of_two_series_is_chosen_by_its_uid(tmp_path):
     same(read_series(f"{tmp_path/'x'}#{b}"), second)
     table = list_series(tmp_path/"x").set_index("series")
     assert table.loc[b].to_dict() == dict(number="4", description="ep2d_diff_CALC_BVAL", b="1400", n=6, size="9x11", spacing=".75 x .5") and table.loc[a, "n"] == 6
+    shown = CliRunner().invoke(data_app, ["series", str(tmp_path/"x")]).output
+    assert a in shown and re.search(rf"{re.escape(b)} +4 +ep2d_diff_CALC_BVAL +1400 +6", shown)
     text = message(read_series, f"{tmp_path/'x'}#{a}9")
     assert "has no series" in text and f"Did you mean '{a}'?" in text
 

@@ -9,7 +9,7 @@ from vfm_notes.foundation.registry import VfmError, divergences
 from vfm_notes.shift import divergences as module, mmd  # noqa: F401 (mmd registers mmd2)
 from vfm_notes.shift.mmd import mmd2_paired
 from vfm_notes.shift.divergences import (cka_linear, cka_rbf, coral, cosine_drift, energy, frechet, mean_shift, paired_interval, procrustes, sliced_wasserstein)
-from vfm_notes.shift.estimates import resamples
+from vfm_notes.shift.bootstrap import resamples
 
 NAMES = ["mmd2", "mean_shift", "coral", "frechet", "energy", "sliced_wasserstein", "mmd2_paired", "cosine_drift", "procrustes", "cka_linear", "cka_rbf"]
 PAIRED = {"mmd2_paired", "cosine_drift", "procrustes", "cka_linear", "cka_rbf"}

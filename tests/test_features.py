@@ -85,18 +85,6 @@ def test_layers_that_do_not_match_are_named(after, words):
         assert words in str(e.value)
 
 
-def test_choices_tried_the_other_way():
-    "Rates of rejection like those of the larger simulation, and what each pooling keeps."
-    from vfm_notes.shift.choices import pooled, rejection_rates
-    r = rejection_rates(0.9, 0.4, n=60, features=8, repetitions=40)
-    assert r["swaps"] > 0.9 and r["pooled"] == 0 and rejection_rates(0.9, 0.0, repetitions=40)["swaps"] <= 0.15
-    m = torch.arange(48.0).reshape(2, 3, 2, 2, 2)
-    assert pooled(m, "mean").tolist() == m.flatten(2).mean(2).tolist() and pooled(m, "max").tolist() == m.flatten(2).amax(2).tolist()
-    assert pooled(m, "tokens").shape == (16, 3) and pooled(m, "tokens")[9].tolist() == m[1, :, 0, 0, 1].tolist()
-    with pytest.raises(VfmError, match="mean, max or tokens"): pooled(m, "sum")
-    with pytest.raises(VfmError, match="rho is 2"): rejection_rates(2, 0)
-
-
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_cases(n):
     with pytest.raises(VfmError): distance({"a": torch.rand(n, 2)}, {"a": torch.rand(n, 2)})

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+import profound_networks as pn
 from vfm_notes.backbones import profound_layouts as pl
 from vfm_notes.backbones import provicnet_layouts as vl
 from vfm_notes.backbones.protocol import build
@@ -22,11 +23,11 @@ from vfm_notes.nets.vit import ViT
 MRI = dict(n_classes=4, contrast={})
 LAYOUTS = { # published list → (network, number of keys, number of values)
     "profound_convnextv2_tiny_encoder": (ConvNeXt3d, 198, 29_311_680),
-    "profound_classification_risk": (lambda: pl.Classifier(ConvNeXt3d()), 207, 29_510_597),
-    "profound_upernet_lesion": (lambda: pl.UPerNet(ConvNeXt3d(), 1), 249, 122_372_866),
-    "profound_upernet_anatomy": (lambda: pl.UPerNet(ConvNeXt3d(), 9), 249, 122_379_026),
-    "profound_unetr3d_lesion": (lambda: pl.UNETR(ConvNeXt3d(), 1), 228, 39_516_833),
-    "profound_fcmae_pretrain": (lambda: pl.FCMAE(ConvNeXt3d()), 211, 38_289_088),
+    "profound_classification_risk": (lambda: pn.Classifier(ConvNeXt3d()), 207, 29_510_597),
+    "profound_upernet_lesion": (lambda: pn.UPerNet(ConvNeXt3d(), 1), 249, 122_372_866),
+    "profound_upernet_anatomy": (lambda: pn.UPerNet(ConvNeXt3d(), 9), 249, 122_379_026),
+    "profound_unetr3d_lesion": (lambda: pn.UNETR(ConvNeXt3d(), 1), 228, 39_516_833),
+    "profound_fcmae_pretrain": (lambda: pn.FCMAE(ConvNeXt3d()), 211, 38_289_088),
     "profound_mae_vit_base": (MAE3d, 254, 156_518_016),
     "profound_convmae_vit_base": (ConvMAE3d, 370, 122_808_000),
     "provicnet_plain_vits14reg_4class": (lambda: vl.ProViCNetSegmenter(4), 196, 22_579_014),
@@ -38,7 +39,7 @@ LAYOUTS = { # published list → (network, number of keys, number of values)
 
 def published(net):
     "Names and shapes as the file would have them."
-    state = pl.sparse_state(net) if isinstance(net, pl.FCMAE) else net.state_dict()
+    state = pn.sparse_state(net) if isinstance(net, pn.FCMAE) else net.state_dict()
     return {k: list(v.shape) for k, v in state.items()}
 
 
@@ -131,8 +132,8 @@ SMALL = dict(depths=(1, 1, 2, 1), dims=(4, 6, 8, 10), kernel=3)
 
 def small_pair(seed=0):
     "A pretraining state in the sparse layout, and a dense encoder that was filled from it."
-    source = fresh(pl.FCMAE(ConvNeXt3d(2, **SMALL), 8, 3).double(), seed)
-    state = pl.sparse_state(source)
+    source = fresh(pn.FCMAE(ConvNeXt3d(2, **SMALL), 8, 3).double(), seed)
+    state = pn.sparse_state(source)
     encoder = ConvNeXt3d(2, **SMALL).double().eval()
     missing = encoder.load_state_dict(pl.dense_state(state), strict=False)
     assert missing.missing_keys == ["norm.weight", "norm.bias"] and not missing.unexpected_keys
@@ -172,12 +173,12 @@ def test_a_wrong_axis_order_would_be_seen():
 
 def test_whole_checkpoint_loads_into_the_backbone():
     torch.manual_seed(0)
-    state = pl.sparse_state(pl.FCMAE(ConvNeXt3d(3)))
+    state = pn.sparse_state(pn.FCMAE(ConvNeXt3d(3)))
     with torch.device("meta"): net = build("profound_tiny", 3)
     report = compare(weights["profound_tiny.alpha"](state), net, "profound_tiny.alpha")
     assert (len(report.matched), report.missing, report.unexpected, report.reshaped) == (196, ("encoder.norm.weight", "encoder.norm.bias"), (), ())
     assert 0.98 < report.share < 1
-    with torch.device("meta"): fine = pl.UPerNet(ConvNeXt3d(3)).state_dict()
+    with torch.device("meta"): fine = pn.UPerNet(ConvNeXt3d(3)).state_dict()
     assert compare(weights["profound_tiny.finetuned"](fine), net).share == 1
 
 
@@ -209,7 +210,7 @@ def test_unetr_blocks_equal_monai(evidence):
 
 
 def test_upernet_returns_the_training_head_in_training_only():
-    net = pl.UPerNet(ConvNeXt3d(1, **SMALL), 2, 8, 8)
+    net = pn.UPerNet(ConvNeXt3d(1, **SMALL), 2, 8, 8)
     x = torch.randn(1, 1, 16, 32, 32)
     assert [s.shape for s in net.train()(x)] == [(1, 2, 16, 32, 32)] * 2 and net.eval()(x).shape == (1, 2, 16, 32, 32)
 
@@ -317,19 +318,9 @@ def test_weight_norm_equals_torch():
     assert sorted(ours.state_dict()) == sorted(theirs.state_dict()) and torch.allclose(ours(x), theirs(x), atol=1e-6)
 
 
-def test_fusion_keeps_its_trained_streams_unless_told():
-    fusion, heads = fresh(vl.Fusion(24, 4, 8)), [fresh(vl.TokenHead(24, 4), i) for i in (1, 2, 3)]
-    tokens = [torch.randn(1, 24, 4, 4) for _ in range(3)]
-    with torch.no_grad():
-        before = fusion(tokens)
-        vl.borrow_streams(fusion, heads)
-        after, manual = fusion(tokens), torch.cat([h.segmentation_conv[:4](t) for h, t in zip(heads, tokens)], 1)
-        assert not torch.allclose(before, after) and torch.allclose(after, fusion.FusionSegmentation(manual))
-
-
 def test_load_weights_reports_a_sparse_file(tmp_path):
     torch.manual_seed(0)
-    state = pl.sparse_state(pl.FCMAE(ConvNeXt3d(3, **SMALL), 8, 3))
+    state = pn.sparse_state(pn.FCMAE(ConvNeXt3d(3, **SMALL), 8, 3))
     net = pl.ProFound("profound_tiny", 3, **SMALL)
     report = load_weights(net, pl.profound_keys(state))
     assert report.missing == ("encoder.norm.weight", "encoder.norm.bias") and "share" in str(report)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from test_layouts import SMALL, dense, sparse_encoder
 from vfm_notes.backbones.profound import ProFound, profound_toy
-from vfm_notes.backbones.profound_layouts import FCMAE, profound_convmae, profound_vit, sparse_state
+from profound_networks import FCMAE, sparse_state
+from vfm_notes.backbones.profound_layouts import profound_convmae, profound_vit
 from vfm_notes.backbones.provicnet import ProViCNet, provicnet_toy
 from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.registry import VfmError, backbones
@@ -308,15 +309,6 @@ def test_drawing_with_the_best_answer_gives_the_distribution(prediction):
     torch.manual_seed(0)
     drawn = sample(objective, torch.randn(1, 1, 5, 50, 50), steps=1000)
     assert abs(drawn.mean() - 2) < 0.02 and abs(drawn.std() - 0.5) < 0.02
-
-
-def test_features_at_a_step():
-    torch.manual_seed(0)
-    objective, x = Diffusion(profound_toy()).eval(), torch.randn(1, 3, 4, 32, 32)
-    near, far = (objective.features_at(x, t)[-1] for t in (0, 900))
-    plain = objective.backbone.pyramid(x)[-1]
-    assert (near - plain).norm() < 0.3 * (far - plain).norm()
-    with pytest.raises(VfmError, match="step -1 is not from 0 to 999"): objective.features_at(x, -1)
 
 
 @pytest.mark.parametrize("make,match", [

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import segmenters
 import torch
 from torch.nn import functional as F
 
@@ -79,7 +80,7 @@ def test_taps_equals_onnx_runtime(evidence):
     x = torch.randn(1, 1, 128, 128, 32, generator=torch.Generator().manual_seed(0))
     session = ort.InferenceSession(str(path))
     wanted = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-    with torch.no_grad(): got = volumetric.turned(volumetric.gland_segmenter()(volumetric.turned(x)))
+    with torch.no_grad(): got = volumetric.turned(segmenters.gland_segmenter()(volumetric.turned(x)))
     assert (got - wanted).abs().max() < 1e-3
     evidence("equality", "TAPS gland segmenter, scores of a random volume of 32 x 128 x 128", against=f"ONNX runtime {ort.__version__} on the wheel's file", difference=(got - wanted).abs().max().item(), largest=wanted.abs().max().item())
 
@@ -133,7 +134,7 @@ def test_taps_finds_the_gland_in_one_central_window(real_data, name, wanted):
     image, gland = case(real_data, name, (0.8, 0.8, 3.0))
     left, front = ((s - 96) // 2 for s in image.shape[1:3])
     part = volumetric.turned(image[None, :, left:left + 96, front:front + 96])
-    with torch.no_grad(): scores = volumetric.gland_segmenter()(F.pad(part, (0, 0, 0, 0, 0, -part.shape[2] % 8)))[:, :, :part.shape[2]]
+    with torch.no_grad(): scores = segmenters.gland_segmenter()(F.pad(part, (0, 0, 0, 0, 0, -part.shape[2] % 8)))[:, :, :part.shape[2]]
     found = torch.zeros_like(gland)
     found[:, left:left + 96, front:front + 96] = volumetric.turned(scores)[0].sigmoid() > 0.55
     assert abs(dice(found, gland) - wanted) < 0.01
@@ -145,7 +146,7 @@ def test_taps_gland_dice_of_the_whole_protocol(real_data, name, wanted, evidence
     needs("segresnet_ds.taps")
     if not os.environ.get("VFM_TEST_SLOW"): pytest.skip("minutes on a CPU: set VFM_TEST_SLOW=1")
     image, gland = case(real_data, name, (0.8, 0.8, 3.0))
-    with torch.no_grad(): scores = volumetric.turned(volumetric.gland_segmenter().windows(volumetric.turned(image[None])))
+    with torch.no_grad(): scores = volumetric.turned(segmenters.gland_segmenter().windows(volumetric.turned(image[None])))
     found = dice(scores[0].sigmoid() > 0.55, gland)
     assert abs(found - wanted) < 0.01
     evidence("use", f"TAPS, gland Dice, {name}", value=found, reference=wanted, against="the wheel's network in ONNX runtime, same windows", n=1, unit="one volume")
@@ -158,10 +159,10 @@ def test_lite_medsam_finds_the_gland_in_its_box(real_data, name, wanted, evidenc
     needs("lite_medsam.medsam")
     volume, gland = (torch.from_numpy(nib.load(real_data/name/f"{f}.nii.gz").get_fdata(dtype=np.float32)).permute(2, 1, 0).contiguous() for f in CASES[name])
     gland = gland > 0
-    slices, boxes = promptable.mask_boxes(gland)
+    slices, boxes = segmenters.mask_boxes(gland)
     best = gland.flatten(1).sum(1).argmax()
     pick = slices == best
-    found = promptable.segment_boxes(promptable.box_segmenter(), promptable.unit_range(volume), slices[pick], boxes[pick])
+    found = segmenters.segment_boxes(segmenters.box_segmenter(), segmenters.unit_range(volume), slices[pick], boxes[pick])
     assert abs(dice(found[best], gland[best]) - wanted) < 0.01
     evidence("use", f"LiteMedSAM, gland Dice in its box, {name}", value=dice(found[best], gland[best]), reference={"prostatex_0000": 0.981, "prostatex_0001": 0.958}.get(name, 0.956),
              against="stated second-hand; slice and window unknown", n=1, unit="the slice with the largest gland")
@@ -173,9 +174,9 @@ def test_lite_medsam_in_a_wider_box_of_another_slice(real_data, name, wanted, st
     import nibabel as nib
     needs("lite_medsam.medsam")
     volume, gland = (torch.from_numpy(nib.load(real_data/name/f"{f}.nii.gz").get_fdata(dtype=np.float32)).permute(2, 1, 0).contiguous() for f in CASES[name])
-    slices, boxes = promptable.mask_boxes(gland > 0, margin=3)
+    slices, boxes = segmenters.mask_boxes(gland > 0, margin=3)
     pick = slices == 8
-    found = dice(promptable.segment_boxes(promptable.box_segmenter(), promptable.unit_range(volume), slices[pick], boxes[pick])[8], gland[8] > 0)
+    found = dice(segmenters.segment_boxes(segmenters.box_segmenter(), segmenters.unit_range(volume), slices[pick], boxes[pick])[8], gland[8] > 0)
     assert abs(found - wanted) < 0.005
     evidence("use", f"LiteMedSAM, gland Dice in a box 3 pixels wider, {name}", value=found, reference=stated, against="stated second-hand; slice and window unknown", n=1, unit="slice 8")
 
@@ -184,8 +185,8 @@ def test_lite_medsam_with_random_weights_does_not(real_data, evidence):
     import nibabel as nib
     torch.manual_seed(0)
     volume, gland = (torch.from_numpy(nib.load(real_data/"provicnet_picai_sample"/f"{f}.nii.gz").get_fdata(dtype=np.float32)).permute(2, 1, 0).contiguous() for f in ("t2", "mask"))
-    slices, boxes = promptable.mask_boxes(gland > 0)
-    found = promptable.segment_boxes(promptable.LiteMedSAM().eval(), promptable.unit_range(volume), slices[6:7], boxes[6:7])
+    slices, boxes = segmenters.mask_boxes(gland > 0)
+    found = segmenters.segment_boxes(promptable.LiteMedSAM().eval(), segmenters.unit_range(volume), slices[6:7], boxes[6:7])
     assert dice(found[slices[6]], gland[slices[6]] > 0) < 0.4
     evidence("use", "LiteMedSAM with random weights, gland Dice in its box, provicnet_picai_sample", value=dice(found[slices[6]], gland[slices[6]] > 0), n=1, unit="one slice")
 
@@ -221,3 +222,16 @@ def test_linear_probe_of_dinov2_beats_random_weights(real_data, evidence):
     assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random) # 0.850 against 0.718
     for what, value in (("pretrained", pretrained), ("random weights", random)):
         evidence("use", f"DINOv2-S, AUC of a linear probe on BreastMNIST, {what}", value=value, n=len(data["test_labels"]), unit="test images of 28 pixels, shown at 56")
+
+
+def test_boxes_on_a_volume():
+    "A box per slice in, a mask per slice out, whatever the slice's shape; slices without a box stay empty."
+    mask = torch.zeros(3, 8, 8, dtype=torch.bool)
+    mask[1, 2:5, 3:7] = True
+    slices, boxes = segmenters.mask_boxes(mask)
+    assert slices.tolist() == [1] and boxes.tolist() == [[3, 2, 6, 4]]
+    assert segmenters.unit_range(torch.arange(1000.).reshape(10, 10, 10)).aminmax() == (0, 1)
+    torch.manual_seed(0)
+    model = promptable.LiteMedSAM(promptable.lite_medsam(3, tiny=True).encoder, 16, 64, heads=2, hidden=16).eval()
+    found = segmenters.segment_boxes(model, torch.rand(3, 20, 30), torch.tensor([1]), torch.tensor([[5, 5, 20, 15]]))
+    assert found.shape == (3, 20, 30) and not found[[0, 2]].any()

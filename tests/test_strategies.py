@@ -16,9 +16,8 @@ from vfm_notes.pretrain.trainer import Recipe, Trainer
 from vfm_notes.runs.grid import job_parameters, job_specs, parse_only, plan
 from vfm_notes.tune import catalog
 from vfm_notes.tune.fit import fit, predict, training_batches
-from vfm_notes.tune.probe import CaseHead, Cached, cached
+from vfm_notes.tune.probe import Cached, cached
 from vfm_notes.tune.strategy import apply_strategy, block_names, depths
-from vfm_notes.tune.sweep import sweep
 from vfm_notes.tune.transfer import build_model, run_data, transfer, tuned_model
 
 # lines of text to try for each strategy; one that is registered and not named here is tried without options
@@ -202,27 +201,6 @@ def test_one_cache_serves_many_heads_and_rates(problems):
         curves, _ = fit(head, task, training_batches(seen["train"], SPEC, ()), replace(SPEC, lr=lr, epochs=6), lambda epoch: {})
         losses[lr] = curves.value.iloc[-1]
     assert used == len(calls) == 3 and losses[1e-2] < losses[1e-3]
-
-
-def test_heads_side_by_side_end_where_they_would_have_ended_alone(problems):
-    task, data = problems["classification"]
-    model = build_model(replace(SPEC, task="classification", strategy="scratch"), task, 3)
-    apply_strategy("probe", model)
-    net, seen = cached(model, data)
-    rows = replace(seen["train"], inputs=3 * seen["train"].inputs)
-    def head(i):
-        torch.manual_seed(i)
-        return Cached(ClassificationHead(model.backbone, 3) if i % 2 else CaseHead(model.backbone, 3), net.shapes)
-    rates = {str(i): lr for i, lr in enumerate((1e-3, 1e-2, 1e-1))}
-    together = {k: head(int(k)) for k in rates}
-    spec = replace(SPEC, epochs=5)
-    curves = sweep(together, rates, task, training_batches(rows, spec, ()), spec)
-    for k, lr in rates.items():
-        alone = head(int(k))
-        losses = fit(alone, task, training_batches(rows, spec, ()), replace(spec, lr=lr), lambda epoch: {})[0].value.to_numpy()
-        np.testing.assert_allclose([v for _, _, name, v in curves if name == k], losses, rtol=1e-4)
-        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(alone.state_dict().values(), together[k].state_dict().values()))
-    with pytest.raises(VfmError, match="a learning rate for every head"): sweep(together, {"0": 1e-3}, task, training_batches(rows, spec, ()), spec)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

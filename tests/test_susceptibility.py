@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
+from undistorted import epi_correct
 from vfm_notes.data.anatomy import IDS
-from vfm_notes.data.degrade import epi_correct, epi_distort, fade
+from vfm_notes.data.degrade import epi_distort, fade
 from vfm_notes.data.phantom import case_seeds, draw_patient, phantom_case
 from vfm_notes.data.susceptibility import epi_case, gas_field, susceptibility_field, unfolded
 

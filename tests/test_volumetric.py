@@ -3,6 +3,7 @@ import pytest
 import torch
 
 pytest.importorskip("monai")
+from segmenters import Segmenter
 import vfm_notes.backbones.sulcal # noqa: F401 (registers)
 import vfm_notes.backbones.volumetric as v
 from vfm_notes.backbones.keys import build_tiny, compare
@@ -76,7 +77,7 @@ def test_swin_encoder_equals_swin_unetr():
 
 def test_taps_names_from_an_export():
     "The exporter's nameless factors, in graph order, find their norms."
-    net = v.Segmenter(8).net
+    net = Segmenter(8).net
     state, n = {}, 0
     for k, t in net.state_dict().items():
         if ".norm" not in k and not k.startswith(("up_layers.0.head", "up_layers.1.head")): state[k] = t
@@ -92,7 +93,7 @@ def test_taps_names_from_an_export():
 
 def test_segmenter_trains_and_keeps_the_size():
     torch.manual_seed(0)
-    net = v.Segmenter(8)
+    net = Segmenter(8)
     x = torch.randn(1, 1, 8, 16, 24)
     y = net(x)
     assert y.shape == x.shape

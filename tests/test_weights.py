@@ -380,13 +380,13 @@ def hub_file(name):
 
 def layout(name):
     "A state in a published layout, small where its kind of keys does not depend on the size."
-    from vfm_notes.backbones import profound_layouts as pl
+    import profound_networks as pn
     from vfm_notes.backbones import provicnet_layouts as vl
     from vfm_notes.nets.convnext3d import ConvNeXt3d
     from vfm_notes.nets.mae3d import ConvMAE3d, MAE3d
-    if name == "fcmae": return pl.sparse_state(pl.FCMAE(ConvNeXt3d(3)))
-    if name == "upernet": return pl.UPerNet(ConvNeXt3d(3)).state_dict()
-    if name == "classifier": return pl.Classifier(ConvNeXt3d(3)).state_dict()
+    if name == "fcmae": return pn.sparse_state(pn.FCMAE(ConvNeXt3d(3)))
+    if name == "upernet": return pn.UPerNet(ConvNeXt3d(3)).state_dict()
+    if name == "classifier": return pn.Classifier(ConvNeXt3d(3)).state_dict()
     if name in ("mae", "convmae"): return (MAE3d if name == "mae" else ConvMAE3d)().state_dict()
     if name == "provicnet": return vl.ProViCNetSegmenter(n_classes=4).state_dict()
     own = {key.removeprefix("encoder.").removeprefix("model."): v for key, v in k.build_tiny({"tang": "swin_unetr_48", "seem": "seem_focal_t", "medicalnet": "resnet18_3d"}.get(name, "dinov2_small"), 1).state_dict().items()}

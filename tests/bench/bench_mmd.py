@@ -11,7 +11,6 @@ import time
 import numpy as np
 import torch
 
-from vfm_notes.shift.estimates import mmd2_interval, screen_linear_time, screen_random_features, streaming_median
 from vfm_notes.shift.mmd import EXACT, choose_bandwidth, mmd2, two_sample_test
 
 THREADS, N, D, B, SIGMA = 2, 5000, 384, 1000, 19.6  # cores, cases in each set, features, permutations, bandwidth
@@ -99,7 +98,7 @@ def row(name, took, floor, wanted=""):
 
 
 def others(x, y):
-    "Other kernels beside scikit-learn's tables, the median rule beside scipy's, and screening; 1 thread, processor time."
+    "Other kernels beside scikit-learn's tables and the median rule beside scipy's; 1 thread, processor time."
     from scipy.spatial.distance import pdist
     from sklearn.metrics import pairwise
     def table(kernel, **options):
@@ -118,11 +117,6 @@ def others(x, y):
         line(f"{kernel} kernel; scikit-learn's whole table", ours, other, "sum of absolute differences there" if kernel == "laplace" else f"values differ by {abs(ours() - other()):.0e}")
     z = torch.cat([x, y])
     line("median bandwidth of 2048 drawn points; scipy's pdist of all", lambda: choose_bandwidth(z.repeat(2, 1)[: EXACT + 1], "median"), lambda: np.median(pdist(z.numpy(), "sqeuclidean")))
-    line("exact streaming median; scipy's pdist of all", lambda: streaming_median(x, y), lambda: np.median(pdist(z.numpy(), "sqeuclidean")))
-    full = lambda: mmd2(x, y, bandwidth=SIGMA)
-    line("screening: linear time; the full statistic", lambda: screen_linear_time(x, y, bandwidth=SIGMA), full)
-    line("screening: 1024 random frequencies; the full statistic", lambda: screen_random_features(x, y, bandwidth=SIGMA), full)
-    line("interval, 500 draws of cases; the full statistic", lambda: mmd2_interval(x, y, paired=False, bandwidth=SIGMA), full)
 
 
 def gpu():

@@ -1,4 +1,4 @@
-"""A sweep of heads and learning rates on a frozen encoder: features once (`tune.probe`) and all heads side by side (`tune.sweep`), against training the heads one by one through the encoder.
+"""Heads at several learning rates on a frozen encoder: features once (`tune.probe`), against training through the encoder.
 
 Both take the same steps on the same cases in the same order, without augmentation, with the same trainer. The encoder is in
 evaluation mode and without gradients in both, so the alternative is the best that one can do without keeping its features.
@@ -9,7 +9,6 @@ import copy
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from vfm_notes.foundation.registry import backbones
@@ -19,7 +18,6 @@ from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
 from vfm_notes.tune.fit import fit, training_batches
 from vfm_notes.tune.probe import Cached, cached
 from vfm_notes.tune.strategy import apply_strategy
-from vfm_notes.tune.sweep import sweep
 from vfm_notes.tune.task import TaskData
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -53,9 +51,7 @@ def compare(name, size, cases, epochs, whole):
     net, rows = cached(network(name), {"train": data})
     encoder = time.perf_counter() - start
     fresh = network(name).head
-    heads = {str(s.lr): Cached(copy.deepcopy(fresh), net.shapes) for s in specs}
-    curves = sweep(heads, {str(s.lr): s.lr for s in specs}, Classes(), training_batches(rows["train"], specs[0], ()), specs[0])
-    quick = [np.array([v for _, _, k, v in curves if k == str(s.lr)]) for s in specs]
+    quick = [train(Cached(copy.deepcopy(fresh), net.shapes), rows["train"], s) for s in specs]
     once = time.perf_counter() - start
     start = time.perf_counter()
     slow = [train(network(name), data, s) for s in (specs if whole else specs[2:3])]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELL', 'RUN', 'COST', 'D2P', 'run_key', 'cost_columns', 'runs_table', 'metrics_table', 'listed', 'd2p_table',
            'moments_table', 'scores_table', 'curves_table', 'cases_table', 'candidates', 'validation', 'mark', 'Tables',
-           'load_tables', 'serving', 'cohort_value', 'class_scores', 'positive_score']
+           'load_tables', 'serving', 'class_scores', 'positive_score']
 
 # %% ../../nbs/80_tables.ipynb #d2bd86f7
 import hashlib
@@ -258,22 +258,6 @@ def serving(
     lacking = sorted(set(runs.backbone) - set(own.backbone)) if strategy in DRAWN else []
     shared = [own[own.backbone == f"{b.partition('.')[0]}.{RANDOM}"].assign(backbone=b) for b in lacking]
     return pd.concat([own, *(s for s in shared if len(s))])
-
-# %% ../../nbs/80_tables.ipynb #f93e6a3d
-def cohort_value(
-    cases: pd.DataFrame,  # case, metric, value of one run
-    metric: str,  # e.g. "dice", "auc", "kappa"
-    positive: int | None = None,  # AUC: the lowest class that counts as positive; default: the last class
-) -> float:  # NaN where undefined
-    "A metric of one run, computed from its cases."
-    if metric not in ("auc", "kappa"): return float(cases.loc[cases.metric == metric, "value"].mean())
-    from sklearn.metrics import cohen_kappa_score, roc_auc_score
-    label, score = class_scores(cases)
-    if metric == "auc":
-        truth = label >= (score.shape[1] - 1 if positive is None or pd.isna(positive) else positive)
-        return float(roc_auc_score(truth, positive_score(score, positive))) if 0 < truth.sum() < len(truth) else float("nan")
-    classes = list(range(score.shape[1]))
-    return float(cohen_kappa_score(label, score.argmax(1), labels=classes, weights="quadratic")) if len(np.unique(label)) > 1 else float("nan")
 
 # %% ../../nbs/80_tables.ipynb #da56bf11
 def class_scores(

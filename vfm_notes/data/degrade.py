@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['line_weights', 'kspace_downsample', 'case_rng', 'dipole', 'fade', 'epi_field', 'epi_fields', 'borders', 'remap',
-           'along_lines', 'epi_distort', 'epi_correct']
+           'along_lines', 'epi_distort']
 
 # %% ../../nbs/14_degrade.ipynb #8c70fcb0
 import zlib
@@ -151,15 +151,3 @@ def epi_distort(
     out = remap(flat, moved, still)
     if not modulate: out = out / np.maximum(remap(np.ones_like(flat), moved, still), 1e-6)
     return np.moveaxis(out.reshape(lines.shape), -1, axis).astype(np.float32)
-
-# %% ../../nbs/14_degrade.ipynb #b57e5279
-def epi_correct(
-    volume: np.ndarray,  # (..., d, h, w) distorted
-    field: np.ndarray,  # (d, h, w) the true shift in voxels
-    axis: int = -2,  # phase-encoding axis, h
-) -> np.ndarray:  # the same shape, float32
-    "Undo `epi_distort` with the true field: the best that a correction can reach."
-    lines, shifts = along_lines(volume, field, axis)
-    moved = borders(shifts.reshape(-1, lines.shape[-1]))
-    still = np.broadcast_to(np.arange(moved.shape[1], dtype=np.float64), moved.shape)
-    return np.moveaxis(remap(lines.reshape(-1, lines.shape[-1]), still, moved).reshape(lines.shape), -1, axis).astype(np.float32)

@@ -124,7 +124,7 @@ def one_series(
     names = {h["series"]: h["description"] or "without description" for h in headers.values()}
     told = ", ".join(f"{u} ({d})" for u, d in names.items())
     if uid and uid not in names: raise VfmError(f"{folder} has no series {uid}.{nearest(uid, names)} It has {told}.")
-    if not uid and len(names) > 1: raise VfmError(f"{folder} has {len(names)} series: {told}; expected one, choose it as FOLDER#UID.")
+    if not uid and len(names) > 1: raise VfmError(f"{folder} has {len(names)} series: {told}; expected one, choose it as FOLDER#UID (vfm data series FOLDER lists them).")
     return {p: h for p, h in headers.items() if h["series"] == (uid or next(iter(names)))}
 
 # %% ../../nbs/131_dicom.ipynb #8c375cdc

@@ -93,11 +93,6 @@ class Diffusion(nn.Module):
         noise = torch.randn_like(x)
         return self.forwards.add_noise(x, noise, t), noise
 
-    def features_at(self, x: Tensor, step: int) -> list[Tensor]: # b c d h w, from 0 to T - 1 → pyramid
-        "The encoder's maps of the volume noised to a step."
-        if not 0 <= step < self.steps: raise VfmError(f"diffusion: step {step} is not from 0 to {self.steps - 1}.")
-        return self.backbone.pyramid(self.noised(x, torch.full((len(x),), step, device=x.device))[0])
-
     def loss(self,
              batch: dict[str, Tensor], # "volumes" b c d h w
             ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'Named', 'data_list', 'layout_options', 'data_import', 'study_cohort', 'manifest_here', 'data_describe',
-           'found_in', 'data_check']
+           'found_in', 'data_check', 'data_series']
 
 # %% ../../nbs/98_data_commands.ipynb #e91e68ac
 from pathlib import Path
@@ -16,7 +16,7 @@ import typer
 from ..foundation.registry import VfmError, nearest
 
 # %% ../../nbs/98_data_commands.ipynb #1c97f655
-data_app = typer.Typer(help="Cohorts: list, import, describe, check.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Cohorts: list, import, describe, check; series of a DICOM folder.", no_args_is_help=True, rich_markup_mode=None)
 
 Named = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A registered cohort, a folder with a manifest (its path, or its name under VFM_DATA), or LAYOUT:FOLDER.")]
 
@@ -134,3 +134,10 @@ def data_check(name: Named) -> None:
     for problem in found: print(problem)
     print(f"{name}: {n} cases, {f'{len(found)} problem' + 's' * (len(found) > 1) if found else 'no problems'}")
     raise typer.Exit(1 if found else 0)
+
+# %% ../../nbs/98_data_commands.ipynb #5e41e5bb
+@data_app.command("series")
+def data_series(folder: Annotated[Path, typer.Argument(help="A folder of DICOM files.")]) -> None:
+    "The series of a DICOM folder: UID, number, description, b-values, slices, size and spacing."
+    from vfm_notes.data.dicom import list_series
+    print(list_series(folder).to_string(index=False))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% ../../nbs/52_divergences.ipynb #03b2baca
 from ..foundation.registry import VfmError, divergences
-from .estimates import Interval, check_interval, resamples
+from .bootstrap import Interval, check_interval, resamples
 from .mmd import as_features, fold, median_bandwidth
 
 # %% ../../nbs/52_divergences.ipynb #43eb0cd1
