@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLED', 'GRID', 'COSTS', 'placed', 'grid_runs', 'long_runs', 'tradeoff_table', 'pareto_front', 'front_table',
-           'contrasts', 'compared', 'axis_words', 'front_words', 'tradeoff_findings']
+           'contrasts', 'compared', 'cell_name', 'axis_words', 'front_words', 'tradeoff_findings']
 
 # %% ../../nbs/87_tradeoff.ipynb #33ed5ad2
 from collections.abc import Mapping
@@ -51,7 +51,6 @@ def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy
     costs = runs[[*keys, *(c for c in COSTS if c in runs)]].melt(keys, None, "what", "value").assign(direction=-1, unit="")
     return pd.concat([scores, costs], ignore_index=True)[[*keys, "what", "value", "direction", "unit"]].astype({"value": float})
 
-# %% ../../nbs/87_tradeoff.ipynb #f3d1db9b
 def tradeoff_table(
     tables: Tables,
     draws: int = DRAWS,
@@ -146,63 +145,6 @@ def cell_name(
 ) -> str:
     "A cell of the grid in words."
     return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
-<<<<<<< ours
-
-def axis_words(
-    table: pd.DataFrame,  # from compared
-    axis: str,  # pretraining or tuning
-    metric: str,  # name of the metric
-) -> list[str]:
-    "What one axis brings: how often it is clear, and each of its steps on average."
-    known = table[table.difference.notna()]
-    lead = {"pretraining": "Pretraining against none, under the same tuning", "tuning": "Tuning less than everything, after the same pretraining"}[axis]
-    if known.empty: return [f"{lead}: no pair of cells is finished, so nothing can be said yet."]
-    clear = known[(known.p_holm <= 0.05) & ((known.low > 0) | (known.high < 0))]
-    up, down = int((clear.difference > 0).sum()), int((clear.difference < 0).sum())
-    steps = known.groupby(axis, sort=False).difference.agg(["mean", "min", "max"])
-    says = lambda k, v, which: told(float(v), "difference", f"difference along {axis}, {k}, {which}", metric)
-    each = "; ".join(f"{k} {says(k, r['mean'], 'mean')} ({says(k, r['min'], 'smallest')} to {says(k, r['max'], 'largest')})" for k, r in steps.iterrows())
-    name = metric_card(metric).title
-    missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
-    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
-            f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
-            f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
-||||||| base
-
-def axis_words(
-    table: pd.DataFrame,  # from compared
-    axis: str,  # pretraining or tuning
-    metric: str,  # name of the metric
-) -> list[str]:
-    "What one axis brings: how often it is clear, and each of its steps on average."
-    known = table[table.difference.notna()]
-    lead = {"pretraining": "Pretraining against none, under the same tuning", "tuning": "Tuning less than everything, after the same pretraining"}[axis]
-    if known.empty: return [f"{lead}: no pair of cells is finished, so nothing can be said yet."]
-    clear = known[(known.p_holm <= 0.05) & ((known.low > 0) | (known.high < 0))]
-    up, down = int((clear.difference > 0).sum()), int((clear.difference < 0).sum())
-    steps = known.groupby(axis, sort=False).difference.agg(["mean", "min", "max"])
-    says = lambda k, v, which: told(float(v), "difference", f"difference along {axis}, {k}, {which}", metric)
-    each = "; ".join(f"{k} {says(k, r['mean'], 'mean')} ({says(k, r['min'], 'smallest')} to {says(k, r['max'], 'largest')})" for k, r in steps.iterrows())
-    name = metric_card(metric).title
-    missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
-    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
-            f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
-            f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
-
-def front_words(
-    front: pd.DataFrame,  # from front_table
-    metric: str,  # name of the metric
-    cost: str,  # its name for readers
-) -> str:
-    "Which cells nothing beats, and how sure that is."
-    on = front[front.front].sort_values("cost")
-    name = metric_card(metric).title
-    if on.empty: return f"{name} against {cost}: no cell has both, so there is no front yet."
-    sure = int((on.share >= 0.95).sum())
-    cells = "; ".join(f"{cell_name(r)} ({told(r.score, 'score', meaning(f'{metric} in the grid', {}, cell_name(r)), metric)} for {rounded(r.cost)})" for r in on.itertuples())
-    return f"{name} against {cost}: {len(on)} of {len(front)} cells are beaten by no other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
-=======
->>>>>>> theirs
 
 # %% ../../nbs/87_tradeoff.ipynb #c2b964b1
 def axis_words(
@@ -226,20 +168,6 @@ def axis_words(
             f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
 
 # %% ../../nbs/87_tradeoff.ipynb #5a72ec46
-def front_words(
-    front: pd.DataFrame,  # from front_table
-    metric: str,  # name of the metric
-    cost: str,  # its name for readers
-) -> str:
-    "Which cells nothing beats, and how sure that is."
-    on = front[front.front].sort_values("cost")
-    name = metric_card(metric).title
-    if on.empty: return f"{name} against {cost}: no cell has both, so there is no front yet."
-    sure = int((on.share >= 0.95).sum())
-    cells = "; ".join(f"{cell_name(r)} ({told(r.score, 'score', meaning(f'{metric} in the grid', {}, cell_name(r)), metric)} for {rounded(r.cost)})" for r in on.itertuples())
-    return f"{name} against {cost}: {len(on)} of {len(front)} cells are beaten by no other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
-
-# %% ../../nbs/87_tradeoff.ipynb #5b6807cb
 def front_words(
     front: pd.DataFrame,  # from front_table
     metric: str,  # name of the metric
