@@ -197,9 +197,7 @@ def test_where_channels_come_in():
 
 def in_study(made, places, **spec):
     "The file as the weights of a study's own pretraining."
-    folder = run_folder("mine", run_id(SPEC))
-    folder.mkdir(parents=True)
-    shutil.copy(made[0], folder/"weights.safetensors")
+    shutil.copytree(made[0].parent, run_folder("mine", run_id(SPEC)))
     return replace(RUN, parent=run_id(SPEC), **spec)
 
 
@@ -212,8 +210,8 @@ def test_a_run_of_the_same_study_starts_from_it(made, places):
 
 def test_weights_without_a_plan_are_used_and_told(made, places):
     spec = in_study(made, places)
-    path = run_folder("mine", run_id(SPEC))/"weights.safetensors"
-    save_file(load_file(path), path)
+    weights = {k: v.numpy() for k, v in load_file(made[0]).items()}
+    write_record(run_folder("mine", run_id(SPEC)), new_record(SPEC, "mine"), weights=weights)
     start = catalog.starting_point(spec, "mine")
     assert start.state and "carry no adaptation plan" in start.notes[0] and start.licences == []
 

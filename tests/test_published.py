@@ -78,7 +78,15 @@ def telling_notebook(path: Path, root: Path) -> None:
 
 def fake_cases(task, metrics, n, rng):
     "Test cases with telling names."
-    return [{"case": c, "patient": p, "metric": m, "value": float(v * (1 + rng.normal(0, 0.05)))} for c, p in zip(CASES[2:], PATIENTS[2:]) for m, v in (metrics | ({"label": 1.0} if task == "classification" else {})).items()]
+    rows = []
+    for k, (case, patient) in enumerate(zip(CASES[2:], PATIENTS[2:])):
+        who = {"case": case, "patient": patient}
+        if task == "classification":
+            score = rng.dirichlet(np.ones(3))
+            rows += [who | {"metric": "label", "value": float(k % 3)}]
+            rows += [who | {"metric": f"score_{c}", "value": float(s)} for c, s in enumerate(score)]
+        else: rows += [who | {"metric": m, "value": float(v * (1 + rng.normal(0, 0.05)))} for m, v in metrics.items()]
+    return rows
 
 
 @pytest.fixture(scope="module")

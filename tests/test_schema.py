@@ -155,7 +155,7 @@ def test_a_card_and_a_profile_are_read_by_the_same_rules(tmp_path):
     card = "name: mine\ntitle: t\nlicence: l\nsource: s\ncitation: c\nsequences: [t2w]\nclasses: [background]\ngrades: [no, yes]\nspacing: [3, 1e-1, 0.5]\n"
     (tmp_path/"card.yaml").write_text(card)
     found, more = read_card(tmp_path/"card.yaml")
-    assert found.grades == ("no", "yes") and found.spacing == (3.0, 0.1, 0.5) and more == {"root": ".", "crop": "volume", "targets": ()}
+    assert found.grades == ("no", "yes") and found.spacing == (3.0, 0.1, 0.5) and more == {"root": ".", "crop": "volume", "targets": (), "threshold": None}
     for wrong, words in (("name: ../x\n", "name"), ("grades: [a, a]\n", "twice"), ("classes: []\n", "background"), ("mean: [x]\n", "mean[0]"), ("name: again\nname: b\n", "second time")):
         (tmp_path/"card.yaml").write_text("\n".join(l for l in card.splitlines() if not l.startswith(wrong[:4])) + "\n" + wrong)
         assert words in sentence(read_card, tmp_path/"card.yaml")

@@ -69,7 +69,7 @@ def test_the_names_of_older_runs_stay():
     assert "bad_cases" not in canonical(RunSpec()) and "bad_cases" in canonical(RunSpec(bad_cases="exclude"))
 
 
-@pytest.mark.parametrize("changes, words", [(dict(cohort="cohorts/nowhere"), "is not a folder with manifest.csv and card.yaml"), (dict(bad_cases="drop"), "expected refuse or exclude, found 'drop'"), (dict(external={"cohort": "./no", "task": "segmentation"}), "./no is not a folder")])
+@pytest.mark.parametrize("changes, words", [(dict(cohort="cohorts/nowhere"), "is not a folder with manifest.csv and card.yaml"), (dict(bad_cases="drop"), "bad_cases is 'drop', expected exclude or refuse"), (dict(external={"cohort": "./no", "task": "segmentation"}), "./no is not a folder")])
 def test_wrong_study_files(study, changes, words): assert words in message(study, **changes)
 
 

@@ -179,8 +179,9 @@ def like_hub(
     ends = {end for key in pattern(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
 
-def key_ends(key: str) -> list[str]: return [".".join(key.split(".")[i:])
-    for i in range(key.count(".") + 1)]  # "a.b.c", "b.c", "c"
+def key_ends(key: str) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
+    "A name and all that is left when it loses its beginnings."
+    return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]
 
 def hub_likeness(
     state: dict[str, Tensor], # of a file

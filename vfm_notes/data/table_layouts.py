@@ -189,7 +189,7 @@ def sheet_of(
 
 # %% ../../nbs/182_table_layouts.ipynb #cea10744
 def is_image(
-    cell: str,
+    cell: str,  # of a table
     folder: Path,  # that paths are relative to
 ) -> bool:
     "Whether a cell looks like the path of an image: a file by its ending, a folder that exists."

@@ -115,7 +115,7 @@ def study_root(
 def run_folder(study: str, run_id: str) -> Path: return below(study_root(study), run_id)  # what one run left behind
 def notebook_file(study: str, job: str) -> Path: return below(study_root(study), "notebooks", f"{job}.ipynb")  # executed
 def log_file(study: str, job: str) -> Path: return below(study_root(study), "logs", f"{job}.log")  # what its process printed
-def checkpoint_file(study: str, run_id: str) -> Path: return below(study_root(study), "checkpoints", f"{run_id}.pt")
-def weights_file(name: str, ending: str = "safetensors") -> Path: return below(weights_root(), f"{name}.{ending}")
+def checkpoint_file(study: str, run_id: str) -> Path: return below(study_root(study), "checkpoints", f"{run_id}.pt")  # while it trains
+def weights_file(name: str, ending: str = "safetensors") -> Path: return below(weights_root(), f"{name}.{ending}")  # of carried weights
 def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
 def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open

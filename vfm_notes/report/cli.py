@@ -133,7 +133,7 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     work = f", {left} of work ({left.basis})" if todo else ""
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run{work}.")
     print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
-    found = [] if templates else conflicts(spec, todo)  # one's own templates know what they can do
+    found = conflicts(spec, todo)
     for sentence in found: print(f"cannot work: {sentence}")
     for sentence in weights_problems(spec):
         if sentence not in found: print(f"missing: {sentence}")

@@ -6,7 +6,7 @@
 __all__ = ['project_config', 'site_config', 'made_from', 'write_assets', 'look_files', 'assets_print', 'choose_renderer',
            'render', 'publish', 'SiteResult', 'reference_print', 'write_config', 'say_warnings', 'reference_config',
            'build_reference', 'study_findings', 'make_pages', 'lay_beside', 'site_pages', 'site_result', 'finish_site',
-           'build_site']
+           'make_site', 'build_site']
 
 # %% ../../nbs/93_site.ipynb #b84c5022
 import json
@@ -334,14 +334,15 @@ def finish_site(
 
 # %% ../../nbs/93_site.ipynb #9f82120b
 @one_at_a_time
-def build_site(
-    study: str = "phantom",  # name in nbs/studies or path of a YAML file
-    renderer: str = "auto",  # auto, quarto or smalldocs
-    say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True),  # progress lines
-    pseudonyms: bool = False,  # for the ids of cases and patients
+def make_site(
+    study: str,  # name or path
+    spec: StudySpec,
+    chosen: tuple[str, str],  # quarto or smalldocs, and its version
+    say: Callable[[str], None],
+    pseudonyms: bool,
 ) -> SiteResult:
-    "Build the report site of a study; return at once when nothing changed."
-    begun, spec, chosen = time.monotonic(), load_study(study), choose_renderer(renderer)
+    "Make what has changed of a site."
+    begun = time.monotonic()
     ids = {id for j in plan(spec) for id in j.runs}
     records, damaged = scan_records(spec.name, ids, same=SMALL)
     by, pages = site_pages(spec, records, pseudonyms)
@@ -369,3 +370,14 @@ def build_site(
     finish_site(folder, target, made, wanted, chosen, reference, say)
     say(f"  rendered by {' '.join(chosen)} ({time.monotonic() - begun:.1f} s)")
     return site_result(target, pages, made, pseudonyms, begun, made=tuple(p.name for p in todo))
+
+# %% ../../nbs/93_site.ipynb #sitebuil
+def build_site(
+    study: str = "phantom",  # name in nbs/studies or path of a YAML file
+    renderer: str = "auto",  # auto, quarto or smalldocs
+    say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True),  # progress lines
+    pseudonyms: bool = False,  # for the ids of cases and patients
+) -> SiteResult:
+    "Build the report site of a study; return at once when nothing changed."
+    spec, chosen = load_study(study), choose_renderer(renderer)  # mistakes are named before anything is written
+    return make_site(study, spec, chosen, say, pseudonyms)
