@@ -391,7 +391,7 @@ def test_a_mask_that_lies_elsewhere_is_refused(tmp_path, runs_root, kind):
         and "a: " in said
         and "mask.nii does not lie on its image (t2w)" in said
         and "\n" not in said
-    )
+    ), said
     assert said.rstrip(".") in message(manifest_cohort, manifest, **GRID, n={})
 
 

@@ -108,7 +108,7 @@ def test_what_a_reader_sees_twice_is_the_same(heard):
     assert len(best) == 1, best
     name, _, saved, low, high = best.pop()
     row = re.search(rf"{re.escape(name)} \| counts \|[^\n]*", heard["texts"]["prediction"])[0]
-    assert f"{saved} [{low}, {high}]" in row and f"{saved} percentage points of gain" in heard["texts"]["prediction"], (saved, low, high, row)
+    assert f"{saved} [{low}, {high}]" in row and re.search(rf"{re.escape(saved)}\W+percentage\W+points\W+of\W+gain", heard["texts"]["prediction"]), (saved, low, high, row)
     sooner = found(heard, r"([Tt]uned runs reached 95 % of scratch's rise.*?) on average \((95 % interval \S+ to \S+);", "index", "convergence", "site")
     assert len({(a[1:], b) for a, b in sooner}) == 1, sooner
     assert found(heard, r"rise in validation score (.*?) on average", "index") <= found(heard, r"Fine-tuned runs get there (.*?) on average", "convergence")  # the title of the rise's figure

@@ -22,6 +22,7 @@ from vfm_notes.foundation.places import notebook_file, run_folder
 from vfm_notes.foundation.show import png, slices
 from vfm_notes.foundation.spec import load_study, run_id
 from vfm_notes.report import pages, site
+from vfm_notes.report.stamp import write_json
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import failed_record, look, read_table, write_record
 
@@ -97,6 +98,7 @@ def house(tmp_path_factory):
         library = root/"library"
         (library/"_site").mkdir(parents=True)
         (library/"search_entries.json").write_text("[]")
+        write_json(library/"stamp.json", {"by": "vfm site", "making": False, "made": "library", "files": {}, "theirs": []})
         write_manifest(boxes(root/"secret_hospital"/"pelvis", 8, case=CASES, patient=PATIENTS), root/"secret_hospital"/"pelvis")
         write_manifest(boxes(root/"St_Elsewhere", 2, case=CASES[:2], patient=PATIENTS[:2]), root/"St_Elsewhere")
         for name, value in {"VFM_RUNS": root/"runs", "LOGNAME": USER}.items(): patch.setenv(name, str(value))

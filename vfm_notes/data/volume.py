@@ -250,9 +250,10 @@ def read_mask(
 ) -> sitk.Image:  # float32 with whole numbers (0 and 1 of one structure), axes L, P, S
     "Read a label volume or a mask; see `masks` for the values that it may have."
     image = read_image(path, constant=True)
-    mask = sitk.GetImageFromArray(mask_values(sitk.GetArrayViewFromImage(image), path, values,
-        threshold).astype(np.float32))
+    found = mask_values(sitk.GetArrayViewFromImage(image), path, values, threshold)
+    mask = sitk.GetImageFromArray(found.astype(np.float32))
     mask.CopyInformation(image)
+    for key in image.GetMetaDataKeys(): mask.SetMetaData(key, image.GetMetaData(key))  # how the file has it stored
     return mask
 
 # %% ../../nbs/13_volume.ipynb #4d6c0e35

@@ -121,8 +121,9 @@ def canonical(
     values = {k: v for k, v in vars(spec).items() if k not in LOOKS and (k not in LATER or v != LATER[k])}
     return json.dumps({"kind": spec.kind} | values, sort_keys=True)
 
-def file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.=+-]+|\.{2,}", "_", text)[:120]  # as much of a text as a file can be called
+def file_name(text: str) -> str:  # text: what is shown
+    "Make as much of a text as a file can be called."
+    return re.sub(r"[^A-Za-z0-9_.=+-]+|\.{2,}", "_", text)[:120]
 
 def run_id(
     spec: Spec,
