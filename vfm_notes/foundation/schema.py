@@ -128,7 +128,7 @@ def in_words(info) -> str:  # info: from msgspec.inspect
 
 # %% ../../nbs/026_schema.ipynb #a20d9a3c
 def either(words: list[str]) -> str: return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))  # words: "a, b or c"
-def at_least_one(info) -> str: return " with at least one entry" if info.min_length else ""
+def at_least_one(info) -> str: return " with at least one entry" if info.min_length else ""  # info: of a list or mapping
 def of(info) -> str:  # info: of the entries of a list, from msgspec.inspect
     "What each entry allows."
     return "" if isinstance(info, msgspec.inspect.AnyType) else f", each entry {in_words(info)}"
