@@ -186,7 +186,7 @@ def test_pictures_that_others_drew(house):
     job = next(j for j in plan(house["spec"]) if house["good"] in j.runs)
     outputs = {kind: [o for c in json.loads((folder/"notebooks"/f"{job.name}.ipynb").read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])] for kind, (folder, _) in house["made"].items()}
     drawn = [o["data"]["image/png"] for o in outputs["names"] if "image/png" in o.get("data", {})]
-    assert [base64.b64decode(d) for d in drawn] == [png(np.zeros((4, 4), np.uint8))]
+    assert [base64.b64decode("".join(d)) for d in drawn] == [png(np.zeros((4, 4), np.uint8))]
     assert not [o for o in outputs["pseudonyms"] if "image/png" in o.get("data", {}) or "<img" in str(o)] and "A picture that a program drew is left out" in str(outputs["pseudonyms"])
     assert str(outputs["names"]).count("<image ") == str(outputs["pseudonyms"]).count("<image ") > 0, "slices are drawn without words"
 
