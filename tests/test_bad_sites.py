@@ -16,7 +16,7 @@ from vfm_notes.report.site import build_site
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import failed_record, new_record, write_record
 
-LONG = "mae_" + "of_a_very_long_name_" * 6 + "end"
+LONG = "mae_" + "of_a_very_long_name_" * 2 + "end"  # 47 of 48 characters
 EVIL = "<img src=x onerror=alert(1)>&amp;\"quoted\" 'case'"
 
 

@@ -193,6 +193,7 @@ def test_the_template_shows_what_the_objective_declares(tmp_path, monkeypatch):
     papermill.execute_notebook(template_file("pretrain"), tmp_path/"out.ipynb", values, progress_bar=False, cwd=tmp_path)
     said = [json.dumps(o) for c in json.loads((tmp_path/"out.ipynb").read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
     text = "\n".join(said)
+    text = text.replace("\u2068", "").replace("\\u2068", "")  # names are marked by an invisible sign
     assert text.count("Nearest to phantom") >= 3 and "Linear probes of the frozen encoder" in text and "0 s left" in text and "left behind" in text and "fitted on 6 train cases and scored on 4 val cases" in text
     record = json.loads(next((tmp_path/"runs").rglob("record.json")).read_text(encoding="utf-8"))
     assert record["directions"]["probe: Dice of gland"] == 1 and record["directions"]["loss"] == -1 and record["primary"] == "loss"

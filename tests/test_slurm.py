@@ -84,7 +84,7 @@ def test_a_study_ends_complete_after_everything_that_happens_to_it(slurm, tmp_pa
     first.send_signal(signal.SIGKILL)  # the runner is gone, its job goes on
     first.wait()
     status = study.vfm("status", str(study.study)).stdout
-    assert re.search(r"(running|queued) +pretrain", status) and "0 done" in status
+    assert re.search(r"(running|queued) +pretrain", status) and " done" not in status
     second = go()
     time.sleep(2)
     study.flag("hold", False)
@@ -144,7 +144,7 @@ LINES = {"partition": LINE, "account": "a b", "memory": "16GB\r", "qos": "x;rm",
 
 @pytest.mark.parametrize("name", LINES)
 def test_no_setting_becomes_another_line_of_the_script(tmp_path, name):
-    with pytest.raises(VfmError, match=f"slurm: (extra: comment|{name})") as error: slurm_settings({name: LINES[name]})
+    with pytest.raises(VfmError, match=f"slurm of the study: {name}") as error: slurm_settings({name: LINES[name]})
     assert "\n" not in str(error.value) and "expected" in str(error.value)
     profile = tmp_path/"p.yaml"
     profile.write_text(yaml.safe_dump({name: LINES[name]}))
@@ -153,7 +153,7 @@ def test_no_setting_becomes_another_line_of_the_script(tmp_path, name):
 
 def test_no_option_has_a_name_that_ends_its_line():
     for key in ("nice\n#SBATCH --uid", "Nice", "-x", "a b", 3):
-        with pytest.raises(VfmError, match="slurm: extra has the option"): slurm_settings({"extra": {key: 1}})
+        with pytest.raises(VfmError, match="slurm of the study: a key of extra is"): slurm_settings({"extra": {key: 1}})
     assert "nice" in slurm_settings({"extra": {"nice": 10, "comment": "two words", "exclusive": True}}).extra
 
 
