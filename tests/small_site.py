@@ -14,9 +14,9 @@ PAGES = {"guide_reader": "index", "guide_batch": "guide_batch"}  # a page with t
 def few_pages() -> None:
     "From now on `build_site` makes these pages only, and a library of one page."
     real = site.report_pages
-    def pages(study, records):
+    def pages(study, records, by):
         return [dataclasses.replace(p, name=PAGES[p.name], print=p.print + study.title)
-                for p in real(study, records) if p.name in PAGES]
+                for p in real(study, records, by) if p.name in PAGES]
     def library(renderer, say):
         folder = site.pages_root()/"_reference"
         if not read_stamp(folder/"stamp.json").get("made"):
@@ -57,6 +57,6 @@ if __name__ == "__main__":  # a process of its own: study, seconds that it holds
     os.chdir(Path(sys.argv[1]).parent)
     few_pages()
     real = site.render
-    site.render = lambda *words: (print("rendering", flush=True), time.sleep(float(sys.argv[2])), real(*words))
+    site.render = lambda *words: (print("rendering", flush=True), time.sleep(float(sys.argv[2])), real(*words))[-1]
     made = build(sys.argv[1])
     print("up to date" if made.up_to_date else "made", flush=True)

@@ -217,7 +217,7 @@ def test_the_study_builder_refuses_and_writes(browser, folder):
     enter = lambda name, text: browser.execute_script(f"const i = {field % name}; i.focus(); i.value = {json.dumps(text)}; i.dispatchEvent(new Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', {{bubbles: true}})); i.blur()")
     wait(browser, f"return {BUILDER}.innerText.includes('Valid.') && !{button}.disabled")
     enter("seeds", "0, 0")
-    wait(browser, f"return {BUILDER}.innerText.includes('a non-empty list without doubles') && {button}.disabled")
+    wait(browser, f"return {BUILDER}.innerText.includes('expected a list without doubles') && {button}.disabled")
     enter("seeds", "5")
     enter("name", "mine")
     wait(browser, f"return {BUILDER}.innerText.includes('Valid.') && !{button}.disabled && {BUILDER}.innerText.includes('name: mine')")
@@ -234,7 +234,7 @@ def test_nothing_was_asked_of_the_network(browser, lab):
 
 
 def test_live_training_says_that_nothing_runs(browser):
-    assert "nothing is running" in browser.execute_script(f"return {LIVE}.innerText")
+    assert "nothing is at work" in browser.execute_script(f"return {LIVE}.innerText")
 
 
 def test_every_chart_is_drawn_in_a_narrow_window_and_after_it_grew(browser, lab):
