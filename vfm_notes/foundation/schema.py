@@ -171,8 +171,9 @@ def refuse(value, kind, what: str) -> None:
     raise VfmError(f"{what} is {shown(value)}, expected {allowed(kind)}.{guess}")
 
 # %% ../../nbs/026_schema.ipynb #5b055459
-def many(kind) -> bool:
-    return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)  # of one type
+def many(kind) -> bool:  # kind: a type
+    "Is it a list, or a tuple of any length?"
+    return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)
 
 # %% ../../nbs/026_schema.ipynb #f2d50708
 def convert(
@@ -198,8 +199,9 @@ def convert(
 
 # %% ../../nbs/026_schema.ipynb #ae65fcd9
 @lru_cache(maxsize=None)
-def field_types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)  # of a dataclass, by field
+def field_types(cls: type) -> dict[str, Any]:  # cls: a dataclass
+    "Give the type of each field."
+    return get_type_hints(cls, include_extras=True)
 
 # %% ../../nbs/026_schema.ipynb #5d2d8f3a
 def converted(
