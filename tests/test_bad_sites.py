@@ -61,7 +61,7 @@ def test_ruins_make_a_whole_site(ruins):
     assert ruins["made"].problems == () and ruins["made"].findings
     states = re.findall(r'vfm-status (\w+)"', ruins["pages"]["runs"])
     assert states.count("failed") == 12 and states.count("done") == 14
-    assert "14 of 26 runs are done, 12 failed" in ruins["pages"]["runs"]
+    assert "14 done, 12 failed of 26 runs" in ruins["pages"]["runs"]
 
 
 def test_no_page_says_nan_or_none_where_a_number_should_be(ruins):

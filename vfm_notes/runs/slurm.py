@@ -41,15 +41,15 @@ from .forkserver import python_path
 from .record import say
 
 # %% ../../nbs/745_slurm.ipynb #a30ac235
-Word = Annotated[str, Meta(pattern=r"^[\w.,:+=%/@&|*()\[\]-]*$", description="one word as the cluster calls it, e.g. gpu")]
-Option = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]*$", description="an option as sbatch spells it without the dashes, e.g. nice")]
+Word = Annotated[str, Meta(pattern=r"^[\w.,:+=%/@&|*()\[\]-]*\Z", description="one word as the cluster calls it, e.g. gpu")]
+Option = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]*\Z", description="an option as sbatch spells it without the dashes, e.g. nice")]
 
 @dataclass(frozen=True)
 class SlurmSettings:
     "What each notebook asks of the cluster."
     partition: Word = ""  # "" is the cluster's default
     time: Annotated[int, Meta(ge=1, le=10**6)] = 240  # minutes
-    memory: Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?[KMGTkmgt]?[Bb]?$", description="memory as Slurm writes it, e.g. 16GB")] = "16GB"
+    memory: Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?[KMGTkmgt]?[Bb]?\Z", description="memory as Slurm writes it, e.g. 16GB")] = "16GB"
     cpus: Annotated[int, Meta(ge=1, le=4096)] = 4  # cores, also the number of threads of all its processes
     gpus: Annotated[int, Meta(ge=0, le=1024)] = 0
     processes: Processes = 1  # that share each training, one GPU each, see runs.launch
