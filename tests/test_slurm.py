@@ -95,7 +95,7 @@ def test_a_study_ends_complete_after_everything_that_happens_to_it(slurm, tmp_pa
     running = [line.split()[0] for line in queue if "RUNNING" in line]
     assert len(running) == 2, queue
     status = study.vfm("status", str(study.study)).stdout
-    assert "in the queue" in status and "RUNNING" in status and "PENDING" in status
+    assert " queued of " in status and "RUNNING" in status and "PENDING" in status
     slurm("scancel", running[0])
     wait_until(lambda: running[0] not in slurm("squeue", "-h", "-r", "-o", "%i").stdout.split())
     os.kill(int(next(p.name.split("-")[1] for p in sorted(study.flags.glob("holding-*"), key=lambda p: p.stat().st_mtime) if alive(p))), signal.SIGKILL)
