@@ -250,6 +250,6 @@ def test_the_tour_runs_to_its_end_beside_a_finished_study(browser, lab):
     run_all(browser, lab, "00_tour.ipynb", 1300, 600, MOST)
     found = check_drawn(browser, 4)  # pretraining, score and distance, gain matrix, curves of the explorer
     assert sum(f[0] >= 640 for f in found) >= 1
-    said = browser.execute_script("return jupyterapp.shell.currentWidget.content.node.innerText")
+    said = browser.execute_script("return [...jupyterapp.shell.currentWidget.content.node.querySelectorAll('.jp-OutputArea-output')].map(o => o.innerText).join('\\n')")
     assert "of 64 runs" in said and "RPG" in said and "no finished runs to compare" not in said
     assert browser.execute_script("return jupyterapp.shell.currentWidget.content.node.querySelectorAll('.widget-image:not(.vfm-outlines)').length") == 3 + 3 + 3  # a case, the pyramid, a prediction
