@@ -5,7 +5,6 @@ import html
 import json
 import re
 import socket
-import stat
 from pathlib import Path
 from urllib.parse import quote, unquote, unquote_plus
 

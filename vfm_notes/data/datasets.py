@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from ..foundation.places import data_root
 from ..foundation.registry import VfmError, cohorts
 from .cache import Plan, Source, stamps

@@ -11,7 +11,6 @@ __all__ = ['layouts', 'MORE', 'CELL', 'FREE', 'VOXEL', 'Manifest', 'as_text', 'C
 # %% ../../nbs/17_manifest.ipynb #08eba5e9
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable

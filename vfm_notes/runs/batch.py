@@ -22,7 +22,6 @@ from pathlib import Path
 from ..foundation.disk import DiskFull, needing_space, write_whole
 from ..foundation.leave import asked, listening
 from ..foundation.places import log_file, run_folder, runs_root
-from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec, load_study, run_id
 from .estimate import speeds, time_left
 from .executors import Cancelled, Died, Lost, executors

@@ -26,7 +26,6 @@ from ..foundation.registry import VfmError, cohorts, nearest
 from ..foundation.schema import field_types, from_values
 from ..foundation.spec import (ExternalSpec, PretrainSpec, RunSpec, Spec, StudySpec, external_specs, file_name, pretrain_specs, run_id,
                                        run_specs)
-from .locks import running_since
 from .record import read_record, read_records
 
 # %% ../../nbs/71_grid.ipynb #4a67adf5

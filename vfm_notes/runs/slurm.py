@@ -12,7 +12,6 @@ __all__ = ['Word', 'Option', 'TAKEN', 'SlurmSettings', 'sbatch_options', 'slurm_
 import getpass
 import json
 import os
-import re
 import shlex
 import shutil
 import signal

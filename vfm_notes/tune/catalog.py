@@ -66,7 +66,7 @@ from ..foundation.registry import VfmError, backbones, cohorts, divergences, nea
 from ..foundation.options import parse_strategy, weightless
 from ..foundation.spec import PretrainSpec, RunSpec, StudySpec, load_study, pretrain_specs
 from ..pretrain.card import check_objective
-from .strategy import needs_weights, strategy_card, strategy_options
+from .strategy import needs_weights, strategy_options
 from .task import task_kind
 from .transfer import run_cohort
 

@@ -17,7 +17,7 @@ import torch
 # %% ../../nbs/695_conflicts.ipynb #efc2a624
 from ..backbones.keys import skeleton
 from ..backbones.protocol import Backbone
-from ..data.cache import Plan, deal
+from ..data.cache import deal
 from ..data.cohort import SPLITS, CohortCard, check_arguments
 from ..data.load import cohort_maker
 from ..foundation.options import parse_strategy
