@@ -202,10 +202,10 @@ def test_training_keeps_the_best_epoch(metric):
 # --- sentences, charts and pages
 
 def test_sentences_call_a_shorter_distance_a_gain(less):
-    said = gain_findings(less.gains)
-    assert said[0].startswith("Largest gain: ") and GAINS in said[0] and re.search(r", \+(29|30|31)\.\d %", said[0]) and "neither" not in said[0]
+    counts, *said = gain_findings(less.gains)
+    assert said[0].startswith("Largest gain: ") and GAINS in said[0] and re.search(r", \+(29|30|31)\.\d %", said[0])
     assert said[1].startswith("Largest loss: ") and LOSES in said[1] and re.search(r", −(39|40|41)\.\d %", said[1])
-    assert said[2] == "Of 6 cells, 2 gain and 2 lose with an interval that excludes 0; 2 are undecided."
+    assert counts == "Of 6 cells, 2 gain and 2 lose with an interval that excludes 0; 2 are undecided."
     sooner = convergence_finding(convergence_table(less.tables))
     assert re.search(rf"soonest in \S+( \S+)? with {re.escape(GAINS)}", sooner) and "sooner in 2 cells, later in 2" in sooner and "6 of 18 tuned runs did not get there" in sooner
     assert "95 % Hausdorff distance against scratch" in said[0] + said[1] or "mean absolute error against scratch" in said[0] + said[1]
@@ -215,7 +215,7 @@ def test_the_matrix_is_green_where_the_distance_is_shorter(less):
     cells = gain_cells(less.gains).set_index(["backbone", "task"])
     assert (cells.loc[GAINS].sign == "gain").all() and (cells.loc[LOSES].sign == "loss").all()
     assert cells.loc[GAINS].clear.all() and cells.loc[LOSES].clear.all() and not cells.loc[NEITHER].clear.any()
-    assert re.fullmatch(r"Pretraining helps in 4 of 6 cells, clearly in 2; 2 clearly lose", gain_finding(less.gains))
+    assert re.fullmatch(r"Pretraining clearly helps in 2 of 6 cells; 2 clearly lose", gain_finding(less.gains))
     drawn = {(r["task"], r["backbone"]): r for r in next(iter(gain_matrix(less.gains).to_dict()["datasets"].values()))}
     assert drawn["segmentation", GAINS]["value"].startswith("+") and drawn["segmentation", LOSES]["value"].startswith("−")
 
@@ -230,4 +230,4 @@ def test_pages_say_so(less):
     score = cell_scores(less.tables).set_index(["backbone", "task", "strategy"]).score.unstack()
     assert ((score.full < score.scratch).groupby("backbone").sum() == pd.Series({GAINS: 2, LOSES: 0, NEITHER: 2})).all()
     assert re.search(r"The best mean 95 % Hausdorff distance is (6\.99|7\.0[01]): profound_toy, gains pretraining", less.texts["tradeoff"])
-    assert findings(less.spec)[0].startswith("Largest gain")
+    assert findings(less.spec)[1].startswith("Largest gain")

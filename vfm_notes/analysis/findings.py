@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cell_words', 'gain_words', 'gain_findings', 'of_pretrained', 'extremes', 'sooner_interval', 'sooner_words',
-           'convergence_finding', 'findings']
+           'soonest_words', 'convergence_finding', 'findings']
 
 # %% ../../nbs/85_findings.ipynb #b122501b
 import numpy as np
@@ -36,23 +36,25 @@ def gain_words(
     many: bool = False,
 ) -> str:
     "A gain as a sentence."
-    verdict, of = "" if row.low > 0 or row.high < 0 else "; the interval includes 0, so neither a gain nor a loss is shown", meaning("rpg", row)
+    of = meaning("rpg", row)
     n = f"{how_many([row.n_seeds], 'seed', 'seeds')}, {how_many([row.n_cases], 'test case', 'test cases')}"
     said = f"{lead}: {cell_words(row, many)}, {told(row.rpg, 'gain', of, unit=True)} {metric_card(row.metric).title} against {row.versus}"
-    return f"{said} (95 % interval {told_span(row.low, row.high, 'gain', of, unit=True)}; {n}; {told_p(row.p_holm, of)} over cases, corrected){verdict}."
+    return f"{said} (95 % interval {told_span(row.low, row.high, 'gain', of, unit=True)}; {n}; {told_p(row.p_holm, of)} over cases, corrected)."
 
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table
 ) -> list[str]:
-    "The largest and the smallest gain, and how many cells are clear."
+    "How many cells are clear, and the largest clear gain and loss; an unclear one can change its place by rounding."
     gains = of_pretrained(gains)
     known = gains[gains.rpg.notna()]
     if known.empty: return [f"Gain: none of the {len(gains)} cells has finished tuned and reference runs to compare, so nothing can be said yet."]
     many = gains.strategy.nunique() > 1
     up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)
     said = [gain_words(row, first, many) for row, first in extremes(known)]
+    none = "" if said else " None of them is named as the largest: which one is can change with the seed or the processor."
     missing = f" {len(gains) - n} of {len(gains)} cells are missing ({'; '.join(dict.fromkeys(gains.reason[gains.rpg.isna()]))})." if n < len(gains) else ""
-    return said + [f"Of {n} cells, {up} gain and {down} lose with an interval that excludes 0; {n - up - down} are undecided.{missing}"]
+    counts = f"Of {n} cells, {up} gain and {down} lose with an interval that excludes 0; {n - up - down} are undecided."
+    return [counts + none + missing, *said]
 
 # %% ../../nbs/85_findings.ipynb #a6feb959
 def of_pretrained(
@@ -63,14 +65,14 @@ def of_pretrained(
 
 def extremes(
     known: pd.DataFrame,  # cells with a gain
-) -> list[tuple[pd.Series, str]]:  # the best and the worst cell, and what each is called
-    "A loss is called a loss, also where it is the best there is; cells that are equal are counted."
+) -> list[tuple[pd.Series, str]]:  # the largest gain and the largest loss, of those whose interval excludes 0
+    "Name what is clear; cells that are equal are counted."
     found = []
-    for way, (gain, loss) in ((1, ("Largest gain", "Smallest loss")), (-1, ("Smallest gain", "Largest loss"))):
-        first = leaders((way * known.rpg).to_dict())
-        row, shared = known.loc[first[0]], f", shared by {len(first)} cells" * (len(first) > 1)
-        found.append((row, ("No difference" if row.rpg == 0 else gain if row.rpg > 0 else loss) + shared))
-    return found[:1] if len(known) == 1 else found
+    for way, lead, clear in ((1, "Largest gain", known[known.low > 0]), (-1, "Largest loss", known[known.high < 0])):
+        if clear.empty: continue
+        first = leaders((way * clear.rpg).to_dict())
+        found.append((clear.loc[first[0]], lead + f", shared by {len(first)} cells" * (len(first) > 1)))
+    return found
 
 # %% ../../nbs/85_findings.ipynb #2f3526f6
 def sooner_interval(
@@ -86,6 +88,15 @@ def sooner_words(mean: float, of: str = "") -> str:
     return f"{text[1:]} epochs {'later' if text[0] == '−' else 'sooner'}" if float(text[1:]) else "as soon"
 
 # %% ../../nbs/85_findings.ipynb #a0792f1b
+def soonest_words(t: pd.DataFrame) -> str:  # t: rows of convergence_table of one rule
+    "Name the cell that got there soonest, of those whose interval excludes 0."
+    clear = t[t.sooner_low > 0]
+    if clear.empty: return ""
+    best = leaders(clear.sooner.to_dict())
+    first, tie = clear.loc[best[0]], f" and {len(best) - 1} more" * (len(best) > 1)
+    epochs = told(first.sooner, "sooner", meaning("sooner, rise", {k: first[k] for k in CELL}))
+    return f", soonest in {cell_words(first)}{tie} ({epochs} epochs)"
+
 def convergence_finding(
     table: pd.DataFrame,  # from convergence_table
     reference: str = "scratch",
@@ -94,15 +105,13 @@ def convergence_finding(
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
     if t.empty: return "Convergence: no tuned run has a reference run whose validation score rose, so nothing can be said yet."
     mean, low, high, of = *sooner_interval(t), f"sooner, rise, against {reference}"
-    late, runs, budget, best = int(t.censored.sum()), int(t.n_seeds.sum()), rounded(t.budget.max(), 0), leaders(t.sooner.to_dict())
-    first, tie = t.loc[best[0]], f" and {len(best) - 1} more" * (len(best) > 1)
+    late, runs, budget = int(t.censored.sum()), int(t.n_seeds.sum()), rounded(t.budget.max(), 0)
     never = f"; {late} of {runs} tuned runs did not get there within {budget} epochs and count as if they just had" if late else ""
     sure = "" if low > 0 or high < 0 else "; neither sooner nor later is shown" + ", because the interval includes 0" * bool(low <= 0 <= high)
     between = f"95 % interval {told_span(low, high, 'sooner', of)}; " if np.isfinite(low) else ""
-    soonest = told(first.sooner, "sooner", meaning("sooner, rise", {k: first[k] for k in CELL}))
     return (f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {sooner_words(mean, of)} on average "
             f"({between}{how_many([len(t)], 'cell', 'cells')}, {runs} runs, {budget} epochs each): sooner in {int((t.sooner > 0).sum())} cells, "
-            f"later in {int((t.sooner < 0).sum())}, soonest in {cell_words(first)}{tie} ({soonest} epochs){never}{sure}.")
+            f"later in {int((t.sooner < 0).sum())}{soonest_words(t)}{never}{sure}.")
 
 # %% ../../nbs/85_findings.ipynb #391273f2
 def findings(

@@ -6,7 +6,7 @@
 __all__ = ['FIRST', 'TITLES', 'QUESTION', 'OUTCOMES', 'ROW', 'NUMBERS', 'REGRETS', 'regret', 'random_regret', 'right_pairs',
            'task_rights', 'rights_test', 'predictors', 'ended', 'outcome_draws', 'Question', 'ask', 'answer', 'pooled',
            'prediction_table', 'answers', 'points', 'picked_of', 'best_predictors', 'title', 'prediction_words',
-           'prediction_verdict', 'judged', 'prediction_finding']
+           'prediction_verdict', 'judged', 'shown', 'prediction_finding']
 
 # %% ../../nbs/84_prediction.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -268,7 +268,7 @@ def prediction_verdict(
     "Whether one could have known, as far as the data can say."
     start, t = "Known before fine-tuning: ", judged(table)
     if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so nothing can be said yet."
-    clear = t[(t.saved_low > 0) & (t.p_holm <= 0.05)]
+    clear = t[shown(t)]
     verdict = f"{', '.join(map(title, clear.predictor))} picked better than chance" if len(clear) else "none is shown to pick better than chance"
     few = " With two backbones a rank correlation is +1 or −1 in each task, so a task says no more than a coin." if t.backbones.max() == 2 else ""
     asked = f"{how_many(t.backbones, 'backbone', 'backbones')} in {how_many(t.tasks, 'task', 'tasks')}"
@@ -279,12 +279,15 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     "The rows that count and have two backbones to choose from."
     return table[table.counts.astype(bool) & (table.pairs > 0)] if len(table) else table
 
+def shown(t: pd.DataFrame) -> pd.Series:  # t: rows that are judged
+    "Which rows picked better than chance, by interval and by corrected test."
+    return (t.saved_low > 0) & (t.p_holm <= 0.05) if len(t) else pd.Series(dtype=bool)
+
 def prediction_finding(
     table: pd.DataFrame,  # from prediction_table
 ) -> str:
-    "The verdict, and the one that did best."
-    t = judged(table)
+    "The verdict, and the one that did best where one is better than chance."
     best = best_predictors(table)
-    if best.empty: return prediction_verdict(table)
+    if not any(shown(judged(table))): return prediction_verdict(table)
     also = f" As good: {', '.join(title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
     return f"{prediction_verdict(table)} Best here, with hindsight: {prediction_words(best.iloc[0])}{also}"

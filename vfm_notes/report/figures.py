@@ -160,10 +160,10 @@ def gain_finding(
     known = of_pretrained(gains)
     known = known[known.rpg.notna()]
     if known.empty: return "No cell has a gain yet"
-    up, clear = int((known.rpg > 0).sum()), int((known.low > 0).sum())
+    clear = int((known.low > 0).sum())
     worse = int((known.high < 0).sum())
     tail = f"; {worse} clearly lose" if worse > 1 else "; one clearly loses" if worse else ""
-    return f"Pretraining helps in {up} of {len(known)} cells, clearly in {clear}{tail}"
+    return f"Pretraining clearly helps in {clear} of {len(known)} cells{tail}"
 
 # %% ../../nbs/90_figures.ipynb #e7ace08b
 def gain_caption(
