@@ -63,6 +63,10 @@ def test_kept_evidence_is_whole():
         told = rows.dropna(subset=["gain"])
         assert (told.groupby(["objective", "seed"]).size() == 3).all() and told.value.between(0, 1).all() and (told.seconds > 0).all()
         assert set(rows[rows.gain.isna()].objective) <= {"masked_tokens"}
+        twice = told.dropna(subset=["elsewhere"])  # one seed of each, with the kernels of an older processor
+        assert set(twice.seed) == {0} and len(twice) == 3 * told.objective.nunique()
+        moved = (twice.elsewhere - twice.value).abs()
+        assert 0 < moved.max() < 0.2 and moved.median() < 0.02
 
 
 def test_one_kept_cell_made_again():
@@ -75,7 +79,7 @@ def test_one_kept_cell_made_again():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(VfmError, match="does not exist; write it with"): read_evidence(tmp_path/"none.json")
+    with pytest.raises(VfmError, match="does not exist; make it with make evidence"): read_evidence(tmp_path/"none.json")
 
 
 def made_up(**effects):
