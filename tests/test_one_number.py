@@ -112,7 +112,7 @@ def test_what_a_reader_sees_twice_is_the_same(heard):
     assert found(heard, r"rise in validation score (.*?) on average", "index") <= found(heard, r"Fine-tuned runs get there (.*?) on average", "convergence")  # the title of the rise's figure
     gains = [set(re.findall(r'"value": "([+−]\S+ %)".*?"interval": "(\[\S+, \S+\])"', heard["texts"][place])) for place in ("index", "tour")]
     assert gains[0] == gains[1] and len(gains[0]) > 4, gains
-    counts = found(heard, r"Of (\d+) cells, (\d+) gain and (\d+) lose", "index", "site").pop()
+    counts = found(heard, r"Of (\d+) cells, (\d+) gains? and (\d+) loses?", "index", "site").pop()
     title = found(heard, r"Pretraining clearly helps in (\d+) of (\d+) cells", "index", "tour")
     assert title == {counts[1::-1]}
     assert len(found(heard, r"The best mean \S+ is (\S+): ", "tradeoff")) == 1

@@ -46,7 +46,8 @@ def test_counts_of_gains_are_those_of_the_table(up, down, open_up, open_down):
     table = gains([(1, True, 0.01)] * up + [(-1, True, 0.01)] * down + [(1, False, 0.5)] * open_up + [(-1, False, 0.5)] * open_down)
     n = len(table)
     counts, *named = gain_findings(table)
-    assert counts.startswith(f"Of {n} cells, {up} gain and {down} lose with an interval that excludes 0; {n - up - down} are undecided.")
+    verbs = {"gain": {1: "gains"}.get(up, "gain"), "lose": {1: "loses"}.get(down, "lose"), "are": {1: "is"}.get(n - up - down, "are")}
+    assert counts.startswith(f"Of {n} cell{'s' * (n > 1)}, {up} {verbs['gain']} and {down} {verbs['lose']} with an interval that excludes 0; {n - up - down} {verbs['are']} undecided.")
     assert counts.endswith("can change with the seed or the processor.") == (up + down == 0)
     leads = ["Largest gain"] * (up > 0) + ["Largest loss"] * (down > 0)
     assert len(named) == len(leads) and all(s.startswith(f"{lead}: ") for s, lead in zip(named, leads))
@@ -57,7 +58,7 @@ def test_counts_of_gains_are_those_of_the_table(up, down, open_up, open_down):
 
 def test_random_weights_are_no_pretraining_in_any_count():
     table = pd.concat([gains([(1, True, 0.01)]), gains([(-1, True, 0.01)], backbone="net.random")])
-    assert gain_finding(table) == "Pretraining clearly helps in 1 of 1 cells" and gain_findings(table)[0].startswith("Of 1 cells, 1 gain and 0 lose")
+    assert gain_finding(table) == "Pretraining clearly helps in 1 of 1 cells" and gain_findings(table)[0].startswith("Of 1 cell, 1 gains and 0 lose")
 
 
 def test_equal_gains_share_the_first_place():
