@@ -1,4 +1,5 @@
 """Fixtures shared by all tests."""
+import fcntl
 import json
 import os
 import shutil
@@ -62,16 +63,34 @@ def runs_root(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lend_library(tmp_path_factory):
+def made_once(tmp_path_factory, request):
+    "A folder that the first worker to ask for it fills, and that all of this session share: made_once(name, fill)."
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"): shared = shared.parent  # of all workers
+    def made(name, fill):
+        folder = shared/f"once-{name}"
+        with open(shared/f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder/"made").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder/"made").touch()
+        return folder
+    return made
+
+
+@pytest.fixture(scope="session")
+def lend_library(made_once):
     "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them."
     from vfm_notes.report.site import build_reference, choose_renderer
-    built = {}
+    def fill(folder, renderer):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VFM_RUNS", str(folder/"runs"))
+            build_reference(choose_renderer(renderer), lambda line: None)
     def lend(root, renderer="smalldocs"):
-        if renderer not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("library")/"runs"))
-                built[renderer] = build_reference(choose_renderer(renderer), lambda line: None)
-        return shutil.copytree(built[renderer], root/"pages"/"_reference")
+        library = made_once(f"library-{renderer}", lambda folder: fill(folder, renderer))
+        return shutil.copytree(library/"pages"/"_reference", root/"pages"/"_reference")
     return lend
 
 
