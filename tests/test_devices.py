@@ -1,7 +1,6 @@
 """Places on GPUs: never more than there are, each notebook sees its own, and the parent of all never touches CUDA."""
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter

@@ -283,7 +283,6 @@ def prediction_finding(
     table: pd.DataFrame,  # from prediction_table
 ) -> str:
     "The verdict, and the one that did best."
-    t = judged(table)
     best = best_predictors(table)
     if best.empty: return prediction_verdict(table)
     also = f" As good: {', '.join(title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
