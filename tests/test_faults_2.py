@@ -76,7 +76,7 @@ def test_sigterm_ends_the_epoch_and_leaves_a_checkpoint(tmp_path, trained, whom)
     kernel = kernel_at_work(toy)
     worker = int((toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock").read_text(encoding="utf-8").split()[0])
     os.kill({"runner": runner.pid, "worker": worker, "kernel": kernel}[whom], signal.SIGTERM)
-    out, err = runner.communicate(timeout=60)
+    out, err = runner.communicate(timeout=300)
     assert runner.returncode == 1 and "left    pretrain" in out and not any(r["status"] == "failed" for r in toy.records().values()), out + err
     assert whom != "runner" or ("asked to leave" in out and not toy.records() and "SIGTERM" in err)
     kept, = (toy.runs/"toy"/"checkpoints").glob("*.pt")
@@ -98,7 +98,7 @@ def test_an_epoch_that_is_too_long_is_cut_but_its_steps_are_kept(tmp_path, train
     kernel_at_work(toy)
     wait_until(lambda: (toy.flags/"endless").exists())
     runner.send_signal(signal.SIGTERM)
-    out, err = runner.communicate(timeout=60)
+    out, err = runner.communicate(timeout=300)
     assert runner.returncode == 1 and "left    pretrain" in out and not toy.records(), out + err
     toy.flag("endless-step-7", False)
     assert toy.run(*ONLY).returncode == 0 and numbers(toy) == trained
@@ -196,7 +196,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, table):
     assert status.returncode == 0, status.stdout
     for line in status.stdout.splitlines():
         if line.startswith("running"): assert not re.search(r" -\d", line), "no negative times"
-    out, err = runner.communicate(timeout=60)
+    out, err = runner.communicate(timeout=300)
     assert runner.returncode == 0 and " h " not in out and toy.table() == table and set(Counter(toy.log()).values()) == {1}, out + err
     assert "up to date" in toy.run(PYTHONPATH=path).stdout
     files = [p for p in (toy.runs/"toy").rglob("*") if p.is_file()]
@@ -235,7 +235,7 @@ def test_status_can_be_watched_to_the_end(tmp_path):
     watcher = toy.start("status", str(toy.study), "--watch", "--every", "0.2")
     wait_until(lambda: "of 3 runs; 1 notebook at work" in watcher.stdout.readline())
     toy.flag("hold", False)
-    assert runner.wait(60) == 0
-    out, err = watcher.communicate(timeout=60)
+    assert runner.wait(300) == 0
+    out, err = watcher.communicate(timeout=300)
     assert watcher.returncode == 0 and "3 done of 3 runs." in out and "running " not in out.splitlines()[-1], out + err
     runner.communicate()

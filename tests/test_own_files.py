@@ -211,8 +211,8 @@ def test_two_sites_at_once_one_waits(tmp_path, few, other):
     first = start("a", "1.5")
     assert first.stdout.readline() == "rendering\n"
     second = start(other, "0")
-    said = second.communicate(timeout=120)
-    assert first.wait(60) == 0 and second.returncode == 0 and "Another 'vfm site' is at work" in said[1], said
+    said = second.communicate(timeout=300)
+    assert first.wait(300) == 0 and second.returncode == 0 and "Another 'vfm site' is at work" in said[1], said
     assert "this one waits" in said[1], said
     assert said[0].splitlines()[-1] == ("up to date" if other == "a" else "made")
     assert read_stamp(tmp_path/"_site"/"stamp.json")["study"] == other

@@ -213,7 +213,7 @@ def visit(browser, base, name):
     "Open a page, wait for its charts, and give what went wrong and what was asked for."
     browser.get_log("performance")
     browser.get(f"{base}/{name}.html")
-    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)", 30)
+    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)")
     return asked(browser, base)
 
 

@@ -140,7 +140,7 @@ class Toy:
 
     def vfm(self, *words: str, **env) -> subprocess.CompletedProcess:
         "Run `vfm` with these words to its end."
-        return subprocess.run([*vfm(), *words], env=self.env | env, cwd=self.root, capture_output=True, text=True, timeout=120)
+        return subprocess.run([*vfm(), *words], env=self.env | env, cwd=self.root, capture_output=True, text=True, timeout=600)
 
     def run(self, *words: str, **env) -> subprocess.CompletedProcess:
         return self.vfm("run", str(self.study), "--templates", str(self.templates), *words, **env)
@@ -191,8 +191,8 @@ def alive_with(text: str) -> list[int]:  # process numbers
     return found
 
 
-def wait_until(true, seconds=60):
-    "Wait for something to become true, and hand it back."
+def wait_until(true, seconds=300):
+    "Wait for something to become true, and hand it back; the limit only ends a test that hangs."
     end = time.monotonic() + seconds
     while not (answer := true()):
         assert time.monotonic() < end, "waited in vain"
