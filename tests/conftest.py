@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-SLOW = ("packaging", "slurm_array", "slurm_faults", "site", "bad_sites", "slurm", "pretrain_together", "probing", "faults_2", "faults", "evidence")  # minutes each: begun first, they end with the others
+SLOW = ("packaging", "slurm_faults", "lab", "site", "slurm", "slurm_array", "bad_sites", "contributing", "conflicts", "faults", "faults_2", "study", "one_number", "natural_study", "cli", "pretrain_together", "probing", "evidence")  # a minute each: begun first, they end with the others
 
 
 def pytest_collection_modifyitems(items):
@@ -82,8 +83,10 @@ def made_once(tmp_path_factory, request):
 
 @pytest.fixture(scope="session")
 def lend_library(made_once):
-    "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them."
+    "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them; the chart library is bundled once, too."
+    import vl_convert
     from vfm_notes.report.site import build_reference, choose_renderer
+    bundle = functools.cache(vl_convert.javascript_bundle)
     def fill(folder, renderer):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VFM_RUNS", str(folder/"runs"))
@@ -91,7 +94,9 @@ def lend_library(made_once):
     def lend(root, renderer="smalldocs"):
         library = made_once(f"library-{renderer}", lambda folder: fill(folder, renderer))
         return shutil.copytree(library/"pages"/"_reference", root/"pages"/"_reference")
-    return lend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", bundle)
+        yield lend
 
 
 # ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py
