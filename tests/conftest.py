@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
+THEIRS = ("VFM_", "JUPYTER_", "IPYTHON", "SLURM_", "SBATCH_", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")  # how the user has set things up
+TESTS = ("VFM_TEST_", "VFM_EVIDENCE", "VFM_SCREENSHOT")  # what is said to tests
 OWN = {k: os.environ.get(k) for k in ("HOME", "VFM_WEIGHTS", "VFM_TEST_WEIGHTS")}  # the user's
 
 
@@ -33,7 +35,7 @@ def scratch_home(tmp_path_factory):
     before = Path(OWN["HOME"] or "~").expanduser()
     tools = {"PIP_CONFIG_FILE": before/".config"/"pip"/"pip.conf", "PIP_CACHE_DIR": before/".cache"/"pip", "GIT_CONFIG_GLOBAL": before/".gitconfig"}  # these programs work as the user set them up
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VFM_DATA", "VFM_WEIGHTS", "VFM_JOB", "VFM_TEMPLATE_HASH", "VFM_PROGRESS", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"): patch.delenv(name, raising=False)
+        for name in [n for n in os.environ if n.startswith(THEIRS) and not n.startswith(TESTS)]: patch.delenv(name)
         for name, path in tools.items():
             if path.exists() and name not in os.environ: patch.setenv(name, str(path))
         for name, value in {"HOME": home, "VFM_RUNS": home/"runs", "VFM_SITE_KEY": key}.items(): patch.setenv(name, str(value))
