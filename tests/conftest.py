@@ -101,6 +101,14 @@ def lend_library(made_once):
         yield lend
 
 
+@pytest.fixture(scope="session")
+def toy_server():
+    "Address of one fork server for the toy studies of all tests, which saves their workers and kernels five seconds of imports each."
+    from toy_batch import WHOLE
+    from vfm_notes.runs.forkserver import ForkServer
+    with ForkServer(WHOLE) as server: yield server.address
+
+
 # ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py
 
 def pytest_configure(config): config.evidence = {}

@@ -5,21 +5,18 @@ import sys
 
 import pandas as pd
 import pytest
-from toy_batch import LIGHT, Toy, vfm, write_template
+from toy_batch import Toy, vfm, write_template
 
 from vfm_notes.foundation.spec import load_study
-from vfm_notes.runs.forkserver import ForkServer, python_path
+from vfm_notes.runs.forkserver import python_path
 from vfm_notes.runs.grid import parameter_names
 
 
 @pytest.fixture
-def toy(tmp_path) -> Toy: return Toy(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def catalog_server():
-    "A fork server with all registries, shared by the tests that need one."
-    with ForkServer([*LIGHT.split(","), "vfm_notes.tune.catalog"]) as server: yield server.address
+def toy(tmp_path, toy_server) -> Toy:
+    toy = Toy(tmp_path)
+    toy.server = toy_server
+    return toy
 
 
 def refused(done: subprocess.CompletedProcess, *words: str) -> str:
@@ -111,8 +108,7 @@ def test_status_and_table_of_a_study_that_never_ran(toy):
     assert "No records yet" in toy.vfm("table", str(toy.study)).stdout and not toy.runs.exists()
 
 
-def test_a_study_that_ran(toy, catalog_server):
-    toy.server = catalog_server
+def test_a_study_that_ran(toy):
     done = toy.run()
     assert done.returncode == 0 and "7 of 7 runs done" in done.stdout, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -144,15 +140,14 @@ BAD_NAMES = {"task": (dict(tasks={"segmantation": {}}), ["Unknown task 'segmanta
 
 
 @pytest.mark.parametrize("case", BAD_NAMES)
-def test_unknown_names(toy, catalog_server, case):
+def test_unknown_names(toy, case):
     changes, words = BAD_NAMES[case]
     toy.write(**changes)
-    toy.server = catalog_server
     refused(toy.vfm("run", str(toy.study)), *words)
     assert not toy.runs.exists()
 
 
-def test_an_unreadable_volume(toy, catalog_server, real_data):
+def test_an_unreadable_volume(toy, real_data):
     broken = toy.root/"data"/"msd_hippocampus_100"
     (broken/"images").mkdir(parents=True)
     source = real_data/"msd_hippocampus_100"
@@ -161,7 +156,6 @@ def test_an_unreadable_volume(toy, catalog_server, real_data):
     volumes = sorted((source/"images").iterdir())
     for path in volumes[1:]: (broken/"images"/path.name).symlink_to(path)
     (broken/"images"/volumes[0].name).write_bytes(volumes[0].read_bytes()[:500])
-    toy.server = catalog_server
     study = load_study("hippocampus")
     refused(toy.vfm("run", "hippocampus", VFM_DATA=str(toy.root/"data")), volumes[0].name)
     assert study.cohort == "hippocampus" and not (toy.runs/"hippocampus").exists() and not list(toy.runs.rglob("*.npz"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_batch import LIGHT, Toy, wait_until
+from toy_batch import Toy, wait_until
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.runs.devices import Device, LocalSettings, Slots, choose_devices, found_devices, local_settings
@@ -106,22 +106,21 @@ def test_a_server_that_has_touched_cuda_forks_nothing(tmp_path):
 
 
 @linux
-def test_notebooks_of_a_study_share_two_made_up_gpus(tmp_path):
+def test_notebooks_of_a_study_share_two_made_up_gpus(tmp_path, toy_server):
     tasks = {t: {"flags": str(tmp_path/"flags")} for t in ("segmentation", "super_resolution", "distortion_correction", "translation", "classification")}
     toy = Toy(tmp_path, tasks=tasks, seeds=[0], strategies=["scratch"], local={"gpu_memory": 30})
     for kind in ("pretrain", "transfer"):
         path = toy.templates/f"{kind}.ipynb"
         said = "open(flags/('gpu-' + os.environ['CUDA_VISIBLE_DEVICES']), 'a').write('x')"
         path.write_text(path.read_text(encoding="utf-8").replace("# files in this folder cause faults", rf"\n{said}"))
-    with ForkServer(LIGHT.split(",")) as server:
-        toy.server = server.address
-        done = toy.run("--gpus", "one:80,two:40", "--jobs", "3")
-        assert done.returncode == 0 and "3 at a time on 2 GPUs" in done.stdout, done.stdout + done.stderr
-        assert {p.name for p in toy.flags.glob("gpu-*")} <= {"gpu-one", "gpu-two"} and sum(len(p.read_text(encoding="utf-8")) for p in toy.flags.glob("gpu-*")) == 1 + 5
-        none = Toy(tmp_path/"none", seeds=[0], strategies=["scratch"])
-        none.server = server.address
-        big = none.run("--gpus", "one:20", "--profile", write(tmp_path/"mine.yaml", "gpu_memory: 30\n"))
-        assert big.returncode == 2 and "asks for 30 GiB of a GPU, and the largest here has 20.0 GiB" in big.stderr and not none.records()
+    toy.server = toy_server
+    done = toy.run("--gpus", "one:80,two:40", "--jobs", "3")
+    assert done.returncode == 0 and "3 at a time on 2 GPUs" in done.stdout, done.stdout + done.stderr
+    assert {p.name for p in toy.flags.glob("gpu-*")} <= {"gpu-one", "gpu-two"} and sum(len(p.read_text(encoding="utf-8")) for p in toy.flags.glob("gpu-*")) == 1 + 5
+    none = Toy(tmp_path/"none", seeds=[0], strategies=["scratch"])
+    none.server = toy_server
+    big = none.run("--gpus", "one:20", "--profile", write(tmp_path/"mine.yaml", "gpu_memory: 30\n"))
+    assert big.returncode == 2 and "asks for 30 GiB of a GPU, and the largest here has 20.0 GiB" in big.stderr and not none.records()
 
 
 def write(path: Path, text: str) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 import nbformat
 import pytest
 import toy_batch
-from toy_batch import alive_with, LIGHT, Toy, wait_until
+from toy_batch import alive_with, Toy, wait_until
 
 from vfm_notes.runs.forkserver import ForkServer, python_path
 from vfm_notes.runs.locks import lives
@@ -17,11 +17,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_server():
+def shared_server(toy_server):
     "One fork server for most of these tests, which saves each of them its imports."
-    with ForkServer(LIGHT.split(",")) as server:
-        Toy.server = server.address
-        yield
+    Toy.server = toy_server
+    yield
     Toy.server = None
 
 

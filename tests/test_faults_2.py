@@ -8,19 +8,17 @@ import time
 from collections import Counter
 
 import pytest
-from toy_batch import LIGHT, Toy, TRAINING, undisturbed, wait_until, write_template
+from toy_batch import Toy, TRAINING, undisturbed, wait_until, write_template
 
-from vfm_notes.runs.forkserver import ForkServer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and mounts as on Linux")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_server():
+def shared_server(toy_server):
     "One fork server for most of these tests, which saves each of them its imports."
-    with ForkServer([*LIGHT.split(","), "torch", "accelerate", "vfm_notes.pretrain.trainer"]) as server:
-        Toy.server = server.address
-        yield
+    Toy.server = toy_server
+    yield
     Toy.server = None
 
 

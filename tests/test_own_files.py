@@ -12,14 +12,14 @@ import nbformat
 import pytest
 import small_site
 from test_records import cut, flip, snapshot
-from toy_batch import LIGHT, Toy, hostile
+from toy_batch import Toy, hostile
 from typer.testing import CliRunner
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.report import site
 from vfm_notes.report.cli import app
 from vfm_notes.report.stamp import read_stamp
-from vfm_notes.runs.forkserver import ForkServer, python_path
+from vfm_notes.runs.forkserver import python_path
 
 LOOKS = (("status",), ("table",), ("run", "--dry-run"), ("run", "--dry-run", "--executor", "slurm"), ("doctor",),
          ("weights", "export", "profound_toy.mae_phantom"))
@@ -41,14 +41,13 @@ def look(toy: Toy, words: tuple) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, toy_server):
     "A toy study that is done."
     toy = Toy(tmp_path_factory.mktemp("finished"), seeds=[0, 1])
-    with ForkServer(LIGHT.split(",")) as server:
-        toy.server = server.address
-        done = toy.run()
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield toy
+    toy.server = toy_server
+    done = toy.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return toy
 
 
 @pytest.fixture

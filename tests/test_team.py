@@ -6,9 +6,9 @@ import sys
 from collections import Counter
 
 import pytest
-from toy_batch import LIGHT, Toy, alive_with, wait_until, write_template
+from toy_batch import Toy, alive_with, wait_until, write_template
 
-from vfm_notes.runs.forkserver import Forked, ForkServer, python_path
+from vfm_notes.runs.forkserver import Forked, python_path
 from vfm_notes.runs.locks import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sockets as on Linux")
@@ -60,9 +60,7 @@ with open(f"{folder}/said", "w") as f: json.dump(said, f)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    "A fork server that knows torch, which saves helpers and kernels their imports."
-    with ForkServer([*LIGHT.split(","), "torch", "accelerate", "vfm_notes.pretrain.trainer"]) as server: yield server.address
+def server(toy_server): return toy_server
 
 
 def call(folder, how="", processes=2, *, server, **env):

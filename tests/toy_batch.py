@@ -13,6 +13,7 @@ from vfm_notes.runs.forkserver import KERNEL, python_path
 from vfm_notes.runs.grid import parameter_names
 
 LIGHT = ",".join([*KERNEL, "numpy", "vfm_notes.runs.batch", "vfm_notes.runs.engine"])  # nothing heavy before the fork
+WHOLE = [*LIGHT.split(","), "accelerate", "vfm_notes.pretrain.trainer", "vfm_notes.tune.conflicts", "vfm_notes.tune.catalog"]  # and what trains, and what is asked before the first notebook
 
 WORK = '''
 import os, signal, time
