@@ -103,7 +103,7 @@ def lend_library(made_once):
 
 @pytest.fixture(scope="session")
 def toy_server():
-    "Address of one fork server for the toy studies of all tests, which saves their workers and kernels five seconds of imports each."
+    "Address of one fork server for the toy studies of all tests, which saves them their imports."
     from toy_batch import WHOLE
     from vfm_notes.runs.forkserver import ForkServer
     with ForkServer(WHOLE) as server: yield server.address
