@@ -142,7 +142,7 @@ def test_a_page_keeps_no_cohort(runs_root, monkeypatch):
 
 # ---- the site
 
-PATCHED = ("report_pages", "build_reference", "study_findings", "made_from")  # by small_site
+PATCHED = ("report_pages", "build_reference", "write_assets", "study_findings", "made_from")  # by small_site
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
