@@ -52,12 +52,11 @@ def content(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in found}
 
 
-if __name__ == "__main__":  # a process of its own: study, seconds that it holds the lock
+if __name__ == "__main__":  # a process of its own: study, and "hold": it keeps the lock until it is told to go on
     import sys
-    import time
     os.chdir(Path(sys.argv[1]).parent)
     few_pages()
     real = site.render
-    site.render = lambda *words: (print("rendering", flush=True), time.sleep(float(sys.argv[2])), real(*words))[-1]
+    site.render = lambda *words: (print("rendering", flush=True), sys.argv[2:] and sys.stdin.readline(), real(*words))[-1]
     made = build(sys.argv[1])
     print("up to date" if made.up_to_date else "made", flush=True)

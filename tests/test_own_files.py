@@ -205,17 +205,17 @@ def test_pages_that_were_not_made_here_stay(tmp_path, few):
 @pytest.mark.parametrize("other", ["a", "b"])
 def test_two_sites_at_once_one_waits(tmp_path, few, other):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
-    start = lambda name, seconds: subprocess.Popen([sys.executable, small_site.__file__,
-                                                    str(tmp_path/f"{name}.yaml"), seconds], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = start("a", "1.5")
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    start = lambda name, *hold: subprocess.Popen([sys.executable, small_site.__file__, str(tmp_path/f"{name}.yaml"), *hold], env=env, text=True, **pipes)
+    first = start("a", "hold")
     assert first.stdout.readline() == "rendering\n"
-    second = start(other, "0")
+    second = start(other)
+    told = next(line for line in second.stderr if "at work" in line)
+    assert "Another 'vfm site' is at work" in told and "this one waits" in told and second.poll() is None
+    assert first.communicate("go on\n", timeout=300) and first.returncode == 0
     said = second.communicate(timeout=300)
-    assert first.wait(300) == 0 and second.returncode == 0 and "Another 'vfm site' is at work" in said[1], said
-    assert "this one waits" in said[1], said
-    assert said[0].splitlines()[-1] == ("up to date" if other == "a" else "made")
+    assert second.returncode == 0 and said[0].splitlines()[-1] == ("up to date" if other == "a" else "made"), said
     assert read_stamp(tmp_path/"_site"/"stamp.json")["study"] == other
-    first.communicate()
 
 
 def test_a_site_names_what_is_damaged(spoilt, monkeypatch):
