@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 
-SLOW = ("packaging", "slurm_faults", "lab", "site", "slurm", "slurm_array", "bad_sites", "contributing", "conflicts", "faults", "faults_2", "study", "one_number", "natural_study", "cli", "pretrain_together", "probing", "evidence")  # a minute each: begun first, they end with the others
+SLOW = ("packaging", "slurm_faults", "lab", "site", "slurm", "slurm_array", "bad_sites", "contributing", "conflicts",
+        "faults", "faults_2", "study", "one_number", "natural_study", "cli", "pretrain_together", "probing",
+        "evidence")  # a minute each: begun first, they end with the others
 
 
 def pytest_collection_modifyitems(items):
@@ -20,7 +22,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
-THEIRS = ("VFM_", "JUPYTER_", "IPYTHON", "SLURM_", "SBATCH_", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")  # how the user has set things up
+THEIRS = ("VFM_", "JUPYTER_", "IPYTHON", "SLURM_", "SBATCH_", "XDG_CONFIG_HOME", "XDG_CACHE_HOME",
+          "XDG_DATA_HOME")  # how the user has set things up
 TESTS = ("VFM_TEST_", "VFM_EVIDENCE", "VFM_SCREENSHOT")  # what is said to tests
 OWN = {k: os.environ.get(k) for k in ("HOME", "VFM_WEIGHTS", "VFM_TEST_WEIGHTS")}  # the user's
 
@@ -85,7 +88,7 @@ def made_once(tmp_path_factory, request):
 
 @pytest.fixture(scope="session")
 def lend_library(made_once):
-    "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them; the chart library is bundled once, too."
+    "Put the library's pages where a site looks for them; they and the chart library are made once."
     import vl_convert
     from vfm_notes.report.site import build_reference, choose_renderer
     bundle = functools.cache(vl_convert.javascript_bundle)
