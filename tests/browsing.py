@@ -26,8 +26,8 @@ def chromium():
     finally: made.quit()
 
 
-def wait(browser, script, seconds=15):
-    "Wait until a script gives something true."
+def wait(browser, script, seconds=300):
+    "Wait until a script gives something true; the limit only ends a test that hangs."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := browser.execute_script(script): return found

@@ -1,4 +1,6 @@
 """Fixtures shared by all tests."""
+import fcntl
+import functools
 import json
 import os
 import shutil
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 
 
-SLOW = ("packaging", "slurm_array", "slurm_faults", "site", "bad_sites", "slurm", "pretrain_together", "probing", "faults_2", "faults", "evidence")  # minutes each: begun first, they end with the others
+SLOW = ("packaging", "slurm_faults", "lab", "site", "slurm", "slurm_array", "bad_sites", "contributing", "conflicts",
+        "faults", "faults_2", "study", "one_number", "natural_study", "cli", "pretrain_together", "probing",
+        "evidence")  # a minute each: begun first, they end with the others
 
 
 def pytest_collection_modifyitems(items):
@@ -18,6 +22,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
+THEIRS = ("VFM_", "JUPYTER_", "IPYTHON", "SLURM_", "SBATCH_", "XDG_CONFIG_HOME", "XDG_CACHE_HOME",
+          "XDG_DATA_HOME")  # how the user has set things up
+TESTS = ("VFM_TEST_", "VFM_EVIDENCE", "VFM_SCREENSHOT")  # what is said to tests
 OWN = {k: os.environ.get(k) for k in ("HOME", "VFM_WEIGHTS", "VFM_TEST_WEIGHTS")}  # the user's
 
 
@@ -31,7 +38,7 @@ def scratch_home(tmp_path_factory):
     before = Path(OWN["HOME"] or "~").expanduser()
     tools = {"PIP_CONFIG_FILE": before/".config"/"pip"/"pip.conf", "PIP_CACHE_DIR": before/".cache"/"pip", "GIT_CONFIG_GLOBAL": before/".gitconfig"}  # these programs work as the user set them up
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VFM_DATA", "VFM_WEIGHTS", "VFM_JOB", "VFM_TEMPLATE_HASH", "VFM_PROGRESS", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"): patch.delenv(name, raising=False)
+        for name in [n for n in os.environ if n.startswith(THEIRS) and not n.startswith(TESTS)]: patch.delenv(name)
         for name, path in tools.items():
             if path.exists() and name not in os.environ: patch.setenv(name, str(path))
         for name, value in {"HOME": home, "VFM_RUNS": home/"runs", "VFM_SITE_KEY": key}.items(): patch.setenv(name, str(value))
@@ -62,17 +69,47 @@ def runs_root(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lend_library(tmp_path_factory):
-    "Put the library's pages, built once, where the site of a runs folder's neighbour looks for them."
+def made_once(tmp_path_factory, request):
+    "A folder that the first worker to ask for it fills, and that all of this session share: made_once(name, fill)."
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"): shared = shared.parent  # of all workers
+    def made(name, fill):
+        folder = shared/f"once-{name}"
+        with open(shared/f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder/"made").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder/"made").touch()
+        return folder
+    return made
+
+
+@pytest.fixture(scope="session")
+def lend_library(made_once):
+    "Put the library's pages where a site looks for them; they and the chart library are made once."
+    import vl_convert
     from vfm_notes.report.site import build_reference, choose_renderer
-    built = {}
+    bundle = functools.cache(vl_convert.javascript_bundle)
+    def fill(folder, renderer):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VFM_RUNS", str(folder/"runs"))
+            build_reference(choose_renderer(renderer), lambda line: None)
     def lend(root, renderer="smalldocs"):
-        if renderer not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("library")/"runs"))
-                built[renderer] = build_reference(choose_renderer(renderer), lambda line: None)
-        return shutil.copytree(built[renderer], root/"pages"/"_reference")
-    return lend
+        library = made_once(f"library-{renderer}", lambda folder: fill(folder, renderer))
+        return shutil.copytree(library/"pages"/"_reference", root/"pages"/"_reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", bundle)
+        yield lend
+
+
+@pytest.fixture(scope="session")
+def toy_server():
+    "Address of one fork server for the toy studies of all tests, which saves them their imports."
+    from toy_batch import WHOLE
+    from vfm_notes.runs.forkserver import ForkServer
+    with ForkServer(WHOLE) as server: yield server.address
 
 
 # ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py

@@ -56,7 +56,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait(what, seconds: float = 40.0):
+def wait(what, seconds: float = 300.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if answer := what(): return answer
@@ -80,7 +80,7 @@ class Cluster:
 
     def start_node(self):
         self.node = self.daemon("slurmd", "-D", "-N", self.host)
-        wait(lambda: self("sinfo", "-h", "-o", "%t").stdout.split()[:1] in (["idle"], ["mix"], ["alloc"]), 60)
+        wait(lambda: self("sinfo", "-h", "-o", "%t").stdout.split()[:1] in (["idle"], ["mix"], ["alloc"]))
 
     def kill_node(self):
         "As when the power goes: the node's daemon and the jobs on it, at once."

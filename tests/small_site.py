@@ -13,7 +13,7 @@ PAGES = {"guide_reader": "index", "guide_batch": "guide_batch"}  # a page with t
 
 def few_pages() -> None:
     "From now on `build_site` makes these pages only, and a library of one page."
-    real = site.report_pages
+    real, assets = site.report_pages, site.write_assets
     def pages(study, records, by):
         return [dataclasses.replace(p, name=PAGES[p.name], print=p.print + study.title)
                 for p in real(study, records, by) if p.name in PAGES]
@@ -27,6 +27,7 @@ def few_pages() -> None:
             close_folder(folder, {"made": "once"})
         return folder
     site.report_pages, site.build_reference = pages, library
+    site.write_assets = lambda folder: assets(folder, charts=False)  # none of them has a chart
     site.study_findings, site.made_from = lambda study: ["found"], lambda study, records: f"study {study.name}"
 
 
@@ -51,12 +52,11 @@ def content(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in found}
 
 
-if __name__ == "__main__":  # a process of its own: study, seconds that it holds the lock
+if __name__ == "__main__":  # a process of its own: study, and "hold": it keeps the lock until it is told to go on
     import sys
-    import time
     os.chdir(Path(sys.argv[1]).parent)
     few_pages()
     real = site.render
-    site.render = lambda *words: (print("rendering", flush=True), time.sleep(float(sys.argv[2])), real(*words))[-1]
+    site.render = lambda *words: (print("rendering", flush=True), sys.argv[2:] and sys.stdin.readline(), real(*words))[-1]
     made = build(sys.argv[1])
     print("up to date" if made.up_to_date else "made", flush=True)

@@ -1,5 +1,4 @@
 """Tables, gain, convergence and association against libraries, brute force and closed forms, on records whose truth is known."""
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from scipy import stats
+from counting import calls
 from vfm_notes.analysis import gain
 from vfm_notes.analysis.association import associate, cell_points, in_words, orders, run_points
 from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_curves, reached_table, run_convergence, time_words
@@ -287,15 +287,16 @@ def test_gain_of_auc(runs_root):
     assert np.isfinite(gain_table(load_tables("s"), metric="kappa").rpg[0])
 
 
-def test_ten_cells_in_three_seconds():
+@pytest.mark.parametrize("function", [bootstrap, exchange_test])
+@pytest.mark.parametrize("kind", [Means, Ranking, Agreement])
+def test_draws_are_rows_of_an_array(kind, function):
+    "A hundred times the draws are not a call more for each of them."
     r = np.random.default_rng(0)
-    label = np.arange(48) % 3 == 2
-    def one(kind):
-        if kind: return Pair(Ranking(r.normal(size=(3, 48)), label), Ranking(r.normal(size=(3, 48)), label), [0, 1, 2], np.arange(48))
-        return Pair(Means(r.normal(1, 0.1, (3, 48))), Means(r.normal(1, 0.1, (3, 48))), [0, 1, 2], np.arange(48))
-    start = time.perf_counter()
-    for i in range(10): bootstrap(one(i % 2), 2000), exchange_test(one(i % 2), 2000)
-    assert time.perf_counter() - start < 3
+    made = {Means: lambda: Means(r.normal(1, 0.1, (3, 48))), Ranking: lambda: Ranking(r.normal(size=(3, 48)), np.arange(48) % 3 == 2),
+            Agreement: lambda: Agreement(r.integers(0, 3, (3, 48)), np.arange(48) % 3, 3)}[kind]
+    pair = Pair(made(), made(), [0, 1, 2], np.arange(48))
+    calls(function, pair, 20)  # what is imported and kept once
+    assert calls(function, pair, 2000) < 1.1 * calls(function, pair, 20)
 
 
 # --- convergence

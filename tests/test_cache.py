@@ -43,7 +43,7 @@ def boxes_table(folder: Path, n: int) -> pd.DataFrame:
 
 def test_a_known_case_that_is_damaged_is_decoded_again(tmp_path, runs_root, monkeypatch):
     seen, manifest = counted(monkeypatch), boxes(tmp_path, 4)
-    first = manifest_cohort(manifest, **GRID, n={})
+    manifest_cohort(manifest, **GRID, n={})
     folder, = (runs_root/"cache").iterdir()
     raw = bytearray((folder/"volumes.npy").read_bytes())
     raw[-5] ^= 1  # in the last case

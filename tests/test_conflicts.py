@@ -1,4 +1,5 @@
 """What cannot work is told before anything is computed, by one function, with the smallest change that helps; and what `vfm init` writes runs."""
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import yaml
 
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
+from vfm_notes.report.cli import main
 from vfm_notes.foundation.spec import RunSpec, StudySpec, pretrain_specs, run_specs
 from vfm_notes.runs.preflight import conflicts as of_jobs
 from vfm_notes.runs.preflight import preflight
@@ -154,12 +156,22 @@ def test_status_and_table_need_no_torch(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_what_init_writes_runs_as_it_was_written(tmp_path):
+def test_what_init_writes_runs_as_it_was_written(tmp_path, monkeypatch, capfd, toy_server):
     env = {k: v for k, v in os.environ.items() if not k.startswith("VFM_")} | {"VFM_RUNS": str(tmp_path/"first"/"runs")}
     def vfm(*words, at=tmp_path/"first"): return subprocess.run([*VFM, *words], cwd=at, env=env, capture_output=True, text=True)
     assert vfm("init", "first", at=tmp_path).returncode == 0
     text = (tmp_path/"first"/"study.yaml").read_text(encoding="utf-8")
-    assert "cannot work" not in vfm("run", "study.yaml", "--dry-run").stdout
+    monkeypatch.chdir(tmp_path/"first")
+    for name, value in {"VFM_RUNS": env["VFM_RUNS"], "VFM_FORKSERVER": toy_server}.items(): monkeypatch.setenv(name, value)
+
+    def here(*words) -> tuple:
+        "The command in this process, which has imported torch: its exit status, and what it says."
+        monkeypatch.setattr(sys, "argv", ["vfm", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended: main()
+        gc.unfreeze()  # this process goes on
+        return ended.value.code or 0, "".join(capfd.readouterr())
+    assert "cannot work" not in here("run", "study.yaml", "--dry-run")[1]
     ran = vfm("run", "study.yaml")
     assert ran.returncode == 0 and "5 of 5 runs done" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
     assert (tmp_path/"first"/"study.yaml").read_text(encoding="utf-8") == text
@@ -167,7 +179,7 @@ def test_what_init_writes_runs_as_it_was_written(tmp_path):
     assert len(records) == 5 and {r["status"] for r in records} == {"done"}
     (tmp_path/"first"/"study.yaml").write_text(text.replace("size: [8, 32, 32]", "size: [6, 32, 32]"))
     for words in (["run", "study.yaml", "--dry-run"], ["run", "study.yaml"], ["doctor", "study.yaml"]):
-        done = vfm(*words)
-        assert "write size: [8, 32, 32]" in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
-        assert done.returncode == {"run": 0 if "--dry-run" in words else 2, "doctor": 1}[words[0]]
+        code, told = here(*words)
+        assert "write size: [8, 32, 32]" in told and "Traceback" not in told, told
+        assert code == {"run": 0 if "--dry-run" in words else 2, "doctor": 1}[words[0]]
     assert len(list((tmp_path/"first"/"runs"/"first").glob("*/record.json"))) == 5

@@ -167,7 +167,7 @@ def spoil(kind: str, root: Path) -> Path:
         case "two series": write_series(made(seed=1), folder, "ep2d_diff", 2)
         case "mixed orientation": rewrite(files[1], axes="0\\1\\0\\0\\0\\-1")
         case "mixed matrix":
-            small = write_series(made((2, 7, 9)), root/"small")
+            write_series(made((2, 7, 9)), root/"small")
             for p in (root/"small").iterdir(): rewrite(p, series=read_header(files[0])["series"])
             shutil.copy(next((root/"small").iterdir()), folder/"small.dcm")
         case "mixed spacing":

@@ -1,16 +1,14 @@
 """The evidence for each objective: its readers beside other computations, and one kept cell made again."""
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import VfmError, objectives
 from vfm_notes.pretrain import evidence
 from vfm_notes.analysis.probes import gains, headline, read_evidence, verdict
-from vfm_notes.pretrain.evidence import Plan, probe_cell, probe_gain, random_cell, write_evidence
+from vfm_notes.pretrain.evidence import Plan, probe_cell, probe_gain, random_cell
 
 SMALL = Plan(size=(4, 16, 16), spacing=(12.0, 6.0, 6.0), cases={"pretrain": 8, "train": 12, "test": 10}, epochs=1)
 

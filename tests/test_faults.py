@@ -3,13 +3,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import nbformat
 import pytest
 import toy_batch
-from toy_batch import alive_with, LIGHT, Toy, wait_until
+from toy_batch import alive_with, Toy, wait_until
 
 from vfm_notes.runs.forkserver import ForkServer, python_path
 from vfm_notes.runs.locks import lives
@@ -18,11 +17,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_server():
+def shared_server(toy_server):
     "One fork server for most of these tests, which saves each of them its imports."
-    with ForkServer(LIGHT.split(",")) as server:
-        Toy.server = server.address
-        yield
+    Toy.server = toy_server
+    yield
     Toy.server = None
 
 
@@ -42,10 +40,10 @@ def same(toy: Toy, reference: Toy) -> bool:
 def test_an_undisturbed_study(undisturbed):
     toy = undisturbed
     assert len(toy.results()) == 7 and {r[0] for r in toy.results().values()} == {"done"} and Counter(toy.log()) == Counter(list(toy.results()))
-    begun = time.monotonic()
-    again = toy.run()
+    stats = {p: p.stat().st_mtime_ns for p in toy.runs.rglob("*") if p.is_file()}
+    again = toy.run(VFM_FORKSERVER=str(toy.root/"nobody listens here"))  # nothing is started
     assert again.returncode == 0 and "everything is up to date (7 of 7 runs done)" in again.stdout and len(toy.log()) == 7
-    assert time.monotonic() - begun < 10  # 0.7 s on an idle machine
+    assert stats == {p: p.stat().st_mtime_ns for p in toy.runs.rglob("*") if p.is_file()}, "nothing is written again"
     nb = nbformat.read(toy.runs/"toy"/"notebooks"/"segmentation-profound_toy.mae_phantom-n4.ipynb", 4)
     assert all(c.metadata.papermill.status == "completed" for c in nb.cells) and not list((toy.runs/"toy").glob(".*"))
     assert {r["notebook"] for r in toy.records().values()} == {"pretrain-profound_toy.mae_phantom", "segmentation-profound_toy.mae_phantom-n4"}
@@ -117,7 +115,7 @@ def test_a_killed_worker_gets_a_second_chance(toy, undisturbed):
     kernel = int(next(toy.flags.glob("holding-*")).name.split("-")[1])
     wait_until(lambda: not lives(kernel))  # a kernel does not outlive its worker
     toy.flag("hold", False)
-    out, err = runner.communicate(timeout=60)
+    out, err = runner.communicate(timeout=300)
     assert runner.returncode == 0 and "again" in out and same(toy, undisturbed) and set(Counter(toy.log()).values()) == {1}, out + err
 
 
@@ -130,7 +128,7 @@ def test_kill_9_of_the_runner_then_the_same_command(tmp_path, undisturbed, engin
     runner.kill()
     runner.wait()
     before = toy.records()
-    wait_until(lambda: not alive_with(str(toy.runs)), 15)  # no worker, kernel or fork server survives
+    wait_until(lambda: not alive_with(str(toy.runs)))  # no worker, kernel or fork server survives
     assert 0 < len(before) < 7
     finished = {i: (toy.runs/"toy"/i/"record.json").stat().st_mtime_ns for i in toy.records()}
     again = toy.run("--engine", engine)
@@ -147,7 +145,7 @@ def test_two_runners_do_each_job_once(tmp_path, undisturbed):
     options = toy.values["pretrain"]["mae_phantom"]["options"]
     toy.write(tasks={t: options for t in ("segmentation", "classification", "translation")}, seeds=[0, 1])
     runners = [toy.start_run("--jobs", "2") for _ in range(2)]
-    said = [r.communicate(timeout=100) for r in runners]
+    said = [r.communicate(timeout=300) for r in runners]
     assert [r.returncode for r in runners] == [0, 0], said
     assert len(toy.results()) == 13 and set(Counter(toy.log()).values()) == {1}
 
@@ -190,7 +188,7 @@ def test_progress_can_be_watched_from_outside(tmp_path):
     status = toy.vfm("status", str(toy.study))
     assert "running pretrain-profound_toy.mae_phantom" in status.stdout and "1 running, 2 missing of 3 runs; 1 notebook at work" in status.stdout and status.returncode == 0
     toy.flag("hold", False)
-    assert runner.wait(60) == 0 and "running " not in toy.vfm("status", str(toy.study)).stdout
+    assert runner.wait(300) == 0 and "running " not in toy.vfm("status", str(toy.study)).stdout
     runner.communicate()
 
 
@@ -202,7 +200,7 @@ def test_threads_are_set_after_the_fork_and_operations_work_there():
         said = []
         for n in ("1", "2"):
             log = server.log.with_name(f"child-{n}")
-            assert Forked(server.address, "builtins:exec", code, env=os.environ | {"OMP_NUM_THREADS": n}, log=log).wait(60) == 0
+            assert Forked(server.address, "builtins:exec", code, env=os.environ | {"OMP_NUM_THREADS": n}, log=log).wait(300) == 0
             said.append(log.read_text(encoding="utf-8").split())
     import torch
     torch.manual_seed(0)
@@ -226,7 +224,7 @@ def test_two_shards_at_once_share_the_pretraining_and_finish_the_study(tmp_path,
     tasks = {t: {"flags": str(tmp_path/"flags"), "sleep": 0.05} for t in ("segmentation", "super_resolution", "distortion_correction")}
     toy = Toy(tmp_path, tasks=tasks)
     both = [toy.start_run("--shard", f"{i}/2") for i in (1, 2)]
-    for process in both: process.communicate(timeout=120)
+    for process in both: process.communicate(timeout=300)
     assert [p.returncode for p in both] == [0, 0]
     assert len(toy.records()) == 1 + 3 * 6 and set(Counter(toy.log()).values()) == {1}
 

@@ -112,15 +112,16 @@ LIGHT = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if
 
 
 def test_records_and_pages_open_without_torch():
-    program = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module(m)\nheavy = {'torch', 'monai', 'transformers'} & set(sys.modules)\nassert not heavy, heavy"
+    "Nor with the grammars that jsonschema compiles from 4.25 on, for two seconds in each process that draws a chart or reads a notebook."
+    program = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module(m)\nheavy = {'torch', 'monai', 'transformers', 'rfc3987_syntax'} & set(sys.modules)\nassert not heavy, heavy"
     done = subprocess.run([sys.executable, "-c", program, *LIGHT], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-600:]
 
 
 def test_import_is_light():
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import vfm_notes"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and int(done.stderr.splitlines()[-1].split("|")[1]) < 200_000  # microseconds
-    assert not re.search(r"\b(torch|monai|pandas)\b", done.stderr)
+    bare = subprocess.run([sys.executable, "-X", "importtime", "-c", "pass"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr.count("\n") - bare.stderr.count("\n") < 10, done.stderr[-800:]
 
 
 def test_nothing_dangerous_is_called():

@@ -42,7 +42,7 @@ def commands(text: str) -> list[str]:
 
 def parse(command: str) -> None:
     "Let the command line read a command without doing anything."
-    words, group, context = shlex.split(command)[1:], COMMAND, None
+    words, group = shlex.split(command)[1:], COMMAND
     while hasattr(group, "commands") and words and not words[0].startswith("-"):
         assert words[0] in group.commands, f"{command}: no command {words[0]}"
         group, words = group.commands[words[0]], words[1:]

@@ -67,17 +67,17 @@ def lab(folder):
     log = (folder / "lab.log").open("w")
     process = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
                                 f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
-    base, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    base, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
     try:
         while True:
-            try: urllib.request.urlopen(f"{base}/api", timeout=5); break
+            try: urllib.request.urlopen(f"{base}/api", timeout=60); break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()[-2000:]
                 time.sleep(0.2)
         yield base
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(300)
 
 
 VIEW, EXPLORER, LIVE, BUILDER = (f"document.querySelectorAll('.jp-Cell')[{i}]" for i in range(4))
@@ -89,11 +89,11 @@ HERE = "const notebook = jupyterapp.shell.currentWidget, kernel = notebook.conte
 RAN = HERE + "const code = [...notebook.context.model.cells].filter(c => c.type === 'code'); return code.every(c => c.executionCount !== null && c.executionState !== 'running') && kernel.status === 'idle'"
 
 
-def run_all(browser, lab, name, width, seconds=180, memory=2**60):
+def run_all(browser, lab, name, width, seconds=600, memory=2**60):
     "Open a notebook in a window and run all of it; the tab may not take more memory than that, in MiB."
     browser.set_window_size(width, 1400)
     browser.get(f"{lab}/lab/tree/{name}")
-    wait(browser, f"if (!window.jupyterapp || !jupyterapp.shell.currentWidget?.context?.path.endsWith('{name}') || !document.querySelector('.jp-Cell')) return false; {HERE} return kernel?.status === 'idle'", 60)
+    wait(browser, f"if (!window.jupyterapp || !jupyterapp.shell.currentWidget?.context?.path.endsWith('{name}') || !document.querySelector('.jp-Cell')) return false; {HERE} return kernel?.status === 'idle'")
     browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
     end = time.monotonic() + seconds
     while not browser.execute_script(RAN):
@@ -118,7 +118,7 @@ DRAWN = "return [...document.querySelectorAll('.jp-RenderedVegaCommon5')].map(n 
 
 def check_drawn(browser, least):
     "As many charts as expected, each of some size, and what is wider than its box can be reached by scrolling."
-    found = wait(browser, DRAWN.replace("return", "const found =", 1) + f"; return found.length >= {least} && found.every(f => f && f[0] > 150 && f[1] > 40) && found", 30)
+    found = wait(browser, DRAWN.replace("return", "const found =", 1) + f"; return found.length >= {least} && found.every(f => f && f[0] > 150 && f[1] > 40) && found")
     assert all(box >= width or flow == "auto" for width, _, box, _, flow in found), found
     assert tab_memory(browser) < MOST
     return found
@@ -136,7 +136,7 @@ def browser(lab):
     "The notebook, opened and run."
     with chromium() as made:
         run_all(made, lab, "look.ipynb", 1300)
-        wait(made, f"return {BUILDER}.querySelector('.jp-OutputArea-output .widget-inline-hbox')", 30)
+        wait(made, f"return {BUILDER}.querySelector('.jp-OutputArea-output .widget-inline-hbox')")
         if os.environ.get("VFM_SCREENSHOT"): made.save_screenshot(os.environ["VFM_SCREENSHOT"])
         assert not made.execute_script("return [...document.querySelectorAll('.jp-RenderedText[data-mime-type*=stderr], .jp-mod-error')].map(e => e.innerText)")
         yield made

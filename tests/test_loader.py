@@ -69,20 +69,22 @@ def test_mapped_arrays_are_read_by_the_batch_and_never_changed(tmp_path):
 
 
 class Slow:
-    "A source that takes its time."
-    def __init__(self, n, seconds): self.n, self.seconds = n, seconds
+    "A source that takes its time, by a clock that goes when it is told to."
+    def __init__(self, n, seconds, clock): self.n, self.seconds, self.clock = n, seconds, clock
     def __len__(self): return self.n
     def __getitem__(self, index):
-        time.sleep(self.seconds)
+        self.clock[0] += self.seconds
         return np.zeros(len(index))
 
 
-def test_the_meter_counts_waiting_and_nothing_else():
-    loader = Loader({"x": Slow(8, 0.02)}, 2)
-    for _ in loader.epoch(0): time.sleep(0.05)  # the step
-    assert 0.08 <= loader.waited < 0.16
+def test_the_meter_counts_waiting_and_nothing_else(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    loader = Loader({"x": Slow(8, 0.02, clock)}, 2)
+    for _ in loader.epoch(0): clock[0] += 0.05  # the step
+    assert loader.waited == pytest.approx(0.08)
     for _ in loader.epoch(1): pass
-    assert loader.waited >= 0.16
+    assert loader.waited == pytest.approx(0.16)
 
 
 def test_loaders_refuse():

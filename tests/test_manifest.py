@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 import vfm_notes.data
-from made_cases import CARD, GLAND, GRID, boxes, message, nifti
+from made_cases import CARD, GLAND, GRID, boxes, message
 from vfm_notes.data import cache
 from vfm_notes.data.cache import read_cohort
 from vfm_notes.data.cohort import load_cohort, problems

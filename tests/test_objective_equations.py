@@ -1,5 +1,4 @@
 """The objectives' equations against slow explicit computations, closed forms and other libraries."""
-import copy
 import itertools
 import math
 
@@ -13,7 +12,7 @@ from test_layouts import SMALL, dense, sparse_encoder
 from vfm_notes.backbones.profound import ProFound, profound_toy
 from profound_networks import FCMAE, sparse_state
 from vfm_notes.backbones.profound_layouts import profound_convmae, profound_vit
-from vfm_notes.backbones.provicnet import ProViCNet, provicnet_toy
+from vfm_notes.backbones.provicnet import provicnet_toy
 from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.nets.convnext3d import enlarge
@@ -69,7 +68,6 @@ TRANSFORMERS = {"provicnet": (provicnet_toy, (4, 32, 32)), "vit": (lambda: profo
 
 @pytest.fixture(params=TRANSFORMERS)
 def tokens(request):
-    import vfm_notes.backbones.natural
     torch.manual_seed(0)
     make, size = TRANSFORMERS[request.param]
     backbone = make()

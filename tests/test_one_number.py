@@ -130,7 +130,7 @@ def test_scores_are_the_same_on_all_pages(heard):
 
 
 def test_a_state_has_one_word_and_one_count_everywhere(heard):
-    spec, jobs = heard["spec"], plan(heard["spec"])
+    jobs = plan(heard["spec"])
     truth = [s for j in jobs for s in states_of(j, heard["records"]).values()]
     assert [(s, truth.count(s)) for s in STATES if s in truth] == [("done", len(truth) - 4), ("failed", 1), ("missing", 1), ("skipped", 2)]
     whole = f"{count_states(truth)} of {len(truth)} runs"

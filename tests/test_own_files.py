@@ -12,14 +12,14 @@ import nbformat
 import pytest
 import small_site
 from test_records import cut, flip, snapshot
-from toy_batch import LIGHT, Toy, hostile
+from toy_batch import Toy, hostile
 from typer.testing import CliRunner
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.report import site
 from vfm_notes.report.cli import app
 from vfm_notes.report.stamp import read_stamp
-from vfm_notes.runs.forkserver import ForkServer, python_path
+from vfm_notes.runs.forkserver import python_path
 
 LOOKS = (("status",), ("table",), ("run", "--dry-run"), ("run", "--dry-run", "--executor", "slurm"), ("doctor",),
          ("weights", "export", "profound_toy.mae_phantom"))
@@ -41,14 +41,13 @@ def look(toy: Toy, words: tuple) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, toy_server):
     "A toy study that is done."
     toy = Toy(tmp_path_factory.mktemp("finished"), seeds=[0, 1])
-    with ForkServer(LIGHT.split(",")) as server:
-        toy.server = server.address
-        done = toy.run()
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield toy
+    toy.server = toy_server
+    done = toy.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return toy
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_a_page_keeps_no_cohort(runs_root, monkeypatch):
 
 # ---- the site
 
-PATCHED = ("report_pages", "build_reference", "study_findings", "made_from")  # by small_site
+PATCHED = ("report_pages", "build_reference", "write_assets", "study_findings", "made_from")  # by small_site
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
@@ -206,17 +205,17 @@ def test_pages_that_were_not_made_here_stay(tmp_path, few):
 @pytest.mark.parametrize("other", ["a", "b"])
 def test_two_sites_at_once_one_waits(tmp_path, few, other):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
-    start = lambda name, seconds: subprocess.Popen([sys.executable, small_site.__file__,
-                                                    str(tmp_path/f"{name}.yaml"), seconds], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = start("a", "1.5")
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    start = lambda name, *hold: subprocess.Popen([sys.executable, small_site.__file__, str(tmp_path/f"{name}.yaml"), *hold], env=env, text=True, **pipes)
+    first = start("a", "hold")
     assert first.stdout.readline() == "rendering\n"
-    second = start(other, "0")
-    said = second.communicate(timeout=120)
-    assert first.wait(60) == 0 and second.returncode == 0 and "Another 'vfm site' is at work" in said[1], said
-    assert "this one waits" in said[1], said
-    assert said[0].splitlines()[-1] == ("up to date" if other == "a" else "made")
+    second = start(other)
+    told = next(line for line in second.stderr if "at work" in line)
+    assert "Another 'vfm site' is at work" in told and "this one waits" in told and second.poll() is None
+    assert first.communicate("go on\n", timeout=300) and first.returncode == 0
+    said = second.communicate(timeout=300)
+    assert second.returncode == 0 and said[0].splitlines()[-1] == ("up to date" if other == "a" else "made"), said
     assert read_stamp(tmp_path/"_site"/"stamp.json")["study"] == other
-    first.communicate()
 
 
 def test_a_site_names_what_is_damaged(spoilt, monkeypatch):

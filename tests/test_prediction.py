@@ -3,7 +3,6 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats

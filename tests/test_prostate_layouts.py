@@ -48,7 +48,7 @@ def told(function, *args, **kwargs) -> str:
 def edit(path: Path, change) -> None:
     "Change the rows of a sheet."
     sep = "\t" if path.suffix == ".tsv" else ","
-    change(sheet := pd.read_csv(path, dtype=str, keep_default_na=False, sep=sep)).to_csv(path, index=False, sep=sep)
+    change(pd.read_csv(path, dtype=str, keep_default_na=False, sep=sep)).to_csv(path, index=False, sep=sep)
 
 
 def test_all_seven_are_registered():

@@ -4,7 +4,6 @@ import io
 import json
 
 import pandas as pd
-import pytest
 from browsing import chromium, wait
 from toy_batch import Toy
 

@@ -149,10 +149,14 @@ def test_huge_and_remote_outputs_are_cut_with_a_link(project):
     assert 'href="notebooks/pretrain-profound_toy.mae_of_a_long_name.ipynb"' in text and len(text) < 200_000
 
 
-def test_second_build_does_nothing_and_is_quick(project):
-    begun = time.monotonic()
+def test_second_build_does_nothing(project, monkeypatch):
+    "No page, no sentence and no library is made, nothing is rendered, no file is written."
+    def files(): return {p: p.stat().st_mtime_ns for p in project["root"].rglob("*") if p.is_file()}
+    before = files()
+    for name in ("make_pages", "study_findings", "build_reference", "render", "write_config"):
+        monkeypatch.setattr(site_module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     again = build_site(project["study"], project["renderer"], silent)
-    assert again.up_to_date and again.findings == project["made"].findings and time.monotonic() - begun < 2
+    assert again.up_to_date and again.findings == project["made"].findings and files() == before
 
 
 def test_a_change_touches_only_what_depends_on_it(project):
@@ -209,7 +213,7 @@ def visit(browser, base, name):
     "Open a page, wait for its charts, and give what went wrong and what was asked for."
     browser.get_log("performance")
     browser.get(f"{base}/{name}.html")
-    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)", 30)
+    wait(browser, "return document.readyState === 'complete' && [...document.querySelectorAll('.vfm-chart')].every(c => c.dataset.drawn)")
     return asked(browser, base)
 
 
@@ -236,10 +240,17 @@ def test_pages_open_from_files(project, browser, name):
     assert errors == [] and elsewhere == []
 
 
-def test_first_chart_is_there_within_two_seconds(project, browser, server):
-    browser.get(f"{server}/index.html")
-    drawn = wait(browser, "return document.querySelector('.vfm-chart[data-drawn]') && performance.now()")
-    assert drawn < 4000  # 2 s on a quiet machine; tests share theirs
+def test_what_is_in_view_is_drawn_first(browser, server):
+    "A chart in view does not wait for those further down, and for nothing but the scripts of the site. (How soon it stands: bench_site.py.)"
+    noting = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": "window.order = []; new MutationObserver(es => es.forEach(e => window.order.push(e.target.id))).observe(document, {subtree: true, attributes: true, attributeFilter: ['data-drawn']})"})
+    try: visit(browser, server, "alignment")
+    finally: browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", noting)
+    boxes = browser.execute_script("return [...document.querySelectorAll('.vfm-chart')].map(c => [c.id, c.getBoundingClientRect().top < innerHeight + 300])")
+    order = browser.execute_script("return window.order")
+    assert set(order) == {i for i, _ in boxes} and len(order) == len(boxes) >= CHARTS["alignment"], "each is drawn, once"
+    assert dict(boxes)[order[0]] and not all(near for _, near in boxes)
+    scripts = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name).filter(n => n.endsWith('.js'))")
+    assert sum("vega" in s for s in scripts) <= 1, scripts
 
 
 def test_runs_table_filters_sorts_and_shows_holes(browser, server):
@@ -373,12 +384,13 @@ def test_the_measure_of_reading_can_fail(browser, server):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_violation(browser, server, scheme):
     if not AXE.exists(): pytest.skip("axe-core is not there; `make programs` fetches it (tests/axe.txt)")
-    browser.set_script_timeout(60)
+    browser.set_script_timeout(300)
+    only = ", runOnly: {type: 'rule', values: ['color-contrast', 'link-in-text-block']}" if scheme == "dark" else ""  # what a scheme changes
     with screen(browser, 1300, scheme):
         for name in KINDS:
             visit(browser, server, name)
             browser.execute_script(AXE.read_text(encoding="utf-8"))
-            found = browser.execute_async_script("const done = arguments[0]; axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.map(v => [v.impact, v.id, v.nodes.length, v.nodes[0].html.slice(0, 150)])))")
+            found = browser.execute_async_script(f"const done = arguments[0]; axe.run(document, {{resultTypes: ['violations']{only}}}).then(r => done(r.violations.map(v => [v.impact, v.id, v.nodes.length, v.nodes[0].html.slice(0, 150)])))")
             assert [f for f in found if f[0] in ("serious", "critical")] == [], f"{name}, {scheme}"
 
 

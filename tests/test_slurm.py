@@ -13,15 +13,13 @@ from functools import partial
 import pytest
 import yaml
 from slurm_cluster import absent, cluster
-import toy_batch
-from toy_batch import Toy, alive_with, hostile
+from toy_batch import Toy, hostile, wait_until
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.runs.executors import Cancelled, Died, Future
-from vfm_notes.runs.slurm import (SlurmExecutor, SlurmSettings, last_state, note_file, private_folder, sbatch_options,
+from vfm_notes.runs.slurm import (SlurmExecutor, SlurmSettings, note_file, private_folder, sbatch_options,
                                   slurm_settings)
 
-wait_until = partial(toy_batch.wait_until, seconds=90)
 SETTINGS = {"cpus": 1, "memory": "0", "time": 10}
 here = pytest.mark.skipif(bool(absent()), reason=absent() or "-")
 
@@ -48,8 +46,8 @@ def test_calls_that_come_together_are_one_array(executor, slurm, tmp_path, monke
     log = tmp_path/"logs"/"a.log"
     log.parent.mkdir()
     futures = [executor.submit(divmod, 7, k, log=log if k == 3 else None) for k in (2, 3, 0)]
-    assert futures[0].result(60) == (3, 1) and futures[1].result(60) == (2, 1)
-    with pytest.raises(ZeroDivisionError) as raised: futures[2].result(60)
+    assert futures[0].result(300) == (3, 1) and futures[1].result(300) == (2, 1)
+    with pytest.raises(ZeroDivisionError) as raised: futures[2].result(300)
     assert "In the worker" in "".join(raised.value.__notes__)
     ids = [f.process.id for f in futures]
     assert len({id.split("_")[0] for id in ids}) == 1 and [id.split("_")[1] for id in ids] == ["0", "1", "2"]
@@ -65,14 +63,14 @@ def test_cancelled_and_killed_jobs_are_told_apart(executor, slurm):
     mine, killed, fine = executor.submit(time.sleep, 60), executor.submit(os.kill, 0, 0), executor.submit(os.getenv, "OMP_NUM_THREADS")
     wait_until(lambda: executor.pump() or "RUNNING" in executor.states().get(mine.process.id, ""))
     slurm("scancel", mine.process.id)
-    assert isinstance(mine.exception(60), Cancelled) and "was cancelled" in str(mine.exception())
-    assert fine.result(60) == "1"  # the settings' cores are the threads
-    assert not isinstance(killed.exception(60), Cancelled)
+    assert isinstance(mine.exception(300), Cancelled) and "was cancelled" in str(mine.exception())
+    assert fine.result(300) == "1"  # the settings' cores are the threads
+    assert not isinstance(killed.exception(300), Cancelled)
 
 
 def test_a_job_whose_process_is_killed_has_died(executor):
     future = executor.submit(subprocess.run, [sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"])
-    assert type(future.exception(60)) is Died and "FAILED" in str(future.exception())
+    assert type(future.exception(300)) is Died and "FAILED" in str(future.exception())
 
 
 def test_a_study_ends_complete_after_everything_that_happens_to_it(slurm, tmp_path):
@@ -100,7 +98,7 @@ def test_a_study_ends_complete_after_everything_that_happens_to_it(slurm, tmp_pa
     wait_until(lambda: running[0] not in slurm("squeue", "-h", "-r", "-o", "%i").stdout.split())
     os.kill(int(next(p.name.split("-")[1] for p in sorted(study.flags.glob("holding-*"), key=lambda p: p.stat().st_mtime) if alive(p))), signal.SIGKILL)
     study.flag("hold", False)
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=300)
     assert "cancelled" in out + err and second.returncode in (0, 1)
     third = study.run("--executor", "slurm", "--jobs", "2")
     assert third.returncode == 0, third.stdout + third.stderr

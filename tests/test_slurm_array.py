@@ -1,11 +1,11 @@
 """A thousand notebooks on a made-up Slurm where jobs are killed, cancelled and lost with their node at random: complete in the end, each done once."""
-import multiprocessing
 import os
 import random
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.spec import StudySpec, run_id
 from vfm_notes.runs import batch
+from vfm_notes.runs.forkserver import python_path
 from vfm_notes.runs.grid import known_records, plan
 from vfm_notes.runs.locks import job_lock
 from vfm_notes.runs.record import missing, new_record, write_record
@@ -115,11 +116,12 @@ def made_up(tmp_path, monkeypatch, runs_root):
     for name in ("queue", "ended", "cancel"): (folder/name).touch()
     monkeypatch.setenv("PATH", f"{folder/'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(folder))
-    cluster = multiprocessing.get_context("fork").Process(target=Cluster(folder, seed=7).loop)
-    cluster.start()
+    code = "import sys, test_slurm_array as t; t.Cluster(t.Path(sys.argv[1]), seed=7).loop()"  # a small process, which forks a thousand times
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([python_path(), os.path.dirname(__file__)])}
+    cluster = subprocess.Popen([sys.executable, "-c", code, folder], env=env)
     yield folder
     (folder/"over").touch()
-    cluster.join(10)
+    assert cluster.wait(300) == 0
 
 
 def quick_job(job, study, engine="forked", retry=False, limit=0.0) -> str:

@@ -1,18 +1,12 @@
 """What a cluster does to jobs, on a real Slurm of one node: preempted, out of time, their node gone; the study goes on where it was."""
 import os
-import signal
-import time
-from collections import Counter
-from functools import partial
 
 import pytest
-import toy_batch
 from slurm_cluster import absent, cluster
-from toy_batch import Toy, TRAINING, write_template
+from toy_batch import Toy, TRAINING, wait_until, write_template
 
 from vfm_notes.runs.slurm import SlurmExecutor, slurm_settings
 
-wait_until = partial(toy_batch.wait_until, seconds=90)
 ONLY = ("--only", "kind=pretrain")
 SETTINGS = {"cpus": 1, "memory": "0", "time": 10}
 
@@ -53,7 +47,7 @@ def begun(toy, slurm):
 def goes_on(toy, runner, undisturbed):
     "The study ends as if nothing had happened."
     toy.flag("slow", False)
-    out, err = runner.communicate(timeout=120)
+    out, err = runner.communicate(timeout=300)
     assert runner.returncode == 0, out + err
     assert numbers(toy) == undisturbed and len(toy.records()) == 1, numbers(toy)
 
@@ -88,7 +82,7 @@ def test_a_node_that_disappears(slurm, tmp_path, undisturbed):
     wait_until(lambda: "down" in slurm("sinfo", "-h", "-o", "%t").stdout)
     slurm.start_node()
     toy.flag("slow", False)
-    out, err = runner.communicate(timeout=120)
+    out, err = runner.communicate(timeout=300)
     if runner.returncode: assert toy.run("--executor", "slurm", *ONLY).returncode == 0  # Slurm did not put it back into the queue: the same command does
     assert numbers(toy) == undisturbed and set(epochs(toy)) == {str(e) for e in range(1, 41)}, out + err
 
@@ -101,4 +95,4 @@ def test_setup_lines_and_containers_of_a_profile(slurm, tmp_path):
     (tmp_path/"cluster.yaml").write_text(f"setup: ['module() {{ export LOADED=$2; }}', 'module load cuda/12']\npython: {wrapper} {sys.executable}\ncpus: 2\nprocesses: 2\n")
     with SlurmExecutor(settings=slurm_settings(SETTINGS, tmp_path/"cluster.yaml"), folder=tmp_path/"jobs", poll=0.3) as executor:
         futures = [executor.submit(os.getenv, k) for k in ("LOADED", "CONTAINER", "OMP_NUM_THREADS", "VFM_PROCESSES")]
-        assert [f.result(60) for f in futures] == ["cuda/12", "mine", "1", "2"]
+        assert [f.result(300) for f in futures] == ["cuda/12", "mine", "1", "2"]

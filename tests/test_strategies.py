@@ -1,5 +1,4 @@
 """Every strategy on small backbones: what moves, what does not, what is stored, and what is refused."""
-import math
 from dataclasses import replace
 
 import numpy as np

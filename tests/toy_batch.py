@@ -13,6 +13,7 @@ from vfm_notes.runs.forkserver import KERNEL, python_path
 from vfm_notes.runs.grid import parameter_names
 
 LIGHT = ",".join([*KERNEL, "numpy", "vfm_notes.runs.batch", "vfm_notes.runs.engine"])  # nothing heavy before the fork
+WHOLE = [*LIGHT.split(","), "accelerate", "vfm_notes.pretrain.trainer", "vfm_notes.tune.conflicts", "vfm_notes.tune.catalog"]  # and what trains, and what is asked before the first notebook
 
 WORK = '''
 import os, signal, time
@@ -140,7 +141,7 @@ class Toy:
 
     def vfm(self, *words: str, **env) -> subprocess.CompletedProcess:
         "Run `vfm` with these words to its end."
-        return subprocess.run([*vfm(), *words], env=self.env | env, cwd=self.root, capture_output=True, text=True, timeout=120)
+        return subprocess.run([*vfm(), *words], env=self.env | env, cwd=self.root, capture_output=True, text=True, timeout=600)
 
     def run(self, *words: str, **env) -> subprocess.CompletedProcess:
         return self.vfm("run", str(self.study), "--templates", str(self.templates), *words, **env)
@@ -191,8 +192,8 @@ def alive_with(text: str) -> list[int]:  # process numbers
     return found
 
 
-def wait_until(true, seconds=60):
-    "Wait for something to become true, and hand it back."
+def wait_until(true, seconds=300):
+    "Wait for something to become true, and hand it back; the limit only ends a test that hangs."
     end = time.monotonic() + seconds
     while not (answer := true()):
         assert time.monotonic() < end, "waited in vain"
