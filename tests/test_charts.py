@@ -79,14 +79,18 @@ def test_every_chart_is_drawn(tables):
     for name in ("curve_panels", "trajectories", "reached_panels", "moment_panels", "seed_panels", "dots"): assert all(s in drawn(charts[name]) for s in SIX[1:]), name
 
 
-def test_the_signs_of_a_legend_are_not_as_pale_as_a_band(tables):
-    two = run_convergence(tables)
-    charts = every_chart(tables) | {"with bands": curves.reached_panels(reached_curves(two[two.strategy.isin(SIX[:2])]), "t", "s")}
+def test_the_signs_of_a_legend_can_be_seen(tables):
+    "None is as pale as a band, and a dash has a colour."
+    two, few = run_convergence(tables), tables.curves[tables.curves.strategy.isin(SIX[:2])]
+    charts = every_chart(tables) | {
+        "with bands": curves.reached_panels(reached_curves(two[two.strategy.isin(SIX[:2])]), "t", "s"),
+        "two ways": curves.trajectories(few, {"segmentation": "dice", "translation": "psnr"}, "t", "s")}
     for name, chart in charts.items():
         signs = [part.partition("</g>")[0] for part in re.split(r"<g[^>]*role-legend-symbol", drawn(chart))[1:]]
-        assert name != "with bands" or len(signs) == 2, name
+        assert name not in ("with bands", "two ways") or len(signs) == 2, name
         pale = [o for part in signs for o in re.findall(r'opacity="([\d.]+)"', part) if float(o) < 0.8]
-        assert pale == [], name
+        dashes = [part for part in signs if re.search(r'd="M-[\d.]+,0L[\d.]+,0"', part)]
+        assert pale == [] and all(' stroke="' in part for part in dashes), name
 
 
 def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(tables):

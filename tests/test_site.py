@@ -120,6 +120,16 @@ def test_the_generated_folder_is_a_whole_project(project):
             assert (folder / to).exists() and (folder / "_site" / to).exists(), f"{page.name}: {to}"
 
 
+def test_wide_pages_are_wide_by_each_renderer(project):
+    "What is written for smalldocs is said to Quarto, too."
+    seen = 0
+    for path, nb in generated(project["root"]).items():
+        front = yaml.safe_load(joined(nb["cells"][0]["source"]).strip().strip("-"))
+        assert front.get("grid", {}).get("body-width") == front.get("max-width"), path.name
+        seen += "max-width" in front
+    assert seen > 5
+
+
 def test_nothing_in_the_site_asks_the_network(project):
     for path in (project["root"] / "_site").rglob("*"):
         if path.suffix not in (".html", ".css"): continue
@@ -228,6 +238,12 @@ def test_every_page_opens_clean_over_http(project, browser, server):
         marks = browser.execute_script("return [...document.querySelectorAll('.vfm-chart')].map(c => c.querySelectorAll('.vfm-view svg [class*=mark-] path, .vfm-view svg .mark-text text').length)")
         assert all(m > 3 for m in marks) and len(marks) >= CHARTS.get(path.stem, 0), f"{path.name}: {marks}"
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), f"{path.name} is wider than the window"
+
+
+def test_the_bar_above_marks_the_page_that_is_open(browser, server):
+    for name, marked in (("index", ["Overview"]), ("alignment", ["Alignment"]), ("runs", ["Runs"]), ("data", [])):
+        visit(browser, server, name)
+        assert browser.execute_script("return [...document.querySelectorAll('#quarto-header a.nav-link.active')].map(a => a.innerText.trim())") == marked, name
 
 
 @pytest.mark.parametrize("name", ["index", "alignment", "prediction", "runs", "methods", "run-segmentation-profound_toy.mae_of_a_long_name-n4"])
