@@ -274,7 +274,7 @@ def test_pages_do_not_run_what_lies_beside_a_study(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c)
                                          for c in ("import random, altair, yaml, json, os, sys",
                                                    "print('' in sys.path, random.random() < 1, "
-                                                   "[f for f in os.listdir() if 'kernel' in f])")])
+                                                   "[f for f in os.listdir() if 'kernel-ipc' in f])")])
     nb.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nb, tmp_path/"page.ipynb")
     code = ("import sys; from pathlib import Path; from vfm_notes.report.pages import Page, execute_pages; "
