@@ -1,6 +1,7 @@
 """The report's charts on a made-up study of six strategies: valid, complete, and drawn by the same library as in the browser."""
 import inspect
 import json
+import re
 
 import altair as alt
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import vl_convert
 from every_chart import PARTS, every_chart
 from fake_runs import write_study
+from vfm_notes.analysis.convergence import reached_curves, run_convergence
 from vfm_notes.analysis.gain import gain_table
 from vfm_notes.analysis.prediction import points
 from vfm_notes.analysis.tables import load_tables
@@ -75,6 +77,20 @@ def test_every_chart_is_drawn(tables):
         svg = drawn(chart)
         assert svg.count("<path") > 12 and "NaN" not in svg, name
     for name in ("curve_panels", "trajectories", "reached_panels", "moment_panels", "seed_panels", "dots"): assert all(s in drawn(charts[name]) for s in SIX[1:]), name
+
+
+def test_the_signs_of_a_legend_can_be_seen(tables):
+    "None is as pale as a band, and a dash has a colour."
+    two, few = run_convergence(tables), tables.curves[tables.curves.strategy.isin(SIX[:2])]
+    charts = every_chart(tables) | {
+        "with bands": curves.reached_panels(reached_curves(two[two.strategy.isin(SIX[:2])]), "t", "s"),
+        "two ways": curves.trajectories(few, {"segmentation": "dice", "translation": "psnr"}, "t", "s")}
+    for name, chart in charts.items():
+        signs = [part.partition("</g>")[0] for part in re.split(r"<g[^>]*role-legend-symbol", drawn(chart))[1:]]
+        assert name not in ("with bands", "two ways") or len(signs) == 2, name
+        pale = [o for part in signs for o in re.findall(r'opacity="([\d.]+)"', part) if float(o) < 0.8]
+        dashes = [part for part in signs if re.search(r'd="M-[\d.]+,0L[\d.]+,0"', part)]
+        assert pale == [] and all(' stroke="' in part for part in dashes), name
 
 
 def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(tables):

@@ -17,6 +17,7 @@ from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.quantity import KINDS, METRICS, kind_of, rounded, told
 from vfm_notes.foundation.spec import load_study
 from vfm_notes.report import cli
+from vfm_notes.report.explorer import run_explorer
 from vfm_notes.report.figures import gain_matrix
 from vfm_notes.report.live import study_line
 from vfm_notes.report.pages import execute_pages, report_pages
@@ -63,6 +64,7 @@ def heard(tmp_path_factory):
         texts["site"] = "\n".join(findings(spec))
         texts["tour"] = json.dumps(gain_matrix(gain_table(load_tables(spec))).to_dict(), ensure_ascii=False)
         texts["status"] = "\n".join(cli.status_lines(spec)[0])
+        texts["explorer"] = run_explorer(str(study)).count.value
         texts["live"] = study_line(spec, known_records("one"))
         from typer.testing import CliRunner
         for name, words in (("dry run", ["run", str(study), "--dry-run"]), ("table", ["table", str(study)])):
@@ -135,6 +137,7 @@ def test_a_state_has_one_word_and_one_count_everywhere(heard):
     assert [(s, truth.count(s)) for s in STATES if s in truth] == [("done", len(truth) - 4), ("failed", 1), ("missing", 1), ("skipped", 2)]
     whole = f"{count_states(truth)} of {len(truth)} runs"
     for place in ("status", "live", "dry run", "table", "runs"): assert whole in heard["texts"][place], (place, whole)
+    assert heard["texts"]["explorer"].startswith(f"{len(truth)} of {len(truth)} runs: {count_states(truth)}")
     assert f"{truth.count('done')}runs done | 1failed | 1missing | 2skipped" in heard["texts"]["index"]
     for place in heard["texts"]: assert "cannot run here" not in heard["texts"][place]
     for place in ("status", "dry run"): assert len(re.findall(r"^skipped external-\S+ +1 skipped  VFM_DATA is not set", heard["texts"][place], re.M)) == 2

@@ -271,8 +271,9 @@ def test_what_lies_beside_a_study_is_not_run(tmp_path, engine):
 def test_pages_do_not_run_what_lies_beside_a_study(tmp_path):
     mark = hostile(tmp_path)
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c)
-                                         for c in ("import random, altair, yaml, json, sys",
-                                                   "print('' in sys.path, random.random() < 1)")])
+                                         for c in ("import random, altair, yaml, json, os, sys",
+                                                   "print('' in sys.path, random.random() < 1, "
+                                                   "[f for f in os.listdir() if 'kernel-ipc' in f])")])
     nb.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nb, tmp_path/"page.ipynb")
     code = ("import sys; from pathlib import Path; from vfm_notes.report.pages import Page, execute_pages; "
@@ -282,5 +283,5 @@ def test_pages_do_not_run_what_lies_beside_a_study(tmp_path):
     script.write_text(code)
     done = subprocess.run([sys.executable, script, str(tmp_path/"page.ipynb")], cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, text=True)
-    assert done.stdout.strip() == "False True", done.stdout + done.stderr + (mark.read_text() if mark.exists() else "")
+    assert done.stdout.strip() == "False True []", done.stdout + done.stderr + (mark.read_text() if mark.exists() else "")
     assert not mark.exists(), done.stdout + done.stderr + (mark.read_text() if mark.exists() else "")

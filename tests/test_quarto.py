@@ -101,6 +101,18 @@ def test_only_what_changed_is_rendered(quarto, folder):
     assert quarto() == [["."]]
 
 
+def test_a_new_script_reaches_readers_though_no_page_changed(quarto, folder):
+    settings(folder, "first", project={"resources": ["assets", "records", "notebooks"]})
+    chosen = choose_renderer("quarto")
+    (folder/"assets"/"site.js").write_text("old")
+    render(folder, chosen)
+    quarto()
+    (folder/"assets"/"site.js").write_text("new")
+    (folder/"records"/"b.json").write_text("{}")
+    render(folder, chosen)
+    assert quarto() == [] and (folder/"_site"/"assets"/"site.js").read_text() == "new" and (folder/"_site"/"records"/"b.json").exists()
+
+
 def test_what_broke_off_is_rendered_again(quarto, folder, monkeypatch):
     chosen = choose_renderer("quarto")
     render(folder, chosen)

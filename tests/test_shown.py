@@ -1,6 +1,8 @@
 """What a user is told: the plan before a batch, a few failures out of many, records of another version or of an earlier study file."""
 import json
+import math
 import re
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -66,7 +68,32 @@ def test_an_estimate_follows_the_costs_that_were_measured():
     assert core_seconds("pretrain", vars(spec)) == pytest.approx(AROUND + 3 * 50 * 2 * rows["profound_toy"]["step_cpu_s"])  # twice the 12 slices that were measured
     record = {"kind": "pretrain", "spec": vars(spec), "cost": {"seconds": {"total": 77.0}}}
     assert run_time("pretrain", vars(spec), speeds([record])).seconds == pytest.approx(77) and run_time("pretrain", vars(spec), {}).runs == 0
-    assert core_seconds("pretrain", vars(replace(spec, backbone="nobody_measured_me.x"))) > AROUND
+    volumes = [r["step_cpu_s"] / math.prod(r["size"]) for r in rows.values() if r.get("step_cpu_s") and r["size"][0] > 1]
+    own = core_seconds("pretrain", vars(replace(spec, backbone="nobody_measured_me.x")))
+    assert own == pytest.approx(AROUND + 150 * 24 * 64 * 64 * statistics.median(volumes)), "as the median of those for volumes"
+
+
+def test_a_frozen_encoder_is_counted_once():
+    "A head on features costs one look at each case, however many epochs; with windows a look at each piece in every epoch."
+    from vfm_notes.foundation.places import project_root
+    from vfm_notes.runs.estimate import AROUND, core_seconds
+    row = next(r for r in json.loads((project_root()/"nbs"/"report"/"backbone_costs.json").read_text())[0]["rows"] if r["name"] == "profound_toy")
+    forward, step = row["forward_cpu_s"], row["step_cpu_s"]  # of 12 x 64 x 64 voxels
+    spec = dict(backbone="profound_toy.mine", size=(12, 64, 64), epochs=30, n_train=40, cases=dict(pretrain=1, train=50, val=10, test=20))
+    costs = {s: core_seconds("transfer", spec | {"strategy": s}) - AROUND for s in ("full", "top k=1", "lora rank=4", "decoder fraction=0.5", "decoder", "decoder drop=1", "random", "probe", "knn k=3")}
+    trained, once = 30 * 40 * step + (30 * 10 + 2 * 30) * forward, 70 * forward
+    assert list(costs.values()) == pytest.approx(4 * [trained] + 5 * [once])
+    cut = core_seconds("transfer", spec | {"strategy": "decoder", "window": (12, 32, 64)}) - AROUND
+    assert cut == pytest.approx(30 * 40 * forward / 2 + (30 * 10 + 2 * 30) * forward)
+
+
+def test_every_backbone_of_the_package_was_measured():
+    "One that is not counts as the median of others, which may be a hundred times what it costs."
+    from vfm_notes.foundation.places import project_root
+    from vfm_notes.runs.estimate import voxel_seconds
+    cards = json.loads((project_root()/"nbs"/"report"/"backbones.json").read_text(encoding="utf-8"))  # of all, see test_backbones.py
+    absent = [c["name"] for c in cards if c["name"] not in voxel_seconds()]
+    assert absent == [], "measure them: make evidence NAME=backbone_costs"
 
 
 def test_of_two_hundred_failures_a_few_are_shown_and_the_rest_counted(capsys):

@@ -105,7 +105,7 @@ def test_pages_are_written_as_quarto_needs_them(project):
             shown = [joined(v) for v in texts] if c["cell_type"] != "code" else [joined(v) for v in texts[1:]]
             ids += [i for text in shown for i in re.findall(r"<[a-z]+\b[^<>]*?\sid=\"([^\"]+)\"", text)]
         assert nb["cells"][0]["cell_type"] == "raw" and "title:" in joined(nb["cells"][0]["source"]) and 1 not in levels, path.name
-        twice = {i for i in ids if ids.count(i) > 1}
+        twice = {i for i in ids if ids.count(i) > 1 or i == "title"}  # both renderers name the list of headings toc-title
         assert not twice, f"{path.name}: {twice}"
 
 
@@ -118,6 +118,16 @@ def test_the_generated_folder_is_a_whole_project(project):
     for page in (folder / "_site").glob("*.html"):
         for to in re.findall(r'href="((?:records|notebooks|reference|assets)/[^"#]+)', page.read_text(encoding="utf-8")):
             assert (folder / to).exists() and (folder / "_site" / to).exists(), f"{page.name}: {to}"
+
+
+def test_wide_pages_are_wide_by_each_renderer(project):
+    "What is written for smalldocs is said to Quarto, too."
+    seen = 0
+    for path, nb in generated(project["root"]).items():
+        front = yaml.safe_load(joined(nb["cells"][0]["source"]).strip().strip("-"))
+        assert front.get("grid", {}).get("body-width") == front.get("max-width"), path.name
+        seen += "max-width" in front
+    assert seen > 5
 
 
 def test_nothing_in_the_site_asks_the_network(project):
@@ -232,6 +242,12 @@ def test_every_page_opens_clean_over_http(project, browser, server):
         marks = browser.execute_script("return [...document.querySelectorAll('.vfm-chart')].map(c => c.querySelectorAll('.vfm-view svg [class*=mark-] path, .vfm-view svg .mark-text text').length)")
         assert all(m > 3 for m in marks) and len(marks) >= CHARTS.get(path.stem, 0), f"{path.name}: {marks}"
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), f"{path.name} is wider than the window"
+
+
+def test_the_bar_above_marks_the_page_that_is_open(browser, server):
+    for name, marked in (("index", ["Overview"]), ("alignment", ["Alignment"]), ("runs", ["Runs"]), ("data", [])):
+        visit(browser, server, name)
+        assert browser.execute_script("return [...document.querySelectorAll('#quarto-header a.nav-link.active')].map(a => a.innerText.trim())") == marked, name
 
 
 @pytest.mark.parametrize("name", ["index", "alignment", "prediction", "runs", "methods", "run-segmentation-profound_toy.mae_of_a_long_name-n4"])

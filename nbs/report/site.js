@@ -60,8 +60,9 @@
   };
 
   // ---- what is wider than its box scrolls, and must be reached without a mouse
+  const boxes = () => $$(".vfm-scroll, .vfm-slices, .vfm-view, .vfm-equation, .dataframe, main pre");
   const reachable = () => {
-    for (const box of $$(".vfm-scroll, .vfm-slices, .vfm-view, .vfm-equation, .dataframe, main pre")) {
+    for (const box of boxes()) {
       if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     }
@@ -186,9 +187,13 @@
   }));
 
   ready(() => {
-    reachable();
-    window.addEventListener("load", () => setTimeout(reachable, 600));
-    window.addEventListener("resize", () => setTimeout(reachable, 600));
+    const sizes = new ResizeObserver(reachable);
+    for (const box of boxes()) for (const part of [box, ...box.children]) sizes.observe(part);
+    const file = (to) => to.split(/[?#]/)[0].replace(/\/$/, "/index.html"), here = file(location.href);
+    $$("#quarto-header .navbar a.nav-link[href]").forEach((a) => {  // Quarto marks the first link that is in the sidebar, too
+      a.classList.toggle("active", file(a.href) === here);
+      if (file(a.href) === here) a.setAttribute("aria-current", "page"); else a.removeAttribute("aria-current");
+    });
     $$(".sidebar-item-toggle[role=navigation]").forEach((a) => a.setAttribute("role", "button"));
   });
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST', 'TITLES', 'QUESTION', 'OUTCOMES', 'ROW', 'NUMBERS', 'REGRETS', 'regret', 'random_regret', 'right_pairs',
            'task_rights', 'rights_test', 'predictors', 'ended', 'outcome_draws', 'Question', 'ask', 'answer', 'pooled',
-           'prediction_table', 'answers', 'points', 'picked_of', 'best_predictors', 'title', 'prediction_words',
+           'prediction_table', 'answers', 'points', 'picked_of', 'best_predictors', 'score_title', 'prediction_words',
            'prediction_verdict', 'judged', 'shown', 'prediction_finding']
 
 # %% ../../nbs/84_prediction.ipynb #d2bd86f7
@@ -245,13 +245,14 @@ def best_predictors(
     return t[t.index.isin(leaders(t.saved.to_dict()))]
 
 # %% ../../nbs/84_prediction.ipynb #930342e3
-def title(name: str) -> str: return TITLES.get(name, name.replace("_", " "))  # a score as readers know it
+def score_title(name: str) -> str: return TITLES.get(name, name.replace("_", " "))  # a score as readers know it
 
 def prediction_words(
     row: pd.Series,  # of prediction_table
 ) -> str:
     "What one predictor's picks were worth, in one or two sentences."
-    name, unit = title(row.predictor)[0].upper() + title(row.predictor)[1:], " percentage points of gain" if row.outcome == "gain" else " of the score"
+    called = score_title(row.predictor)
+    name, unit = called[0].upper() + called[1:], " percentage points of gain" if row.outcome == "gain" else " of the score"
     of, (regret_kind, saved_kind) = picked_of(row), REGRETS[row.outcome]
     if not row.pairs: return f"{name}: {row.why}."
     said = f"{name} put {row.right * row.pairs:g} of {row.pairs} pairs of backbones in the right order over {row.tasks} {'task' if row.tasks == 1 else 'tasks'}"
@@ -269,7 +270,7 @@ def prediction_verdict(
     start, t = "Known before fine-tuning: ", judged(table)
     if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so nothing can be said yet."
     clear = t[shown(t)]
-    verdict = f"{', '.join(map(title, clear.predictor))} picked better than chance" if len(clear) else "none is shown to pick better than chance"
+    verdict = f"{', '.join(map(score_title, clear.predictor))} picked better than chance" if len(clear) else "none is shown to pick better than chance"
     few = " With two backbones a rank correlation is +1 or −1 in each task, so a task says no more than a coin." if t.backbones.max() == 2 else ""
     asked = f"{how_many(t.backbones, 'backbone', 'backbones')} in {how_many(t.tasks, 'task', 'tasks')}"
     return f"{start}of {len(t)} early numbers, asked for the best of {asked}, {verdict}.{few}"
@@ -289,5 +290,5 @@ def prediction_finding(
     "The verdict, and the one that did best where one is better than chance."
     best = best_predictors(table)
     if not any(shown(judged(table))): return prediction_verdict(table)
-    also = f" As good: {', '.join(title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
+    also = f" As good: {', '.join(score_title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
     return f"{prediction_verdict(table)} Best here, with hindsight: {prediction_words(best.iloc[0])}{also}"

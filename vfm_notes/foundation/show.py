@@ -301,7 +301,7 @@ def frame(
     parts.append(words(f"{bar} {unit}" + (f"  ·  {window}" if window else ""), x, y + 13, faint=True))
     x += 50 + (6.8 * len(window) + 18 if window else 0)
     parts.append(legend(masks, x, y + 13))
-    wide = max(wide, x + sum(34 + 7 * len(n) for n in masks), 7.6 * len(title))
+    wide = max(wide, x + sum(34 + 7 * len(n) for n in masks), 8.2 * len(title))
     alt = (title or "Slices") + (f"; outlines: {', '.join(masks)}" if masks else "")
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {y + 20:.0f}" width="{wide:.0f}" role="img" aria-label="{html.escape(alt)}" style="max-width:100%;min-width:{wide:.0f}px;height:auto;font-family:system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif">'
     return Figure(f"{head}<title>{html.escape(alt)}</title>{''.join(parts)}</svg>", alt)

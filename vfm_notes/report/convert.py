@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CODE', 'MATH', 'LIMIT', 'REMOTE', 'mathml', 'raw_html', 'equations', 'joined', 'as_html', 'cut', 'stream',
            'convert_output', 'joined_lines', 'read_notebook', 'as_lines', 'stored_output', 'notebook_text',
-           'write_whole', 'write_notebook', 'front_matter', 'raw_cell', 'to_page', 'without_title', 'parameterised']
+           'write_whole', 'write_notebook', 'front_matter', 'widened', 'raw_cell', 'to_page', 'without_title',
+           'parameterised']
 
 # %% ../../nbs/91_convert.ipynb #e929f46f
 import html
@@ -173,6 +174,13 @@ def front_matter(
     return (yaml.safe_load(m[1]) or {}) if m else {}
 
 # %% ../../nbs/91_convert.ipynb #531167a8
+def widened(
+    options: dict,  # of a page
+) -> dict:  # of the page in the site
+    "Say a page's width to Quarto, too, which does not know `max-width`: nothing stands beside such a page."
+    if "max-width" not in options: return options
+    return options | {"grid": {"sidebar-width": "250px", "body-width": options["max-width"], "margin-width": "40px"}}
+
 def raw_cell(
     options: dict,  # options of a page
 ) -> dict:  # its first cell
@@ -188,7 +196,7 @@ def to_page(
     fold: bool = True,  # show code, folded
 ) -> dict:  # notebook to render
     "Convert an executed notebook to a page."
-    cells, count = [raw_cell(options)], 0
+    cells, count = [raw_cell(widened(options))], 0
     for old in nb["cells"]:
         new = {k: v for k, v in old.items() if k in ("cell_type", "id", "metadata", "source", "execution_count")} | {"source": joined(old["source"])}
         if old["cell_type"] == "raw": continue

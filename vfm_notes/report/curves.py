@@ -105,9 +105,12 @@ def trajectories(
     score = curves[curves.name == "val_" + curves.task.map(metrics)].groupby(keys, sort=False)["value"].mean().rename("score")
     data = neat(wide.join(score, how="inner").reset_index(), [*keys, "distance", "score", "seeds"])
     names, strategies = list(dict.fromkeys(data["backbone"])), in_turn(data["strategy"])
-    line = alt.Chart().mark_line(point=alt.OverlayMarkDef(size=22, filled=True)).encode(
-        x=alt.X("distance:Q", title="distance to the start (MMD²)", axis=alt.Axis(grid=False)), y=alt.Y("score:Q", title="validation score", scale=alt.Scale(zero=False)), order="epoch:Q",
-        **line_marks(strategies, names), tooltip=["task:N", "backbone:N", "strategy:N", "epoch:Q", "distance:Q", "score:Q", "seeds:Q"])
+    base, marks = alt.Chart().encode(
+        x=alt.X("distance:Q", title="distance to the start (MMD²)", axis=alt.Axis(grid=False)),
+        y=alt.Y("score:Q", title="validation score", scale=alt.Scale(zero=False)),
+        tooltip=["task:N", "backbone:N", "strategy:N", "epoch:Q", "distance:Q", "score:Q", "seeds:Q"]), line_marks(strategies, names)
+    dots = base.mark_point(size=22, filled=True, opacity=1).encode(**{k: v for k, v in marks.items() if k != "strokeDash"})
+    line = base.mark_line().encode(order="epoch:Q", **marks) + dots
     columns, panel = max(2, min(3, len(names))), with_panels(data, names)
     chart = line.properties(width=220, height=130).facet(data=panel, columns=columns, facet=alt.Facet("panel:N", title=None, sort=list(dict.fromkeys(panel["panel"])), header=alt.Header(labelAnchor="start", labelLimit=340)))
     return titled(chart.resolve_scale(x="independent", y="independent"), title, subtitle, dict(min=230, columns=columns, gap=74, left=0))

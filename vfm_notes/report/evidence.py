@@ -12,7 +12,7 @@ import pandas as pd
 
 # %% ../../nbs/903_evidence.ipynb #56961465
 from ..analysis.convergence import mean_interval
-from ..analysis.prediction import title as score_title
+from ..analysis.prediction import score_title
 from ..foundation.blocks import Block, link
 from .curves import with_panels
 from .figures import backbone_colour, neat, strategy_shape, titled, with_lines, words

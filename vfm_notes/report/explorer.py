@@ -22,6 +22,7 @@ from .figures import backbone_colour, in_turn, metric_words, neat, strategy_dash
 from .widgets import FLOW, Shown, escaped, static_bundle
 from ..runs.grid import plan
 from ..runs.record import read_records, read_table
+from ..runs.states import count_states, states_of
 
 # %% ../../nbs/95_explorer.ipynb #4220a79b
 COLUMNS = ["status", "kind", "task", "backbone", "strategy", "n_train", "seed", "metric", "value", "seconds_total", "error"]
@@ -31,10 +32,16 @@ def explored(
 ) -> pd.DataFrame:  # COLUMNS, and `id` and `job`, the names of record and notebook
     "The runs of a study as rows to look through."
     spec = load_study(study)
-    jobs = {run_id(s): (j, s) for j in plan(spec) for s in j.specs}
-    known = runs_table(read_records(spec.name))
+    planned, records = plan(spec), read_records(spec.name)
+    jobs = {run_id(s): (j, s) for j in planned for s in j.specs}
+    there = {r["id"]: r for r in records}
+    states = {id: state for j in planned for id, state in states_of(j, there).items()}
+    known = runs_table(records)
+    known["status"] = [states.get(i, s) for i, s in zip(known.id, known.status)]
     known["job"] = [jobs[i][0].name if i in jobs else n for i, n in zip(known.id, known.notebook if "notebook" in known else [""] * len(known))]
-    absent = [dict(id=i, job=j.name, kind=s.kind, status="missing", **{k: getattr(s, k, None) for k in ("task", "backbone", "strategy", "n_train", "seed")}) for i, (j, s) in jobs.items() if i not in set(known.id)]
+    absent = [dict(id=i, job=j.name, kind=s.kind, status=states[i], error=j.skipped,
+                   **{k: getattr(s, k, None) for k in ("task", "backbone", "strategy", "n_train", "seed")})
+              for i, (j, s) in jobs.items() if i not in set(known.id)]
     table = pd.concat([known, pd.DataFrame(absent)], ignore_index=True) if absent else known
     rank = {i: k for k, i in enumerate(jobs)}
     table = table.reindex(columns=["id", "job", *COLUMNS]).astype({"n_train": "Int64", "seed": "Int64"})
@@ -146,7 +153,7 @@ class RunExplorer(Shown):
         return curve_chart(self.curves(), self.curve.value or "loss")
 
 # %% ../../nbs/95_explorer.ipynb #635bbc0b
-def offer(menu: widgets.Dropdown, options: list[str], value: str | None) -> None:
+def offer(menu: widgets.Dropdown, options: list, value: str | None) -> None:
     "New options and the one that is chosen, told to the browser in one message: between two it would answer with none."
     with menu.hold_sync(): menu.options, menu.value = options, value
 
@@ -166,9 +173,10 @@ def show(self) -> None:
     names = sorted(all_curves["name"].unique(), key=lambda n: (n.startswith("d2p_"), not n.startswith("val_"), n))
     done = int((found.status == "done").sum())
     limit = f"; curves of the first {self.most}" if done > self.most else ""
-    self.count.value = f"{len(found)} of {len(self.rows)} runs: " + ", ".join(f"{n} {s}" for s, n in found.status.value_counts().items()) + limit
+    self.count.value = f"{len(found)} of {len(self.rows)} runs: " + count_states(found.status) + limit
     self.table.outputs = (html_output(run_rows(self.name, found)),)
-    if list(self.curve.options) != names: offer(self.curve, names, names[0] if names else None)
+    options = [(curve_words(n), n) for n in names]
+    if list(self.curve.options) != options: offer(self.curve, options, names[0] if names else None)
     self.draw()
 
 def draw(self) -> None:

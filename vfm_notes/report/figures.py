@@ -119,7 +119,7 @@ def strategy_marks(
 # %% ../../nbs/90_figures.ipynb #cbcd4c35
 def strategy_dash(strategies: Iterable[str]) -> alt.StrokeDash:
     "Dash by strategy."
-    return alt.StrokeDash("strategy:N", title=None, scale=strategy_marks(strategies, DASHES, [5, 4]), legend=alt.Legend(orient="top", symbolType="stroke", symbolSize=260, symbolStrokeWidth=2, columns=3))
+    return alt.StrokeDash("strategy:N", title=None, scale=strategy_marks(strategies, DASHES, [5, 4]), legend=alt.Legend(orient="top", symbolType="stroke", symbolSize=260, symbolStrokeWidth=2, symbolOpacity=1, columns=3))
 
 def strategy_shape(strategies: Iterable[str], legend: bool = True) -> alt.Shape:
     "Shape by strategy; without a legend where there is one tuned strategy."
@@ -129,7 +129,7 @@ def strategy_shape(strategies: Iterable[str], legend: bool = True) -> alt.Shape:
 
 def strategy_colour(strategies: Iterable[str]) -> alt.Color:
     "Colour by strategy, for panels of one backbone."
-    return alt.Color("strategy:N", title=None, scale=strategy_marks(strategies, PALETTE[2:7], PALETTE[7]), legend=alt.Legend(orient="top", columns=3))
+    return alt.Color("strategy:N", title=None, scale=strategy_marks(strategies, PALETTE[2:7], PALETTE[7]), legend=alt.Legend(orient="top", symbolOpacity=1, columns=3))
 
 # %% ../../nbs/90_figures.ipynb #52b2aa43
 WIDE = 4  # columns of the matrix that fit on a screen

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,9 @@ async def _execute_pages(pages, study, done) -> None:
     import nbformat
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc" if sys.platform == "linux" else "tcp")
+    own = tempfile.TemporaryDirectory(prefix="vfm-")  # its sockets, which would else lie where the user stands
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc" if sys.platform == "linux" else "tcp",
+                                connection_file=os.path.join(own.name, "kernel.json"))
     await kernel.start_kernel(env=os.environ | safe_env() | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "VFM_LOOKING": "1"},
                               cwd=os.getcwd(), extra_arguments=list(SAFE_KERNEL))
     try:
@@ -161,7 +164,9 @@ async def _execute_pages(pages, study, done) -> None:
             if client.kc: client.kc.stop_channels()
             nb["cells"] = nb["cells"][1:]
             done(page, nb, error)
-    finally: await kernel.shutdown_kernel(now=True)
+    finally:
+        await kernel.shutdown_kernel(now=True)
+        own.cleanup()
 
 # %% ../../nbs/92_pages.ipynb #0c253e67
 def last_line(

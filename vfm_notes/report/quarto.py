@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'FOOTER', 'MODULE', 'IMPORT', 'EXPORT', 'check_version', 'quarto_version', 'plain_lines', 'error_of',
-           'warnings_of', 'made_mark', 'project_print', 'pages_to_render', 'run_quarto', 'render_project',
-           'plain_script', 'without_modules']
+           'warnings_of', 'made_mark', 'project_print', 'pages_to_render', 'run_quarto', 'lay_resources',
+           'render_project', 'plain_script', 'without_modules']
 
 # %% ../../nbs/927_quarto.ipynb #90f9b224
+import filecmp
 import json
 import re
 import shutil
@@ -114,6 +115,16 @@ def run_quarto(
     return warnings_of(said)
 
 # %% ../../nbs/927_quarto.ipynb #925bf14e
+def lay_resources(
+    folder: Path,  # generated pages with their `_site`
+    config: dict,  # their settings
+) -> None:
+    "Put what pages load and link to beside them; Quarto does it only when it renders all."
+    def renew(source: str, target: str) -> None:
+        if not Path(target).exists() or not filecmp.cmp(source, target): shutil.copy2(source, target)
+    for name in config.get("project", {}).get("resources", []):
+        if (folder / name).is_dir(): shutil.copytree(folder / name, folder / "_site" / name, copy_function=renew, dirs_exist_ok=True)
+
 def render_project(
     folder: Path,  # generated pages
     version: str,  # of Quarto
@@ -125,7 +136,9 @@ def render_project(
     state.unlink(missing_ok=True)  # what breaks off here is rendered again
     if todo is None: shutil.rmtree(folder / "_site", ignore_errors=True)
     told = run_quarto(folder, todo or []) if todo != [] else []
-    footer = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))["website"]["page-footer"]["left"]
+    config = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
+    lay_resources(folder, config)
+    footer = config["website"]["page-footer"]["left"]
     for page in (folder / "_site").glob("*.html"): without_modules(page, FOOTER.search(footer)[0])
     pages = {p.name: fingerprint(p) for p in sorted(folder.glob("*.ipynb"))}
     write_whole(state, json.dumps({"around": around, "pages": pages}, indent=1))
