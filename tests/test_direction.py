@@ -186,6 +186,15 @@ def test_agreement_needs_the_sign_where_backbones_are_more_than_two():
     assert found.same_best and found.stays == 1 and found.tau == pytest.approx(1 / 3)  # the worst differs: turned round, the first place would change
 
 
+def test_the_interval_of_an_agreement_is_one_of_95_percent():
+    "Only three times the first of three seeds turns the order: one draw in 27, which 2.5 % reach and 5 % do not."
+    levels = {"x": {"a": (0.0, 2.5, 2.5), "b": (1.0, 0.0, 0.0)}, OWN: {"a": (1.0,) * 3, "b": (0.0,) * 3}}
+    rows = [{"task": "t", "strategy": "full", "n_train": 8, "backbone": b, "setting": s, "seed": k, "value": v,
+             "metric": "dice", "unit": "", "direction": 1} for s, own in levels.items() for b, values in own.items() for k, v in enumerate(values)]
+    found = agreement(pd.DataFrame(rows)).iloc[0]
+    assert (found.tau, found.low, found.high) == (1, -1, 1) and found.stays == pytest.approx(26 / 27, abs=0.015)
+
+
 def test_validation_keeps_the_low_score():
     runs = pd.DataFrame([{"id": k, "metric": "hd95", "direction": -1, "keep": k} for k in ("best", "last")])
     curves = pd.DataFrame([{"id": k, "name": "val_hd95", "epoch": e, "value": v} for k in ("best", "last") for e, v in enumerate((9.0, 4.0, 6.0))])

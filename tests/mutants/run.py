@@ -62,8 +62,9 @@ def copy_tree(to: Path) -> Path:
     own, env = Path(sys.prefix), tree / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
     inside = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    # twice, since a kernel takes its working folder out of the path
-    (env / inside / "tree.pth").write_text(f"{tree}\n{tree}/tests/..\n{own / inside}\n", encoding="utf-8")
+    # twice and under two names, since a kernel takes its working folder out of the path
+    again = f"import sys; sys.path.append('{tree}/tests/..')"
+    (env / inside / "tree.pth").write_text(f"{tree}\n{again}\n{own / inside}\n", encoding="utf-8")
     for script in (own / "bin").iterdir():
         if (env / "bin" / script.name).exists() or not script.is_file():
             continue
@@ -89,7 +90,6 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         )
 
     def run(self, allowed: float, **task) -> int | None:
@@ -125,7 +125,7 @@ class Sight:
         self.texts = {f: f.read_text(encoding="utf-8") for f in files if not SLOW.fullmatch(f.name)}
 
     def learn(self, module: str) -> None:
-        "Look at the test files that name the sub-package of a module, or the module where its sub-package is no target."
+        "Look at the test files that name the sub-package of a module, or the module where none are made."
         package = module.split("/")[0]
         name = package if package in PACKAGES else module.removesuffix(".py").replace("/", ".")
         if name in self.known:
@@ -188,16 +188,23 @@ def after(m: Mutant) -> str:
     return code.decode().splitlines()[m.line - 1].strip()
 
 
+def put(file: Path, code: bytes) -> None:
+    "Write a module and drop what was compiled of it, which is told apart by size and second only."
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        compiled.unlink()
+    file.write_bytes(code)
+
+
 def judged(m: Mutant, worker: Worker, sight: Sight, limit: float) -> dict:
     "Is a mutant killed, and by which test?"
     groups = sight.tests(m, limit)
     file = worker.tree / "vfm_notes" / m.module
     whole = file.read_bytes()
-    file.write_bytes(spoil(whole, m))
+    put(file, spoil(whole, m))
     try:
         end = worker.run(60, judge=[(ids, 30 + 6 * seconds) for ids, seconds in groups])
     finally:
-        file.write_bytes(whole)
+        put(file, whole)
     by = re.search(r"^(?:FAILED|ERROR) (\S+)", worker.log(), re.M)
     killer = by[1] if by else "too slow" if end is None else f"exit {end}"
     return {"end": "killed" if end != 0 else "survived", "by": killer if end != 0 else "", "tests": tests_hash(groups)}
