@@ -1,5 +1,6 @@
 """A batch without processes: what it hands out, what it does with every way in which a notebook ends, and how it counts."""
 import json
+import os
 import signal
 import sys
 import time
@@ -17,9 +18,9 @@ from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec, load_study, run_id
 from vfm_notes.runs import batch, calls, forkserver, notebook, preflight
 from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, summarise, to_do
-from vfm_notes.runs.executors import Cancelled, Died, Lost
+from vfm_notes.runs.executors import Cancelled, Died, LocalExecutor, Lost
 from vfm_notes.runs.grid import known_records, plan
-from vfm_notes.runs.locks import job_lock, progress_file
+from vfm_notes.runs.locks import job_lock, lives, progress_file
 from vfm_notes.runs.record import failed_record, new_record, read_record, write_record
 
 
@@ -268,3 +269,24 @@ def test_a_forked_process_that_vanishes_counts_as_killed():
     gone._read()
     assert gone.returncode == -9 and -5 not in gone.started
     assert str(Path(sys.modules["vfm_notes"].__file__).parents[1]) in forkserver.python_path().split(":") and "" not in forkserver.python_path().split(":")
+
+
+def test_workers_start_in_turn_and_end_with_their_pool(monkeypatch):
+    for name in ("VFM_FORKSERVER", "VFM_GPUS"): monkeypatch.delenv(name, raising=False)
+    with LocalExecutor(2, modules=["json"]) as pool:
+        asked, sleeping, third = pool.submit(run_id, RunSpec(seed=5)), pool.submit(time.sleep, 100), pool.submit(os._exit, 3)
+        assert third.process is None and sleeping.running() and pool.server.process.poll() is None  # two at a time
+        assert asked.result(60) == run_id(RunSpec(seed=5)) and str(third.exception(60)).startswith("The worker ended with status 3 and no result")
+        assert {sleeping.process.pid} == forkserver.Forked.started and sleeping.process.poll() is None
+        with pytest.raises(TimeoutError): sleeping.exception(0.05)
+        sleeping.cancel()
+        assert isinstance(sleeping.exception(60), Died) and str(sleeping.exception()) == "The worker was killed by signal 9." and not forkserver.Forked.started
+        last = pool.submit(time.sleep, 100)
+        assert last.process and (folder := pool.folder).is_dir()
+    assert not lives(last.process.pid) and pool.server.process.returncode == 0 and not folder.exists()
+    with LocalExecutor(1, fast=False) as plain:
+        assert plain.server is None and plain.submit(run_id, RunSpec(seed=6)).result(120) == run_id(RunSpec(seed=6)) and "OMP_NUM_THREADS" in plain.env
+        first, waiting = plain.submit(time.sleep, 100), plain.submit(time.sleep, 100)
+        waiting.cancel()
+        assert isinstance(waiting.exception(1), Cancelled) and first.running()
+    assert first.process.wait(60) == -signal.SIGKILL
