@@ -473,8 +473,8 @@ NAMED = [
 # Changes that change nothing that can be seen, by module and changed line, and why.
 EQUIVALENT = {
     (
-        'analysis/mixed.py',
-        'starts = sorted(product(*[(0.6, 1.0, 4.0, 16.0, 64.0)] * len(free)), key=goal)[:2]  # the '
-        'likelihood can have several tops',
+        "analysis/mixed.py",
+        "starts = sorted(product(*[(0.6, 1.0, 4.0, 16.0, 64.0)] * len(free)), key=goal)[:2]  # the "
+        "likelihood can have several tops",
     ): "another start of the search climbs to the same top",
 }

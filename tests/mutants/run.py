@@ -46,6 +46,7 @@ def digest(path: Path) -> str:
     "The hash of a file."
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
+
 def copy_tree(to: Path) -> Path:
     "Copy the working tree and make an environment in it whose `vfm_notes` is the copy."
     ignored = shutil.ignore_patterns(".git", ".venv", ".mutants", "runs", "pages", "_site", "__pycache__", "*.egg-info")
@@ -119,19 +120,20 @@ class Sight:
     "Which tests run which line, kept for each test file until it or what it runs is changed."
 
     def __init__(self, worker: Worker, limit: float):
-        self.worker, self.limit, self.files, self.known = worker, limit, {}, set()
+        self.worker, self.limit, self.files = worker, limit, {}
         (KEPT / "seen").mkdir(parents=True, exist_ok=True)
-        files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda f: f.stat().st_size)
+        files = sorted((worker.tree / "tests").glob("test_*.py"), key=lambda f: f.stat().st_size)
         self.texts = {f: f.read_text(encoding="utf-8") for f in files if not SLOW.fullmatch(f.name)}
 
-    def learn(self, module: str) -> None:
-        "Look at the test files that name the sub-package of a module, or the module where none are made."
-        package = module.split("/")[0]
-        name = package if package in PACKAGES else module.removesuffix(".py").replace("/", ".")
-        if name in self.known:
-            return
-        self.known.add(name)
-        for f in (f for f, text in self.texts.items() if re.search(rf"vfm_notes\.{re.escape(name)}\b", text)):
+    def naming(self, module: str) -> list[Path]:
+        "The test files that name a module."
+        package, _, leaf = module.removesuffix(".py").partition("/")
+        named = rf"vfm_notes\.{package}\.{leaf}\b|from vfm_notes\.{package} import [^\n]*\b{leaf}\b"
+        return [f for f, text in self.texts.items() if re.search(named, text)]
+
+    def learn(self, files: list[Path]) -> None:
+        "Look at test files."
+        for f in files:
             if (path := f"tests/{f.name}") not in self.files:
                 self.files[path] = self.of(f)
 
@@ -140,7 +142,7 @@ class Sight:
         kept = KEPT / "seen" / f"{file.stem}.json"
         record = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"own": ""}
         fresh = record["own"] == digest(file)
-        if fresh and all(digest(ROOT / "vfm_notes" / m) == h for m, h in record["modules"].items()):
+        if fresh and all(digest(self.worker.tree / "vfm_notes" / m) == h for m, h in record["modules"].items()):
             return record
         made = self.worker.folder / "look.json"
         made.unlink(missing_ok=True)
@@ -150,13 +152,19 @@ class Sight:
             record = json.loads(made.read_text(encoding="utf-8"))
         failed = f", left out: {', '.join(record['failed'])}" if record["failed"] else ""
         print(f"{record['seconds']:6.1f} s  {len(record['tests']):4} tests of {file.name}{failed}", flush=True)
-        record |= {"own": digest(file), "modules": {m: digest(ROOT / "vfm_notes" / m) for m in record["lines"]}}
+        record |= {
+            "own": digest(file),
+            "modules": {m: digest(self.worker.tree / "vfm_notes" / m) for m in record["lines"]},
+        }
         kept.write_text(json.dumps(record), encoding="utf-8")
         return record
 
     def tests(self, m: Mutant, limit: float) -> list[tuple[list[str], float]]:
         "Groups of tests of one file that run a mutant's line, with their seconds: those that call it first."
-        self.learn(m.module)
+        self.learn(self.naming(m.module))
+        if not any(str(line) in r["lines"].get(m.module, {}) for r in self.files.values() for line in m.lines):
+            package = m.module.split("/")[0]
+            self.learn([f for f, text in self.texts.items() if f"vfm_notes.{package}" in text])
         groups = []
         for file, record in self.files.items():
             lines = record["lines"].get(m.module, {})
@@ -167,7 +175,7 @@ class Sight:
             for rank, wanted in ((0, early), (1, called), (2 + ("setup" not in ids), whole)):
                 if wanted:
                     seconds = sum(record["tests"][t] for t in wanted)
-                    groups.append(((rank, seconds), wanted if len(wanted) < len(record["tests"]) else [file], seconds))
+                    groups.append(((rank, seconds), wanted, seconds))
         chosen, spent, done = [], 0.0, set()
         for (rank, _), wanted, seconds in sorted(groups, key=lambda g: g[0]):
             if tuple(wanted) not in done and (not chosen or spent + seconds <= limit):
@@ -175,6 +183,12 @@ class Sight:
                 done.add(tuple(wanted))
                 spent += seconds
         return chosen
+
+    def state(self, groups: list[tuple[list[str], float]]) -> str:
+        "The state of the test files that a mutant's tests lie in: a survivor is tried again when it changes."
+        files = sorted({t.split("::")[0] for ids, _ in groups for t in ids})
+        known = json.dumps([(f, self.files[f]["own"]) for f in files])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def spoil(code: bytes, m: Mutant) -> bytes:
@@ -207,13 +221,7 @@ def judged(m: Mutant, worker: Worker, sight: Sight, limit: float) -> dict:
         put(file, whole)
     by = re.search(r"^(?:FAILED|ERROR) (\S+)", worker.log(), re.M)
     killer = by[1] if by else "too slow" if end is None else f"exit {end}"
-    return {"end": "killed" if end != 0 else "survived", "by": killer if end != 0 else "", "tests": tests_hash(groups)}
-
-
-def tests_hash(groups: list[tuple[list[str], float]]) -> str:
-    "The state of the test files that a mutant's tests lie in: a survivor is tried again when it changes."
-    files = sorted({t.split("::")[0] for ids, _ in groups for t in ids})
-    return hashlib.sha256(json.dumps([(f, digest(ROOT / f)) for f in files]).encode()).hexdigest()[:16]
+    return {"end": "killed" if end != 0 else "survived", "by": killer if end != 0 else "", "tests": sight.state(groups)}
 
 
 def named_mutants() -> list[Mutant]:
@@ -282,23 +290,23 @@ def main() -> None:
     made = [] if args.named else made_mutants(tuple(args.only) or PACKAGES, args.made, args.seed)
     todo += [("made", m) for m in made]
     order = {p: i for i, p in enumerate(args.only or PACKAGES)}
-    todo.sort(key=lambda t: order.get(t[1].module.split("/")[0], len(order)))
     todo = [(k, m) for k, m in todo if (not args.only or m.module.split("/")[0] in args.only) and args.match in m.name]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         worker = Worker(Path(folder))
         sight = Sight(worker, args.limit)
+        todo.sort(key=lambda t: (order.get(t[1].module.split("/")[0], len(order)), not sight.naming(t[1].module)))
         file = KEPT / "results.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not args.again else {}
         rows = []
         for i, (kind, m) in enumerate(todo, 1):
             row = {"kind": kind, "package": m.module.split("/")[0], "name": m.name}
             row |= {"before": m.source.strip(), "after": after(m)}
-            key = f"{m.module} {digest(ROOT / 'vfm_notes' / m.module)} {m.start} {m.end} {m.text}"
+            key = f"{m.module} {digest(worker.tree / 'vfm_notes' / m.module)} {m.start} {m.end} {m.text}"
             if reason := EQUIVALENT.get((m.module, row["after"])):
                 rows.append(row | {"end": "equivalent", "reason": reason})
                 continue
             old = kept.get(key)
-            if not old or old["end"] == "survived" and old["tests"] != tests_hash(sight.tests(m, args.limit)):
+            if not old or old["end"] == "survived" and old["tests"] != sight.state(sight.tests(m, args.limit)):
                 kept[key] = old = judged(m, worker, sight, args.limit)
                 file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
                 minutes = (time.monotonic() - begun) / 60
