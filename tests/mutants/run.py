@@ -30,7 +30,7 @@ from random import Random
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-KEPT = ROOT / ".mutants"
+KEPT = Path(os.environ.get("VFM_MUTANTS", ROOT / ".mutants"))  # what was seen and judged
 sys.path.insert(0, str(HERE))
 from named import EQUIVALENT, NAMED  # noqa: E402
 from operators import Mutant, mutants, statement_lines  # noqa: E402
