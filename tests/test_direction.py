@@ -220,6 +220,20 @@ def test_training_keeps_the_best_epoch(metric):
     assert trainer.best["epoch"] == wanted and trainer.best["state"]["weight"].item() == wanted and keep.enough(wanted + 2) and not keep.enough(wanted + 1)
 
 
+@pytest.mark.parametrize(("metric", "begins", "best"), [("hd95", 1.0, 2), ("dice", 10.0, 3)])
+def test_the_best_moment_is_that_of_the_best_epoch_after_the_start(metric, begins, best, monkeypatch):
+    from vfm_notes.tune import transfer
+    scores, epochs = iter((begins, 5.0, 3.0, 9.0, 4.0)), iter(range(5))
+    monkeypatch.setattr(transfer, "collect", lambda net, seen: {"embed": next(epochs)})
+    monkeypatch.setattr(transfer, "distance", lambda before, after: {"embed": after["embed"] - before["embed"]})
+    net = SimpleNamespace(in_channels=1, parameters=lambda: [SimpleNamespace(requires_grad=True)])
+    task = SimpleNamespace(primary=metric, validate=lambda output, data: next(scores))
+    data = {"val": None, "test": SimpleNamespace(inputs=torch.zeros(1, 1, 2, 2, 2))}
+    watch = transfer.Watch(SimpleNamespace(backbone=net), task, data, answer=lambda split: None)
+    seen = [watch(epoch) for epoch in range(5)]
+    assert watch.carried["moments"] == {"best": ({"epoch": best}, {"embed": best})} and [s["d2p_embed"] for s in seen] == list(range(5))
+
+
 # --- sentences, charts and pages
 
 def test_sentences_call_a_shorter_distance_a_gain(less):

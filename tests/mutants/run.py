@@ -119,11 +119,12 @@ class Worker:
 class Sight:
     "Which tests run which line, kept for each test file until it or what it runs is changed."
 
-    def __init__(self, worker: Worker, limit: float):
+    def __init__(self, worker: Worker, limit: float, only: list[str]):
         self.worker, self.limit, self.files = worker, limit, {}
         (KEPT / "seen").mkdir(parents=True, exist_ok=True)
         files = sorted((worker.tree / "tests").glob("test_*.py"), key=lambda f: f.stat().st_size)
-        self.texts = {f: f.read_text(encoding="utf-8") for f in files if not SLOW.fullmatch(f.name)}
+        files = [f for f in files if (f.stem in only if only else not SLOW.fullmatch(f.name))]
+        self.texts = {f: f.read_text(encoding="utf-8") for f in files}
 
     def naming(self, module: str) -> list[Path]:
         "The test files that name a module."
@@ -160,29 +161,26 @@ class Sight:
         return record
 
     def tests(self, m: Mutant, limit: float) -> list[tuple[list[str], float]]:
-        "Groups of tests of one file that run a mutant's line, with their seconds: those that call it first."
+        "Tests that run a mutant's line, file by file, with their seconds: those that call it first, and the quick ones."
         self.learn(self.naming(m.module))
         if not any(str(line) in r["lines"].get(m.module, {}) for r in self.files.values() for line in m.lines):
             package = m.module.split("/")[0]
             self.learn([f for f, text in self.texts.items() if f"vfm_notes.{package}" in text])
-        groups = []
+        near, every = {f"tests/{f.name}" for f in self.naming(m.module)}, []
         for file, record in self.files.items():
             lines = record["lines"].get(m.module, {})
             ids = {i for line in m.lines for i in lines.get(str(line), [])}
-            called = [t for t in record["tests"] if t in ids]
-            whole = list(record["tests"]) if ids & {"", "setup"} else []
-            early = [t for t in called if record["tests"][t] < 2] if len(called) > 12 else called
-            for rank, wanted in ((0, early), (1, called), (2 + ("setup" not in ids), whole)):
-                if wanted:
-                    seconds = sum(record["tests"][t] for t in wanted)
-                    groups.append(((rank, seconds), wanted, seconds))
-        chosen, spent, done = [], 0.0, set()
-        for (rank, _), wanted, seconds in sorted(groups, key=lambda g: g[0]):
-            if tuple(wanted) not in done and (not chosen or spent + seconds <= limit):
-                chosen.append((wanted, seconds))
-                done.add(tuple(wanted))
-                spent += seconds
-        return chosen
+            whole = 2 if "setup" in ids else 4 if "" in ids else None
+            for t, seconds in record["tests"].items():
+                if (rank := 0 if t in ids else whole) is not None:
+                    every.append((rank + (file not in near), seconds, file, t))
+        groups, spent = {}, 0.0
+        for rank, seconds, file, t in sorted(every):
+            spent += seconds
+            if groups and spent > limit:
+                break
+            groups.setdefault((rank // 2, file), []).append((t, seconds))
+        return [([t for t, _ in own], sum(s for _, s in own)) for own in groups.values()]
 
     def state(self, groups: list[tuple[list[str], float]]) -> str:
         "The state of the test files that a mutant's tests lie in: a survivor is tried again when it changes."
@@ -279,6 +277,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--match", default="", help="only mutants whose name holds this text")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--limit", type=float, default=60, help="seconds of tests that one mutant is worth")
+    parser.add_argument("--tests", nargs="*", default=[], help="only these test files, e.g. test_words test_grid")
     parser.add_argument("--again", action="store_true", help="also those whose result is kept")
     return parser.parse_args()
 
@@ -293,7 +292,7 @@ def main() -> None:
     todo = [(k, m) for k, m in todo if (not args.only or m.module.split("/")[0] in args.only) and args.match in m.name]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         worker = Worker(Path(folder))
-        sight = Sight(worker, args.limit)
+        sight = Sight(worker, args.limit, args.tests)
         todo.sort(key=lambda t: (order.get(t[1].module.split("/")[0], len(order)), not sight.naming(t[1].module)))
         file = KEPT / "results.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not args.again else {}
