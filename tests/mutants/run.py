@@ -161,7 +161,7 @@ class Sight:
         return record
 
     def tests(self, m: Mutant, limit: float) -> list[tuple[list[str], float]]:
-        "Tests that run a mutant's line, file by file, with their seconds: those that call it first, and the quick ones."
+        "Tests that run a mutant's line, file by file, with their seconds: first those that call it, the quick ones."
         self.learn(self.naming(m.module))
         if not any(str(line) in r["lines"].get(m.module, {}) for r in self.files.values() for line in m.lines):
             package = m.module.split("/")[0]

@@ -167,9 +167,8 @@ def dice_and_entropy(
 ) -> Tensor:
     "Soft Dice of the foreground plus cross-entropy."
     from monai.losses import DiceLoss  # DiceCELoss would weigh the classes of the Dice, too
-    dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
-    entropy = nn.functional.cross_entropy(output, target, None if weight is None else weight.to(output.device))
-    return dice(output, rearrange(target, "b d h w -> b 1 d h w")) + entropy
+    dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)(output, target[:, None])
+    return dice + nn.functional.cross_entropy(output, target, None if weight is None else weight.to(output.device))
 
 def mask_rows(
     labels: Tensor,  # n d h w, predicted
