@@ -478,8 +478,8 @@ EQUIVALENT = {
         "likelihood can have several tops",
     ): "another start of the search climbs to the same top",
     (
-        'analysis/mixed.py',
-        'starts = sorted(product(*[(0.3, 1.0, 8.0, 16.0, 64.0)] * len(free)), key=goal)[:2]  # the '
-        'likelihood can have several tops',
+        "analysis/mixed.py",
+        "starts = sorted(product(*[(0.3, 1.0, 8.0, 16.0, 64.0)] * len(free)), key=goal)[:2]  # the "
+        "likelihood can have several tops",
     ): "another start of the search climbs to the same top",
 }

@@ -147,7 +147,9 @@ class Sight:
             return record
         made = self.worker.folder / "look.json"
         made.unlink(missing_ok=True)
-        self.worker.run(self.limit + 120, look={"file": f"tests/{file.name}", "limit": self.limit, "to": str(made)})
+        self.worker.run(
+            600 + 30 * self.limit, look={"file": f"tests/{file.name}", "limit": self.limit, "to": str(made)}
+        )
         record = {"seconds": 0.0, "tests": {}, "lines": {}, "failed": ["it ended without a word"]}
         if made.is_file():
             record = json.loads(made.read_text(encoding="utf-8"))
@@ -214,7 +216,7 @@ def judged(m: Mutant, worker: Worker, sight: Sight, limit: float) -> dict:
     whole = file.read_bytes()
     put(file, spoil(whole, m))
     try:
-        end = worker.run(60, judge=[(ids, 30 + 6 * seconds) for ids, seconds in groups])
+        end = worker.run(60, judge=[(ids, 60 + 30 * seconds) for ids, seconds in groups])
     finally:
         put(file, whole)
     by = re.search(r"^(?:FAILED|ERROR) (\S+)", worker.log(), re.M)
@@ -276,7 +278,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--named", action="store_true", help="the named ones only")
     parser.add_argument("--match", default="", help="only mutants whose name holds this text")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--limit", type=float, default=60, help="seconds of tests that one mutant is worth")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of the processor that a mutant is worth")
     parser.add_argument("--tests", nargs="*", default=[], help="only these test files, e.g. test_words test_grid")
     parser.add_argument("--again", action="store_true", help="also those whose result is kept")
     return parser.parse_args()
