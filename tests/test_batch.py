@@ -22,6 +22,7 @@ from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_record
 from vfm_notes.runs.executors import Cancelled, Died, LocalExecutor, Lost
 from vfm_notes.runs.grid import known_records, plan
 from vfm_notes.runs.locks import job_lock, lives, progress_file
+from vfm_notes.runs.watch import Look
 from vfm_notes.runs.record import failed_record, new_record, read_record, write_record
 
 
@@ -451,3 +452,107 @@ def test_workers_start_in_turn_and_end_with_their_pool(monkeypatch):
         waiting.cancel()
         assert isinstance(waiting.exception(1), Cancelled) and first.running()
     assert first.process.wait(60) == -signal.SIGKILL
+
+
+# --- a whole batch, and what stands beside it
+
+
+def test_a_study_is_run_with_the_executor_that_was_asked_for(toy, monkeypatch):
+    made = []
+
+    class Asked(Pool):
+        def __init__(self, jobs, fast):
+            super().__init__("toy")
+            made.append((jobs, fast))
+
+        def shutdown(self):
+            made.append("shut")
+
+    def maker(executor, study, profile):
+        assert (executor, study.name, profile) == ("local", "toy", None)
+        return Asked
+
+    monkeypatch.setattr(batch, "maker", maker)
+    total = batch.run_study(str(toy.study), 3, templates=toy.templates)
+    assert made == [(3, True), "shut"] and (total.done, total.ran, total.status, total.stopped) == (7, 2, 0, "")
+    again = batch.run_study(str(toy.study), 3, templates=toy.templates)
+    assert again.done == 7 and again.ran == 0 and len(made) == 2  # nothing to do: no executor
+    toy.write(name="other", cohort="prostate_cases", pretrain={}, backbones=["profound_toy.random"])
+    with pytest.raises(VfmError, match="VFM_DATA"):
+        batch.run_study(str(toy.study), templates=toy.templates)
+
+
+def test_the_first_question_is_asked_in_a_worker(toy, monkeypatch):
+    asked = []
+
+    class Here(preflight.LocalExecutor):
+        def __init__(self, jobs=1, fast=True):
+            self.queue, self.active, self.server, self.folder = [], [], None, toy.root / "none"
+
+        def submit(self, function, study, jobs):
+            asked.append((function, study.name, len(jobs)))
+            return SimpleNamespace(result=lambda: None)
+
+    monkeypatch.setattr(preflight, "LocalExecutor", Here)
+    for pool in (Here(), object()):
+        preflight.check_first(pool, toy.spec, toy.jobs)
+    assert asked == [(preflight.preflight, "toy", 2)] * 2
+
+
+def test_a_kernel_is_ready_when_its_own_question_is_answered():
+    import asyncio
+
+    from vfm_notes.runs.engine import ForkedClient
+
+    answer = lambda own, state: {"parent_header": {"msg_id": own}, "content": {"execution_state": state}}
+    coming, handled = [answer("old", "idle"), answer("q", "busy"), answer("q", "idle"), answer("q", "late")], []
+
+    async def message(timeout):
+        return coming.pop(0)
+
+    async def reply(own, timeout):
+        return own
+
+    client = SimpleNamespace(
+        session=SimpleNamespace(msg=lambda kind: {"header": {"msg_id": "q"}}),
+        shell_channel=SimpleNamespace(send=lambda question: None),
+        iopub_channel=SimpleNamespace(get_msg=message),
+        _handle_kernel_info_reply=handled.append,
+        _async_recv_reply=reply,
+    )
+    client.answers = lambda *given: ForkedClient.answers(client, *given)
+    asyncio.run(ForkedClient.wait_for_ready(client, 5))
+    assert handled == ["q"] and len(coming) == 1
+
+
+def test_kernels_are_those_forked_and_those_started_plainly(monkeypatch):
+    import psutil
+
+    children = [SimpleNamespace(pid=11, cmdline=lambda: ["python", "-m", "ipykernel_launcher"])]
+    children.append(SimpleNamespace(pid=12, cmdline=lambda: ["sleep"]))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: children))
+    monkeypatch.setattr(forkserver.Forked, "started", {os.getpid(), 2**22 + 1})
+    assert notebook.kernels() == [os.getpid(), 11]
+
+
+def test_a_look_extrapolates_when_a_twentieth_is_done():
+    whole = lambda part, said: Look(None, {}, since=100.0, part=part, said=said).whole
+    assert whole(0.05, 110.0) is None and whole(0.06, 110.0) == pytest.approx(10 / 0.06) and whole(0.5, 100.0) is None
+    assert Look(None, {"a": "done", "b": "queued", "c": "missing", "d": "running", "e": "failed"}).left == 3
+
+
+def test_progress_names_the_run_at_work(tmp_path, monkeypatch):
+    from vfm_notes.runs import record
+
+    target = tmp_path / "progress.json"
+    monkeypatch.setenv("VFM_PROGRESS", str(target))
+    monkeypatch.setattr(record, "_last", {"time": 0.0, "run": ""})
+    read = lambda: (lambda r: (r["done"], r["total"], r["text"], r["run"]))(json.loads(target.read_text()))
+    record.report_progress(1, 4, "one", run="r1")
+    assert read() == (1, 4, "one", "r1")
+    record.report_progress(2, 4, "two")
+    assert read() == (1, 4, "one", "r1")  # at most five times a second
+    record.report_progress(4, 4, "end")
+    assert read() == (4, 4, "end", "r1")
+    record.report_progress(0, 4, "next", run="r2")
+    assert read() == (0, 4, "next", "r2") and [p.name for p in tmp_path.iterdir()] == ["progress.json"]
