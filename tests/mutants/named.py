@@ -482,4 +482,29 @@ EQUIVALENT = {
         "starts = sorted(product(*[(0.3, 1.0, 8.0, 16.0, 64.0)] * len(free)), key=goal)[:2]  # the "
         "likelihood can have several tops",
     ): "another start of the search climbs to the same top",
+    (
+        "runs/launch.py",
+        "lost = helpers.lost(10.0)",
+    ): "a longer wait for helpers that are lost; what is done with them is the same",
+    (
+        "tune/image_task.py",
+        "guess = train.target.mean(0, keepdim=False).expand_as(test.target) if self.residual is Non"
+        "e else test.inputs[:, -1:]",
+    ): "the mean image is spread over the cases with or without the axis of length 1",
+    (
+        "tune/case_task.py",
+        "return self.rows(class_scores(statistics_reader(train, train.target.numpy()), test, len(se"
+        "lf.card.grades)).softmax(1).numpy(), test)",
+    ): "of two axes the last is the second",
+    (
+        "report/figures.py",
+        'opacity=alt.Opacity("size:Q", legend=None, scale=alt.Scale(type="sqrt", domain=[0, top], r'
+        "ange=[0.06, 1.24])))",
+    ): "how strong the colour of a tile can be; its order and sign are tested, its looks are not",
+    (
+        "report/figures.py",
+        'least = 12 + 6.4 * max(len(part) for row in order for part in row.split(", ")) + data.colu'
+        "mn.nunique() * (8 + 12.4 * max(map(len, data.interval)))  # narrower, the words would over"
+        "lap",
+    ): "room for words on a narrow screen, a matter of looks",
 }
