@@ -356,16 +356,15 @@ def test_the_disk_must_hold_what_is_missing(toy, monkeypatch):
             return str(error).split(" in ")[0]
 
     n = len(job.runs)
-    assert (
-        fits(100e6 + n * 1e6) and fits(100e6 + n * 1e6 - 1) == f"{n} runs will need about 0.1 GB"
-    )  # a megabyte each, where none is known
+    assert fits(100e6 + n * 1e6) is True  # a megabyte each, where none is known
+    assert fits(100e6 + n * 1e6 - 1) == f"{n} runs will need about 0.1 GB"
     write_record(
         run_folder("toy", job.runs[0]),
         new_record(job.specs[0], "toy", metrics={}),
         cases=[{"case": "c", "patient": "p", "metric": "m", "value": 1.0}],
     )
     size = sum(f["bytes"] for f in read_record(run_folder("toy", job.runs[0]))["files"].values())
-    assert fits(100e6 + (n - 1) * size) and not fits(100e6 + (n - 1) * size - 1) is True
+    assert fits(100e6 + (n - 1) * size) is True and fits(100e6 + (n - 1) * size - 1) is not True
 
 
 # --- calls to other processes
