@@ -571,3 +571,48 @@ def test_a_cluster_is_asked_in_words_and_answers_in_words(monkeypatch):
     rows = "1_0|RUNNING|None\n1_1|PENDING|Resources\n2|PENDING|\n"
     monkeypatch.setattr(slurm, "ask", lambda *command: rows)
     assert slurm.in_queue() == {"1_0": "RUNNING", "1_1": "PENDING (Resources)", "2": "PENDING"}
+
+
+def test_a_notebook_is_given_its_parameters_and_its_error_comes_back(toy, monkeypatch):
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    job, asked, fails = toy.jobs[-1], [], []
+
+    def executed(template, target, parameters, **more):
+        asked.append((template, target, parameters, more["engine_name"], os.environ["VFM_JOB"]))
+        if fails:
+            raise fails.pop()
+
+    monkeypatch.setattr(papermill, "execute_notebook", executed)
+    for name in ("VFM_JOB", "VFM_PROGRESS", "VFM_TEMPLATE_HASH", "PYTHONPATH", "PYTHONSAFEPATH"):
+        monkeypatch.setenv(name, "")  # what it sets is taken back
+    assert notebook.execute(job, "toy", None) is None  # the first time there is no progress to forget
+    progress_file("toy", job.name).write_text("{}")
+    assert notebook.execute(job, "toy", None) is None and not progress_file("toy", job.name).exists()
+    assert asked[0] == (job.template, notebook.notebook_file("toy", job.name), job.parameters, None, job.name)
+    assert os.environ["VFM_TEMPLATE_HASH"] == notebook.template_hash(job.template)
+    fails.append(PapermillExecutionError(3, 2, "source", "ValueError", "no", ["a", "b"]))
+    assert notebook.execute(job, "toy", None) == {"type": "ValueError", "message": "no", "cell": 3, "traceback": "a\nb"}
+    fails.append(KeyError("k"))
+    assert notebook.execute(job, "toy", None) == {"type": "KeyError", "message": "'k'"}
+    fails.append(PapermillExecutionError(3, 2, "source", "DiskFull", "no room", []))
+    with pytest.raises(DiskFull, match="no room"):
+        notebook.execute(job, "toy", None)
+
+
+def test_a_plan_is_told_line_by_line(toy, monkeypatch, capsys):
+    from vfm_notes.report import cli
+    from vfm_notes.tune import catalog
+
+    monkeypatch.setattr(catalog, "weights_problems", lambda spec: ["one", "two"])
+    monkeypatch.setattr(preflight, "conflicts", lambda spec, jobs: ["one", f"{len(jobs)} jobs"])
+    finish(toy.jobs[0])
+    cli.show_plan(str(toy.study), None, toy.templates, False)
+    said, width = capsys.readouterr().out.splitlines(), max(len(j.name) for j in toy.jobs)
+    first, job = toy.jobs
+    assert said[:2] == [f"{'done':8}{first.name:{width}} 1 done", f"{'missing':8}{job.name:{width}} 6 missing"]
+    assert said[2] == "Study toy: 1 done, 6 missing of 7 runs." and said[3].startswith(
+        "Study toy: 1 of 2 notebooks to run, "
+    )
+    assert said[4:] == ["cannot work: one", "cannot work: 1 jobs", "missing: two"]

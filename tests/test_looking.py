@@ -378,6 +378,19 @@ def test_an_explorer_counts_what_it_shows(tmp_path, monkeypatch):
         and set(look.curves().id) == {ids[0]}
         and set(look.curves().seed) == {specs[0].seed}
     )
+    from vfm_notes.report.builder import plan_rows
+    from vfm_notes.runs.grid import plan
+
+    first = plan(load_study(toy.study))[0].specs[0]
+    rows = [{"epoch": 1, "seconds": 1.0, "name": "loss", "value": 9.0}]
+    write_record(run_folder("toy", run_id(first)), new_record(first, "toy"), rows)
+    look.again.click()
+    assert look.curves()[["task", "strategy", "value"]].values.tolist() == [["pretrain", "pretrain", 9.0]]
+    kinds, total = plan_rows(load_study(toy.study), [])
+    assert [k[:3] for k in kinds] == [("pretrain", 1, 1), ("transfer", 1, 6)] and total.startswith(
+        "2 notebooks, 7 runs; "
+    )
+    assert all("very roughly" in k[3] for k in kinds)
     look.menus["status"].value = "failed"
     assert (
         look.count.value == "1 of 7 runs: 1 failed"
@@ -598,3 +611,15 @@ def test_the_last_line_counts_every_run(capsys):
         told(done=3) == "Study s: everything is up to date (3 of 3 runs done)."
         and told(done=1, failed={"a": "E"}) == "1 of 2 runs of study s failed. To try again: vfm run s --retry-failed"
     )
+
+
+def test_the_doctor_hears_what_a_cluster_says(tmp_path, monkeypatch):
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'gpu up 4 nodes'; echo 'cpu up 9 nodes'\n")
+    slurm = lambda: next((c.state, c.found) for c in doctor.check_programs() if c.name == "slurm")
+    monkeypatch.setattr(doctor, "check_renderer", lambda: doctor.Check("renderer", "ok", ""))
+    assert slurm() == ("ok", "gpu up 4 nodes; cpu up 9 nodes")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho first >&2; echo no controller >&2; exit 1\n")
+    assert slurm() == ("note", "sinfo does not answer: no controller")

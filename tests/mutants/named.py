@@ -507,4 +507,8 @@ EQUIVALENT = {
         "mn.nunique() * (8 + 12.4 * max(map(len, data.interval)))  # narrower, the words would over"
         "lap",
     ): "room for words on a narrow screen, a matter of looks",
+    (
+        'report/live.py',
+        'def __init__(self, study: str = "", every: float = 4.0):',
+    ): "live_training always says how often",
 }
