@@ -51,6 +51,33 @@ def test_tables_come_back(runs_root):
     assert np.isnan(read_table("s", run_id(SPEC), "cases").value[0]) and read_arrays("s", run_id(SPEC), "features")["embed"].dtype == "f4"
 
 
+def test_a_record_is_on_the_disk_before_it_has_its_name(runs_root, monkeypatch):
+    from vfm_notes.runs import record as module
+    folder, done, sync, rename = run_folder("s", run_id(SPEC)), [], module.fsync, os.rename
+    monkeypatch.setattr(module, "fsync", lambda path: done.append(("sync", Path(path).name)) or sync(path))
+    monkeypatch.setattr(os, "rename", lambda a, b: done.append(("rename", Path(b).name)) or rename(a, b))
+    for _ in range(2):  # the first, and one in its place
+        done.clear()
+        write()
+        own = [(w, n if not n.startswith(".") else "hidden") for w, n in done]
+        files = [("sync", f) for f in ("cases.parquet", "curves.parquet", "features.safetensors", "weights.safetensors")]
+        assert own == [*files, ("sync", "record.json"), ("sync", "hidden"), ("rename", "hidden"), ("rename", folder.name), ("sync", "s")]
+    assert not list(folder.parent.glob(".*")) and read_record(folder)
+
+
+def test_only_what_dead_writers_of_this_machine_left_is_swept(runs_root):
+    import socket
+    from vfm_notes.foundation.places import cache_root
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here, name, root, cache = socket.gethostname(), run_id(SPEC), study_root("s"), cache_root()
+    left = {root/f".{name}.{host}.{pid}.{n}": stays for n, (host, pid, stays) in enumerate([(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)])}
+    left |= {cache/f".{host}.{pid}.x": stays for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]}
+    for path in left: path.mkdir(parents=True)
+    (cache/f".{here}.{gone.pid}.file").touch()  # no folder: left where it is, and no reason to stop
+    assert sweep("s") == 3 and {p: p.exists() for p in left} == left
+
+
 def test_memory_of_what_is_done(runs_root):
     assert stored("s", SPEC) is None and missing("s", [SPEC]) == [SPEC]
     write()

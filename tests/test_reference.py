@@ -64,3 +64,67 @@ def test_links_lead_to_what_exists():
         page, _, anchor = to.partition("#")
         assert page in files and anchor == name
     for e in search_entries(BOOKS): assert re.fullmatch(r"reference/\w+\.html(#\w+)?", e["href"])
+
+
+def test_a_heading_that_reads_like_a_name_has_another_anchor():
+    from vfm_notes.report.reference import own_anchors
+    text = "# Search\n## Two words\n```\n# search\n```\n### `search`"
+    assert own_anchors(text, {"search"}) == "# Search {#about-search}\n## Two words\n```\n# search\n```\n### `search` {#about-search}"
+    assert own_anchors(text, {"two-words"}) == text.replace("Two words", "Two words {#about-two-words}") and own_anchors(text, set()) == text
+
+
+def test_what_is_left_out_of_a_page_says_why():
+    from vfm_notes.report.convert import LIMIT, convert_output
+    def page(data): return "".join(joined(v) for o in convert_output({"output_type": "display_data", "metadata": {}, "data": data}, "k", "see there") for v in o["data"].values()).removeprefix("```{=html}\n").removesuffix("\n```")
+    long, asks = "x" * (LIMIT["html"] + 1), '<img src="https://example.org/a.png">'
+    assert page({"text/html": long}).endswith(f"Here an output of {len(long):,} characters is left out; see there.</p>")
+    assert page({"text/html": asks}).endswith("Here an output that asks the network is left out; see there.</p>")
+    assert page({"text/html": "<b>kept</b>"}) == "<b>kept</b>" and page({"text/html": " ", "text/plain": "p"}) == "" and page({"text/plain": "p"}) == "p"
+
+
+def test_a_page_is_its_notebook_without_raw_cells():
+    from vfm_notes.report.convert import parameterised, to_page
+    cell = lambda kind, source, **more: {"cell_type": kind, "id": source[:3], "metadata": {}, "source": source} | more
+    out = [{"output_type": "stream", "name": "stdout", "text": "1\n"}]
+    nb = {"cells": [cell("raw", "---"), cell("markdown", "words"), cell("code", ["x = 1\n", "print(x)"], outputs=out, execution_count=3), cell("code", "%%html\n<b>", outputs=[])]}
+    page = to_page(nb, {"title": "t"}, "p")["cells"]
+    assert [c["cell_type"] for c in page] == ["raw", "markdown", "code", "code"] and "title: t" in joined(page[0]["source"])
+    assert page[1]["source"] == "words" and page[2]["source"] == "#| code-fold: true\nx = 1\nprint(x)" and page[3]["source"] == "%%html\n<b>"
+    assert page[2]["outputs"] == out and page[2]["execution_count"] == 3 and to_page(nb, {}, "p", fold=False)["cells"][2]["source"] == "x = 1\nprint(x)"
+    tagged = {"cells": [cell("code", "a = 0", metadata={"tags": ["parameters"]}), cell("code", "b")]}
+    tagged["cells"][0]["metadata"] = {"tags": ["parameters"]}
+    assert [c["source"] for c in parameterised(tagged, {"a": 1, "s": "x"})["cells"]] == ["a = 0", "a = 1\ns = 'x'", "b"]
+
+
+def test_a_folder_is_opened_by_a_notebook_of_its_name():
+    import json
+
+    import nbformat
+    from vfm_notes.report.folder import LOOK, look_notebook
+    nb = nbformat.reads(look_notebook("mine"), 4)
+    nbformat.validate(nb)
+    assert [c.cell_type for c in nb.cells] == ["markdown", "code", "code", "code"] and nb.cells[0].source.startswith("# mine\n") and [c.source for c in nb.cells[1:]] == LOOK[1:]
+    assert all("outputs" in c for c in json.loads(look_notebook("mine"))["cells"][1:])
+
+
+def test_names_and_messages_are_found_however_they_are_spelt():
+    import unicodedata
+    from vfm_notes.report.published import LEFT_OUT, Publication
+    from vfm_notes.report.relative import Relative
+    from vfm_notes.report.sweep import Sweep, spellings
+    assert {"a\xadb", r"a\xadb", r"a\u00adb", "a%C2%ADb"} <= spellings("a\xadb")  # as it is, in Python, in JSON, in an address
+    assert {"Zoë Ö", "Zoë_Ö", unicodedata.normalize("NFD", "Zoë_Ö"), "Zo\\u00eb_\\u00d6", "Zo%C3%AB+%C3%96"} <= spellings("Zoë_Ö") and {"&lt;a", "\\u003ca"} <= spellings("<a")
+    made = Publication("s", {}, Relative({}), Sweep({}), messages=["cannot read scan 7"])
+    assert made.text("It says: cannot read scan 7.") == f"It says: {LEFT_OUT}." and made.text("nothing") == "nothing"
+
+
+def test_quarto_is_asked_for_its_version(tmp_path, monkeypatch):
+    from vfm_notes.foundation.registry import VfmError
+    from vfm_notes.report.quarto import quarto_version
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path/"quarto").touch(0o755)
+    for said, version in (("echo 1.4.557", "1.4.557"), ("echo 99.0", "99.0"), ("echo 1.3.9", "too old"), ("echo broken >&2; exit 1", "broken")):
+        (tmp_path/"quarto").write_text(f"#!/bin/sh\n{said}\n")
+        if version[0].isdigit(): assert quarto_version() == version
+        else:
+            with pytest.raises(VfmError, match=version): quarto_version()

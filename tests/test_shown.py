@@ -96,6 +96,36 @@ def test_every_backbone_of_the_package_was_measured():
     assert absent == [], "measure them: make evidence NAME=backbone_costs"
 
 
+@pytest.mark.parametrize(("kind", "more", "steps", "looks"), [
+    ("pretrain", {}, 3 * 50, 0), ("external", {"parents": ("a", "b")}, 0, 2), ("transfer", {}, 3 * 10, 3 * 4 + 2 * (4 + 6)),
+    ("transfer", {"strategy": "lora rank=8", "n_train": 0}, 3 * 12, 3 * 4 + 2 * (4 + 6)), ("transfer", {"strategy": "knn"}, 0, 10 + 4 + 6),
+    ("transfer", {"window": (6, 64, 64)}, 3 * 10 / 2, 3 * 4 + 2 * (4 + 6))])
+def test_steps_and_looks_are_counted(kind, more, steps, looks):
+    "A step costs what one of a piece costs, a look what a forward pass of the whole volume costs."
+    from vfm_notes.runs.estimate import AROUND, core_seconds, voxel_seconds
+    voxels, (forward, step) = 12 * 64 * 64, voxel_seconds()["profound_toy"]
+    spec = dict(backbone="profound_toy.x", size=(12, 64, 64), window=(), epochs=3, strategy="full", n_train=10, cases=dict(pretrain=50, train=12, val=4, test=6))
+    assert forward < step and core_seconds(kind, spec | more) == pytest.approx(AROUND + steps * step * voxels + looks * forward * voxels)
+
+
+def test_the_time_left_is_what_the_closest_runs_took():
+    from types import SimpleNamespace
+
+    from vfm_notes.foundation.spec import RunSpec
+    from vfm_notes.runs.estimate import core_seconds, run_time, speeds, time_left
+    full, lora = RunSpec(strategy="full"), RunSpec(strategy="lora")
+    known = speeds([{"kind": "transfer", "spec": vars(s), "cost": {"seconds": {"total": t}}} for s, t in ((full, 10.0), (full, 30.0), (lora, 200.0))])
+    assert (run_time("transfer", vars(full), known).seconds, run_time("transfer", vars(lora), known).seconds) == pytest.approx((20, 200))
+    assert run_time("transfer", vars(replace(full, task="classification")), known).runs == 3 and core_seconds("transfer", vars(full)) > 0
+    def look(specs, states, **more): return SimpleNamespace(job=SimpleNamespace(kind="transfer", runs=[str(i) for i in range(len(specs))], specs=specs), states={str(i): s for i, s in enumerate(states)}, **dict(whole=None, elapsed=0.0) | more)
+    two, one, late = look([full] * 3, ["done", "missing", "queued"]), look([full], ["running"], whole=100.0, elapsed=30.0), look([full], ["running"], elapsed=50.0)
+    left = lambda looks, n=1: time_left(looks, known, n).seconds
+    assert left([two]) == pytest.approx(40) and left([two, one]) == pytest.approx(110) and left([two, one], 2) == pytest.approx(70)  # never less than the longest
+    assert left([two, two], 2) == pytest.approx(40) and left([late]) == 0 and left([]) == 0 and time_left([two], known).runs == 3
+    at_work = look([full, full], ["done", "running"], whole=80.0)
+    assert run_time("transfer", vars(full), speeds([], [at_work])).seconds == pytest.approx(40) and not speeds([], [two])
+
+
 def test_of_two_hundred_failures_a_few_are_shown_and_the_rest_counted(capsys):
     many = Summary("big", done=3, failed={f"run-{i}": "ValueError: no" for i in range(200)}, problems={f"job-{i}": "cell 4: ValueError: no" for i in range(30)}, missing=[f"m{i}" for i in range(50)])
     lines = failures(many)

@@ -146,6 +146,55 @@ def test_presence_loss_by_loops(cohort):
     assert got.item() == pytest.approx((0.8*(dice + focal) + 0.2*cross).item(), rel=1e-4)
 
 
+def test_the_loss_of_masks_by_loops(cohort):
+    "Soft Dice of the foreground over the whole batch, cross-entropy of all classes, a training head with a weight of 0.4."
+    torch.manual_seed(1)
+    target, first, second = torch.randint(0, 3, (2, 2, 3, 3)), torch.randn(2, 3, 2, 3, 3), torch.randn(2, 3, 2, 3, 3)
+    weights = [1.0, 2.0, 5.0]
+    def by_loops(output, weights):
+        p, dice = output.softmax(1), []
+        for k in (1, 2):
+            mask = (target == k).float()
+            dice.append(1 - (2 * (p[:, k] * mask).sum() + 1e-5) / ((p[:, k] + mask).sum() + 1e-5))
+        per = torch.stack([-output.log_softmax(1)[i, t, z, y, x] for (i, z, y, x), t in np.ndenumerate(target.numpy())])
+        w = torch.tensor([weights[t] for t in target.flatten()])
+        return (sum(dice) / 2 + (per * w).sum() / w.sum()).item()
+    for options, own in (({}, [1.0] * 3), ({"class_weights": weights}, weights)):
+        task = build_task("segmentation", cohort.card, options)
+        assert task.loss(first, target).item() == pytest.approx(by_loops(first, own), rel=1e-4)
+        assert task.loss([first, second], target).item() == pytest.approx(by_loops(first, own) + 0.4 * by_loops(second, own), rel=1e-4)
+
+
+def test_the_transformer_head_adds_places_to_tokens_slice_by_slice():
+    from vfm_notes.nets.vit import resize_positions
+    from vfm_notes.tune.heads import DeiTHead
+    torch.manual_seed(0)
+    head = DeiTHead(build_tiny("provicnet_toy", 3), 2)
+    d, h, w = 2, 3, 2
+    x = torch.zeros(1, 3, *(n * s for n, s in zip((d, h, w), head.stride)))
+    tokens, seen = torch.randn(1, d * h * w, head.enter[0].in_features), []
+    with torch.no_grad():
+        head.places.normal_(), head.token.normal_()
+        head.blocks = torch.nn.ModuleList([torch.nn.Identity()])
+        head.blocks[0].register_forward_hook(lambda block, given, out: seen.append(out))
+        out = head(tokens, x)
+        table, entered = resize_positions(head.places, (h, w))[0], head.enter(tokens)[0]
+        for i in range(d * h * w): torch.testing.assert_close(seen[0][0, 1 + i], entered[i] + table[1 + i % (h * w)])
+        torch.testing.assert_close(seen[0][0, 0], head.token[0, 0] + table[0])
+        torch.testing.assert_close(out[0], head.last(head.norm(head.token[0, 0] + table[0])))
+
+
+def test_the_first_guess_of_an_image_task_is_the_last_input_or_the_mean_image(cohort):
+    from vfm_notes.tune.metric import psnr
+    for name, guess in (("super_resolution", lambda train, test: test.inputs[:, -1:]), ("translation", lambda train, test: train.target.mean(0)[None].repeat(len(test), 1, 1, 1, 1))):
+        task = build_task(name, cohort.card, {})
+        train, test = (task.prepare(cohort.subset(k)) for k in ("train", "test"))
+        found = task.control(train, test)
+        assert found[found.metric == "psnr"].value.to_numpy() == pytest.approx(np.asarray(psnr(guess(train, test), test.target)))
+        shown = task.pictures(test.target, test)
+        assert not shown["error"].any() and (shown["input"] == test.inputs[:, -1 if name == "super_resolution" else 0].numpy()).all()
+
+
 def test_multi_label_auc_leaves_out_what_is_undefined(cohort):
     task = build_task("multi_label", cohort.card, {})
     data = task.prepare(cohort.subset("test"))
@@ -324,3 +373,7 @@ def test_a_cohort_with_another_spacing_is_refused(monkeypatch):
     made = load_cohort("everything", SPEC.size, SPEC.spacing, CASES)
     monkeypatch.setattr(module, "run_cohort", lambda spec: replace(made, card=replace(made.card, spacing=(4.0, 3.0, 3.0))))
     with pytest.raises(VfmError, match="voxels of .4.0, 3.0, 3.0. mm, but the study asks for"): run_data(SPEC)
+    for off, fine in ((0.0009, True), (0.0015, False)):  # a thousandth of a millimetre is rounding
+        monkeypatch.setattr(module, "run_cohort", lambda spec: replace(made, card=replace(made.card, spacing=(8.0, 3.0, 3.0 + off))))
+        try: assert run_data(SPEC) and fine
+        except VfmError: assert not fine

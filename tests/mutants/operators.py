@@ -1,6 +1,7 @@
 """Small wrong changes that a slip of the hand could make, found in a module's syntax tree."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,12 @@ NAMES = {
     "first": "last",
     "last": "first",
 }
-AXES = {"axis", "dim", "keepdim", "ddof", "ascending", "paired", "unbiased", "inplace"}
+AXES = {"axis", "dim", "ddof", "correction", "keepdim"}
+TYPES = {"float", "int", "bool", "str", "list", "dict", "tuple", "object"}
+LOOKS = {  # flags that change no result
+    "frozen", "flush", "daemon", "refresh", "auto_refresh", "no_args_is_help", "add_completion", "ensure_option",
+    "pretty_exceptions_enable", "warn_on_full_buffer", "copy", "optimize", "highlight", "markup", "soft_wrap",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,40 @@ class Mutant:
     what: str  # operator, e.g. "< to >"
     line: int
     source: str  # the line as it is, for the report
+    lines: tuple[int, ...]  # of the statement that it stands in
+
+    @property
+    def kind(self) -> str:
+        "The kind of slip: the first word of what it is, so that each kind has its share of a draw."
+        first, *_, last = self.what.split()
+        return {"to": "operator", "doubled": "number", "changed": "flag"}.get(
+            self.what.split()[1] if last not in ("doubled", "changed") else last, first
+        )
 
     @property
     def name(self) -> str:
         return f"{self.module}:{self.line} {self.what}: {self.source.strip()[:110]}"
 
 
+def statement_lines(tree: ast.AST) -> dict[int, tuple[int, ...]]:
+    "For each line the lines of the innermost statement that it belongs to, without the body of a compound one."
+    found = {}
+    for node in ast.walk(tree):  # the outer ones come first
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
+            lines = tuple(range(node.lineno, last + 1))
+            found |= dict.fromkeys(lines, lines)
+    return found
+
+
+PAINT = re.compile(
+    r"(.*\.)?(mark_\w+|properties|configure\w*)|alt\.(Axis|Legend|value|Title|Header)|widgets\.\w+|time\.sleep"
+)
+
+
 def in_messages(tree: ast.AST) -> set[int]:
-    "Nodes of which nothing but a sentence, an annotation or a default for `__all__` is made."
+    "Nodes of which nothing but an error's sentence, an annotation or the size of a mark is made."
     skipped = set()
     for node in ast.walk(tree):
         parts = []
@@ -73,8 +105,20 @@ def in_messages(tree: ast.AST) -> set[int]:
             )
         if isinstance(node, ast.AnnAssign):
             parts = [node.annotation]
+        if isinstance(node, ast.Call) and PAINT.fullmatch(ast.unparse(node.func)):
+            parts = [*node.args, *(k.value for k in node.keywords), *node.keywords]
         skipped |= {id(n) for p in parts for n in ast.walk(p)}
     return skipped
+
+
+def keys_beside(tree: ast.AST) -> dict[str, str]:
+    "For each text that something is looked up by in a module, the next one of them."
+    found = dict.fromkeys(
+        n.slice.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Constant) and isinstance(n.slice.value, str)
+    )
+    return dict(zip(found, [*list(found)[1:], *list(found)[:1]])) if len(found) > 1 else {}
 
 
 def mutants(root: Path, module: str) -> Iterator[Mutant]:
@@ -85,7 +129,8 @@ def mutants(root: Path, module: str) -> Iterator[Mutant]:
     for line in lines:
         offsets.append(offsets[-1] + len(line))
     raw, tree = code.encode(), ast.parse(code)
-    skipped = in_messages(tree)
+    skipped, whole = in_messages(tree), statement_lines(tree)
+    keys = keys_beside(tree)
 
     def at(line: int, column: int) -> int:
         return offsets[line - 1] + column
@@ -94,7 +139,8 @@ def mutants(root: Path, module: str) -> Iterator[Mutant]:
         return at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset)
 
     def change(start: int, end: int, text: str, what: str, node: ast.AST) -> Mutant:
-        return Mutant(module, start, end, text, what, node.lineno, lines[node.lineno - 1].decode())
+        line = raw[:start].count(b"\n") + 1
+        return Mutant(module, start, end, text, what, line, lines[line - 1].decode(), whole.get(line, (line,)))
 
     def swap(left: ast.AST, right: ast.AST, operator: ast.AST, node: ast.AST) -> Iterator[Mutant]:
         "The operator between two nodes."
@@ -121,6 +167,11 @@ def mutants(root: Path, module: str) -> Iterator[Mutant]:
                     for n in (node.left, node.right)
                 ):
                     yield from swap(node.left, node.right, node.op, node)
+                    if isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div):
+                        (_, start), (_, end) = span(node.left), span(node)
+                        text = raw[start:end].decode()
+                        if text.count("(") == text.count(")"):
+                            yield change(start, end, "", "dropped term", node)
             case ast.BoolOp():
                 for left, right in zip(node.values, node.values[1:]):
                     yield from swap(left, right, node.op, node)
@@ -139,13 +190,27 @@ def mutants(root: Path, module: str) -> Iterator[Mutant]:
                     end = span(node.func)[1]
                     yield change(end - len(named), end, NAMES[named], f"{named} to {NAMES[named]}", node)
                 plain = len(node.args) >= 2 and not any(isinstance(a, ast.Starred) for a in node.args[:2])
-                if plain and named not in ("isinstance", "getattr", "hasattr", "setattr", "zip", "dict", "max", "min"):
+                alike = all(
+                    isinstance(a, ast.Name | ast.Attribute | ast.Subscript) and ast.unparse(a) not in TYPES
+                    for a in node.args[:2]
+                )
+                if plain and alike and named not in ("zip", "dict", "max", "min"):
                     (a, b), (c, d) = span(node.args[0]), span(node.args[1])
                     if raw[a:b] != raw[c:d]:
                         yield change(
                             a, d, (raw[c:d] + raw[b:c] + raw[a:b]).decode(), "first two arguments swapped", node
                         )
-            case ast.keyword(arg=str(name), value=ast.Constant(value=int() | bool() as value)) if name in AXES:
+            case ast.Expr(value=ast.Call()):
+                yield change(*span(node), "None", "removed call", node)
+            case ast.Subscript(slice=ast.Constant(value=str() as key)) if key in keys:
+                yield change(*span(node.slice), repr(keys[key]), f"key {key} to {keys[key]}", node.slice)
+            case ast.Subscript(slice=ast.Constant(value=0)):
+                yield change(*span(node.slice), "-1", "first to last", node.slice)
+            case ast.Subscript(slice=ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1))):
+                yield change(*span(node.slice), "0", "last to first", node.slice)
+            case ast.keyword(arg=str(name), value=ast.Constant(value=int() | bool() as value)) if (
+                name in AXES or isinstance(value, bool) and name not in LOOKS
+            ):
                 start, end = span(node.value)
                 yield change(
                     start,
@@ -158,6 +223,6 @@ def mutants(root: Path, module: str) -> Iterator[Mutant]:
                 (a, b), (c, d) = span(node.body), span(node.orelse)
                 start, end = span(node.test)
                 yield change(start, end, f"not ({raw[start:end].decode()})", "condition negated", node)
-            case ast.Constant(value=float() as value) if value not in (0.0, 1.0):
+            case ast.Constant(value=float() as value) if value != 1.0 and abs(value) > 1e-5:
                 start, end = span(node)
                 yield change(start, end, repr(value * 2), f"{value} doubled", node)

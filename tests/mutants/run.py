@@ -1,20 +1,23 @@
-"""Does a test fail when a number is wrong? Small wrong changes, one at a time, against the tests of what they change.
+"""Does a test fail when a number is wrong? Small wrong changes, one at a time, against the tests that can see them.
 
-    make mutants                                all that are named, and 60 made ones in each of analysis, tune, runs and report
+    make mutants                                all that are named, and 60 made ones in each of the four sub-packages
     make mutants MUTANTS="--only analysis --made 200"
     make mutants MUTANTS="--named"              only those that once passed every test
 
-Every mutant is written into a copy of the working tree, so nothing here is touched. A process that has the heavy
-libraries in memory forks for each one and runs the test files that name the changed module, the fast ones first,
-until a test fails. It prints killed and survived for each sub-package and keeps the list in `mutants.json` of the
-folder that it names.
+Every mutant is written into a copy of the working tree, so nothing here is touched. First each test file that is not
+slow runs once, to see which test runs which line; then a process that has the heavy libraries in memory forks for each
+mutant and runs the tests that can see it, the quick files first, until one fails. Both are kept in `.mutants/` (ignored
+by git): a second call runs only what a change of the code or of the tests has made stale. It prints killed, survived
+and equivalent for each sub-package, and the survivors with the line before and after.
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import os
-import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -23,22 +26,30 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+KEPT = Path(os.environ.get("VFM_MUTANTS", ROOT / ".mutants"))  # what was seen and judged
 sys.path.insert(0, str(HERE))
-from named import NAMED  # noqa: E402
-from operators import Mutant, mutants  # noqa: E402
+from named import EQUIVALENT, NAMED  # noqa: E402
+from operators import Mutant, mutants, statement_lines  # noqa: E402
 
 PACKAGES = ("analysis", "tune", "runs", "report")  # where mutants are made if nothing else is asked for
 SLOW = re.compile(
-    r"test_(packaging|slurm.*|site|bad_sites|lab|faults.*|contributing|guard|sulcus_study|natural_study|evidence)\.py"
+    r"test_(packaging|pretrain_together|probing|quarto|people|team|slurm.*|site|bad_sites|lab|faults.*|contributing"
+    r"|guard|sulcus_study|natural_study|evidence)\.py"
 )
+
+
+def digest(path: Path) -> str:
+    "The hash of a file."
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 def copy_tree(to: Path) -> Path:
     "Copy the working tree and make an environment in it whose `vfm_notes` is the copy."
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "pages", "_site", "__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns(".git", ".venv", ".mutants", "runs", "pages", "_site", "__pycache__", "*.egg-info")
     tree = to / "tree"
     shutil.copytree(
         ROOT,
@@ -52,7 +63,9 @@ def copy_tree(to: Path) -> Path:
     own, env = Path(sys.prefix), tree / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
     inside = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    (env / inside / "tree.pth").write_text(f"{tree}\n{own / inside}\n", encoding="utf-8")
+    # twice and under two names, since a kernel takes its working folder out of the path
+    again = f"import sys; sys.path.append('{tree}/tests/..')"
+    (env / inside / "tree.pth").write_text(f"{tree}\n{again}\n{own / inside}\n", encoding="utf-8")
     for script in (own / "bin").iterdir():
         if (env / "bin" / script.name).exists() or not script.is_file():
             continue
@@ -65,173 +78,261 @@ def copy_tree(to: Path) -> Path:
     return tree
 
 
-def tests_of(module: str) -> list[str]:
-    "The test files that name a module, or one of its sub-package where none does; the short ones first."
-    dotted = "vfm_notes." + module.removesuffix(".py").replace("/", ".")
-    package, _, leaf = dotted.rpartition(".")
-    named = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(package)} import [^\n]*\b{leaf}\b")
-    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda f: f.stat().st_size)
-    files = [f for f in files if "mutants" not in f.parts and not SLOW.fullmatch(f.name)]
-    texts = {f: f.read_text(encoding="utf-8") for f in files}
-    found = [f for f in files if named.search(texts[f])] or [f for f in files if package + "." in texts[f]]
-    return [str(f.relative_to(ROOT)) for f in found]
-
-
-SERVER = """
-import json, os, sys
-os.environ["OMP_NUM_THREADS"] = "1"
-import numpy, pandas, scipy.stats, sklearn.linear_model, torch, monai.losses, monai.metrics, pytest, altair, hypothesis
-torch.set_num_threads(1)
-for line in sys.stdin:
-    tests, log, home = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1); os.dup2(out, 2); os.setsid()
-        os.environ["HOME"] = home
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", *tests])
-        sys.stdout.flush()
-        os._exit(int(code))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
 class Worker:
     "A copy of the tree with a warm process beside it."
 
     def __init__(self, folder: Path):
         self.folder, self.tree = folder, copy_tree(folder)
         (folder / "home").mkdir()
-        self.start()
-
-    def start(self) -> None:
         self.process = subprocess.Popen(
-            [str(self.tree / ".venv" / "bin" / "python"), "-c", SERVER],
+            [str(self.tree / ".venv" / "bin" / "python"), str(self.tree / "tests" / "mutants" / "child.py")],
             cwd=self.tree,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         )
 
-    def run(self, tests: list[str], limit: float) -> str:
-        "Run tests: passed, failed or timeout."
-        import select
-
-        self.process.stdin.write(json.dumps([tests, str(self.folder / "log"), str(self.folder / "home")]) + "\n")
+    def run(self, allowed: float, **task) -> int | None:
+        "Let a fork do a task: its exit status, or None where it took longer than it may."
+        task |= {"log": str(self.folder / "log"), "home": str(self.folder / "home")}
+        self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if not select.select([self.process.stdout], [], [], limit)[0]:
-            os.killpg(pid, signal.SIGKILL)
-            self.process.stdout.readline()
-            return "timeout"
-        return {0: "passed", 1: "failed"}.get(int(self.process.stdout.readline()), "broken")
+        pid, late, end = 0, False, time.monotonic() + allowed
+        while True:
+            if not late and not select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+                os.killpg(pid, signal.SIGKILL)
+                late = True
+            word, value = self.process.stdout.readline().split()
+            if word == "pid":
+                pid = int(value)
+            elif word == "group":
+                end = time.monotonic() + float(value)
+            else:
+                return None if late else int(value)
 
-    def judge(self, mutant: Mutant, tests: list[str], limit: float) -> tuple[str, str]:
-        "Is a mutant killed, and by which test?"
-        file = self.tree / "vfm_notes" / mutant.module
-        whole = file.read_bytes()
-        file.write_bytes(whole[: mutant.start] + mutant.text.encode() + whole[mutant.end :])
-        try:
-            end = self.run(tests, limit)
-        finally:
-            file.write_bytes(whole)
-        log = (self.folder / "log").read_text(encoding="utf-8", errors="replace")
-        by = re.search(r"^(?:FAILED|ERROR) (\S+)", log, re.M)
-        return ("survived" if end == "passed" else "killed"), by[1] if by else end
+    def log(self) -> str:
+        "What the last task printed."
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
 
 
-def named_mutants() -> list[tuple[Mutant, list[str]]]:
+class Sight:
+    "Which tests run which line, kept for each test file until it or what it runs is changed."
+
+    def __init__(self, worker: Worker, limit: float, only: list[str]):
+        self.worker, self.limit, self.files = worker, limit, {}
+        (KEPT / "seen").mkdir(parents=True, exist_ok=True)
+        files = sorted((worker.tree / "tests").glob("test_*.py"), key=lambda f: f.stat().st_size)
+        files = [f for f in files if (f.stem in only if only else not SLOW.fullmatch(f.name))]
+        self.texts = {f: f.read_text(encoding="utf-8") for f in files}
+
+    def naming(self, module: str) -> list[Path]:
+        "The test files that name a module."
+        package, _, leaf = module.removesuffix(".py").partition("/")
+        named = rf"vfm_notes\.{package}\.{leaf}\b|from vfm_notes\.{package} import [^\n]*\b{leaf}\b"
+        return [f for f, text in self.texts.items() if re.search(named, text)]
+
+    def learn(self, files: list[Path]) -> None:
+        "Look at test files."
+        for f in files:
+            if (path := f"tests/{f.name}") not in self.files:
+                self.files[path] = self.of(f)
+
+    def of(self, file: Path) -> dict:
+        "The record of one test file, made anew where it is stale."
+        kept = KEPT / "seen" / f"{file.stem}.json"
+        record = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"own": ""}
+        fresh = record["own"] == digest(file)
+        if fresh and all(digest(self.worker.tree / "vfm_notes" / m) == h for m, h in record["modules"].items()):
+            return record
+        made = self.worker.folder / "look.json"
+        made.unlink(missing_ok=True)
+        self.worker.run(
+            600 + 30 * self.limit, look={"file": f"tests/{file.name}", "limit": self.limit, "to": str(made)}
+        )
+        record = {"seconds": 0.0, "tests": {}, "lines": {}, "failed": ["it ended without a word"]}
+        if made.is_file():
+            record = json.loads(made.read_text(encoding="utf-8"))
+        failed = f", left out: {', '.join(record['failed'])}" if record["failed"] else ""
+        print(f"{record['seconds']:6.1f} s  {len(record['tests']):4} tests of {file.name}{failed}", flush=True)
+        record |= {
+            "own": digest(file),
+            "modules": {m: digest(self.worker.tree / "vfm_notes" / m) for m in record["lines"]},
+        }
+        kept.write_text(json.dumps(record), encoding="utf-8")
+        return record
+
+    def tests(self, m: Mutant, limit: float) -> list[tuple[list[str], float]]:
+        "Tests that run a mutant's line, file by file, with their seconds: first those that call it, the quick ones."
+        self.learn(self.naming(m.module))
+        if not any(str(line) in r["lines"].get(m.module, {}) for r in self.files.values() for line in m.lines):
+            package = m.module.split("/")[0]
+            self.learn([f for f, text in self.texts.items() if f"vfm_notes.{package}" in text])
+        near, every = {f"tests/{f.name}" for f in self.naming(m.module)}, []
+        for file, record in self.files.items():
+            lines = record["lines"].get(m.module, {})
+            ids = {i for line in m.lines for i in lines.get(str(line), [])}
+            whole = 2 if "setup" in ids else 4 if "" in ids else None
+            for t, seconds in record["tests"].items():
+                if (rank := 0 if t in ids else whole) is not None:
+                    every.append((rank + (file not in near), seconds, file, t))
+        if not every:  # it runs in another process, if at all
+            every = [(6, s, f, t) for f in self.files if f in near for t, s in self.files[f]["tests"].items()]
+        groups, spent = {}, 0.0
+        for rank, seconds, file, t in sorted(every):
+            spent += seconds
+            if groups and spent > limit:
+                break
+            groups.setdefault((rank // 2, file), []).append((t, seconds))
+        return [([t for t, _ in own], sum(s for _, s in own)) for own in groups.values()]
+
+    def state(self, groups: list[tuple[list[str], float]]) -> str:
+        "The state of the test files that a mutant's tests lie in: a survivor is tried again when it changes."
+        files = sorted({t.split("::")[0] for ids, _ in groups for t in ids})
+        known = json.dumps([(f, self.files[f]["own"]) for f in files])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def spoil(code: bytes, m: Mutant) -> bytes:
+    "A module's text with the change in it."
+    return code[: m.start] + m.text.encode() + code[m.end :]
+
+
+def after(m: Mutant) -> str:
+    "The changed line as it stands then."
+    code = spoil((ROOT / "vfm_notes" / m.module).read_bytes(), m)
+    return code.decode().splitlines()[m.line - 1].strip()
+
+
+def put(file: Path, code: bytes) -> None:
+    "Write a module and drop what was compiled of it, which is told apart by size and second only."
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        compiled.unlink()
+    file.write_bytes(code)
+
+
+def judged(m: Mutant, worker: Worker, sight: Sight, limit: float) -> dict:
+    "Is a mutant killed, and by which test?"
+    groups = sight.tests(m, limit)
+    file = worker.tree / "vfm_notes" / m.module
+    whole = file.read_bytes()
+    put(file, spoil(whole, m))
+    try:
+        end = worker.run(60, judge=[(ids, 60 + 30 * seconds) for ids, seconds in groups])
+    finally:
+        put(file, whole)
+    by = re.search(r"^(?:FAILED|ERROR) (\S+)", worker.log(), re.M)
+    killer = by[1] if by else "too slow" if end is None else f"exit {end}"
+    return {"end": "killed" if end != 0 else "survived", "by": killer if end != 0 else "", "tests": sight.state(groups)}
+
+
+def named_mutants() -> list[Mutant]:
     "Those that are written down; each must still be found in the code, once."
     found = []
     for module, old, new, what in NAMED:
         code = (ROOT / "vfm_notes" / module).read_text(encoding="utf-8")
         if code.count(old) != 1:
             raise SystemExit(
-                f"named mutant '{what}': {module} holds {old!r} {code.count(old)} times, expected once; correct named.py."
+                f"named mutant '{what}': {module} holds {old!r} {code.count(old)} times, expected once; "
+                "correct named.py."
             )
         start = len(code[: code.index(old)].encode())
         line = code[: code.index(old)].count("\n") + 1
-        found.append(Mutant(module, start, start + len(old.encode()), new, what, line, code.splitlines()[line - 1]))
+        whole = statement_lines(ast.parse(code))
+        lines = {n for k in range(line, line + old.count("\n") + 1) for n in whole.get(k, (k,))}
+        source = code.splitlines()[line - 1]
+        found.append(Mutant(module, start, start + len(old.encode()), new, what, line, source, tuple(sorted(lines))))
     return found
 
 
 def made_mutants(packages: tuple[str, ...], n: int, seed: int) -> list[Mutant]:
-    "A drawn part of all that the operators can make, as many of each sub-package."
-    drawn, draw = [], random.Random(seed)
+    "A drawn part of all that the operators can make, as many of each sub-package, one of each in turn."
+    drawn, named = [], {(m.module, m.start, m.end, m.text) for m in named_mutants()}
     for package in packages:
         files = sorted(p.name for p in (ROOT / "vfm_notes" / package).glob("*.py") if p.name != "__init__.py")
         every = [m for f in files for m in mutants(ROOT / "vfm_notes", f"{package}/{f}")]
-        drawn += draw.sample(every, min(n, len(every)))
-    return drawn
+        every = [m for m in every if (m.module, m.start, m.end, m.text) not in named]
+        drawn.append(spread(every, n, Random(seed)))
+    return [ms[i] for i in range(n) for ms in drawn if i < len(ms)]
 
 
-def main() -> None:
+def spread(every: list[Mutant], n: int, draw: Random) -> list[Mutant]:
+    "Draw n of them, one of each kind of slip in turn."
+    draw.shuffle(every)
+    kinds = {k: [m for m in every if m.kind == k] for k in sorted({m.kind for m in every})}
+    turns = [kinds[k][i] for i in range(len(every)) for k in kinds if i < len(kinds[k])]
+    return turns[:n]
+
+
+def check_equivalent() -> None:
+    "Each reason must still belong to a change that can be made."
+    for module in {module for module, _ in EQUIVALENT}:
+        can = {after(m) for m in mutants(ROOT / "vfm_notes", module)}
+        can |= {after(m) for m in named_mutants() if m.module == module}
+        if lost := [line for name, line in EQUIVALENT if name == module and line not in can]:
+            raise SystemExit(f"EQUIVALENT of named.py: no change of {module} gives the line {lost[0]!r}; correct it.")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="sub-packages, e.g. analysis report")
     parser.add_argument("--made", type=int, default=60, help="made mutants for each sub-package")
     parser.add_argument("--named", action="store_true", help="the named ones only")
     parser.add_argument("--match", default="", help="only mutants whose name holds this text")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that the tests of one mutant may take")
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    todo = named_mutants() + ([] if args.named else made_mutants(tuple(args.only) or PACKAGES, args.made, args.seed))
-    todo = [m for m in todo if (not args.only or m.module.split("/")[0] in args.only) and args.match in m.name]
-    folder = Path(tempfile.mkdtemp(prefix="mutants-"))
-    print(f"{len(todo)} mutants; logs and copies in {folder}", flush=True)
-    from concurrent.futures import ThreadPoolExecutor
-    from queue import Queue
+    parser.add_argument("--limit", type=float, default=60, help="seconds of the processor that a mutant is worth")
+    parser.add_argument("--tests", nargs="*", default=[], help="only these test files, e.g. test_words test_grid")
+    parser.add_argument("--again", action="store_true", help="also those whose result is kept")
+    return parser.parse_args()
 
-    idle = Queue()
-    for i in range(args.workers):
-        idle.put(Worker(folder / str(i)))
-    files = sorted({t for m in todo for t in tests_of(m.module)})
-    begun = time.monotonic()
 
-    def unchanged(test: str) -> tuple[str, str, float]:
-        worker, start = idle.get(), time.monotonic()
-        try:
-            return test, worker.run([test], args.limit), time.monotonic() - start
-        finally:
-            idle.put(worker)
-
-    def judged(m: Mutant) -> dict:
-        worker = idle.get()
-        tests = sorted((t for t in tests_of(m.module) if usable.get(t) is not None), key=usable.get)
-        try:
-            end, by = worker.judge(m, tests, args.limit)
-        finally:
-            idle.put(worker)
-        return {"name": m.name, "package": m.module.split("/")[0], "end": end, "by": by}
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        looked = list(pool.map(unchanged, files))
-        usable = {t: seconds for t, end, seconds in looked if end == "passed"}
-        for t, end, _ in looked:
-            if end != "passed":
-                print(f"left out: {t} ({end} without any change)", flush=True)
+def main() -> None:
+    args, begun = arguments(), time.monotonic()
+    check_equivalent()
+    todo = [("named", m) for m in named_mutants()]
+    made = [] if args.named else made_mutants(tuple(args.only) or PACKAGES, args.made, args.seed)
+    todo += [("made", m) for m in made]
+    order = {p: i for i, p in enumerate(args.only or PACKAGES)}
+    todo = [(k, m) for k, m in todo if (not args.only or m.module.split("/")[0] in args.only) and args.match in m.name]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        worker = Worker(Path(folder))
+        sight = Sight(worker, args.limit, args.tests)
+        todo.sort(key=lambda t: (order.get(t[1].module.split("/")[0], len(order)), not sight.naming(t[1].module)))
+        file = KEPT / "results.json"
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not args.again else {}
         rows = []
-        for row in pool.map(judged, todo):
-            rows.append(row)
-            left = (time.monotonic() - begun) / len(rows) * (len(todo) - len(rows))
-            print(
-                f"{len(rows)}/{len(todo)} {row['end']:8} {row['name']}  [{row['by']}]  {left / 60:.0f} min left",
-                flush=True,
-            )
-            (folder / "mutants.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print("\nsub-package   killed  survived")
-    counts = Counter((r["package"], r["end"]) for r in rows)
-    for package in sorted({r["package"] for r in rows}):
-        print(f"{package:12} {counts[package, 'killed']:7} {counts[package, 'survived']:9}")
+        for i, (kind, m) in enumerate(todo, 1):
+            row = {"kind": kind, "package": m.module.split("/")[0], "name": m.name}
+            row |= {"before": m.source.strip(), "after": after(m)}
+            key = f"{m.module} {digest(worker.tree / 'vfm_notes' / m.module)} {m.start} {m.end} {m.text}"
+            if reason := EQUIVALENT.get((m.module, row["after"])):
+                rows.append(row | {"end": "equivalent", "reason": reason})
+                continue
+            old = kept.get(key)
+            if not old or old["end"] == "survived" and old["tests"] != sight.state(sight.tests(m, args.limit)):
+                kept[key] = old = judged(m, worker, sight, args.limit)
+                file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+                minutes = (time.monotonic() - begun) / 60
+                print(f"{i}/{len(todo)} {old['end']:8} {m.name}  [{old['by']}]  {minutes:.0f} min", flush=True)
+            rows.append(row | old)
+    told(rows)
+
+
+def told(rows: list[dict]) -> None:
+    "Print the equivalent ones with their reasons, the survivors, and the table."
+    for r in rows:
+        if r["end"] == "equivalent":
+            print(f"equivalent: {r['name']}\n    after: {r['after']}\n    {r['reason']}")
     for r in rows:
         if r["end"] == "survived":
-            print(f"survived: {r['name']}")
-    print(
-        f"{sum(r['end'] == 'killed' for r in rows) / max(len(rows), 1):.1%} of {len(rows)} killed in {(time.monotonic() - begun) / 60:.0f} min"
-    )
+            print(f"survived: {r['name'].split(': ')[0]}\n    before: {r['before']}\n    after:  {r['after']}")
+    counts = Counter((r["package"], r["kind"], r["end"]) for r in rows)
+    ends = ("killed", "survived", "equivalent")
+    print(f"\n{'sub-package':12} named: {' '.join(ends)}   made: {' '.join(ends)}   killed of those that can be")
+    for package in sorted({r["package"] for r in rows}):
+        cells = ["".join(f"{counts[package, kind, e]:11}" for e in ends) for kind in ("named", "made")]
+        dead, alive = (sum(counts[package, k, e] for k in ("named", "made")) for e in ends[:2])
+        print(f"{package:12}{'  '.join(cells)}   {dead / max(dead + alive, 1):.1%}")
 
 
 if __name__ == "__main__":

@@ -166,9 +166,9 @@ def dice_and_entropy(
     weight: Tensor | None,  # k, of the cross-entropy
 ) -> Tensor:
     "Soft Dice of the foreground plus cross-entropy."
-    from monai.losses import DiceCELoss
-    loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True, weight=None if weight is None else weight.to(output.device))
-    return loss(output, rearrange(target, "b d h w -> b 1 d h w"))
+    from monai.losses import DiceLoss  # DiceCELoss would weigh the classes of the Dice, too
+    dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)(output, target[:, None])
+    return dice + nn.functional.cross_entropy(output, target, None if weight is None else weight.to(output.device))
 
 def mask_rows(
     labels: Tensor,  # n d h w, predicted
