@@ -50,6 +50,8 @@ def test_counts_of_gains_are_those_of_the_table(up, down, open_up, open_down):
     assert counts.startswith(f"Of {n} cell{'s' * (n > 1)}, {up} {verbs['gain']} and {down} {verbs['lose']} with an interval that excludes 0; {n - up - down} {verbs['are']} undecided.")
     assert counts.endswith("can change with the seed or the processor.") == (up + down == 0)
     leads = ["Largest gain"] * (up > 0) + ["Largest loss"] * (down > 0)
+    largest = [f"task {up - 1} with"] * (up > 0) + [f"task {up + down - 1} with"] * (down > 0)  # each cell is larger than the one before
+    assert all(cell in s for s, cell in zip(named, largest, strict=True))
     assert len(named) == len(leads) and all(s.startswith(f"{lead}: ") for s, lead in zip(named, leads))
     lose = "; one clearly loses" if down == 1 else f"; {down} clearly lose" if down else ""
     assert gain_finding(table) == f"Pretraining clearly helps in {up} of {n} cells{lose}"

@@ -320,9 +320,9 @@ NAMED = [
     # --- words and colours ---
     (
         "analysis/findings.py",
-        '"" if row.low > 0 or row.high < 0 else "; the interval includes 0',
-        '"" if row.low > 0 else "; the interval includes 0',
-        "a clear loss is called undecided",
+        '(-1, "Largest loss", known[known.high < 0])',
+        '(-1, "Largest loss", known[known.low < 0])',
+        "an undecided cell is named as the largest loss",
     ),
     ("analysis/findings.py", "told_p(row.p_holm, of)", "told_p(row.p, of)", "an uncorrected p called corrected"),
     (
@@ -333,9 +333,9 @@ NAMED = [
     ),
     (
         "analysis/findings.py",
-        '"No difference" if row.rpg == 0 else gain if row.rpg > 0 else loss',
-        '"No difference" if row.rpg == 0 else loss if row.rpg > 0 else gain',
-        "gain and loss swapped",
+        'leaders((way * clear.rpg).to_dict())',
+        'leaders((-way * clear.rpg).to_dict())',
+        "the smallest clear gain is named as the largest",
     ),
     (
         "analysis/findings.py",
@@ -414,8 +414,8 @@ NAMED = [
     ("report/figures.py", "zip(out.p_holm, of)", "zip(out.p, of)", "the matrix tells the uncorrected p"),
     (
         "report/figures.py",
-        "int((known.rpg > 0).sum()), int((known.low > 0).sum())",
-        "int((known.rpg > 0).sum()), int((known.rpg > 0).sum())",
+        "clear = int((known.low > 0).sum())",
+        "clear = int((known.rpg > 0).sum())",
         "every gain of the title is clear",
     ),
     (
