@@ -20,9 +20,9 @@ from vfm_notes.foundation.spec import RunSpec, load_study, run_id
 from vfm_notes.runs import batch, calls, forkserver, notebook, preflight
 from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, summarise, to_do
 from vfm_notes.runs.executors import Cancelled, Died, LocalExecutor, Lost
-from vfm_notes.runs.grid import known_records, plan
+from vfm_notes.runs.grid import Job, known_records, plan
 from vfm_notes.runs.locks import job_lock, lives, progress_file
-from vfm_notes.runs.watch import Look
+from vfm_notes.runs.watch import Look, look_at
 from vfm_notes.runs.record import failed_record, new_record, read_record, write_record
 
 
@@ -538,6 +538,26 @@ def test_a_look_extrapolates_when_a_twentieth_is_done():
     whole = lambda part, said: Look(None, {}, since=100.0, part=part, said=said).whole
     assert whole(0.05, 110.0) is None and whole(0.06, 110.0) == pytest.approx(10 / 0.06) and whole(0.5, 100.0) is None
     assert Look(None, {"a": "done", "b": "queued", "c": "missing", "d": "running", "e": "failed"}).left == 3
+
+
+def test_a_look_trusts_no_clock_of_a_notebook(tmp_path, monkeypatch):
+    "The clock of another machine, or one that is set anew, is days ahead: start and progress are both dated by the disk."
+    from vfm_notes.runs import locks, record
+
+    monkeypatch.setenv("VFM_RUNS", str(tmp_path))
+    job = Job("segmentation-a", "transfer", Path("t.ipynb"), {}, ())
+    with locks.job_lock("s", job.name):
+        locks.progress_file("s", job.name).parent.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("VFM_PROGRESS", str(locks.progress_file("s", job.name)))
+        monkeypatch.setattr(record, "_last", {"time": 0.0, "run": ""})
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: 9e9)
+            record.report_progress(1, 2, "half")
+        start = locks.running_since("s", job.name)
+        assert abs(locks.progress_file("s", job.name).stat().st_mtime - start) < 600
+        os.utime(locks.progress_file("s", job.name), (start + 10, start + 10))
+        look = look_at("s", job, {})
+        assert look.part == 0.5 and look.whole == pytest.approx(20)
 
 
 def test_progress_names_the_run_at_work(tmp_path, monkeypatch):

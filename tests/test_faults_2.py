@@ -133,17 +133,17 @@ def test_a_kernel_that_the_system_kills_for_memory(toy, table):
 
 def test_a_run_that_hangs_is_ended_and_names_its_cell(toy, table):
     toy.flag("hang-transfer-scratch-1")
-    done = toy.run("--time-limit", "0.1")  # minutes; the others take a moment
+    done = toy.run("--time-limit", "0.4")  # minutes; the others take a moment
     assert done.returncode == 1 and Counter(r["status"] for r in toy.records().values()) == {"done": 6, "failed": 1}, done.stdout + done.stderr
     bad, = (r for r in toy.records().values() if r["status"] == "failed")
-    assert "scratch-n4-s1" in bad["id"] and bad["error"]["type"] == "TimeLimit" and bad["error"]["cell"] == 3 and "0.1 minutes" in bad["error"]["message"] and "cell 3" in done.stdout
+    assert "scratch-n4-s1" in bad["id"] and bad["error"]["type"] == "TimeLimit" and bad["error"]["cell"] == 3 and "0.4 minutes" in bad["error"]["message"] and "cell 3" in done.stdout
     toy.write(time_limit=1)
     assert mended(toy, table, "hang-transfer-scratch-1")
 
 
 def test_a_notebook_that_hangs_outside_of_its_runs(toy):
     toy.flag("hang-at-the-end")
-    toy.write(time_limit=0.1)
+    toy.write(time_limit=0.4)
     done = toy.run("--only", "kind=pretrain")
     assert done.returncode == 1 and "cell 4" in done.stdout and [r["status"] for r in toy.records().values()] == ["done"], done.stdout + done.stderr
 

@@ -190,7 +190,7 @@
     const sizes = new ResizeObserver(reachable);
     for (const box of boxes()) for (const part of [box, ...box.children]) sizes.observe(part);
     const file = (to) => to.split(/[?#]/)[0].replace(/\/$/, "/index.html"), here = file(location.href);
-    $$("#quarto-header .navbar a.nav-link[href]").forEach((a) => {  // Quarto marks the first link that is in the sidebar, too
+    $$("#quarto-header .navbar a.nav-link[href]:not([href=''], [href^='#'])").forEach((a) => {  // Quarto marks the first link that is in the sidebar, too
       a.classList.toggle("active", file(a.href) === here);
       if (file(a.href) === here) a.setAttribute("aria-current", "page"); else a.removeAttribute("aria-current");
     });

@@ -336,7 +336,7 @@ def report_progress(
     _last["time"] = time.monotonic()
     part = Path(f"{target}.{os.getpid()}")
     try:
-        part.write_text(json.dumps({"done": done, "total": total, "text": text, "run": _last["run"], "time": time.time()}))
+        part.write_text(json.dumps({"done": done, "total": total, "text": text, "run": _last["run"]}))
         os.replace(part, target)
     except OSError: part.unlink(missing_ok=True)  # a full disk ends no training; it is told when something has to be kept
 

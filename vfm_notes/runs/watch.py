@@ -47,9 +47,10 @@ def look_at(
     since = running_since(study, job.name)
     look = Look(job, states_of(job, records, since is not None, bool(queued)), since, queued=queued)
     if look.since:
-        try: said = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
+        file = progress_file(study, job.name)
+        try: said, time_of = json.loads(file.read_text(encoding="utf-8")), file.stat().st_mtime  # by the clock of the lock
         except (OSError, ValueError): said = {}
-        if "done" in said: look.part, look.text, look.said = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"], said["time"]
+        if "done" in said: look.part, look.text, look.said = min(1.0, said["done"] / max(said["total"], 1e-9)), said["text"], time_of
     return look
 
 # %% ../../nbs/75_watch.ipynb #0410f078
