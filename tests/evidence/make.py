@@ -200,7 +200,7 @@ def costs(path: Path) -> None:
 def real_weights(path: Path) -> None:
     "Let the tests that measure weights say what they found; refuse when one of them was skipped."
     path.unlink(missing_ok=True)
-    env = os.environ | {"VFM_EVIDENCE": str(path), "VFM_TEST_DATA": os.environ["VFM_DATA"]}
+    env = os.environ | {"VFM_EVIDENCE": str(path), "VFM_TEST_DATA": os.environ["VFM_DATA"], "VFM_TEST_SLOW": "1"}
     subprocess.run([sys.executable, "-m", "pytest", "-q", *MEASURING], cwd=ROOT, env=env, check=True)
     names = lambda p: {r["name"] for r in json.loads(p.read_text(encoding="utf-8"))}
     if lost := sorted(names(KEPT / "real_weights.json") - names(path)):
