@@ -46,6 +46,18 @@ def test_rows_of_every_moment(outcome, state):
     for layer, value in distance(before, collect(random, data["test"].inputs)).items(): assert rows["random weights", layer]["mmd2"] == pytest.approx(value, abs=1e-6)
 
 
+def test_the_last_distance_is_standardised_by_the_features_of_the_start(outcome):
+    "The unbiased estimate by its definition, with the bandwidth that is told."
+    for row in outcome.summary["d2p"]:
+        before, after = (np.float64(outcome.features[f"{when}.{row['layer']}"]) for when in ("before", "after"))
+        x, y = ((f - before.mean(0)) / np.where(before.std(0) > 0, before.std(0), 1) for f in (before, after))
+        k = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * row["bandwidth"] ** 2))
+        off = ~np.eye(len(x), dtype=bool)
+        inside, across = k(x, x)[off].mean() + k(y, y)[off].mean(), k(x, y)
+        assert row["mmd2"] == pytest.approx(inside - 2 * across[off].mean(), abs=1e-5)
+        assert row["mmd2_independent"] == pytest.approx(inside - 2 * across.mean(), abs=1e-5)
+
+
 def test_early_is_the_state_after_so_many_steps(state):
     "A run that is stopped after the early step has the features that the whole run saw then."
     task, data = run_data(SPEC)
