@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -101,7 +102,8 @@ class Worker:
         pid, late, end = 0, False, time.monotonic() + allowed
         while True:
             if not late and not select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
-                os.killpg(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(pid, signal.SIGKILL)
                 late = True
             word, value = self.process.stdout.readline().split()
             if word == "pid":
