@@ -139,3 +139,18 @@ def test_a_site_is_whole_or_the_old_one(killed, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
     assert small_site.content(tmp_path) == small_site.content(undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["_site", "a.yaml", "b.yaml", "pages", "undisturbed"]
+
+
+def test_a_stamp_whose_writing_was_killed_is_tidied_up(tmp_path):
+    "What the kill left is one unfinished file; a folder with anything else is left alone."
+    from vfm_notes.foundation.registry import VfmError
+    from vfm_notes.report.stamp import beside, recover
+    new, _ = beside(tmp_path/"_site")
+    new.mkdir()
+    (new/".stamp.json.host.1.part").write_text("{")
+    recover(tmp_path/"_site")
+    assert not new.exists()
+    new.mkdir()
+    for name in (".stamp.json.host.1.part", "notes.txt"): (new/name).write_text("{")
+    with pytest.raises(VfmError, match="was not made by 'vfm site'"): recover(tmp_path/"_site")
+    assert (new/"notes.txt").is_file()

@@ -184,6 +184,20 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights():
     assert all(torch.equal(v, good[k]) for k, v in raised.value.state.items())
 
 
+def test_a_request_that_comes_between_two_epochs_loses_none(tmp_path):
+    "It arrives while the curves are written: after the epoch's last look at it, before the next epoch begins."
+    class Late(Keeper):
+        def tell(self, epochs, rows):
+            super().tell(epochs, rows)
+            asked.append(epochs)
+    asked, seen = [], []
+    keeper = Late(tmp_path/"c.pt", "run", stop=lambda: bool(asked))
+    with pytest.raises(Stopped, match="after epoch 1 of 6.*goes on from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
+    assert seen == [1] and (tmp_path/"c.pt").is_file()
+    train(toy(), lambda e, l: seen.append(e) or {}, [], Keeper(tmp_path/"c.pt", "run"))
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
 def test_asked_to_stop_it_leaves_after_the_epoch_and_goes_on_later(tmp_path):
     seen = []
     keeper = Keeper(tmp_path/"c.pt", "run", stop=lambda: len(seen) == 2)

@@ -319,13 +319,17 @@ def train(
         rows[:] = [tuple(r) for r in kept["rows"]]
         carried.update(kept["carried"])
     team = trainer.team
+    def leave() -> bool:  # asked once and kept at once: a request between the two would lose the epoch
+        asked = team.agree(keeper.stop())
+        if asked and team.main and keeper.path: save()
+        return asked
     while trainer.epoch <= trainer.recipe.epochs and not team.agree(enough(trainer.epoch - 1)):
-        if team.agree(keeper.stop()): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
+        if leave(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
         epoch, logs = trainer.epoch, guarded(trainer, between if team.main else lambda: None, keeper)
         if not team.main: continue  # the first one looks and writes
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]
-        if keeper.path and keeper.stop(): save()
         keeper.tell(trainer.recipe.epochs, rows)
+    leave()  # what comes after the training may be cut off, too
     keeper.hush()
     team.done()
     return rows

@@ -166,7 +166,8 @@ def beside(target: Path) -> tuple[Path, Path]:  # of the new one, of the old one
 def erase(folder: Path) -> None:
     "Delete a folder with a stamp, the stamp last."
     if not folder.exists(): return
-    if not read_stamp(folder/"stamp.json") and os.listdir(folder):
+    unfinished = {p.name for p in folder.glob(".stamp.json.*.part")}  # of a stamp whose writing was killed
+    if not read_stamp(folder/"stamp.json") and set(os.listdir(folder)) - unfinished:
         raise VfmError(f"{folder} was not made by 'vfm site', which needs this name: move it away.")
     for path in folder.iterdir():
         if path.name == "stamp.json": continue
