@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import time
 from types import SimpleNamespace
@@ -409,7 +410,8 @@ def test_trainings_at_work_are_read_and_told(tmp_path, monkeypatch):
         [2, 20.0, "d2p_embed", 0.1],
     ]
     for name, said in (("old", 100.0), ("new", 200.0), ("over", 300.0), ("failed", 50.0)):
-        (folder / f"{name}.curves.json").write_text(json.dumps(dict(epochs=5, rows=rows, time=said)))
+        (folder / f"{name}.curves.json").write_text(json.dumps(dict(epochs=5, rows=rows)))
+        os.utime(folder / f"{name}.curves.json", (said, said))
     (folder / "broken.curves.json").write_text("{")
     found = live.trainings("s", {"over": {"status": "done"}, "failed": {"status": "failed"}})
     assert [t.name for t in found] == ["new", "old", "failed"]  # the one that spoke last comes first

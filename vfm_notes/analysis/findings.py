@@ -53,7 +53,9 @@ def gain_findings(
     said = [gain_words(row, first, many) for row, first in extremes(known)]
     none = "" if said else " None of them is named as the largest: which one is can change with the seed or the processor."
     missing = f" {len(gains) - n} of {len(gains)} cells are missing ({'; '.join(dict.fromkeys(gains.reason[gains.rpg.isna()]))})." if n < len(gains) else ""
-    counts = f"Of {how_many([n], 'cell', 'cells')}, {up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0; {(rest := n - up - down)} {'is' if rest == 1 else 'are'} undecided."
+    rest = n - up - down
+    clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
+    counts = f"Of {how_many([n], 'cell', 'cells')}, {clear}; {rest} {'is' if rest == 1 else 'are'} undecided."
     return [counts + none + missing, *said]
 
 # %% ../../nbs/85_findings.ipynb #a6feb959

@@ -288,7 +288,7 @@ def prediction_finding(
     table: pd.DataFrame,  # from prediction_table
 ) -> str:
     "The verdict, and the one that did best where one is better than chance."
-    best = best_predictors(table)
     if not any(shown(judged(table))): return prediction_verdict(table)
+    best = best_predictors(table)
     also = f" As good: {', '.join(score_title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
     return f"{prediction_verdict(table)} Best here, with hindsight: {prediction_words(best.iloc[0])}{also}"

@@ -280,7 +280,7 @@ class Keeper:
         self.told, part = time.monotonic(), self.path.with_suffix(".curves.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"epochs": epochs, "time": time.time(), "rows": rows}))
+            part.write_text(json.dumps({"epochs": epochs, "rows": rows}))
             os.replace(part, self.curves)
         except OSError: part.unlink(missing_ok=True)
 

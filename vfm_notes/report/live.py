@@ -61,10 +61,10 @@ def trainings(
     "The trainings of a study that are at work, or were interrupted and wait for the next start."
     found = []
     for path in checkpoint_file(study, "any").parent.glob("*.curves.json"):
-        try: said = json.loads(path.read_text(encoding="utf-8"))
+        try: said, told = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime  # dated by the disk
         except (OSError, ValueError): continue  # it has just ended
         name = path.name.removesuffix(".curves.json")
-        if known.get(name, {}).get("status") != "done": found.append(Training(name, said["epochs"], said["rows"], said["time"]))
+        if known.get(name, {}).get("status") != "done": found.append(Training(name, said["epochs"], said["rows"], told))
     return sorted(found, key=lambda t: -t.told)
 
 # %% ../../nbs/97_live.ipynb #cfbcefe5
