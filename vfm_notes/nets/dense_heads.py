@@ -163,7 +163,7 @@ class UPerNetHead(nn.Module):
 # %% ../../nbs/25_dense_heads.ipynb #c7390d80
 class UNETRHead(nn.Module):
     "UNETR's decoder on a backbone's pyramid and the raw volume."
-    reads = "pyramid"
+    reads, reads_voxels = "pyramid", True
     def __init__(self,
                  backbone: nn.Module, # anything with `widths`
                  in_channels: int, # of the raw volume, the first of what comes in

@@ -66,7 +66,7 @@ class Detection(Segmentation):
     def __init__(self, card: CohortCard,
                  structure: str = "",  # class of the lesions; default: the last
                  class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
-                 head: str = "decoder",  # decoder, upernet or unetr
+                 head: str = "decoder",  # decoder, linear, upernet or unetr
                  width: int | None = None):  # channels inside the head; default: as published
         self.structure = structure_of(card, structure, self.called)
         super().__init__(card, class_weights, head, width)
@@ -138,9 +138,10 @@ class SegmentationAndPresence(Segmentation):
     def __init__(self, card: CohortCard,
                  structure: str = "",  # class that may be absent; default: the last
                  image: float = 0.8,  # weight of the segmentation in the loss; the verdict has the rest
-                 head: str = "decoder",  # decoder, upernet or unetr
-                 width: int | None = None):  # channels inside the head; default: as published
-        super().__init__(card, None, head, width)
+                 head: str = "decoder",  # decoder, linear, upernet or unetr
+                 width: int | None = None,  # channels inside the head; default: as published
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, None, head, width, skip)
         self.structure = structure_of(card, structure, self.called)
         self.index, self.image = card.classes.index(self.structure), image
         if not 0 <= image <= 1: raise VfmError(f"Task '{self.called}': image is {image}, expected a share from 0 to 1.")
@@ -149,7 +150,7 @@ class SegmentationAndPresence(Segmentation):
     def present(self, target: Tensor) -> Tensor: return (target == self.index).flatten(1).any(1)
 
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
-        dense = dense_head(self.decoder, backbone, in_channels, len(self.classes), self.width, auxiliary=False)
+        dense = dense_head(backbone=backbone, in_channels=in_channels, out=len(self.classes), width=self.width, auxiliary=False, **self.reading)
         return PresenceHead(dense, backbone)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:

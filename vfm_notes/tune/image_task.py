@@ -17,7 +17,7 @@ from ..data.cohort import Cohort, CohortCard
 from ..data.degrade import epi_distort, epi_fields, kspace_downsample
 from ..data.loader import moments, normalise, standardise
 from ..foundation.registry import VfmError, tasks
-from .heads import dense_head
+from .heads import IMAGE_HEADS, check_dense, dense_head
 from .metric import psnr, ssim
 from .task import Task, TaskData, case_rows, channel
 
@@ -26,9 +26,14 @@ class ImageTask(Task):
     "One image sequence out of the others."
     primary, metrics = "psnr", ("psnr", "ssim")
     residual: int | None = None  # sequence that is a first guess of the target
+    called: str = ""  # registered name
+
+    def __init__(self, card: CohortCard, head: str, skip: bool):
+        super().__init__(card)
+        self.reading = check_dense(head, skip, self.called, IMAGE_HEADS)
 
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
-        return dense_head("decoder", backbone, in_channels, 1, residual=None if self.residual is None else in_channels)
+        return dense_head(backbone=backbone, in_channels=in_channels, out=1, residual=None if self.residual is None else in_channels, image=True, **self.reading)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
@@ -61,10 +66,14 @@ class ImageTask(Task):
 @tasks("super_resolution", title="Super-resolution")
 class SuperResolution(ImageTask):
     "The volume as acquired, from a k-space truncated one."
+    called = "super_resolution"
+
     def __init__(self, card: CohortCard,
                  factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
-                 sequence: str | None = None):  # default: the first of the cohort
-        super().__init__(card)
+                 sequence: str | None = None,  # default: the first of the cohort
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, head, skip)
         self.factor, self.residual = tuple(factor), channel(card, sequence or card.sequences[0], "super_resolution")
 
     def prepare(self, cohort: Cohort) -> TaskData:
@@ -77,12 +86,16 @@ class SuperResolution(ImageTask):
 @tasks("distortion_correction", title="Distortion correction")
 class DistortionCorrection(ImageTask):
     "The undistorted echo-planar image."
+    called = "distortion_correction"
+
     def __init__(self, card: CohortCard,
                  sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
                  amplitude: float = 3.0,  # typical largest displacement, voxels along h
                  roughness: float = 0.12,  # random part of the field over its dipole
-                 seed: int = 0):  # of the fields
-        super().__init__(card)
+                 seed: int = 0,  # of the fields
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, head, skip)
         sequence = sequence or ("dwi" if "dwi" in card.sequences else card.sequences[0])
         self.residual, self.field = channel(card, sequence, "distortion_correction"), dict(amplitude=amplitude, roughness=roughness, seed=seed)
         self.planar = [i for i, s in enumerate(card.sequences) if s in ("dwi", "adc") or i == self.residual]
@@ -97,10 +110,14 @@ class DistortionCorrection(ImageTask):
 @tasks("translation", title="Modality translation")
 class Translation(ImageTask):
     "One sequence out of another."
+    called = "translation"
+
     def __init__(self, card: CohortCard,
                  source: str = "t2w",
-                 target: str = "dwi"):
-        super().__init__(card)
+                 target: str = "dwi",
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, head, skip)
         self.source, self.target = channel(card, source, "translation"), channel(card, target, "translation")
         if self.source == self.target: raise VfmError(f"Task 'translation': source and target are both '{source}', which would be copying; choose two of {', '.join(card.sequences)}.")
 

@@ -22,7 +22,7 @@ from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
 from ..foundation.registry import VfmError, tasks
 from ..foundation.schema import argument_types, check_options
-from .heads import DENSE_HEADS, check_head, dense_head
+from .heads import check_dense, dense_head
 from ..foundation.quantity import METRICS
 from .metric import dice_per_class, hausdorff_per_class, one_hot
 
@@ -189,11 +189,12 @@ class Segmentation(Task):
 
     def __init__(self, card: CohortCard,
                  class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
-                 head: str = "decoder",  # decoder, upernet or unetr
-                 width: int | None = None):  # channels inside the head; default: as published
+                 head: str = "decoder",  # decoder, linear, upernet or unetr
+                 width: int | None = None,  # channels inside the head; default: as published
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
         super().__init__(card)
         check_masks(card, self.called)
-        self.decoder, self.width = check_head(head, DENSE_HEADS, self.called), width
+        self.reading, self.width = check_dense(head, skip, self.called), width
         if class_weights is not None and len(class_weights) != len(self.classes):
             raise VfmError(f"Task '{self.called}': class_weights has {len(class_weights)} values, cohort '{card.name}' has {len(self.classes)} classes ({', '.join(self.classes)}); give one per class.")
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
@@ -204,7 +205,7 @@ class Segmentation(Task):
     def prepare(self, cohort: Cohort) -> TaskData:
         return TaskData(torch.from_numpy(self.scale(cohort.volumes)), torch.from_numpy(cohort.labels).long(), cohort.names, cohort.patients, self.card.spacing)
 
-    def head(self, backbone: nn.Module, in_channels: int) -> nn.Module: return dense_head(self.decoder, backbone, in_channels, len(self.classes), self.width)
+    def head(self, backbone: nn.Module, in_channels: int) -> nn.Module: return dense_head(backbone=backbone, in_channels=in_channels, out=len(self.classes), width=self.width, **self.reading)
 
     def loss(self, output: Tensor | list, target: Tensor) -> Tensor:
         if isinstance(output, list): return self.loss(output[0], target) + AUXILIARY*self.loss(output[1], target)

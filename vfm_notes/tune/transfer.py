@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EARLY', 'Outcome', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model', 'Watch', 'moments', 'cell',
-           'inner', 'known_before', 'settle', 'frozen_data', 'weights_files', 'summarise', 'remembered', 'transfer']
+           'inner', 'known_before', 'settle', 'frozen_data', 'weights_files', 'head_facts', 'summarise', 'remembered',
+           'transfer']
 
 # %% ../../nbs/66_transfer.ipynb #7ad7255b
 import math
@@ -238,6 +239,10 @@ def weights_files(
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
     return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
 
+def head_facts(head: torch.nn.Module) -> dict:
+    "What the head of a run is, and whether it reads voxels past the encoder."
+    return {"name": type(head).__name__, "reads_voxels": getattr(head, "reads_voxels", False), "parameters": sum(p.numel() for p in head.parameters())}
+
 def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
     "Metrics of a run beside those of the trivial control."
     return {"metrics": task.summary(cases), "primary": task.primary,
@@ -284,7 +289,7 @@ def transfer(
     files = weights_files(spec, model, state)
     flops = forward_flops(lambda: predict(model, data["test"].inputs[:1], window=spec.window))
     cost = meter.cost(float(curves.seconds.max()) + encoded, train.waited, epoch_seconds(curves.epoch, curves.seconds), tuning.parameters, flops, {"features": encoded, "scores": looked[0]}, evaluation=watch.seconds)
-    summary = summarise(task, data, cases) | {
+    summary = summarise(task, data, cases) | {"head": head_facts(model.head),
         "d2p": d2p.to_dict("records"), "d2p_moments": later, "scores": scores, "cost": cost,
         "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": list(dict.fromkeys([cohort.card.licence, *start.licences, *(f["licence"] for f in files)]))}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
