@@ -38,7 +38,7 @@ from ..foundation.spec import Spec, canonical, run_id
 # %% ../../nbs/70_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY = {"metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [], "scores": [], "cost": {},
-         "n": {}, "head": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
+         "n": {}, "train_cases": [], "head": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None}
 
 def new_record(
     spec: Spec,
