@@ -17,6 +17,7 @@ import vfm_notes.pretrain.distillation
 import vfm_notes.pretrain.reconstruction as reconstruction
 import vfm_notes.pretrain.tokens
 import vfm_notes.pretrain.views
+import vfm_notes.tune.supervised
 from vfm_notes.backbones.profound import profound_toy
 from vfm_notes.backbones.provicnet import provicnet_toy
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
@@ -98,7 +99,7 @@ def test_some_steps_lower_the_loss(made):
 
 
 def test_every_family_is_there():
-    assert {objectives.card(n)["family"] for n in objectives} == {"reconstruction", "contrast", "adversarial", "diffusion"}
+    assert {objectives.card(n)["family"] for n in objectives} == {"reconstruction", "contrast", "adversarial", "diffusion", "supervised"}
 
 
 @pytest.mark.parametrize("name", ["profound_toy", "lifted", "volumetric"])
@@ -113,7 +114,7 @@ def test_unlabelled_batches():
 def test_objectives_that_compare_cases_say_so():
     whole = {n for n in objectives if getattr(objectives[n], "whole_batches", False)}
     assert whole == {"nt_xent", "self_distillation"}
-    for name in set(objectives) - whole - {"patch_contrast", "diffusion"}: # the loss of a batch is the mean of its cases'; patch_contrast weighs classes, diffusion draws steps
+    for name in set(objectives) - whole - {"patch_contrast", "diffusion", "task"}: # the loss of a batch is the mean of its cases'; patch_contrast weighs classes, diffusion draws steps, a Dice is one of the batch
         torch.manual_seed(0)
         objective, data, losses = objectives[name](provicnet_toy()).eval(), batch(2), []
         keep = torch.ones(2, 1, 4, 4, 4)

@@ -74,9 +74,9 @@ def runs_table(
         row |= {f"cases_{k}": _number((r.get("n") or {}).get(k)) for k in ("train", "val", "test")} | cost_columns(r["cost"])
         row |= {"device": r.get("device", ""), "notebook": r.get("notebook", ""), "created": r.get("created", ""), "notes": "; ".join(r.get("notes") or [])}
         row |= {k: r["spec"].get(k) for k in SEARCHABLE} | {"keep": r["spec"].get("keep", "last"), "chosen": True}
-        row |= {"positive": (r["spec"].get("options") or {}).get("positive"), "error": (r.get("error") or {}).get("message", "")}
+        row |= {"expected": r["spec"].get("expected", ""), "positive": (r["spec"].get("options") or {}).get("positive"), "error": (r.get("error") or {}).get("message", "")}
         rows.append(row)
-    return _frame(rows, [*RUN, "kind", "status", "metric", "value", "control", "direction", "unit", "seconds_training", "peak_memory_mib", "parameters_trainable", "error", *SEARCHABLE, "keep", "chosen"]).astype({"chosen": bool})
+    return _frame(rows, [*RUN, "kind", "status", "metric", "value", "control", "direction", "unit", "seconds_training", "peak_memory_mib", "parameters_trainable", "error", "expected", *SEARCHABLE, "keep", "chosen"]).astype({"chosen": bool})
 
 # %% ../../nbs/80_tables.ipynb #028e6edf
 def metrics_table(

@@ -74,9 +74,9 @@ DRAWN = ("scratch", "random")  # strategies that begin with random weights
 @lru_cache
 def parent_of(
     strategy: str,  # a strategy's line
-    parent: str,  # run id of the pretraining that made the backbone's weights
+    parent: str,  # run id of the pretraining that made the backbone's weights, or what is expected of them
 ) -> str:  # the same, or "" where no weights are used
-    "The pretraining that a run depends on."
+    "The pretraining that a run depends on, or another word about its weights."
     return "" if parse_strategy(strategy)[0] in DRAWN else parent
 
 # %% ../../nbs/025_options.ipynb #f4665b45

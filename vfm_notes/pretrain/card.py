@@ -19,7 +19,7 @@ from ..foundation.schema import argument_types, check_options
 from ..foundation.spec import PretrainSpec
 
 # %% ../../nbs/435_objective_card.ipynb #b1bf659f
-FAMILIES = ("reconstruction", "contrast", "adversarial", "diffusion")
+FAMILIES = ("reconstruction", "contrast", "adversarial", "diffusion", "supervised")
 SHOWN = ("pictures", "neighbours")  # what tells how far it is: volumes that it made, or cases that it finds alike
 
 @dataclass(frozen=True)

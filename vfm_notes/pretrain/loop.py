@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..backbones.protocol import Backbone, build
 from ..data.augment import augment
+from ..data.cohort import CohortCard
 from ..data.loader import Loader
 from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.registry import VfmError, objectives
@@ -51,6 +52,7 @@ def prepare(
     volumes: Tensor, # n c d h w
     in_channels: int, # input sequences
     state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
+    card: CohortCard | None = None, # of the cases, for objectives that ask for classes
 ) -> tuple[Backbone, nn.Module]: # backbone, and the objective that holds it
     "Check the input, then build what the spec names, seeded."
     if len(volumes) < spec.batch_size:
@@ -59,9 +61,11 @@ def prepare(
     if spec.start and state is None: raise VfmError(f"Pretraining '{spec.backbone}' begins with the weights '{spec.start}', which were not given.")
     torch.manual_seed(spec.seed)
     backbone = build(spec.backbone, in_channels, state)
-    backbone.check_input(volumes[:1])
+    backbone.check_input(volumes[:1, :in_channels]) # a task's first guess lies behind them
     check_objective(spec.objective, spec.options)
-    return backbone, objectives[spec.objective](backbone, **spec.options).to(volumes.device)
+    objective = objectives[spec.objective](backbone, **spec.options)
+    if card and hasattr(objective, "meet"): objective.meet(card)
+    return backbone, objective.to(volumes.device)
 
 # %% ../../nbs/45_loop.ipynb #bf4b281a
 def first_look(
@@ -90,16 +94,17 @@ def left_behind(
 def pretrain(
     spec: PretrainSpec, # what to make
     volumes: Tensor, # n c d h w, normalised
-    labels: Tensor | None, # n d h w class numbers; only some objectives look at them
+    labels: Tensor | None, # n d h w class numbers, or a task's targets; only some objectives look at them
     in_channels: int, # input sequences
     progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None, # called after every epoch
     keeper: Keeper = Keeper(), # where checkpoints go
     probe: Callable[[Backbone], dict[str, float]] | None = None, # linear readers, asked every `spec.probe_every` epochs
     state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
+    card: CohortCard | None = None, # of the cases, for objectives that ask for classes
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
     meter = Meter()
-    backbone, objective = prepare(spec, volumes, in_channels, state)
+    backbone, objective = prepare(spec, volumes, in_channels, state, card)
     begin = {k: v.detach().clone() for k, v in backbone.named_parameters()}
     loader = pretraining_batches(volumes, labels, spec)
     trainer = Trainer(objective, lambda module, batch: module.loss(batch), loader, Recipe.of(spec, betas=(0.9, 0.95)))

@@ -78,7 +78,7 @@ def job_parameters(
     first = specs[0]
     values = json.loads(json.dumps(asdict(first)))
     if first.kind == "transfer":
-        values["parent"] = max(s.parent for s in specs)  # scratch has none
+        for k in ("parent", "expected"): values[k] = max(getattr(s, k) for s in specs)  # scratch has none
         for one, many in PLURAL.items():
             del values[one]
             values[many] = list(dict.fromkeys(getattr(s, one) for s in specs))
@@ -100,8 +100,8 @@ def job_specs(
     check_name(values.pop("study", "by_hand"), f"{where}: study")
     if kind != "transfer": return [from_values(SPECS[kind], values, where)]
     looped = from_values(Looped, {k: values.pop(k) for k in PLURAL.values() if k in values}, where)
-    weights, axes = values.pop("parent", ""), product(looped.strategies, looped.seeds)
-    return [from_values(RunSpec, values | {"strategy": strategy, "seed": seed, "parent": parent_of(strategy, weights)}, where)
+    weights, axes = {k: values.pop(k, "") for k in ("parent", "expected")}, product(looped.strategies, looped.seeds)
+    return [from_values(RunSpec, values | {"strategy": strategy, "seed": seed} | {k: parent_of(strategy, v) for k, v in weights.items()}, where)
             for strategy, seed in axes]
 
 # %% ../../nbs/71_grid.ipynb #6dc4116f

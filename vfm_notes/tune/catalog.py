@@ -37,6 +37,7 @@ import vfm_notes.tune.image_task
 import vfm_notes.tune.lora
 import vfm_notes.tune.probe
 import vfm_notes.tune.strategy
+import vfm_notes.tune.supervised
 import vfm_notes.tune.task
 import vfm_notes.tune.value_task
 
