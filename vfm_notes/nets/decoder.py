@@ -121,6 +121,7 @@ def resize(
     if x.shape[2:] == like.shape[2:]: return x
     return F.interpolate(x, size=like.shape[2:], mode="trilinear")
 
+# %% ../../nbs/22_decoder.ipynb #067d6ea8
 def filled(
     x: Tensor, # b c d h w
     cell: tuple[int, int, int], # (d, h, w) voxels
@@ -129,6 +130,7 @@ def filled(
     more = [-s % f for s, f in zip(x.shape[2:], cell)]
     return F.pad(x, (0, more[2], 0, more[1], 0, more[0]), mode="replicate") if any(more) else x
 
+# %% ../../nbs/22_decoder.ipynb #315ed95b
 def answer(
     y: Tensor, # b k d h w, at least as large as the volume
     x: Tensor, # b c d h w, the volume
