@@ -49,7 +49,7 @@ class DiskFull(VfmError):
 
 @contextmanager
 def needing_space(folder: Path) -> Iterator[None]:  # folder: where the block writes
-    "Tell a full disk from all other errors."
+    "Distinguish a full disk from all other errors."
     try: yield
     except Exception as error:
         if isinstance(error, DiskFull): raise
@@ -63,13 +63,13 @@ class DamagedFile(VfmError):
     "A file is not what was written."
 
 def file_hash(path: Path | str) -> str:  # sha256, hex
-    "The checksum of a file."
+    "Return the checksum of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def damage(
     path: Path,  # runs/STUDY/<run id>/FILE
 ) -> DamagedFile:
-    "The error that names a damaged file of a run."
+    "Return the error that names a damaged file of a run."
     return DamagedFile(f"{path} is damaged (it is not what its record was stored with): "
                        f"'vfm run {path.parent.parent.name} --retry-failed' computes this run again.")
 

@@ -130,7 +130,7 @@ def meaning(
     row: Mapping | object = (),  # of a table: task, backbone, strategy and so on, those that it has
     *more: str,
 ) -> str:
-    "Say in words what a number is of."
+    "Describe in words what a number is of."
     have = row.get if hasattr(row, "get") else lambda k: getattr(row, k, None)
     names = ("contrast", "task", "backbone", "strategy", "n_train", "metric", "versus")
     return ", ".join([what, *(f"{k} {have(k)}" for k in names if have(k) is not None), *more])

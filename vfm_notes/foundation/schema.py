@@ -90,7 +90,7 @@ Split = Literal["pretrain", "train", "val", "test"]
 
 # %% ../../nbs/026_schema.ipynb #5403b068
 def check_window(window: tuple, what: str) -> None:
-    "A window has three sides or none."
+    "Refuse a window that has neither three sides nor none."
     if len(window) not in (0, 3):
         raise VfmError(f"{what} is {shown(list(window))}, expected three whole numbers [d, h, w], or [] for none.")
 
@@ -99,7 +99,7 @@ Window = Annotated[tuple[Voxels, ...], check_window,
 
 # %% ../../nbs/026_schema.ipynb #b3b794a0
 def bounds(info) -> str:  # info: of a number, from msgspec.inspect
-    "The range of a number in words."
+    "Describe the range of a number in words."
     if info.ge is None and info.gt is None: return ""
     low = f"from {info.ge:g}" if info.ge is not None else f"above {info.gt:g}"
     if info.le is not None:
@@ -109,7 +109,7 @@ def bounds(info) -> str:  # info: of a number, from msgspec.inspect
 
 # %% ../../nbs/026_schema.ipynb #94df8607
 def in_words(info) -> str:  # info: from msgspec.inspect
-    "What a type allows."
+    "Describe what a type allows."
     kinds = msgspec.inspect
     match info:
         case kinds.Metadata(extra_json_schema={"description": words}): return words
@@ -130,7 +130,7 @@ def in_words(info) -> str:  # info: from msgspec.inspect
 def either(words: list[str]) -> str: return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))  # words: "a, b or c"
 def at_least_one(info) -> str: return " with at least one entry" if info.min_length else ""  # info: of a list or mapping
 def of(info) -> str:  # info: of the entries of a list, from msgspec.inspect
-    "What each entry allows."
+    "Describe what each entry allows."
     return "" if isinstance(info, msgspec.inspect.AnyType) else f", each entry {in_words(info)}"
 
 # %% ../../nbs/026_schema.ipynb #859f2d53
@@ -138,7 +138,7 @@ def of(info) -> str:  # info: of the entries of a list, from msgspec.inspect
 def allowed(
     kind,  # a type, Annotated or not
 ) -> str:
-    "What a type allows, in words."
+    "Describe what a type allows, in words."
     return in_words(msgspec.inspect.type_info(kind))
 
 # %% ../../nbs/026_schema.ipynb #fb90d006
@@ -172,7 +172,7 @@ def refuse(value, kind, what: str) -> None:
 
 # %% ../../nbs/026_schema.ipynb #5b055459
 def many(kind) -> bool:  # kind: a type
-    "Is it a list, or a tuple of any length?"
+    "Return whether a type is a list, or a tuple of any length."
     return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)
 
 # %% ../../nbs/026_schema.ipynb #f2d50708
@@ -181,7 +181,7 @@ def convert(
     kind,  # the type of the field
     what: str,  # the field, dotted, e.g. "budget.lr"
 ):  # the value, of that type
-    "A value of a type, or one sentence."
+    "Convert a value to a type, or raise one sentence."
     annotated = get_origin(kind) is Annotated
     base, more = (kind.__origin__, kind.__metadata__) if annotated else (kind, ())
     if is_dataclass(base): return base(**converted(base, vars(value) if isinstance(value, base) else value, what))
@@ -209,7 +209,7 @@ def converted(
     values: dict,  # field → value, from outside
     what: str = "",  # the field that holds them; "": they are a file's own
 ) -> dict:  # field → value, of the field's type
-    "The fields of a dataclass; an unknown or missing one is an error, too."
+    "Convert the fields of a dataclass; an unknown or missing one is an error, too."
     inside, dot = (f" of {what}", f"{what}.") if what else ("", "")
     if not isinstance(values, dict):
         raise VfmError(f"{what or 'the content'} is {shown(values)}, expected a mapping of fields, e.g. "
@@ -230,7 +230,7 @@ def allowed_of(
     cls: type,  # a dataclass
     name: str,  # one of its fields
 ) -> str:
-    "What a field may hold, in words."
+    "Describe what a field may hold, in words."
     kind = field_types(cls)[name]
     return "a mapping of fields" if is_dataclass(kind) else allowed(kind)
 
@@ -239,7 +239,7 @@ def bounds_of(
     cls: type,  # a dataclass
     name: str,  # of a field that holds a number
 ) -> dict[str, int | float]:  # min and max, for a form
-    "The range that a field allows."
+    "Return the range that a field allows."
     info = msgspec.inspect.type_info(field_types(cls)[name])
     return {"min": info.ge, "max": info.le}
 
@@ -259,7 +259,7 @@ def argument_types(
     function,
     skip: int,  # arguments at the beginning that are no options
 ) -> dict[str, Any]:  # option → type
-    "The options that a function takes."
+    "Return the options that a function takes."
     hints = get_type_hints(function, include_extras=True)
     given = [p for p in list(inspect.signature(function).parameters.values())[skip:] if p.kind is not p.VAR_KEYWORD]
     return {p.name: hints.get(p.name, Any) for p in given}

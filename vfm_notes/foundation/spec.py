@@ -117,7 +117,7 @@ LOOKS = {"probe_every"}  # fields that change no weights: never part of a name
 def canonical(
     spec: Spec,
 ) -> str:  # JSON with sorted keys and lists for tuples
-    "A spec as text that depends on its values only."
+    "Write a spec as text that depends on its values only."
     values = {k: v for k, v in vars(spec).items() if k not in LOOKS and (k not in LATER or v != LATER[k])}
     return json.dumps({"kind": spec.kind} | values, sort_keys=True)
 
@@ -128,7 +128,7 @@ def file_name(text: str) -> str:  # text: what is shown
 def run_id(
     spec: Spec,
 ) -> str:  # e.g. segmentation-profound_toy.mae_phantom-full-n24-s0-1a2b3c4d
-    "The name under which a run's record is stored."
+    "Return the name under which a run's record is stored."
     tail = hashlib.sha256(canonical(spec).encode()).hexdigest()[:8]
     match spec.kind:
         case "pretrain": head = f"pretrain-{spec.backbone}-s{spec.seed}"
@@ -239,7 +239,7 @@ def check_study(study: StudySpec) -> None:
 MOST_RUNS = 20_000
 
 def count_runs(study: StudySpec) -> dict[str, int]:  # axis → how many values, and the runs under "runs"
-    "Count what a study asks for, before anything is left out."
+    "Count the runs of a study, before anything is left out."
     points = prod(map(len, study.search.values()))
     each = {"tasks": len(study.tasks), "backbones": len(study.backbones), "strategies": len(study.strategies)}
     beside = {"n_train": max(len(study.n_train), 1), "points of the search": points, "seeds": len(study.seeds)}
@@ -259,7 +259,7 @@ def cohort_beside(
     path: Path,  # the study file
     cohort,  # as written there
 ):  # the folder's path, or what was written
-    "The folder of a cohort that is named by a path."
+    "Return the folder of a cohort that is named by a path."
     if not isinstance(cohort, str): return cohort  # told with the other fields
     try: found = (folder := (path.parent/Path(cohort).expanduser()).resolve()/"card.yaml").is_file()
     except (ValueError, OSError, RuntimeError): return cohort  # no path of this system
@@ -282,7 +282,7 @@ def study_from(
     values: dict,  # the content of a study file
     path: Path,  # the file; messages name it and folders of cohorts are looked for beside it
 ) -> StudySpec:
-    "A study from its values, strictly."
+    "Build a study from its values, strictly."
     values = dict(values)
     if "cohort" in values: values["cohort"] = cohort_beside(path, values["cohort"])
     if isinstance(values.get("external"), dict) and "cohort" in values["external"]:
@@ -291,7 +291,7 @@ def study_from(
 
 # %% ../../nbs/03_spec.ipynb #319a7d05
 def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
-    "One spec for each set of weights that the study makes itself."
+    "Return one spec for each set of weights that the study makes itself."
     common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases}
     specs = []
     for weights, values in study.pretrain.items():
@@ -308,7 +308,7 @@ def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
 def check_search(
     study: StudySpec,
 ) -> None:
-    "A search is small, and its values are some that the budget could have."
+    "Refuse a search that is too large, or whose values the budget could not have."
     for key, values in study.search.items():
         for i, value in enumerate(values): convert(value, field_types(Budget)[key], f"search.{key}[{i}]")
     points = prod(map(len, study.search.values()))
@@ -322,11 +322,11 @@ def check_search(
 
 # %% ../../nbs/03_spec.ipynb #2af307d7
 def settings(study: StudySpec) -> list[dict]:  # field → value; one empty setting where nothing is searched
-    "Every point of the search."
+    "Return every point of the search."
     return [dict(zip(study.search, values)) for values in product(*study.search.values())]
 
 def run_specs(study: StudySpec) -> list[RunSpec]:
-    "Every point of the study's grid."
+    "Return every point of the study's grid."
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}
     common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases, "window": study.window} | asdict(study.budget)
     axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], settings(study), study.strategies, study.seeds)
@@ -340,7 +340,7 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
 
 # %% ../../nbs/03_spec.ipynb #dae6985e
 def external_base(study: StudySpec) -> ExternalSpec:
-    "What all external specs of a study have in common."
+    "Return what all external specs of a study have in common."
     common = {"size": study.size, "spacing": study.spacing, "bad_cases": study.bad_cases, "window": study.window}
     base = ExternalSpec(**converted(ExternalSpec, common | study.external, "external"))
     if base.task not in study.tasks:
@@ -349,7 +349,7 @@ def external_base(study: StudySpec) -> ExternalSpec:
     return base
 
 def external_specs(study: StudySpec) -> list[ExternalSpec]:
-    "One spec for each backbone whose tuned runs are tried on the external cohort."
+    "Return one spec for each backbone whose tuned runs are tried on the external cohort."
     if not study.external: return []
     base = external_base(study)
     runs = [r for r in run_specs(study) if r.task == base.task]

@@ -28,7 +28,7 @@ CONSTANTS = {w: v for v, words in ((None, "~ null Null NULL"), (True, "true True
 def plain_value(
     text: str,  # without quotes, as the file has it
 ) -> str | int | float | bool | None:
-    "What a plain word means."
+    "Return what a plain word means."
     if text in CONSTANTS: return CONSTANTS[text]
     kind = next((k for pattern, k in NUMBERS if pattern.fullmatch(text)), None)
     if kind and len(text) > 40: raise VfmError(f"a number of {len(text)} characters; expected at most 40")
@@ -77,7 +77,7 @@ def add(doc: Document, event, value) -> None:
 
 # %% ../../nbs/023_yaml_file.ipynb #48983814
 def scalar(doc: Document, event) -> str | int | float | bool | None:
-    "What a word stands for."
+    "Return what a word stands for."
     if event.tag not in (None, "!"): doc.fail(event, f"the tag {event.tag} is not known; write the value without it")
     try: return plain_value(event.value) if event.implicit[0] and event.tag is None else event.value
     except (VfmError, ValueError) as error: doc.fail(event, str(error))
@@ -120,7 +120,7 @@ def parse_yaml(
     text: str,
     where: str,  # its file, for messages
 ):  # dicts, lists, text, numbers, true, false, None
-    "The value of a YAML text."
+    "Read the value of a YAML text."
     if bad := CONTROL.search(text):
         raise VfmError(f"{where}, line {text.count(chr(10), 0, bad.start()) + 1}: not valid YAML, it holds the "
                        f"character {bad[0]!r}, which no text has; delete it.")
@@ -139,7 +139,7 @@ def decode_yaml(
     content: bytes,
     where: str,  # its file, for messages
 ) -> str:
-    "The text of a YAML file."
+    "Decode the text of a YAML file."
     if len(content) > LONGEST_FILE:
         raise VfmError(f"{where} has {len(content):,} bytes, expected at most {LONGEST_FILE:,}; it is no file that "
                        f"somebody wrote.")
@@ -155,7 +155,7 @@ def decode_yaml(
 def read_yaml(
     path: str | Path,
 ) -> dict:
-    "The mapping that a YAML file holds."
+    "Read the mapping that a YAML file holds."
     try: content = Path(path).read_bytes()
     except OSError as e: raise VfmError(f"{path} cannot be read ({e.strerror}); expected a YAML file.") from None
     value = parse_yaml(decode_yaml(content, str(path)), str(path))
