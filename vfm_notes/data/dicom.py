@@ -25,7 +25,7 @@ TAGS = dict(type="0008|0008",
             samples="0028|0002", bits="0028|0101", signed="0028|0103", slope="0028|1053", intercept="0028|1052", b="0018|9087", siemens_b="0019|100c", sequence="0018|0024")
 
 def dicom_reader(path: Path) -> sitk.ImageFileReader:
-    "A reader of one file that takes it for DICOM and nothing else."
+    "Make a reader of one file that takes it for DICOM and nothing else."
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.LoadPrivateTagsOn()
@@ -37,7 +37,7 @@ def dicom_reader(path: Path) -> sitk.ImageFileReader:
 def read_header(
     path: Path,  # one DICOM file
 ) -> dict[str, str]:  # by the names of TAGS, "" where the file has none
-    "What the header of one file says."
+    "Read the header of one file."
     reader = dicom_reader(path)
     try: reader.ReadImageInformation()
     except RuntimeError:
@@ -51,7 +51,7 @@ def read_header(
 def b_value(
     header: dict[str, str],
 ) -> str:  # s/mm2, "" where the file does not say
-    "The diffusion weighting of a slice."
+    "Return the diffusion weighting of a slice."
     named = re.search(r"_b(\d+)", header["sequence"])
     return (header["b"] or header["siemens_b"] or (named[1] if named else "")).removesuffix(".0")
 
@@ -59,7 +59,7 @@ def b_value(
 def read_headers(
     folder: Path,
 ) -> dict[Path, dict[str, str]]:  # file → header
-    "The headers of all files of a folder; any that is no slice is an error."
+    "Read the headers of all files of a folder; one that is not a slice is an error."
     if not folder.is_dir(): raise VfmError(f"{folder} is not a folder; expected one with the files of a DICOM series.")
     for path in sorted(folder.iterdir()): check_fetched(path)
     found, bad = {}, []
@@ -105,7 +105,7 @@ def write_series(
 def list_series(
     folder: Path | str,
 ) -> pd.DataFrame:  # one row per series
-    "What a folder of DICOM files holds: series, description, b-values, files, size and spacing."
+    "List what a folder of DICOM files holds: series, description, b-values, files, size and spacing."
     headers = read_headers(Path(folder))
     def row(uid: str) -> dict:
         of = [h for h in headers.values() if h["series"] == uid]
@@ -119,7 +119,7 @@ def one_series(
     folder: Path,
     uid: str,  # "" where the folder holds one series only
 ) -> dict[Path, dict[str, str]]:  # file → header
-    "The files of one series."
+    "Return the files of one series."
     headers = read_headers(folder)
     names = {h["series"]: h["description"] or "without description" for h in headers.values()}
     told = ", ".join(f"{u} ({d})" for u, d in names.items())
@@ -161,7 +161,7 @@ def check_slices(
 def slice_axes(
     header: dict[str, str],
 ) -> np.ndarray:  # (3, 3) columns: along a row, along a column, along the normal
-    "Orthonormal directions of a slice."
+    "Return orthonormal directions of a slice."
     r, c = np.reshape([float(v) for v in header["axes"].split("\\")], (2, 3))
     r = r / np.linalg.norm(r)
     c = c - (c @ r) * r
@@ -172,7 +172,7 @@ def sorted_slices(
     folder: Path,
     headers: dict[Path, dict[str, str]],
 ) -> tuple[list[Path], np.ndarray]:  # files from low to high, their positions (n, 3) mm
-    "Slices in the order of their height, or what is wrong with their places."
+    "Sort slices by their height, or raise what is wrong with their places."
     axes = slice_axes(next(iter(headers.values())))
     place = {p: np.array([float(v) for v in h["position"].split("\\")]) for p, h in headers.items()}
     files = sorted(place, key=lambda p: place[p] @ axes[:, 2])
@@ -193,7 +193,7 @@ def sorted_slices(
 def read_series(
     path: Path | str,  # a folder with one series, or FOLDER#SeriesInstanceUID
 ) -> sitk.Image:  # float32, in the orientation of the slices
-    "One DICOM series as a volume, slices by position, slope and intercept applied."
+    "Read one DICOM series as a volume: slices by position, slope and intercept applied."
     folder, uid = split_address(path)
     headers = one_series(folder, uid)
     check_slices(folder, headers)
