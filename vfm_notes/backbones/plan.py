@@ -50,7 +50,7 @@ class AdaptationPlan:
 def state_hash(
     state: dict[str, Tensor] | None, # by name
 ) -> str: # sha256, "" for none
-    "A fingerprint of weights: names, shapes and bytes."
+    "Return a fingerprint of weights: names, shapes and bytes."
     if state is None: return ""
     h = hashlib.sha256()
     for k in sorted(state): h.update(f"{k}{tuple(state[k].shape)}".encode() + state[k].contiguous().numpy().tobytes())
@@ -61,7 +61,7 @@ def patient_prints(
     patients: Iterable[str], # their ids
     before: dict[str, list[str]] | None = None, # those of the weights that a pretraining began with
 ) -> dict[str, list[str]]: # id of a site key → fingerprints, sorted, every patient once
-    "Fingerprints of patients, by the key that they were made with."
+    "Return fingerprints of patients, by the key that they were made with."
     before, mine = before or {}, key_id()
     return before | {mine: sorted({*before.get(mine, []), *fingerprints(cohort, patients)})}
 
@@ -79,7 +79,7 @@ def patient_overlap(
 def plan_metadata(
     plan: AdaptationPlan,
 ) -> dict[str, str]: # for a safetensors file
-    "A plan as a file carries it."
+    "Return a plan as a file carries it."
     text = json.dumps(asdict(plan), sort_keys=True)
     return {"plan": text, "plan_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -87,7 +87,7 @@ def parse_plan(
     found: dict[str, str], # metadata of a file
     where: str, # for messages
 ) -> AdaptationPlan:
-    "A plan from the metadata that carries it."
+    "Read a plan from the metadata that carries it."
     again = "copy the file again from where it was made"
     try: values = json.loads(found["plan"])
     except ValueError: raise VfmError(f"The adaptation plan in {where} cannot be read ({len(found['plan'])} characters, cut or damaged): {again}.") from None
@@ -102,7 +102,7 @@ def parse_plan(
 def read_plan(
     path: str | Path, # a .safetensors file
 ) -> AdaptationPlan | None: # None when the file carries none
-    "The plan of a file."
+    "Read the plan of a file."
     check_fetched(path)
     if Path(path).suffix != ".safetensors": return None
     try:
@@ -113,7 +113,7 @@ def read_plan(
 def read_planned(
     path: str | Path, # a .safetensors file
 ) -> tuple[dict[str, Tensor], AdaptationPlan | None]: # tensors by name, and the plan
-    "Weights with their plan, which must be theirs."
+    "Read weights with their plan, which must be theirs."
     plan, state = read_plan(path), read_state(path)
     if plan and (found := state_hash(state)) != plan.weights_hash: raise VfmError(f"The tensors in {path} are not those of its adaptation plan (hash {found[:12]}, the plan says {plan.weights_hash[:12]}): copy the file again from where it was made.")
     return state, plan
@@ -122,21 +122,21 @@ def read_planned(
 def carried_file(
     name: str, # architecture.weights
 ) -> Path | None: # None: there is none, or it carries no plan
-    "The file of weights that were made elsewhere and put into the weights folder."
+    "Return the file of weights that were made elsewhere and put into the weights folder."
     path = weights_file(name)
     if not path.is_file() or not (plan := read_plan(path)): return None
     if plan.architecture != name.partition(".")[0]: raise VfmError(f"{path} holds weights of '{plan.architecture}' (its plan says so), not of '{name.partition('.')[0]}': call the file {plan.architecture}.{name.partition('.')[2]}.safetensors.")
     return path
 
 def carried_names() -> list[str]: # architecture.weights
-    "Names of all such files."
+    "Return names of all such files."
     return [p.stem for p in sorted(weights_root().glob("*.*.safetensors")) if carried_file(p.stem)]
 
 # %% ../../nbs/308_plan.ipynb #78c9501b
 def patient_words(
     told: dict[str, list[str]], # id of a site key → fingerprints
 ) -> str:
-    "Say how the patients of a pretraining can be found, and by whom."
+    "State how the patients of a pretraining can be found, and by whom."
     if not told: return "no fingerprints: overlap with other cohorts cannot be checked"
     of = ", ".join(f"{len(v)} under {'this' if k == key_id() else 'another'} site's key {k}" for k, v in told.items())
     return (f"fingerprints (HMAC-SHA256), {of}; whoever has the key can look for an id, "
@@ -145,7 +145,7 @@ def patient_words(
 def plan_lines(
     plan: AdaptationPlan,
 ) -> dict[str, str]: # title → text
-    "A plan in words."
+    "Return a plan in words."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)
     given = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v not in ({}, [], "", None)) or "none"
     keys, data = plan.keys, plan.data
