@@ -37,7 +37,7 @@ def distil(
     centre: Tensor, # k
     temperatures: tuple[float, float], # the teacher's and the student's
 ) -> Tensor:
-    "Mean cross-entropy over all pairs of different views."
+    "Compute the mean cross-entropy over all pairs of different views."
     targets = [((t - centre) / temperatures[0]).softmax(1).detach() for t in teacher]
     guesses = [(s / temperatures[1]).log_softmax(1) for s in student]
     pairs = [-(q * p).sum(1).mean() for i, q in enumerate(targets) for j, p in enumerate(guesses) if i != j]
@@ -48,7 +48,7 @@ def view_pictures(
     objective: nn.Module, # with `backbone` and `how`
     x: Tensor, # 1 c d h w
 ) -> dict[str, np.ndarray]: # name → (d, h, w)
-    "The case, two views, and how much each cell resembles the mean cell."
+    "Return the case, two views, and how much each cell resembles the mean cell."
     views, cells = draw_views(x, objective.how), objective.backbone.pyramid(x)[-1]
     alike = enlarge(likeness(cells, torch.ones_like(cells[:, 0])), x.shape[2:])
     return {k: v[0, 0].cpu().numpy() for k, v in {"input": x, "view 1": views[0], "view 2": views[1], "likeness to the mean": alike}.items()}
@@ -125,5 +125,5 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]: # name → (d, h, w) of the first case
-        "The case, its views, and how much each cell resembles the mean cell."
+        "Return the case, its views, and how much each cell resembles the mean cell."
         return view_pictures(self, batch["volumes"][:1])

@@ -23,7 +23,7 @@ def class_weights(
     labels: Tensor, # n d h w, class numbers
     classes: int,
 ) -> Tensor: # k, of sum 1; 0 for a class that is never seen
-    "Inverse square roots of the classes' shares."
+    "Return inverse square roots of the classes' shares."
     count = torch.bincount(labels.flatten().long(), minlength=classes)[:classes].double()
     weights = torch.where(count > 0, count.clamp(min=1).rsqrt(), 0.0)
     return (weights / weights.sum()).float()
@@ -35,7 +35,7 @@ def batched(
     level: int, # of the pyramid
     size: int = 4, # cases at a time
 ) -> tuple[Tensor, Tensor]: # as of frozen_features
-    "Features of many cases, a few at a time."
+    "Return features of many cases, a few at a time."
     device = next(backbone.parameters()).device
     vectors, maps = zip(*(frozen_features(backbone, x.to(device), level) for x in volumes.split(size)))
     return torch.cat(vectors).float().cpu(), torch.cat(maps).float().cpu()
@@ -56,7 +56,7 @@ class Probe:
     def labelled(self) -> bool: return len(self.train.card.classes) > 1 and all(p.labels.any() for p in (self.train, self.val))
 
     def level(self, backbone: Backbone) -> int:
-        "The finest level whose grid is affordable."
+        "Return the finest level whose grid is affordable."
         n, size = len(self.train) + len(self.val), self.volumes[0].shape[2:]
         need = [4 * n * sum(backbone.widths) * np.prod([-(-s // t) for s, t in zip(size, stride)]) for stride in backbone.strides]
         return next((i for i, n in enumerate(need) if n <= self.room), len(need) - 1)
@@ -71,7 +71,7 @@ class Probe:
         return found | (self.dice(*maps) if self.labelled else {})
 
     def dice(self, train: Tensor, val: Tensor) -> dict[str, float]: # maps of both
-        "Dice of every class on the validation cases."
+        "Return Dice of every class on the validation cases."
         labels, true = (torch.from_numpy(np.ascontiguousarray(p.labels)).long() for p in (self.train, self.val))
         names = self.train.card.classes
         with torch.enable_grad(): found = read_labels(train, val, labels, tuple(true.shape[1:]), class_weights(labels, len(names)), self.steps)
@@ -83,7 +83,7 @@ def make_probe(
     scale: dict, # arguments of data.loader.normalise, as the pretraining has them
     most: int = 16, # cases for fitting, and for scoring
 ) -> tuple[Probe | None, str]: # None and why, where the cohort has nothing to read
-    "The probe of a cohort."
+    "Return the probe of a cohort."
     parts = {s: cohort.split.count(s) for s in ("train", "val")}
     if not all(parts.values()): return None, f"no probe: the cohort has {parts['train']} train and {parts['val']} val cases, and readers need both"
     train, val = (cohort.subset(s, min(n, most)) for s, n in parts.items())
@@ -99,7 +99,7 @@ def neighbours(
     queries: int = 3, # the first cases
     k: int = 3, # neighbours of each
 ) -> tuple[np.ndarray, np.ndarray]: # numbers of the neighbours (queries, k), nearest first, and their cosines
-    "The nearest other cases of some cases."
+    "Find the nearest other cases of some cases."
     mode = backbone.training
     device = next(backbone.parameters()).device
     z = torch.cat([backbone.eval().embed(x.to(device)).float().cpu() for x in volumes.split(4)])

@@ -27,7 +27,7 @@ def adaptation_plan(
     result: PretrainResult,
     begin: Start = Start(), # what it began with
 ) -> AdaptationPlan:
-    "The plan of a pretraining's weights."
+    "Return the plan of a pretraining's weights."
     card, state, objective = seen.card, result.backbone.state_dict(), objective_card(spec.objective)
     made = {k: v for k, v in provenance().items() if k in ("versions", "commit")} | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     return AdaptationPlan(
