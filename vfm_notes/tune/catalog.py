@@ -109,7 +109,7 @@ def check_head_weights(
 def weights_of(
     study: StudySpec,
 ) -> list[str]: # of backbones and heads, each once
-    "Published weights that the runs of a study start from."
+    "Return published weights that the runs of a study start from."
     made = {s.backbone for s in pretrain_specs(study)}
     named = [*study.backbones, *(s.start for s in pretrain_specs(study)), *(str(o.get("deit", "")) for o in study.tasks.values() if o.get("head") == "deit")]
     return [n for n in dict.fromkeys(named) if "." in n and n not in made]
@@ -117,7 +117,7 @@ def weights_of(
 def weights_problems(
     study: StudySpec,
 ) -> list[str]: # a sentence each
-    "Weights that a study needs and that are unknown, not accepted, or not here yet."
+    "Describe the weights that a study needs and that are unknown, not accepted, or not here yet."
     found = []
     for name in weights_of(study):
         try: check_weights(study, name)
@@ -145,7 +145,7 @@ def check_start(
 def name_checks(
     study: StudySpec,
 ) -> Iterator[Callable[[], object]]: # each raises on a name that no registry knows, suggesting the nearest
-    "Everything that a study names, one check each."
+    "List everything that a study names, one check each."
     yield lambda: cohort_maker(study.cohort)
     yield lambda: check_strategies(study)
     known = [parse_strategy(s)[0] for s in study.strategies]
@@ -172,7 +172,7 @@ def accepted_by(
     study: str, # name of a study
     name: str, # architecture.weights
 ) -> list[str]: # licences or weights
-    "What a run of the study may use."
+    "Return what a run of the study may use."
     asked = "VFM_JOB" in os.environ # set by the batch, which starts with `check_names`
     return [name] if asked else load_study(study).licences if study in studies() else []
 
@@ -181,7 +181,7 @@ def published_state(
     in_channels: int, # input sequences
     study: str, # name of the study that the run belongs to
 ) -> dict[str, Tensor] | None: # of the backbone; None when nobody published such weights
-    "The state of a backbone with its published weights."
+    "Return the state of a backbone with its published weights."
     if name not in weights: return None
     accepted = accepted_by(study, name)
     fetch(name, accepted) # before a large network is built
@@ -194,7 +194,7 @@ def starting_point(
     spec: RunSpec | PretrainSpec,
     study: str, # name of the study that the run belongs to
 ) -> Start: # without a state where it begins with random weights, or nobody made any
-    "The weights of a run, adapted as their plan says."
+    "Return the weights of a run, adapted as their plan allows."
     if spec.kind == "pretrain": key_id() # what is wrong with the site key is told before the training, not after it
     name, parent = (spec.start, "") if spec.kind == "pretrain" else (spec.backbone if needs_weights(spec) else "", spec.parent)
     if not name: return Start()
@@ -213,7 +213,7 @@ def starting_point(
 def describe(
     name: str, # registered backbone
 ) -> dict: # plain values
-    "The card of a backbone, its sizes as published, and its weights."
+    "Describe a backbone: its card, its sizes as published, and its weights."
     card, net = asdict(backbone_card(name)), skeleton(name)
     sizes = dict(in_channels=net.in_channels, parameters=sum(p.numel() for p in net.parameters()), embed_dim=net.embed_dim, widths=net.widths, strides=net.strides)
     return json.loads(json.dumps(card | sizes | {"weights": [asdict(weights_card(n)) for n in weights if n.split(".")[0] == name]}))

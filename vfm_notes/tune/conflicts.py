@@ -36,7 +36,7 @@ def said_by(
     check: Callable[[], object],  # raises on a conflict
     where: str = "",  # put before the sentence
 ) -> list[str]:  # one sentence or none
-    "What a check has to say."
+    "Return the message of a check."
     try: check()
     except VfmError as error: return [f"{where}{error}"]
     return []
@@ -50,7 +50,7 @@ def empty_network(
     architecture: str,  # registered backbone
     channels: int,  # input sequences
 ) -> Backbone:  # on the meta device; not to be changed
-    "A backbone that has shapes only."
+    "Return a backbone that has shapes only."
     return skeleton(architecture, channels).to("meta").eval()
 
 # %% ../../nbs/695_conflicts.ipynb #36965d76
@@ -58,7 +58,7 @@ def empty_model(
     spec: RunSpec,
     card: CohortCard,
 ) -> Network:  # on the meta device, its own to change
-    "Backbone and head of a run."
+    "Return backbone and head of a run."
     backbone = skeleton(architecture(spec), len(card.sequences)).to("meta")
     with torch.device("meta"):
         return Network(backbone, build_task(spec.task, card, dict(spec.options)).head(backbone, len(card.sequences)))
@@ -70,7 +70,7 @@ def architecture(spec: Spec) -> str: return spec.backbone.partition(".")[0]  # o
 def registered(
     spec: Spec,
 ) -> bool:
-    "Are the names of a spec known? Those that are not are told by `name_checks`."
+    "Return whether the names of a spec are known; `name_checks` reports those that are not."
     if architecture(spec) not in backbones: return False
     if spec.kind == "pretrain": return spec.objective in objectives
     return task_kind(spec.task, spec.options) in tasks and parse_strategy(spec.strategy)[0] in strategies
@@ -82,7 +82,7 @@ def cohort_facts(
     spacing: tuple,  # mm, d h w
     cases: tuple,  # (split, cases)
 ) -> tuple[CohortCard, dict[str, int]]:  # the card, and how many cases each split will have
-    "What a study can know of its cohort before an image is read."
+    "Return what a study can know of its cohort before an image is read."
     (maker, card), asked = cohort_maker(name), check_arguments(size, spacing, dict(cases))
     if not card.get("plan"): return maker(**asked | {"n": {"train": 1}}, seed=0).card, dict(cases)
     plan = maker(**asked, seed=0)
@@ -95,7 +95,7 @@ def case_conflicts(
     specs: list[Spec],
     there: dict[str, int],  # split → cases
 ) -> Iterator[str]:
-    "Cases that a study needs and its splits do not have."
+    "Find cases that a study needs and its splits do not have."
     runs, made = [s for s in specs if s.kind == "transfer"], [s for s in specs if s.kind == "pretrain"]
     for split in ("train", "val", "test"):
         if runs and not there.get(split):
@@ -115,7 +115,7 @@ def case_conflicts(
 def seen_size(
     spec: Spec,
 ) -> tuple:  # voxels, d h w
-    "What a network is given: the whole volume, or a window of it."
+    "Return what a network is given: the whole volume, or a window of it."
     window = getattr(spec, "window", ())
     return tuple(min(w, s) for w, s in zip(window, spec.size)) if window else tuple(spec.size)
 
@@ -124,7 +124,7 @@ def next_size(
     size: tuple,  # voxels, d h w
     nets: list[Backbone],
 ) -> tuple:
-    "The next size that suits all networks."
+    "Return the next size that suits all networks."
     cells = [math.lcm(*(n.strides[-1][axis] for n in nets if not n.ragged)) for axis in range(3)]
     return tuple(-(-s // c) * c for s, c in zip(size, cells))
 
@@ -133,7 +133,7 @@ def size_conflicts(
     specs: list[Spec],
     card: CohortCard,
 ) -> Iterator[str]:
-    "Sizes that networks do not take."
+    "Find sizes that networks do not take."
     nets = {architecture(s): empty_network(architecture(s), len(card.sequences)) for s in specs}
     given = dict.fromkeys((architecture(s), seen_size(s), bool(getattr(s, "window", ()))) for s in specs)
     for name, size, windowed in given:
@@ -159,7 +159,7 @@ def window_conflicts(
     specs: list[RunSpec],
     card: CohortCard,
 ) -> Iterator[str]:
-    "Windows for tasks that answer once for a whole case."
+    "Find windows for tasks that answer once for a whole case."
     given = {s.task: (s.task, s.options, s.size, s.window) for s in specs if s.window}
     for task, options, size, window in given.values():
         if any(w > s for w, s in zip(window, size)):
@@ -171,13 +171,13 @@ def window_conflicts(
 
 # %% ../../nbs/695_conflicts.ipynb #27dec349
 def task_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
-    "Options that a task does not take, or a cohort that it cannot learn from."
+    "Find options that a task does not take, and cohorts that it cannot learn from."
     for task, options in {s.task: (s.task, s.options) for s in specs}.values():
         yield from said_by(lambda: build_task(task, card, dict(options)))
 
 # %% ../../nbs/695_conflicts.ipynb #f1fd495b
 def objective_conflicts(specs: list[PretrainSpec], card: CohortCard) -> Iterator[str]:
-    "What an objective demands of network, volumes, labels and batches."
+    "Find what an objective demands of network, volumes, labels and batches, and does not get."
     for s in specs:
         if said_by(lambda: check_objective(s.objective, s.options)): continue  # told with the names
         if said_by(lambda: check_objective(s.objective, s.options)): continue  # `name_checks` says so
@@ -199,7 +199,7 @@ def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
 
 # %% ../../nbs/695_conflicts.ipynb #4b575f3a
 def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
-    "Strategies that find nothing to train in a network, or whose head does not suit a task."
+    "Find strategies that have nothing to train in a network, or whose head does not suit a task."
     buildable = [s for s in specs if not said_by(lambda: build_task(s.task, card, dict(s.options)))]
     one_task = {(s.strategy, architecture(s)): s for s in reversed(buildable)}
     one_network = {(s.strategy, s.task): s for s in reversed(buildable)}
@@ -212,7 +212,7 @@ def conflicts(
     study: StudySpec,
     specs: list[Spec],  # what is to be computed, e.g. of a part of the plan
 ) -> list[str]:  # one sentence each, all of them
-    "Everything that is known to fail before it is computed."
+    "List everything that is known to fail before it is computed."
     found = [sentence for check in name_checks(study) for sentence in said_by(check)]
     specs = [s for s in specs if s.kind != "external" and registered(s)]
     runs, made = [s for s in specs if s.kind == "transfer"], [s for s in specs if s.kind == "pretrain"]

@@ -28,7 +28,7 @@ from .task import TaskData
 def answer_shape(
     model: Network,
 ) -> torch.Size:  # 1 …, of a volume of two cells of the coarsest map along every axis
-    "What the head of a network gives."
+    "Return what the head of a network gives."
     net, size = model.backbone, [2 * s for s in model.backbone.strides[-1]]
     maps = [torch.empty(1, w, *(s // t for s, t in zip(size, stride)), device="meta") for w, stride in zip(net.widths, net.strides)]
     given = maps if model.head.reads == "pyramid" else torch.empty(1, net.embed_dim, device="meta")
@@ -133,7 +133,7 @@ class Cached(nn.Module):
 
 @torch.no_grad()
 def pieces(model: Network, x: Tensor) -> list[Tensor]:  # x: b c d h w
-    "What the head reads of some cases."
+    "Return what the head reads of some cases."
     given = model.read(x)
     if hasattr(model.head, "pool"): return [model.head.pool(given)]
     return [*(given if isinstance(given, list) else [given]), x]
@@ -144,7 +144,7 @@ def feature_rows(
     inputs: Tensor,  # n c d h w
     batch_size: int = 8,
 ) -> tuple[Tensor, list[tuple]]:  # n m float32 on the CPU, and the shapes that lie in a row
-    "All that the head reads, a row for every case."
+    "Compute all that the head reads, a row for every case."
     device, rows = next(model.backbone.parameters()).device, None
     with looking(model.backbone):
         for at, x in zip(range(0, len(inputs), batch_size), inputs.split(batch_size)):
@@ -156,7 +156,7 @@ def feature_rows(
     return rows, shapes
 
 def room(n: int, width: int) -> Tensor:  # n width, not filled
-    "Memory for the rows, or an error that says how much is missing."
+    "Allocate memory for the rows, or raise an error that states how much is missing."
     need, free = 4 * n * width / 2**30, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if need > free: raise VfmError(f"The features of {n} cases need {need:.1f} GiB of memory and {free:.1f} GiB are free: use fewer cases, smaller volumes, or another strategy than one with a frozen encoder.")
     return torch.empty(n, width)
@@ -166,6 +166,6 @@ def cached(
     model: Network,
     data: dict[str, TaskData],  # split → its cases
 ) -> tuple[Cached, dict[str, TaskData]]:  # the head, and the same splits with rows for inputs
-    "A network with a frozen encoder, and its data, with the encoder's work done."
+    "Return a network with a frozen encoder, and its data, with the encoder's work done."
     rows = {k: feature_rows(model, d.inputs) for k, d in data.items() if len(d)}
     return Cached(model.head, next(iter(rows.values()))[1]), {k: replace(data[k], inputs=r) for k, (r, _) in rows.items()}

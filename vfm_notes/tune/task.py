@@ -38,14 +38,14 @@ class TaskData:
 
     def __len__(self): return len(self.inputs)
     def first(self, n: int) -> "TaskData":
-        "The first n cases."
+        "Return the first n cases."
         return TaskData(self.inputs[:n], self.target[:n], self.names[:n], self.patients[:n], self.spacing)
 
 def case_rows(
     data: TaskData,
     values: dict,  # metric → n values
 ) -> pd.DataFrame:  # case, patient, metric, value
-    "One row per case and metric."
+    "Return one row per case and metric."
     frames = [pd.DataFrame({"case": data.names, "patient": data.patients, "metric": name, "value": np.asarray(v, dtype=float)}) for name, v in values.items()]
     return pd.concat(frames, ignore_index=True)
 
@@ -67,18 +67,18 @@ class Task:
     def pictures(self, output: Tensor, data: TaskData) -> dict: raise NotImplementedError
 
     def validate(self, output: Tensor, data: TaskData) -> float:
-        "The primary metric alone, cheap enough for every epoch."
+        "Return the primary metric alone, cheap enough for every epoch."
         return self.summary(self.evaluate(output, data))[self.primary]
 
     def summary(self, cases: pd.DataFrame) -> dict:
-        "Mean over cases of each metric."
+        "Return the mean over cases of each metric."
         return {m: float(cases.loc[cases.metric == m, "value"].mean()) for m in self.metrics}
 
     def unit(self, metric: str) -> str: return METRICS[metric].unit
     def why(self, metric: str, cases: pd.DataFrame) -> str: return "no case has a value, since what it compares is empty"
 
     def undefined(self, cases: pd.DataFrame, split: str = "test") -> list[str]:
-        "A sentence for each metric that has no value."
+        "Return a sentence for each metric that has no value."
         missing = [m for m, value in self.summary(cases).items() if np.isnan(value)]
         return [f"{METRICS[m].title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}" for m in missing]
 
@@ -90,7 +90,7 @@ def build_task(
     card: CohortCard,  # of the cohort it will see
     options: dict,  # from the study file
 ) -> Task:
-    "A task for a cohort, its options checked."
+    "Return a task for a cohort, its options checked."
     kind = task_kind(name, options)
     cls, options = tasks[kind], {k: v for k, v in options.items() if k != "task"}
     check_options(options, argument_types(cls.__init__, 2), f"task '{name}'")
@@ -103,7 +103,7 @@ def channel(
     sequence: str,  # e.g. "dwi"
     task: str,  # for the message
 ) -> int:
-    "The channel of a sequence."
+    "Return the channel of a sequence."
     if sequence not in card.sequences:
         raise VfmError(f"Task '{task}' needs the sequence '{sequence}', but cohort '{card.name}' has {', '.join(card.sequences)}: choose one of these in the study's task options.")
     return card.sequences.index(sequence)
@@ -112,7 +112,7 @@ def channel(
 def image_statistics(
     inputs: Tensor,  # n c d h w
 ) -> np.ndarray:  # n 6c
-    "Mean, spread and percentiles of each channel."
+    "Return the mean, spread and percentiles of each channel."
     x = rearrange(inputs, "n c d h w -> n c (d h w)").numpy()
     parts = [x.mean(-1), x.std(-1), *np.percentile(x, (1, 10, 90, 99), axis=-1)]
     return np.concatenate(parts, axis=1)
@@ -121,7 +121,7 @@ def statistics_reader(
     train: TaskData,
     label: np.ndarray,  # n, of the training cases
 ):  # a fitted classifier of scikit-learn
-    "Logistic regression on image statistics."
+    "Fit a logistic regression on image statistics."
     from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -134,7 +134,7 @@ def class_scores(
     test: TaskData,
     n_classes: int,
 ) -> Tensor:  # n k, log-probabilities
-    "What the statistics say of every class."
+    "Return the score of every class by image statistics."
     found = np.full((len(test), n_classes), -20.0)
     found[:, reader[-1].classes_] = np.log(reader.predict_proba(image_statistics(test.inputs)).clip(1e-9))
     return torch.from_numpy(found).float()
@@ -146,7 +146,7 @@ def check_masks(
     card: CohortCard,
     task: str,  # for the message
 ) -> None:
-    "A task on masks needs a class to find."
+    "Refuse a task on masks that has no class to find."
     if len(card.classes) < 2: raise VfmError(f"Task '{task}' needs masks, but cohort '{card.name}' has no class besides the background: leave the task out of the study.")
 
 def check_scores(
@@ -155,7 +155,7 @@ def check_scores(
     names: tuple,  # of the classes
     task: str,  # for the message
 ) -> None:
-    "As many scores as classes, and no label beyond."
+    "Refuse scores of another number of classes, and labels beyond."
     if output.shape[1] != len(names): raise VfmError(f"Task '{task}': the head gives {output.shape[1]} scores, but there are {len(names)} classes ({', '.join(names)}); use the task's own head, or one with as many scores.")
     if int(target.max()) >= len(names): raise VfmError(f"Task '{task}': the target has the label {int(target.max())}, but the classes are 0 to {len(names) - 1} ({', '.join(names)}); correct the labels or the card.")
 
@@ -165,7 +165,7 @@ def dice_and_entropy(
     target: Tensor,  # b d h w
     weight: Tensor | None,  # k, of the cross-entropy
 ) -> Tensor:
-    "Soft Dice of the foreground plus cross-entropy."
+    "Return the soft Dice of the foreground plus cross-entropy."
     from monai.losses import DiceLoss  # DiceCELoss would weigh the classes of the Dice, too
     dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)(output, target[:, None])
     return dice + nn.functional.cross_entropy(output, target, None if weight is None else weight.to(output.device))
@@ -175,7 +175,7 @@ def mask_rows(
     data: TaskData,
     classes: tuple,  # their names, background first
 ) -> pd.DataFrame:
-    "Dice and distances of every case, of each class and their mean."
+    "Return Dice and distances of every case, of each class and their mean."
     found = dict(zip(("dice", "hd95", "hausdorff"), (dice_per_class(labels, data.target, len(classes)), *hausdorff_per_class(labels, data.target, len(classes), data.spacing))))
     values = {m: mean_defined(v) for m, v in found.items()}
     for k, name in enumerate(classes[1:]): values |= {f"{m}_{name}": v[:, k] for m, v in found.items()}
@@ -234,6 +234,6 @@ class Segmentation(Task):
 def mean_defined(
     values: np.ndarray,  # n k, may hold NaN
 ) -> np.ndarray:  # n, NaN only where all k are
-    "Row means over what is defined."
+    "Average each row over what is defined."
     seen = np.isfinite(values)
     return np.where(seen.any(1), np.where(seen, values, 0).sum(1)/np.maximum(seen.sum(1), 1), np.nan)
