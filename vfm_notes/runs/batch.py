@@ -58,13 +58,13 @@ def note_end(study: str, job: Job, error: dict | None, seconds: float) -> None:
     write_whole(progress_file(study, job.name), json.dumps(note))
 
 def end_of(study: str, job: Job) -> dict | None:  # {ended, runs, error}
-    "How the job's notebook ended; None if it never did with all of the job's runs."
+    "Read how the job's notebook ended; None if it never did with all of the job's runs."
     try: note = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     return note if set(job.runs) <= set(note.get("runs", [])) else None
 
 def complete(study: str, job: Job, retry: bool = False) -> bool:  # retry: failures do not count
-    "Is there nothing to compute?"
+    "Return whether there is nothing to compute."
     note = end_of(study, job)
     return bool(note) and not missing(study, job.specs, failed=retry) and not (retry and note["error"])
 
@@ -132,7 +132,7 @@ def summarise(study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 0, r
     return summary
 
 def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:  # template → records of another version
-    "Which templates were edited after some of the records were made? (Asked of the file that the notebook was last made from.)"
+    "Find templates that were edited after some of the records were made."
     found, now = {}, {}
     for job in jobs:
         try: file = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["template"]
@@ -149,12 +149,12 @@ def to_do(
     jobs: list[Job],
     retry: bool = False,  # failed runs, too
 ) -> list[Job]:
-    "The jobs that have something to compute."
+    "List the jobs that have something to compute."
     return [j for j in jobs if not complete(study, j, retry) and ("done" in job_states(j, study).values() or not j.skipped)]
 
 # %% ../../nbs/76_batch.ipynb #768b8931
 def startable(study: str, jobs: list[Job], todo: list[Job]) -> list[Job]:
-    "Those of the jobs to do whose needs are done, or are to be done before."
+    "Return those of the jobs to do whose needs are done, or are to be done before."
     names = {j.name for j in jobs if set(job_states(j, study).values()) == {"done"}}
     found = []
     for job in todo:
@@ -182,12 +182,12 @@ class Batch:
     patience: float = float("inf")  # once asked to leave: until when what runs is waited for (time.monotonic)
 
     def ready(self, job: Job) -> bool:
-        "Are the jobs that this one needs done, and is nobody else at work on it?"
+        "Return whether the jobs that this one needs are done, and nobody else is at work on it."
         waiting = {j.name for j in self.pending} | set(self.running)
         return not waiting & set(job.needs) and running_since(self.study, job.name) is None
 
     def possible(self, job: Job) -> bool:
-        "Do all runs that this job needs exist?"
+        "Return whether all runs that this job needs exist."
         return all(s == "done" for j in self.jobs if j.name in job.needs for s in job_states(j, self.study).values())
 
 # %% ../../nbs/76_batch.ipynb #be86eee9
@@ -232,7 +232,7 @@ def collect(self: Batch, show: Display) -> None:
 
 # %% ../../nbs/76_batch.ipynb #0b938cb8
 def outcome(self: Batch, job: Job) -> str:
-    "One line about a job that has ended."
+    "Describe in one line a job that has ended."
     states = list(job_states(job, self.study).values())
     bad, runs = len(states) - states.count("done"), f"{len(states)} run{'s' if len(states) > 1 else ''}"
     took = duration((end_of(self.study, job) or {}).get("seconds"))
@@ -269,7 +269,7 @@ def leave(self: Batch, show: Display) -> None:
     if self.running: show.say(f"asked to leave: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")
 
 def watch(self: Batch, show: Display) -> None:
-    "Tell how far everything is."
+    "Report how far everything is."
     records = known_records(self.study)
     looks = [look_at(self.study, j, records) for j in self.pending + [j for j, _ in self.running.values()]]
     at_work = [k for k in looks if k.since]
@@ -280,7 +280,7 @@ for method in (start_ready, collect, outcome, loop, drop, leave, watch): setattr
 
 # %% ../../nbs/76_batch.ipynb #47c1a813
 def on_gpus(pool) -> str:  # pool: an executor
-    "What to say of its GPUs."
+    "Describe an executor's GPUs."
     gpus = getattr(pool, "gpus", [])
     return f" on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else ""
 
@@ -289,7 +289,7 @@ def maker(
     study: StudySpec,
     profile: Path | None = None,  # a file with what its jobs ask for
 ):  # makes the executor
-    "An executor with what the study says about it."
+    "Make an executor with the study's settings for it."
     import vfm_notes.runs.slurm  # registers it
     make, read = executors[executor], executors.card(executor).get("settings")
     return partial(make, settings=read(getattr(study, executor, {}), profile)) if read else make

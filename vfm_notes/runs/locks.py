@@ -18,11 +18,11 @@ from ..foundation.places import study_root
 
 # %% ../../nbs/702_locks.ipynb #bfe5c730
 def lock_file(study: str, job: str) -> Path:
-    "It is held while a notebook runs."
+    "Return the file that is held while a notebook runs."
     return study_root(study)/"locks"/f"{job}.lock"
 
 def progress_file(study: str, job: str) -> Path:
-    "It says how far a running notebook is."
+    "Return the file that states how far a running notebook is."
     return study_root(study)/"progress"/f"{job}.json"
 
 @contextmanager
@@ -44,7 +44,7 @@ def running_since(
     study: str,
     job: str,  # name of the job
 ) -> float | None:  # time of the start, seconds since 1970; None: not running
-    "Does a living process hold the job's lock, and since when?"
+    "Return since when a living process has held the job's lock; None if none does."
     try: f = lock_file(study, job).open()
     except FileNotFoundError: return None
     with f:
@@ -54,7 +54,7 @@ def running_since(
 
 # %% ../../nbs/702_locks.ipynb #496977f6
 def lives(pid: int) -> bool:  # pid: process number
-    "Does a process run (and is not just waiting to be buried)?"
+    "Return whether a process runs (and is not just waiting to be reaped)."
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError: pass  # it is gone, or hidden, or this system has no /proc
     try: os.kill(pid, 0)

@@ -29,7 +29,7 @@ def error_of(
     error: Exception,
     notebook: Path,  # the partly executed notebook
 ) -> dict:  # type, message, cell, traceback
-    "What went wrong in a notebook."
+    "Describe what went wrong in a notebook."
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     if isinstance(error, PapermillExecutionError):
@@ -40,19 +40,19 @@ def error_of(
 def template_hash(template: Path) -> str: return hashlib.sha256(template.read_bytes()).hexdigest()  # sha256 of its file
 
 def cell_at_work(notebook: Path) -> int | None:
-    "The last cell that was begun."
+    "Return the last cell that was begun."
     try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError): return None
     return max((i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")), default=None)
 
 # %% ../../nbs/755_notebook.ipynb #44c757f1
 def run_at_work(study: str, job: Job) -> str:  # its id, "" between runs
-    "The run that the notebook says it computes."
+    "Return the run that the notebook reports to be at work on."
     try: return json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError): return ""
 
 def kernels() -> list[int]:
-    "The processes of the kernels that this worker has started."
+    "Return the processes of the kernels that this worker has started."
     import psutil
     plain = [c.pid for c in psutil.Process().children() if "ipykernel_launcher" in " ".join(c.cmdline())]
     return [p for p in Forked.started if lives(p)] + plain
@@ -101,11 +101,11 @@ def execute(
 
 # %% ../../nbs/755_notebook.ipynb #e64f20fd
 def grace() -> float:
-    "Seconds that a kernel has when it is asked to leave; shorter than the 90 s that Slurm's warning comes ahead."
+    "Return the seconds that a kernel has to end after a request; fewer than Slurm's warning leaves (90 s)."
     return float(os.environ.get("VFM_GRACE", 75))
 
 def ask_kernels(signum: int = signal.SIGTERM) -> None:
-    "Ask the kernels of this worker to leave, and see to it that they do."
+    "Request the kernels of this worker to end, and see to it that they do."
     going = kernels()
     for pid in going: os.kill(pid, signal.SIGTERM)
     late = threading.Timer(grace(), lambda: [kill_group(p, signal.SIGKILL) for p in kernels()])

@@ -18,7 +18,7 @@ from .grid import Job, check_templates, known_records, unavailable
 
 # %% ../../nbs/757_preflight.ipynb #17b0ad8d
 def settings_conflicts(study: StudySpec) -> list[str]:  # one sentence each
-    "What executors do not understand of a study."
+    "Return what executors do not understand of a study."
     import vfm_notes.runs.slurm  # registers its settings
     found = []
     for name in executors:
@@ -32,7 +32,7 @@ def conflicts(
     study: StudySpec,
     jobs: list[Job],  # that are to be done
 ) -> list[str]:  # one sentence each
-    "Everything that is known to fail before it is computed."
+    "List everything that is known to fail before it is computed."
     from vfm_notes.tune import conflicts as known
     return settings_conflicts(study) + known.conflicts(study, [s for job in jobs for s in job.specs])
 
@@ -65,6 +65,6 @@ def check_there(study: StudySpec, jobs: list[Job]) -> None:
 
 # %% ../../nbs/757_preflight.ipynb #805178ab
 def check_first(pool, study: StudySpec, jobs: list[Job]) -> None:
-    "Ask in a worker of this machine, also when the notebooks go to a cluster."
+    "Check in a worker of this machine, also when the notebooks go to a cluster."
     if isinstance(pool, LocalExecutor): return pool.submit(preflight, study, jobs).result()
     with LocalExecutor(1, fast=False) as here: here.submit(preflight, study, jobs).result()
