@@ -26,7 +26,7 @@ def cell_words(
     row: pd.Series | dict,  # task, backbone, strategy
     many: bool = False,  # the study has several tuned strategies: name it
 ) -> str:
-    "A cell as words."
+    "Return a cell as words."
     return f"{str(row['task']).replace('_', ' ')} with {row['backbone']}" + (f" ({row['strategy']})" if many else "")
 
 # %% ../../nbs/85_findings.ipynb #9f45f77a
@@ -35,7 +35,7 @@ def gain_words(
     lead: str,  # first words, e.g. "Largest gain"
     many: bool = False,
 ) -> str:
-    "A gain as a sentence."
+    "Return a gain as a sentence."
     of = meaning("rpg", row)
     n = f"{how_many([row.n_seeds], 'seed', 'seeds')}, {how_many([row.n_cases], 'test case', 'test cases')}"
     said = f"{lead}: {cell_words(row, many)}, {told(row.rpg, 'gain', of, unit=True)} {metric_card(row.metric).title} against {row.versus}"
@@ -44,7 +44,7 @@ def gain_words(
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table
 ) -> list[str]:
-    "How many cells are clear, and the largest clear gain and loss; an unclear one can change its place by rounding."
+    "Return how many cells are clear, and the largest clear gain and loss."
     gains = of_pretrained(gains)
     known = gains[gains.rpg.notna()]
     if known.empty: return [f"Gain: none of the {len(gains)} cells has finished tuned and reference runs to compare, so nothing can be said yet."]
@@ -62,7 +62,7 @@ def gain_findings(
 def of_pretrained(
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:
-    "The cells that begin with pretrained weights."
+    "Return the cells that begin with pretrained weights."
     return gains[np.array([not weightless(b, s) for b, s in zip(gains.backbone, gains.strategy)], bool)]
 
 def extremes(
@@ -80,12 +80,12 @@ def extremes(
 def sooner_interval(
     t: pd.DataFrame,  # rows of convergence_table of one rule, the reference's own left out
 ) -> tuple[float, float, float]:  # epochs: mean, low, high
-    "How much sooner cells get there on average; nobody is sooner by more than the budget."
+    "Return how much sooner cells get there on average; nobody is sooner by more than the budget."
     most = float(t.budget.max())
     return mean_interval(t.sooner.to_numpy(), -most, most)
 
 def sooner_words(mean: float, of: str = "") -> str:
-    "Epochs sooner, later, or neither."
+    "State epochs sooner, later, or neither."
     text = told(mean, "sooner", of)
     return f"{text[1:]} epochs {'later' if text[0] == '−' else 'sooner'}" if float(text[1:]) else "as soon"
 
@@ -103,7 +103,7 @@ def convergence_finding(
     table: pd.DataFrame,  # from convergence_table
     reference: str = "scratch",
 ) -> str:
-    "How much sooner tuned runs get there."
+    "Return how much sooner tuned runs get there."
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
     if t.empty: return "Convergence: no tuned run has a reference run whose validation score rose, so nothing can be said yet."
     mean, low, high, of = *sooner_interval(t), f"sooner, rise, against {reference}"
@@ -121,7 +121,7 @@ def findings(
     layer: str = "embed",  # of the distance
     gains: pd.DataFrame | None = None,  # from gain_table, if it is there already
 ) -> list[str]:  # at least three sentences
-    "What a study found, in plain English, with n and intervals."
+    "Return what a study found, in plain English, with n and intervals."
     tables = study if isinstance(study, Tables) else load_tables(study)
     gains = gain_table(tables) if gains is None else gains
     said = [*gain_findings(gains), convergence_finding(convergence_table(tables))]

@@ -32,7 +32,7 @@ def read_evidence(
 def gains(
     frame: pd.DataFrame, # rows with objective, probe, value, random, gain, seconds, perhaps backbone
 ) -> pd.DataFrame: # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict: raises, lowers, undecided, or reads nothing (0 before and after)
-    "Mean gain of every objective and probe with its interval over the seeds."
+    "Return the mean gain of every objective and probe with its interval over the seeds."
     from scipy.stats import ttest_1samp
     def row(g: pd.DataFrame) -> pd.Series:
         n, (mean, low, high) = len(g), mean_interval(g.gain, -1, 1)
@@ -46,18 +46,18 @@ def gains(
 
 # %% ../../nbs/86_probes.ipynb #b5be71ca
 def listed(parts: list[str]) -> str: # "a", "a and b", "a, b and c"
-    "A list in a sentence."
+    "Return a list in a sentence."
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 def amount(row) -> str: # of `gains`
-    "A gain with its interval."
+    "Return a gain with its interval."
     of = meaning("gain of a probe", row, row.probe, row.objective)
     return f"{told(row.gain, 'difference', of)} [{', '.join(told(v, 'difference', f'{of}, {k}') for k, v in (('low', row.low), ('high', row.high)))}]"
 
 def told_on(
     rows: pd.DataFrame, # of `gains`, one objective and one backbone
 ) -> str: # without a full stop
-    "What one objective does on one backbone."
+    "Return what one objective does on one backbone."
     def those(rows: pd.DataFrame, how: str, with_amount: bool = True) -> list[str]:
         names = [f"{r.probe} ({amount(r)})" if with_amount else r.probe for r in rows.itertuples()]
         return [f"{how} {listed(names)}"] if names else []
@@ -75,7 +75,7 @@ def verdict(
     table: pd.DataFrame, # of `gains`, all objectives and backbones
     refused: dict[str, str] = {}, # backbone → why it was not measured there
 ) -> str: # one sentence
-    "What was found about one objective."
+    "Return what was found about one objective."
     own = table[table.objective == objective]
     parts = [f"on {b} it {told_on(g)}" for b, g in own.groupby("backbone", sort=False)] + [f"{b} is no backbone for it" for b in refused]
     return f"{title[0].upper()}{title[1:]}: {'; '.join(parts)}." if parts else f"{title[0].upper()}{title[1:]}: not measured."
@@ -84,7 +84,7 @@ def verdict(
 def headline(
     table: pd.DataFrame, # of `gains`
 ) -> str: # what the page's title says
-    "How many objectives help, backbone by backbone."
+    "Return how many objectives help, backbone by backbone."
     def one(b: str, g: pd.DataFrame) -> str:
         of = {v: g[g.verdict == v].objective.nunique() for v in ("raises", "lowers")}
         return f"on {b} {of['raises'] or 'none'} of {g.objective.nunique()} objectives raise{'s' * (of['raises'] < 2)} a probe" + (f" and {of['lowers']} lower{'s' * (of['lowers'] == 1)} one" if of["lowers"] else "")
@@ -94,14 +94,14 @@ def headline(
 def by_probe(
     table: pd.DataFrame, # of `gains`
 ) -> str: # which probes react
-    "How often each probe was raised."
+    "Return how often each probe was raised."
     return listed([f"{p} is raised in {int((g.verdict == 'raises').sum())} of {len(g)} cells" for p, g in table.groupby("probe", sort=False)])
 
 # %% ../../nbs/86_probes.ipynb #a87c2f44
 def rounding_words(
     rows: pd.DataFrame, # of `read_evidence`, with `elsewhere` for some
 ) -> str: # two sentences
-    "How far values move on another processor, and how far between seeds."
+    "Return how far values move on another processor, and how far between seeds."
     both = rows.dropna(subset=["elsewhere"])
     both = both.assign(moved=(both.elsewhere - both.value).abs())
     far = both.loc[both.moved.idxmax()]
