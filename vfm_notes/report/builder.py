@@ -31,7 +31,7 @@ def listed(
     text: str,  # e.g. "0, 1, 2"
     field: str = "a list",  # its name, for the sentence
 ) -> list:
-    "What a line of text holds."
+    "Read what a line of text holds."
     try: return parse_yaml(f"[{text}]", field)
     except VfmError: raise VfmError(f"{field} is '{text}', expected values with commas between them, e.g. 0, 1, 2.") from None
 
@@ -40,7 +40,7 @@ def study_values(
     start: dict,  # content of the study file to start from
     form: dict,  # fields of StudySpec and of its budget, as the form has them
 ) -> dict:  # content of the new file
-    "The first study with what the form changes; parts that lost their backbone or task are dropped."
+    "Return the first study with what the form changes; parts that lost their backbone or task are dropped."
     budget = {k: form[k] for k in ("epochs", "batch_size", "lr") if k in form}
     values = start | {k: v for k, v in form.items() if k not in budget} | {"budget": start.get("budget", {}) | budget}
     values["tasks"] = {t: (start.get("tasks") or {}).get(t) or {} for t in form["tasks"]}
@@ -54,7 +54,7 @@ def study_values(
 def as_yaml(
     values: dict,  # plain values
 ) -> str:
-    "The text of a study file."
+    "Write the text of a study file."
     return dump_yaml(values)
 
 # %% ../../nbs/96_builder.ipynb #a4f0d5de
@@ -62,7 +62,7 @@ def checked(
     values: dict,  # content of a study file
     path: Path,  # where it would be
 ) -> StudySpec:
-    "The study, or the sentence that `vfm run` would say first."
+    "Check a study: return it, or the sentence that `vfm run` would report first."
     study = study_from(values, path)
     found = conflicts(study, plan(study))  # fills the registries, with torch
     if found: raise VfmError(found[0] + f" ({len(found) - 1} more such sentences follow.)" * (len(found) > 1))
@@ -73,7 +73,7 @@ def plan_rows(
     study: StudySpec,
     records: list[dict],  # of runs like these
 ) -> tuple[list[tuple[str, int, int, str]], str]:  # kind, notebooks, runs, time; the sum in a sentence
-    "What a study would run."
+    "List what a study would run."
     jobs, known, rows = plan(study), speeds(records), []
     looks = [Look(j, dict.fromkeys(j.runs, "missing")) for j in jobs]
     for kind in dict.fromkeys(j.kind for j in jobs):
@@ -85,7 +85,7 @@ def plan_rows(
 
 # %% ../../nbs/96_builder.ipynb #8285e27a
 def heading(name: str) -> widgets.HTML:
-    "The name of a field that has several values, in front of them."
+    "Return the name of a field that has several values, in front of them."
     return widgets.HTML(f'<b style="display:inline-block;width:82px;text-align:right">{escaped(name)}</b>')
 
 # %% ../../nbs/96_builder.ipynb #ea2d26ab
@@ -114,7 +114,7 @@ class StudyBuilder(Shown):
         self.load()
 
     def figure(self) -> Figure:
-        "The plan, or what is wrong, as plain words."
+        "Return the plan, or what is wrong, as plain words."
         lines = self.said.splitlines()
         return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {20 * len(lines) + 8}" width="900" role="img">' + "".join(words(t, 0, 18 + 20 * i, 13) for i, t in enumerate(lines)) + "</svg>", self.said)
 
@@ -136,13 +136,13 @@ def load(self) -> None:
 
 # %% ../../nbs/96_builder.ipynb #6a6b85f3
 def published() -> list[str]:
-    "Names of weights that can be fetched, with their architectures."
+    "Return names of weights that can be fetched, with their architectures."
     from vfm_notes.backbones.weights import weights
     return list(weights)
 
 # %% ../../nbs/96_builder.ipynb #70fd49cf
 def values(self) -> dict:
-    "The content of the file that the form stands for."
+    "Return the content of the file that the form stands for."
     form = {k: f.value.strip() for k, f in self.fields.items() if k in ("name", "title", "cohort")}
     form |= {k: listed(self.fields[k].value, k) for k in ("size", "spacing", "seeds", "n_train")}
     form |= {"cases": {k: f.value for k, f in self.cases.items()}} | {k: list(f.value) for k, f in self.lists.items()} | {k: f.value for k, f in self.budget.items()}
@@ -151,7 +151,7 @@ def values(self) -> dict:
 
 # %% ../../nbs/96_builder.ipynb #d5975b1b
 def check(self) -> None:
-    "Say what the study would do, or what is wrong with it."
+    "State what the study would do, or what is wrong with it."
     if self.busy: return
     path, self.done.value, self.text.value = Path(self.path.value), "", ""
     try:

@@ -42,7 +42,7 @@ def options(version: Annotated[bool, typer.Option("--version", callback=show_ver
 
 # %% ../../nbs/99_cli.ipynb #aa78e2fa
 def main() -> None:
-    "The entry point."
+    "Run the command line: the entry point."
     try: app()
     except VfmError as error:
         print(f"vfm: {error}", file=sys.stderr)
@@ -86,7 +86,7 @@ def run(
 
 # %% ../../nbs/99_cli.ipynb #9a044776
 def print_summary(summary) -> None:
-    "The last lines of `vfm run`."
+    "Print the last lines of `vfm run`."
     from vfm_notes.runs.watch import duration
     total = summary.done + len(summary.failed) + len(summary.missing) + len(summary.skipped)  # a skipped notebook is one run
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
@@ -99,7 +99,7 @@ def print_summary(summary) -> None:
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
 
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table tells the rest
-    "What failed, one line each, not too many."
+    "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
     if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; all with their errors: vfm table {summary.study} -o failed.csv")
     lines += [f"stopped {job}: its runs are done, but the notebook stopped at {error}" for job, error in list(summary.problems.items())[:shown]]
@@ -109,7 +109,7 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
 # %% ../../nbs/99_cli.ipynb #981d5ae7
 def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None,
               executor: str = "local", profile: Path | None = None) -> None:
-    "The plan, without doing anything."
+    "Show the plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
     from vfm_notes.runs.estimate import speeds, time_left
@@ -144,7 +144,7 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
 
 # %% ../../nbs/99_cli.ipynb #15865b57
 def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
-    "How a job stands, in one line."
+    "Describe in one line how a job stands."
     from vfm_notes.runs.states import count_states, job_state
     from vfm_notes.runs.watch import duration
     mark, counts = job_state(look.states.values()), count_states(look.states.values())
@@ -153,7 +153,7 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
 
 # %% ../../nbs/99_cli.ipynb #aa325c29
 def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study → lines, exit status, whether anything still runs or waits
-    "How a study stands now."
+    "Describe how a study stands now."
     from vfm_notes.runs.batch import summarise
     from vfm_notes.foundation.quantity import how_many
     from vfm_notes.runs.grid import plan
@@ -187,7 +187,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until all is done, or Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
 ) -> None:
-    "Done, running, failed and missing runs, and the time left."
+    "Show done, running, failed and missing runs, and the time left."
     import time
     from contextlib import nullcontext
 
@@ -223,7 +223,7 @@ def in_words(runs):  # runs: from analysis.tables.runs_table; the same with numb
 SHOWN = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]
 
 def is_table(file: Path) -> bool:
-    "Is a file a table of runs, as `vfm table` writes it?"
+    "Return whether a file is a table of runs, as `vfm table` writes it."
     import pandas as pd
     try:
         if file.suffix == ".parquet":
@@ -239,7 +239,7 @@ def table(
     study: Study,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A .csv, .json or .parquet file; default: print the main columns.")] = None,
 ) -> None:
-    "One row for each run: spec, metrics, cost."
+    "Write one row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import candidates, curves_table, mark, runs_table
     from vfm_notes.foundation.disk import whole_file
     from vfm_notes.foundation.sheets import write_sheet
@@ -278,7 +278,7 @@ def site(
     renderer: Annotated[str, typer.Option(help="auto, quarto or smalldocs.")] = "auto",
     pseudonyms: Annotated[bool, typer.Option("--pseudonyms", help="Replace the ids of cases and patients, everywhere, by stand-ins that only your site key can make; leave error messages out.")] = False,
 ) -> None:
-    "Build the report site from the records, and say what was found."
+    "Build the report site from the records, and print the findings."
     from vfm_notes.report.site import build_site
     made = build_site(study, renderer, pseudonyms=pseudonyms)
     print("The site is up to date." if made.up_to_date else f"The site has {made.pages} pages, {len(made.made)} of them made now.")
@@ -293,7 +293,7 @@ Accept = Annotated[list[str] | None, typer.Option(help="A gated or non-commercia
 
 @weights_app.command("list")
 def weights_list() -> None:
-    "Registered weights, their licences, and whether they are here."
+    "List registered weights, their licences, and whether they are here."
     import vfm_notes.tune.catalog
     from vfm_notes.backbones.weights import list_weights
     shown = list_weights().assign(present=lambda t: t.here.map({True: "yes", False: "no"}))[["name", "architecture", "licence", "terms", "present", "source"]]
@@ -379,7 +379,7 @@ def init(
 # %% ../../nbs/99_cli.ipynb #d1c58d9d
 @app.command()
 def doctor(study: Annotated[str, typer.Argument(help="Also look whether all is here that this study needs: a name or the path of a .yaml file.")] = "") -> None:
-    "What is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
+    "Check what is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
     from vfm_notes.report.doctor import checks
     missing = 0
     for check in checks(study):

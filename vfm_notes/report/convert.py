@@ -177,7 +177,7 @@ def front_matter(
 def widened(
     options: dict,  # of a page
 ) -> dict:  # of the page in the site
-    "Say a page's width to Quarto, too, which does not know `max-width`: nothing stands beside such a page."
+    "Pass a page's width to Quarto, too, which does not know `max-width`: nothing stands beside such a page."
     if "max-width" not in options: return options
     return options | {"grid": {"sidebar-width": "250px", "body-width": options["max-width"], "margin-width": "40px"}}
 

@@ -51,7 +51,7 @@ def unmet(
 
 # %% ../../nbs/985_doctor.ipynb #ab09bbf8
 def check_packages() -> Iterator[Check]:
-    "Look at Python, vfm_notes itself, and its pins."
+    "Check Python, vfm_notes itself, and its pins."
     v = versions()
     new = sys.version_info >= (3, 11)
     yield Check("python", "ok" if new else "missing", f"{v['python']}, {sys.executable}", "" if new else "vfm_notes needs Python 3.11 or newer: make an environment with it.")
@@ -71,7 +71,7 @@ def check_torch() -> Check:
     return Check("torch", "ok", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads")
 
 def check_engine() -> Check:
-    "Look at what starts the notebooks: templates, kernel, papermill engine."
+    "Check what starts the notebooks: templates, kernel, papermill engine."
     from vfm_notes.runs.engine import not_forkable
     from vfm_notes.runs.forkserver import can_fork
     absent = [k for k in ("pretrain", "transfer", "external") if not template_file(k).is_file()]
@@ -85,7 +85,7 @@ def check_engine() -> Check:
 LITTLE = {"memory": 2.0, "disk": 5.0}  # GiB below which a note is due
 
 def check_machine() -> Iterator[Check]:
-    "Look at processor, memory, disk and GPUs."
+    "Check processor, memory, disk and GPUs."
     import psutil
     from vfm_notes.runs.devices import found_devices
     from vfm_notes.runs.executors import cores
@@ -103,7 +103,7 @@ def check_machine() -> Iterator[Check]:
 
 # %% ../../nbs/985_doctor.ipynb #9f7f564e
 def check_folders() -> Iterator[Check]:
-    "Look at cohorts and weights."
+    "Check cohorts and weights."
     data = os.environ.get("VFM_DATA")
     if not data: yield Check("VFM_DATA", "note", "not set", "Made cohorts and cohorts named by a path work without it; others are looked for there.")
     elif not Path(data).expanduser().is_dir(): yield Check("VFM_DATA", "missing", f"{data} is not a folder", "Set VFM_DATA to the folder that holds the cohorts, or unset it.")
@@ -116,14 +116,14 @@ def check_folders() -> Iterator[Check]:
 
 # %% ../../nbs/985_doctor.ipynb #7c96446d
 def check_renderer() -> Check:
-    "Look at what renders the site."
+    "Check what renders the site."
     try: version = quarto_version()
     except VfmError as error: return Check("renderer", "missing", *str(error).split("; ", 1))
     return Check("renderer", "ok", f"quarto {version}" if version else "smalldocs; quarto is used when it is on PATH")
 
 # %% ../../nbs/985_doctor.ipynb #e9edc741
 def check_programs() -> Iterator[Check]:
-    "Look at renderer, browser and Slurm."
+    "Check renderer, browser and Slurm."
     yield check_renderer()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     both = browser and shutil.which("chromedriver")
@@ -138,7 +138,7 @@ def check_programs() -> Iterator[Check]:
 def check_study(
     spec: StudySpec,
 ) -> Iterator[Check]:
-    "Look at everything that a study needs, as `vfm run` would."
+    "Check everything that a study needs, as `vfm run` would."
     from vfm_notes.runs.preflight import conflicts
     from vfm_notes.runs.grid import plan
     from vfm_notes.tune.catalog import weights_problems
@@ -149,7 +149,7 @@ def check_study(
 def checks(
     study: str = "",  # name or path; everything that it needs is looked at, too
 ) -> Iterator[Check]:
-    "Do all checks, quick ones first."
+    "Run all checks, quick ones first."
     spec = load_study(study) if study else None  # a file that cannot be read is told at once
     yield from check_packages()
     yield from check_machine()

@@ -51,7 +51,7 @@ def neat(
 def short_names(
     names: Iterable[str],  # backbones, `architecture.weights`
 ) -> dict[str, str]:  # name → its architecture or its weights, whichever tells them apart, else the name
-    "Find the shortest names that tell backbones apart."
+    "Find the shortest names that distinguish backbones."
     names = list(dict.fromkeys(names))
     for part in (0, -1):
         short = [n.split(".")[part] for n in names]
@@ -89,7 +89,7 @@ def titled(
     subtitle: str,  # n and interval
     panel: dict | None = None,  # in pixels, for the site's script: {min, columns, gap, left} of small multiples, or {least} that the whole needs
 ) -> alt.TopLevelMixin:
-    "Give a chart its sentence; the site's script fits small multiples to the reader's screen."
+    "Give a chart its sentence; the site's script fits small multiples to the screen."
     return chart.properties(title=alt.Title(title, subtitle=subtitle), usermeta={"panel": panel} if panel else {})
 
 # %% ../../nbs/90_figures.ipynb #01aa3135
@@ -156,7 +156,7 @@ def gain_cells(
 def gain_finding(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> str:  # a sentence
-    "Say how many cells gain, and for how many the interval leaves out zero."
+    "State how many cells gain, and for how many the interval leaves out zero."
     known = of_pretrained(gains)
     known = known[known.rpg.notna()]
     if known.empty: return "No cell has a gain yet"
@@ -202,7 +202,7 @@ def gain_matrix(
 def alignment_title(
     c: object,  # analysis.crossed.Crossed
 ) -> str:  # a sentence
-    "Say what the rank correlation shows."
+    "State what the rank correlation shows."
     a = c.simple
     if not a.tested: return f"Distance and gain of {a.n} {'cell' if a.n == 1 else 'cells'}: too few to test"
     if not c.shown: return f"No association of distance and gain is shown over {a.n} cells"
@@ -263,7 +263,7 @@ def distance_layers(
 def with_lines(
     data: pd.DataFrame,  # backbone, strategy
 ) -> pd.DataFrame:  # and `line`: what shares a line of a task, its backbone, or backbone and strategy
-    "Say which marks stand on one line."
+    "State which marks stand on one line."
     many = len(set(data["strategy"]) - {"scratch"}) > 1
     return data.assign(line=data["backbone"] + (" " + data["strategy"] if many else ""))
 

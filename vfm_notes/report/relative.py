@@ -61,7 +61,7 @@ class Relative:
         return absolute().sub(lambda m: kind_of(m[0]), self.known.sub(self.shorter, text))
 
     def shorter(self, match: re.Match) -> str:
-        "One path below a known folder."
+        "Shorten one path below a known folder."
         name, rest = self.short[match[1].lower()], match[2]
         return name + (rest if self.below or not rest.strip("/") else f"/{kind_of(rest)}")
 
@@ -73,7 +73,7 @@ def published_device(device: str) -> str:  # as a record has it
 def machine_words(
     records: Iterable[dict],  # of a study
 ) -> dict[str, str]:  # what tells a machine or its user → what a report says instead
-    "Collect what tells machines apart."
+    "Collect what distinguishes machines."
     records = list(records)
     hosts = {socket.gethostname(), *(r.get("host") or "" for r in records)}
     names = {h: "host" for host in hosts for h in (host, host.split(".")[0])}
