@@ -52,7 +52,7 @@ class PretrainSpec:
     accumulate: BatchSize = 1  # parts into which a batch is cut to save memory
     ema: Average = 0.0  # share of the old weights that an average keeps at each step; 0: no average
     options: Options = field(default_factory=dict)  # of the objective
-    probe_every: Wait = 5  # epochs between two looks of linear readers, 0: none; not in the run's name
+    probe_every: Wait = 5  # epochs between two linear probes, 0: none; not in the run's name
     bad_cases: BadCases = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     deterministic: bool = False  # on a GPU: the same numbers every time, slower; a CPU gives them anyway
     start: StartName = ""  # architecture.weights that it begins with: published, or a file with a plan; "": random
@@ -250,7 +250,7 @@ def check_counts(study: StudySpec) -> None:
     "Refuse a study that is too large to be meant."
     counts = count_runs(study)
     if (runs := counts.pop("runs")) <= MOST_RUNS: return
-    raise VfmError(f"the study asks for {runs:,} runs "
+    raise VfmError(f"the study has {runs:,} runs "
                    f"({', '.join(f'{n:,} {k}' for k, n in counts.items() if n > 1)}), at most {MOST_RUNS:,} are "
                    f"possible: shorten a list, or make several studies.")
 
@@ -299,7 +299,7 @@ def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
         if "backbone" not in values:
             raise VfmError(f"{where}.backbone is missing; name the architecture that is pretrained.")
         if weights == RANDOM:
-            raise VfmError(f"{where}: weights called '{RANDOM}' are those that nobody trained; choose another name.")
+            raise VfmError(f"{where}: the name '{RANDOM}' is reserved for untrained weights; choose another name.")
         nets = convert(several(values["backbone"]), Annotated[list[Name], Meta(min_length=1), check_distinct], f"{where}.backbone")
         specs += [PretrainSpec(**converted(PretrainSpec, common | values | {"backbone": f"{net}.{weights}"}, where)) for net in nets]
     return specs

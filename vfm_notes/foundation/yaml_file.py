@@ -72,7 +72,7 @@ def add(doc: Document, event, value) -> None:
     if isinstance(into, list): into.append(value)
     elif key[0] is not MISSING: into[key[0]], key[0] = value, MISSING
     elif not isinstance(value, str): doc.fail(event, f"the key {shown(value)} is not text; write it in quotes")
-    elif value in into: doc.fail(event, f"the key '{value}' stands here a second time; leave one")
+    elif value in into: doc.fail(event, f"the key '{value}' occurs a second time; keep one")
     else: key[0] = value
 
 # %% ../../nbs/023_yaml_file.ipynb #48983814
