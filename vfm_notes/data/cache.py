@@ -59,7 +59,7 @@ def deal(
     elif any(s.split for s in plan.sources):
         homes = {k: [s for s in cases if s.split == k] for k in SPLITS}
         short = [f"{k} of split '{s}', which has {len(homes[s])}" for s, k in plan.n.items() if k > len(homes[s])]
-        if short: raise VfmError(f"Cohort {plan.card.name}{without} has too few cases: asked for are {' and '.join(short)}; ask for fewer.")
+        if short: raise VfmError(f"Cohort {plan.card.name}{without} has too few cases: requested are {' and '.join(short)}; request fewer.")
         chosen = [(homes[k][i], k) for k, m in plan.n.items() for i in sorted(stratified_order(grade(homes[k]), plan.seed)[:m])]
     else:
         try: chosen = list(zip(cases, split_by_patient([s.patient for s in cases], grade(cases), plan.n, plan.seed)))

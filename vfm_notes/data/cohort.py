@@ -50,12 +50,12 @@ def split_by_patient(
     who, of = np.unique(patients, return_inverse=True)
     cases, worst = np.bincount(of), np.array([grade[of == i].max() for i in range(len(who))])
     room = {**n, "": len(patients) - sum(n.values())}
-    if room[""] < 0: raise VfmError(f"{sum(n.values())} cases are asked for ({n}) but there are {len(patients)}: ask for fewer.")
+    if room[""] < 0: raise VfmError(f"{sum(n.values())} cases are requested ({n}) but there are {len(patients)}: request fewer.")
     want = {(s, g): k * cases[worst == g].sum() / len(patients) for s, k in room.items() for g in np.unique(worst)}
     home = [""] * len(who)
     for i in sorted(stratified_order(worst, seed), key=lambda i: -cases[i]):
         fits = [s for s in room if room[s] >= cases[i]]
-        if not fits: raise VfmError(f"Patient {who[i]} has {cases[i]} cases and fits into no split of {n}: ask for fewer cases.")
+        if not fits: raise VfmError(f"Patient {who[i]} has {cases[i]} cases and fits into no split of {n}: request fewer cases.")
         best = max(fits, key=lambda s: want[s, worst[i]])
         home[i], room[best] = best, room[best] - cases[i]
         want[best, worst[i]] -= cases[i]
@@ -126,7 +126,7 @@ class Cohort:
         if split not in SPLITS: raise VfmError(f"Unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}.")
         of = np.flatnonzero(np.array(self.split, str) == split)
         if n is None: return self.pick(of)
-        if not 0 < n <= len(of): raise VfmError(f"{n} cases of split '{split}' of cohort {self.card.name} are asked for, it has {len(of)}: ask for 1 to {len(of)}.")
+        if not 0 < n <= len(of): raise VfmError(f"{n} cases of split '{split}' of cohort {self.card.name} are requested, it has {len(of)}: request 1 to {len(of)}.")
         return self.pick(sorted(of[stratified_order(self.grade[of], seed)[:n]]))
 
     def hash(self) -> str:  # sha256, hexadecimal

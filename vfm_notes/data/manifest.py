@@ -191,7 +191,7 @@ def mask_problems(
     if manifest.threshold is None: return found
     if not masks: found.append(f"threshold is {manifest.threshold:g}, but there is no column of masks; remove it")
     if masks == ["label"] and len(classes) > 1:
-        found.append(f"threshold is {manifest.threshold:g}, but the column label tells {len(classes)} classes apart "
+        found.append(f"threshold is {manifest.threshold:g}, but the column label distinguishes {len(classes)} classes "
             f"by its values; remove it, or give each class a mask column")
     return found
 
@@ -200,7 +200,7 @@ def table_problems(
 ) -> list[str]:  # one sentence each
     "Describe what is wrong with the table as a whole."
     table, (needed, optional) = manifest.table, known_columns(manifest)
-    found = [f"column '{c}' is missing; the card asks for {', '.join(needed)}" for c in needed if c not in table]
+    found = [f"column '{c}' is missing; the card requires {', '.join(needed)}" for c in needed if c not in table]
     known = [*needed, *optional, "label", "note_*"]
     found += [f"unknown column '{c}'.{nearest(c, known)} Known: {', '.join(known)}" for c in table if c not in known and not c.startswith("note_")]
     found += [p for p in [crop_problem(manifest), *mask_problems(manifest)] if p]

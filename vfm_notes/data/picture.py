@@ -281,10 +281,10 @@ def pick_channel(
     what: str,  # for the message
 ) -> np.ndarray:  # (h, w, 1)
     "Return one channel of a picture, or its luma."
-    if channel not in CHANNELS: raise VfmError(f"{what} asks for the channel '{channel}'.{nearest(channel, CHANNELS)} Known: {', '.join(CHANNELS)}.")
+    if channel not in CHANNELS: raise VfmError(f"{what} names the channel '{channel}'.{nearest(channel, CHANNELS)} Known: {', '.join(CHANNELS)}.")
     if values.shape[-1] == 3: return values @ np.float32([[0.299], [0.587], [0.114]]) if channel == "grey" else values[..., CHANNELS.index(channel), None]
     if channel == "grey": return values
-    raise VfmError(f"{what} asks for the channel '{channel}' of a grey picture; expected an RGB picture, or the channel 'grey'.")
+    raise VfmError(f"{what} names the channel '{channel}' of a grey picture; expected an RGB picture, or the channel 'grey'.")
 
 # %% ../../nbs/135_picture.ipynb #58e5c568
 def raw_picture(

@@ -192,7 +192,7 @@ def isic2019(
     rows = [dict(case=i, patient=p, split=s, **rgb(picture_file(src, f"train/{i}.jpg")), grade="unknown" if g < 0
         else grade_name(g, tuple(ISIC.values())), note_lesion=lesion.get(i, "")) for i, p, s,
         g in zip(table["image"], group, keep_together(split, group), grade)]
-    rule = "by picture, as released: pictures of one lesion may stand in several splits" if as_released else "as released, then every lesion kept in one split; pictures without a lesion count as their own, and patients are not published"
+    rule = "by picture, as released: pictures of one lesion may be in several splits" if as_released else "as released, then every lesion kept in one split; pictures without a lesion count as their own, and patients are not published"
     card = picture_card("isic2019", "ISIC 2019 skin lesions", "CC BY-NC 4.0", "challenge.isic-archive.com, ISIC 2019 training set", "Tschandl et al. 2018 (HAM10000); Codella et al. 2018; Combalia et al. 2019 (BCN20000)",
         f"Split 80/10/10 (shuffle with seed 42) {rule}. {statistics_note('isic2019')}", grades=tuple(ISIC.values()), colour=True, non_commercial=True)
     return finished("isic2019", src, rows, card, bad, "middle")

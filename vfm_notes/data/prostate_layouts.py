@@ -175,7 +175,7 @@ def fold_splits(
     check_fetched(path)
     try: parts = [[str(c) for c in f["val"]] for f in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError) as e: raise VfmError(f"{path} is no list of folds ({type(e).__name__}); expected JSON like [{{\"train\": [...], \"val\": [...]}}, ...].") from None
-    if len(parts) < 3 or not 0 <= fold < len(parts): raise VfmError(f"{path} has {len(parts)} folds, {fold} is asked for; expected at least 3 and one of 0 to {len(parts) - 1}.")
+    if len(parts) < 3 or not 0 <= fold < len(parts): raise VfmError(f"{path} has {len(parts)} folds, but fold {fold} is requested; expected at least 3 and one of 0 to {len(parts) - 1}.")
     split = lambda k: {0: "test", 1: "val"}.get((k - fold) % len(parts), "train")
     twice = sorted({c for i, a in enumerate(parts) for b in parts[:i] for c in set(a) & set(b)})
     if twice: raise VfmError(f"{path} has {', '.join(twice[:5])} in two folds, expected each case in one.")

@@ -334,7 +334,7 @@ def profound(
     who = next((c for c in ("patient", "patient_id", "case", "id") if c in have), "")
     ours = dict(t2w="t2w", dwi="highb" if "highb" in have else "dwi", adc="adc") | {m: c for m, c in (("mask_gland", "mask"), ("mask_lesion", "lesion"), ("grade", grade), ("split", "split")) if c in have}
     folder = lambda r: str(Path(r["t2w"]).parent)
-    if not who: found += [f"{path.name}: {f} is the folder of several rows, so it cannot tell the patients apart; add a column patient" for f in dict.fromkeys(map(folder, rows)) if [*map(folder, rows)].count(f) > 1]
+    if not who: found += [f"{path.name}: {f} is the folder of several rows, so it does not identify the patients; add a column patient" for f in dict.fromkeys(map(folder, rows)) if [*map(folder, rows)].count(f) > 1]
     out = [{"case": r[who] if who else folder(r), "patient": r[who] if who else folder(r)} | {k: r[c] for k, c in ours.items()} | {f"note_{c}": r[c] for c in r if c not in {*ours.values(), who}} for r in rows]
     found += [f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(PROFOUND_GRADES[grade])} or unknown" for r in out if grade and r["grade"] not in (*PROFOUND_GRADES[grade], "unknown")]
     if grade:

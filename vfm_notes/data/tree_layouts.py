@@ -112,7 +112,7 @@ def prostatex(
         rows.append(row | {"grade": grade.get(patient.name, "unknown")} | ({"mask_gland": tried(found, mask_of, Path(gland).absolute(), patient.name) or "none"} if gland else {}))
     absent = sorted(set(grade) - {p.name for p in patients})
     card = CohortCard("prostatex", "PROSTATEx", "CC BY 3.0", "doi 10.7937/K9TCIA.2017.MURS5CL (The Cancer Imaging Archive)", "Litjens et al., Computer-aided detection of prostate cancer in MRI, IEEE TMI 2014; Litjens et al., ProstateX Challenge data, TCIA 2017", ("t2w", "dwi", "adc"), ("background", "gland") if gland else ("background",), PROSTATEX_GRADES, (3.6, 0.5, 0.5),
-        f"DWI is the calculated high-b image; the grade says whether any finding of the patient is clinically significant, and is unknown for the challenge's test patients. {len(absent)} patients of the sheets have no folder here.")
+        f"DWI is the calculated high-b image; the grade states whether any finding of the patient is clinically significant, and is unknown for the challenge's test patients. {len(absent)} patients of the sheets have no folder here.")
     return finished("prostatex", src, rows, card, found, "mask_gland" if gland else "volume")
 
 # %% ../../nbs/181_tree_layouts.ipynb #28470192
