@@ -113,7 +113,7 @@ def depthwise_conv3d(
         own = (x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
                and x.numel() * weight[0].numel() >= OWN_FROM)
     if own and (x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)):
-        raise VfmError(f"depthwise_conv3d: own gradients were asked for in {x.dtype} or under autocast; they are for float32 and float64, leave `own` out.")
+        raise VfmError(f"depthwise_conv3d: own gradients were requested in {x.dtype} or under autocast; they are for float32 and float64, leave `own` out.")
     if own: return DepthwiseConv.apply(x, weight, bias)
     return F.conv3d(x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=len(weight))
 
