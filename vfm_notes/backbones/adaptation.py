@@ -30,7 +30,7 @@ def input_axes(
     for key in few.keys() & more.keys():
         differ = [i for i, (a, b) in enumerate(zip(few[key], more[key])) if a != b]
         if len(differ) == 1 and few[key][differ[0]] % n == 0 and few[key][differ[0]] // n * (n + 1) == more[key][differ[0]]: axes[key] = differ[0]
-        elif differ: raise VfmError(f"Backbone '{architecture}' does not tell its input channels apart ('{key}' is {few[key]} for {n} of them and {more[key]} for {n + 1}).")
+        elif differ: raise VfmError(f"Backbone '{architecture}' does not distinguish its input channels ('{key}' is {few[key]} for {n} of them and {more[key]} for {n + 1}).")
     return axes
 
 # %% ../../nbs/312_adaptation.ipynb #1b56827d
@@ -129,8 +129,8 @@ def adapt(
 ) -> Start:
     "Adapt weights to a run, as their plan allows."
     if name.partition(".")[0] != plan.architecture: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}', and the run builds '{name.partition('.')[0]}': name {plan.architecture}.{name.partition('.')[2]} as its backbone.")
-    if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can ask for: register that network under a name of its own.")
-    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan says.")
+    if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can request: register that network under a name of its own.")
+    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan states.")
     overlap, both = patient_overlap(plan, *judged)
     if both: raise VfmError(f"{both} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))

@@ -115,7 +115,7 @@ def read_planned(
 ) -> tuple[dict[str, Tensor], AdaptationPlan | None]: # tensors by name, and the plan
     "Read weights with their plan, which must be theirs."
     plan, state = read_plan(path), read_state(path)
-    if plan and (found := state_hash(state)) != plan.weights_hash: raise VfmError(f"The tensors in {path} are not those of its adaptation plan (hash {found[:12]}, the plan says {plan.weights_hash[:12]}): copy the file again from where it was made.")
+    if plan and (found := state_hash(state)) != plan.weights_hash: raise VfmError(f"The tensors in {path} are not those of its adaptation plan (hash {found[:12]}, the plan states {plan.weights_hash[:12]}): copy the file again from where it was made.")
     return state, plan
 
 # %% ../../nbs/308_plan.ipynb #c443ebce
@@ -125,7 +125,7 @@ def carried_file(
     "Return the file of weights that were made elsewhere and put into the weights folder."
     path = weights_file(name)
     if not path.is_file() or not (plan := read_plan(path)): return None
-    if plan.architecture != name.partition(".")[0]: raise VfmError(f"{path} holds weights of '{plan.architecture}' (its plan says so), not of '{name.partition('.')[0]}': call the file {plan.architecture}.{name.partition('.')[2]}.safetensors.")
+    if plan.architecture != name.partition(".")[0]: raise VfmError(f"{path} holds weights of '{plan.architecture}' (by its plan), not of '{name.partition('.')[0]}': call the file {plan.architecture}.{name.partition('.')[2]}.safetensors.")
     return path
 
 def carried_names() -> list[str]: # architecture.weights

@@ -155,7 +155,7 @@ def checkpoint_blocks(
     model: Backbone, # changed in place; names of its parameters stay
 ) -> int: # number of blocks
     "Switch gradient checkpointing on."
-    if not model.card.checkpointing: raise VfmError(f"Backbone '{model.name}' does not support gradient checkpointing (its card says so).")
+    if not model.card.checkpointing: raise VfmError(f"Backbone '{model.name}' does not support gradient checkpointing (see its card).")
     chosen = blocks(model)
     if not chosen: raise VfmError(f"Backbone '{model.name}' has no repeated blocks to checkpoint.")
     for block in chosen:
