@@ -94,7 +94,7 @@ def pretrain(
     in_channels: int, # input sequences
     progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None, # called after every epoch
     keeper: Keeper = Keeper(), # where checkpoints go
-    probe: Callable[[Backbone], dict[str, float]] | None = None, # linear readers, asked every `spec.probe_every` epochs
+    probe: Callable[[Backbone], dict[str, float]] | None = None, # linear probes, fitted every `spec.probe_every` epochs
     state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
