@@ -24,7 +24,7 @@ def checked(
     x, y = np.asarray(features, np.float64), np.asarray(target)
     if x.ndim != 2 or len(x) != len(y): raise VfmError(f"Features of shape {x.shape} and a target of shape {y.shape}: give a row of features and a target for each case or voxel.")
     if not np.isfinite(x).all(): raise VfmError(f"The features have {(~np.isfinite(x)).sum()} value(s) that are NaN or infinite: drop those cases or look at the layer that made them.")
-    if (x == x[0]).all(): raise VfmError(f"All {len(x)} rows of features are equal: constant features say nothing about a target; check the layer.")
+    if (x == x[0]).all(): raise VfmError(f"All {len(x)} rows of features are equal: constant features carry no information about a target; check the layer.")
     if y.ndim == 1:
         names, y, count = np.unique(y, return_inverse=True, return_counts=True)
         if len(names) < 2 or count.min() < 2: raise VfmError(f"The target has the classes {dict(zip(names.tolist(), count.tolist()))} (class: rows): a score needs at least two classes with two rows each.")
