@@ -90,7 +90,7 @@ class Classification(GradeTask):
 
     def learn(self, train: Cohort) -> None:
         found = int((train.grade >= self.positive).sum())
-        if found in (0, len(train)): raise VfmError(f"Task 'classification': {found} of the {len(train)} training cases of cohort '{self.card.name}' are positive ({self.card.grades[self.positive]} or higher), so there is nothing to tell apart; use more training cases or another grade as 'positive'.")
+        if found in (0, len(train)): raise VfmError(f"Task 'classification': {found} of the {len(train)} training cases of cohort '{self.card.name}' are positive ({self.card.grades[self.positive]} or higher), so there is nothing to classify; use more training cases or another grade as 'positive'.")
 
     def summary(self, cases: pd.DataFrame) -> dict:
         label, score = self.table(cases)

@@ -97,7 +97,7 @@ class Neighbours(nn.Module):
 
     def remember(self, vector: Tensor, label: Tensor) -> None:  # n e, n
         if label.ndim != 1 or label.is_floating_point(): raise VfmError("Strategy 'knn' needs one class per case, and this task has none; use probe.")
-        if self.k > len(label): raise VfmError(f"Strategy 'knn': k={self.k} neighbours are asked for, but there are {len(label)} training cases; give a smaller k.")
+        if self.k > len(label): raise VfmError(f"Strategy 'knn': k={self.k} neighbours are requested, but there are {len(label)} training cases; give a smaller k.")
         self.bank, self.label = vector, label
 
     def _load_from_state_dict(self, state, prefix, *args) -> None:

@@ -72,7 +72,7 @@ def run_data(
 ) -> tuple[Task, dict[str, TaskData]]:  # the task; train, val, test
     "Return the task of a run and its three splits."
     cohort = run_cohort(spec)
-    if any(abs(a - b) > 1e-3 for a, b in zip(cohort.card.spacing, spec.spacing)): raise VfmError(f"Cohort '{spec.cohort}' has voxels of {tuple(cohort.card.spacing)} mm, but the study asks for {tuple(spec.spacing)} mm (d, h, w): its maker must resample volumes and masks.")
+    if any(abs(a - b) > 1e-3 for a, b in zip(cohort.card.spacing, spec.spacing)): raise VfmError(f"Cohort '{spec.cohort}' has voxels of {tuple(cohort.card.spacing)} mm, but the study requires {tuple(spec.spacing)} mm (d, h, w): its maker must resample volumes and masks.")
     task = build_task(spec.task, cohort.card, dict(spec.options))
     splits = {"train": cohort.subset("train", spec.n_train or None), "val": cohort.subset("val"), "test": cohort.subset("test")}
     task.scale = partial(normalise, **input_scale(spec.backbone, splits["train"]))
