@@ -215,7 +215,7 @@ def collect(self: Batch, show: Display) -> None:
             continue
         if isinstance(error, DiskFull): raise error
         if not error and future.result() == "left":
-            show.say(f"left    {name}: it was asked to; the same command goes on where it stopped")
+            show.say(f"paused  {name}: as requested; the same command continues where it stopped")
             continue
         busy, died = error is None and future.result() == "busy", isinstance(error, Died)
         self.deaths[name] = self.deaths.get(name, 0) + died
@@ -266,7 +266,7 @@ def leave(self: Batch, show: Display) -> None:
     self.stopped = f"Asked to leave ({signal.Signals(asked()).name}); the same command goes on."
     self.drop()
     self.patience = time.monotonic() + (grace() + 15 if self.executor.leave() else 0)
-    if self.running: show.say(f"asked to leave: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")
+    if self.running: show.say(f"stop requested: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")
 
 def watch(self: Batch, show: Display) -> None:
     "Report how far everything is."

@@ -222,7 +222,7 @@ class Forked:
         self._lease.sendall(json.dumps(request).encode() + b"\n")
         self._answers = self._lease.makefile()
         answer = self._answers.readline()
-        if not answer: raise VfmError("The fork server ended before it could start a process; its log tells why.")
+        if not answer: raise VfmError("The fork server ended before it could start a process; see its log.")
         self.pid = json.loads(answer)["pid"]
         self.started.add(self.pid)
 

@@ -166,12 +166,12 @@ def private_folder(folder: str | Path) -> Path:  # folder: made where there is n
     "Make a folder that nobody else can write into."
     folder = Path(folder).resolve()
     if not str(folder).isprintable():
-        raise VfmError(f"{str(folder)!r} stands in the script of a job, which cannot hold it: set VFM_RUNS to a "
+        raise VfmError(f"{str(folder)!r} would be written into the script of a job, which cannot hold it: set VFM_RUNS to a "
                        "folder without line breaks in its path.")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH): return folder
-    raise VfmError(f"{folder} is not yours alone, and jobs do what its files say: 'chmod 700 "
+    raise VfmError(f"{folder} is not yours alone, and jobs execute what is in its files: 'chmod 700 "
                    f"{shlex.quote(str(folder))}', or set VFM_RUNS to a folder of yours.")
 
 def job_script(
@@ -211,7 +211,7 @@ class SlurmExecutor:
             except VfmError as error:
                 self.silent += 1
                 if self.silent > 20: raise
-                if self.silent == 1: say(f"{error} It is asked again.")
+                if self.silent == 1: say(f"{error} Slurm will be queried again.")
         return self.seen
 
     def submit(self, function: Callable, /, *args, log: Path | None = None) -> Future:
@@ -251,7 +251,7 @@ def send(self: SlurmExecutor, futures: list[Future]) -> list[str]:  # Slurm's id
     os.environ["PYTHONPATH"] = python_path()
     try:
         with sender.batch(): sent = [sender.submit(call) for call in calls]
-    except (FailedJobError, subprocess.CalledProcessError) as error: raise VfmError(f"Slurm refused the jobs (its own message stands above): {' '.join(str(error.__cause__ or error).split())}") from None
+    except (FailedJobError, subprocess.CalledProcessError) as error: raise VfmError(f"Slurm refused the jobs (see its own message above): {' '.join(str(error.__cause__ or error).split())}") from None
     finally: os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return [job.job_id for job in sent]
 

@@ -13,9 +13,9 @@ from .grid import Job, run_states
 
 # %% ../../nbs/712_states.ipynb #d8bb4320
 STATES = {
-    "done": "it has a record", "failed": "its record says what went wrong", "damaged": "its record or one of its files cannot be read",
+    "done": "it has a record", "failed": "its record states what went wrong", "damaged": "its record or one of its files cannot be read",
     "running": "its notebook is at work", "queued": "its notebook waits in a cluster's queue", "missing": "nothing has been computed yet",
-    "skipped": "it cannot run here, and the reason is said"}  # in the order in which they are told
+    "skipped": "it cannot run here, for a stated reason"}  # in the order in which they are told
 OPEN = ("running", "queued", "missing")  # still to be computed
 
 # %% ../../nbs/712_states.ipynb #445c0d29
