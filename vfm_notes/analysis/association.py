@@ -141,13 +141,13 @@ def in_words(
     block: str = "blocks",  # what a block was
 ) -> str:
     "State what the data can and cannot show, in one or two sentences."
-    if not a.tested: return f"{first.capitalize()} and {second}: {a.n} {unit}, {a.why}; shown, not tested."
+    if not a.tested: return f"{first.capitalize()} and {second}: {a.n} {unit}, {a.why}; not tested."
     how = f"all {a.orders} orders" if a.exact else f"{a.orders} orders"
     inside = f" inside {a.blocks} {block}" if a.blocks else ""
     start = f"Over {a.n} {unit}{inside}, {first} and {second} have a rank correlation of {told(a.rho, 'rho')} (95 % interval {told(a.low, 'rho')} to {told(a.high, 'rho')}; {told_p(a.p)} from {how})"
-    if a.p <= 0.05: return f"{start}: {'more' if a.rho > 0 else 'less'} {second} goes with more {first}, though cells that share a backbone or a task are not independent and this shows no cause."
+    if a.p <= 0.05: return f"{start}: {'more' if a.rho > 0 else 'less'} {second} goes with more {first}; but cells that share a backbone or a task are not independent, and an association is not a cause."
     can = f"an association would have had to reach {told(a.visible, 'rho')[1:]} to stand out" if np.isfinite(a.visible) else "no association, however strong, could have stood out"
-    return f"{start}: this does not show an association, nor that there is none, because with this many {can}."
+    return f"{start}: the data show neither an association nor its absence, because with this many {can}."
 
 # %% ../../nbs/83_association.ipynb #29aa50b3
 def _layer(tables: Tables, layer: str, distance: str) -> pd.DataFrame:

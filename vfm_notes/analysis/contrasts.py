@@ -114,7 +114,7 @@ def contrast_words(
 ) -> str:
     "Return what one contrast shows, and how often."
     known = table[table.difference.notna()]
-    if known.empty: return f"{better[0].upper() + better[1:]} and {worse}: no pair of cells is finished, so nothing can be said yet."
+    if known.empty: return f"{better[0].upper() + better[1:]} and {worse}: no pair of cells is finished, so there is no result yet."
     up, down, n, kept = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known), int((known.p_holm <= 0.05).sum())
     metric, of = known.metric.iloc[0], f"difference, {known.contrast.iloc[0]}"
     says = lambda v, which: told(float(v), "difference", f"{of}, {which}", metric)
@@ -122,7 +122,7 @@ def contrast_words(
     better_by = metric_card(metric).title + (" (positive: less, which is better)" if known.direction.iloc[0] < 0 else "")
     said = f"{better[0].upper() + better[1:]} against {worse}: {says(d.mean(), 'mean')} {better_by} on average over "
     said += f"{how_many([n], 'cell', 'cells')} ({says(d.min(), 'smallest')} to {says(d.max(), 'largest')}); "
-    said += f"{up} {'is' if up == 1 else 'are'} better and {down} worse with a 95 % interval that leaves out 0 ({runs})"
+    said += f"{up} {'is' if up == 1 else 'are'} better and {down} worse with a 95 % interval that excludes 0 ({runs})"
     said += f", {kept} with p ≤ 0.05 after Holm's correction over all contrasts"
     missing = f" {len(table) - n} of {len(table)} pairs are missing." if n < len(table) else ""
     return said + "." + missing

@@ -39,7 +39,7 @@ def target_score(
     "Return 95 % of a best score, or of the rise to it."
     if not np.isfinite(top): return float("nan"), "no validation score"
     if start is None:
-        if top <= 0: return float("nan"), "95 % of a best score that is not positive means nothing"
+        if top <= 0: return float("nan"), "95 % of a best score that is not positive is meaningless"
         return (SHARE * top if direction > 0 else top / SHARE), ""
     if not direction * (top - start) > 0: return float("nan"), "the scratch run never got better than at epoch 0"
     return start + SHARE * (top - start), ""

@@ -178,12 +178,12 @@ def crossed_words(
 # %% ../../nbs/835_crossed.ipynb #aabab9bc
 def verdict(c: Crossed) -> str:
     "Return the last sentence: shown or not, and for whom."
-    if c.shown: said = "The ranks show an association, and it shows no cause"
+    if c.shown: said = "The ranks show an association, but not a cause"
     else:
         can = f"an association would have had to reach {rounded(c.visible, 2)} to stand out" if np.isfinite(c.visible) else "no association, however strong, could have stood out"
-        said = f"The ranks do not show an association, nor that there is none: with these tasks and backbones {can}"
+        said = f"The ranks show neither an association nor its absence: with these tasks and backbones {can}"
     few = [f"{n} {name if n == 1 else name + 's'}" for n, name in ((c.backbones, "backbone"), (c.tasks, "task")) if n < 5]
-    return said + (f"; {' and '.join(few)} cannot say what holds for others." if few else ".")
+    return said + (f"; {' and '.join(few)} cannot show what holds for others." if few else ".")
 
 # %% ../../nbs/835_crossed.ipynb #06482e9d
 OUTCOMES = {"rpg": ("gain", " %"), "sooner": ("epochs sooner than scratch", " epochs"), "seconds": ("seconds of training", " s")}

@@ -259,8 +259,8 @@ def prediction_words(
     if np.isfinite(row.right_low): said += f" ({told(100 * row.right, 'percent', of, unit=True)}, 95 % interval {told_span(100 * row.right_low, 100 * row.right_high, 'percent', of, unit=True)})"
     said += f"; its pick is {told(row.regret, regret_kind, of)}{unit} below the best on average, a random pick {told(row.random, regret_kind, of + ', random')}"
     if np.isfinite(row.saved_low): said += f" (saved {told(row.saved, saved_kind, of)}, 95 % interval {told_span(row.saved_low, row.saved_high, saved_kind, of)})"
-    if not row.tested: return f"{said}. Shown, not tested: {row.why}."
-    return f"{said}; {told_p(row.p, of)}" + (f", and no result of so few tasks and backbones could have been below {told(row.least_p, 'p')}." if row.least_p > 0.05 else ".")
+    if not row.tested: return f"{said}. Not tested: {row.why}."
+    return f"{said}; {told_p(row.p, of)}" + (f"; with so few tasks and backbones it could not have been below {told(row.least_p, 'p')}." if row.least_p > 0.05 else ".")
 
 # %% ../../nbs/84_prediction.ipynb #9e1bab4d
 def prediction_verdict(
@@ -268,12 +268,12 @@ def prediction_verdict(
 ) -> str:
     "State whether one could have known, as far as the data can show."
     start, t = "Known before fine-tuning: ", judged(table)
-    if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so nothing can be said yet."
+    if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so there is no result yet."
     clear = t[shown(t)]
-    verdict = f"{', '.join(map(score_title, clear.predictor))} picked better than chance" if len(clear) else "none is shown to pick better than chance"
-    few = " With two backbones a rank correlation is +1 or −1 in each task, so a task says no more than a coin." if t.backbones.max() == 2 else ""
+    verdict = f"{', '.join(map(score_title, clear.predictor))} picked better than chance" if len(clear) else "none clearly picked better than chance"
+    few = " With two backbones a rank correlation is +1 or −1 in each task, so a single task is no more informative than a coin toss." if t.backbones.max() == 2 else ""
     asked = f"{how_many(t.backbones, 'backbone', 'backbones')} in {how_many(t.tasks, 'task', 'tasks')}"
-    return f"{start}of {len(t)} early numbers, asked for the best of {asked}, {verdict}.{few}"
+    return f"{start}of {len(t)} early measures, used to pick the best of {asked}, {verdict}.{few}"
 
 # %% ../../nbs/84_prediction.ipynb #f3f58387
 def judged(table: pd.DataFrame) -> pd.DataFrame:
@@ -290,5 +290,5 @@ def prediction_finding(
     "Return the verdict, and the one that did best where one is better than chance."
     if not any(shown(judged(table))): return prediction_verdict(table)
     best = best_predictors(table)
-    also = f" As good: {', '.join(score_title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
+    also = f" Equally good: {', '.join(score_title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
     return f"{prediction_verdict(table)} Best here, with hindsight: {prediction_words(best.iloc[0])}{also}"

@@ -155,7 +155,7 @@ def axis_words(
     "Return what one axis brings: how often it is clear, and each of its steps on average."
     known = table[table.difference.notna()]
     lead = {"pretraining": "Pretraining against none, under the same tuning", "tuning": "Tuning less than everything, after the same pretraining"}[axis]
-    if known.empty: return [f"{lead}: no pair of cells is finished, so nothing can be said yet."]
+    if known.empty: return [f"{lead}: no pair of cells is finished, so there is no result yet."]
     clear = known[(known.p_holm <= 0.05) & ((known.low > 0) | (known.high < 0))]
     up, down = int((clear.difference > 0).sum()), int((clear.difference < 0).sum())
     steps = known.groupby(axis, sort=False).difference.agg(["mean", "min", "max"])
@@ -163,7 +163,7 @@ def axis_words(
     each = "; ".join(f"{k} {says(k, r['mean'], 'mean')} ({says(k, r['min'], 'smallest')} to {says(k, r['max'], 'largest')})" for k, r in steps.iterrows())
     name = metric_card(metric).title
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
-    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
+    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that excludes 0 "
             f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
             f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
 
@@ -179,7 +179,7 @@ def front_words(
     if on.empty: return f"{name} against {cost}: no cell has both, so there is no front yet."
     sure = int((on.share >= 0.95).sum())
     cells = "; ".join(f"{cell_name(r)} ({told(r.score, 'score', meaning(f'{metric} in the grid', {}, cell_name(r)), metric)} for {rounded(r.cost)})" for r in on.itertuples())
-    return f"{name} against {cost}: {len(on)} of {len(front)} cells are beaten by no other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
+    return f"{name} against {cost}: {len(on)} of {len(front)} cells are not beaten by any other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
 
 # %% ../../nbs/87_tradeoff.ipynb #9db3988b
 def tradeoff_findings(
@@ -190,7 +190,7 @@ def tradeoff_findings(
 ) -> list[str]:
     "Return what the grid shows, in sentences."
     runs = grid_runs(tables)
-    if runs.empty: return ["No run of the grid is finished, so nothing can be said yet."]
+    if runs.empty: return ["No run of the grid is finished, so there is no result yet."]
     metric, sign = runs.metric.iloc[0], int(runs.direction.iloc[0])
     table = tradeoff_table(tables) if table is None else table
     own = table[(table.what == metric) & table["value"].notna()].reset_index(drop=True)
