@@ -59,12 +59,12 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="Some of the seeds, e.g. 0-4,7.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: every n-th notebook, beginning with the i-th, for n machines that share the runs folder.")] = None,
     max_hours: Annotated[float | None, typer.Option(min=0, help="Start no notebook after this time.")] = None,
-    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes that one run may take before it is ended and recorded as failed; 0: any; default: as the study says.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes that one run may take before it is ended and recorded as failed; 0: any; default: as in the study.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: Annotated[Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")] = None,
     engine: Annotated[str, typer.Option(help="How notebooks start: forked (fast) or plain.")] = "forked",
-    profile: Annotated[Path | None, typer.Option(help="A YAML file with what each job asks for, of this machine (gpu_memory, processes ...) or of a cluster (partition, time, memory, gpus ...); it wins over `local:` or `slurm:` of the study.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="A YAML file with what each job requests of this machine (gpu_memory, processes ...) or of a cluster (partition, time, memory, gpus ...); it overrides `local:` or `slurm:` of the study.")] = None,
     gpus: Annotated[str, typer.Option(help="GPUs of this machine that may be used, e.g. 0,1, or none; default: all that are free to this process.")] = "",
 ) -> None:
     "Compute what the study has not got yet."
@@ -73,7 +73,7 @@ def run(
     from vfm_notes.runs.batch import run_study
     from vfm_notes.runs.grid import seed_choice
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
-    if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
+    if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster request theirs by gpus under slurm:.")
     if gpus: os.environ["VFM_GPUS"] = gpus
     if dry_run:
         return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
@@ -103,7 +103,7 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
     if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; all with their errors: vfm table {summary.study} -o failed.csv")
     lines += [f"stopped {job}: its runs are done, but the notebook stopped at {error}" for job, error in list(summary.problems.items())[:shown]]
-    if len(summary.problems) > shown: lines.append(f"stopped {len(summary.problems) - shown} more notebooks; their logs tell why")
+    if len(summary.problems) > shown: lines.append(f"stopped {len(summary.problems) - shown} more notebooks; see their logs")
     return lines
 
 # %% ../../nbs/99_cli.ipynb #981d5ae7
@@ -185,7 +185,7 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
 def status(
     study: Study,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until all is done, or Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 5.0,
 ) -> None:
     "Show done, running, failed and missing runs, and the time left."
     import time
@@ -359,7 +359,7 @@ def weights_export(
     file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_file(called or name)
     check_companion(file)
     plan = read_plan(file)
-    if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
+    if plan is None: raise VfmError(f"{file} carries no adaptation plan, so it could not be used elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
     if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
     with whole_file(target) as part: shutil.copyfile(file, part)
@@ -378,7 +378,7 @@ def init(
 
 # %% ../../nbs/99_cli.ipynb #d1c58d9d
 @app.command()
-def doctor(study: Annotated[str, typer.Argument(help="Also look whether all is here that this study needs: a name or the path of a .yaml file.")] = "") -> None:
+def doctor(study: Annotated[str, typer.Argument(help="Also check whether all that this study needs is here: a name or the path of a .yaml file.")] = "") -> None:
     "Check what is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
     from vfm_notes.report.doctor import checks
     missing = 0

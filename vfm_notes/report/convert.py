@@ -102,7 +102,7 @@ def convert_output(
     shown = {m: joined(v) for m, v in data.items() if m.startswith("image/") or m in ("text/html", "text/markdown", "text/latex", "text/plain")}
     content = shown.get("text/html", shown.get("text/markdown", ""))
     if len(content) > LIMIT["html"] or REMOTE.search(content):
-        why = f"an output of {len(content):,} characters is left out" if len(content) > LIMIT["html"] else "an output that asks the network is left out"
+        why = f"an output of {len(content):,} characters is left out" if len(content) > LIMIT["html"] else "an output that loads from the network is left out"
         return [as_html(f'<p class="vfm-cut">Here {why}; {whole}.</p>')]
     if "text/html" in shown: return [as_html(content)] if content.strip() else []
     if not any(m.startswith("image/") for m in shown) and len(shown.get("text/plain", "")) > LIMIT["text"]:

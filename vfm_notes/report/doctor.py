@@ -105,11 +105,11 @@ def check_machine() -> Iterator[Check]:
 def check_folders() -> Iterator[Check]:
     "Check cohorts and weights."
     data = os.environ.get("VFM_DATA")
-    if not data: yield Check("VFM_DATA", "note", "not set", "Made cohorts and cohorts named by a path work without it; others are looked for there.")
+    if not data: yield Check("VFM_DATA", "note", "not set", "Made cohorts and cohorts named by a path work without it; others are searched there.")
     elif not Path(data).expanduser().is_dir(): yield Check("VFM_DATA", "missing", f"{data} is not a folder", "Set VFM_DATA to the folder that holds the cohorts, or unset it.")
     else:
         own = sorted(p.parent.name for p in Path(data).expanduser().glob("*/card.yaml"))
-        yield Check("VFM_DATA", "ok", f"{data}: {', '.join(own) or 'no folder with card.yaml'}", "" if own else "vfm data list tells which cohorts can be used; vfm data import makes one.")
+        yield Check("VFM_DATA", "ok", f"{data}: {', '.join(own) or 'no folder with card.yaml'}", "" if own else "vfm data list names the cohorts that can be used; vfm data import makes one.")
     files = [p for p in weights_root().rglob("*") if p.is_file()] if weights_root().is_dir() else []
     size = sum(p.stat().st_size for p in files) / 2**20
     yield Check("weights", "ok" if files else "note", f"{len(files)} files, {size:.0f} MiB in {weights_root()}" if files else f"none in {weights_root()}", "" if files else "vfm weights list, then vfm weights fetch NAME; or VFM_WEIGHTS. The default study makes its own.")

@@ -205,7 +205,7 @@ def alignment_title(
     "State what the rank correlation shows."
     a = c.simple
     if not a.tested: return f"Distance and gain of {a.n} {'cell' if a.n == 1 else 'cells'}: too few to test"
-    if not c.shown: return f"No association of distance and gain is shown over {a.n} cells"
+    if not c.shown: return f"No clear association of distance and gain over {a.n} cells"
     return f"Cells whose features moved further gained {'more' if a.rho > 0 else 'less'}"
 
 # %% ../../nbs/90_figures.ipynb #75b4a795
