@@ -228,7 +228,7 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     ("end", "said"),
     [
         (Cancelled("by hand"), "cancelled {}: by hand"),
-        ("left", "left    {}: it was asked to; the same command goes on where it stopped"),
+        ("left", "paused  {}: as requested; the same command continues where it stopped"),
     ],
 )
 def test_who_leaves_leaves_nothing_behind(toy, end, said):

@@ -162,4 +162,4 @@ def test_the_data_page_of_a_free_study_has_no_notice(study, tmp_path, runs_root)
     spec, = run_specs(study())
     write_record(runs_root/"mine"/run_id(spec), new_record(spec, "mine", licences=["Apache-2.0"], metrics={"dice": 0.5}, primary="dice", n={"test": 4}))
     html = page(str(tmp_path/"mine.yaml"))
-    assert "commercially" not in html and "every case that the runs asked for could be used" in html and "Boxes" in html
+    assert "commercially" not in html and "every case that the runs needed could be used" in html and "Boxes" in html
