@@ -23,7 +23,7 @@ def failure(
 
 # %% ../../nbs/01_registry.ipynb #29d0f600
 def nearest(
-    name: str,  # what was asked for
+    name: str,  # the requested name
     names: Iterable[str],  # what there is
 ) -> str:  # " Did you mean 'x'?" or "" when nothing is close
     "Suggest a name for a misspelt one."
