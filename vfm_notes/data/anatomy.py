@@ -85,7 +85,7 @@ def smooth_field(
 # %% ../../nbs/10_anatomy.ipynb #82a62358
 def draw_body(
     rng: np.random.Generator,  # the patient's
-) -> dict[str, float]:  # mm unless said otherwise
+) -> dict[str, float]:  # mm unless stated otherwise
     "Draw sizes and positions of one patient's organs."
     bph, normal = rng.uniform(0, 1), lambda sd: sd * float(np.clip(rng.standard_normal(), -2, 2))
     collapsed = rng.uniform() < 0.35

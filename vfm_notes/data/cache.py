@@ -84,7 +84,7 @@ def stamps(
     try:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding tells
+    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding reports
 
 def case_key(
     plan: Plan,

@@ -241,7 +241,7 @@ def natural_grid(
             if is_picture(file): return (1, *read_picture(file).shape[2:]), manifest.card.spacing
             image = read_image(file)
             return image.GetSize()[::-1], image.GetSpacing()[::-1]
-        except Exception: continue  # it is told when the case is checked
+        except Exception: continue  # it is reported when the case is checked
     return (16, 64, 64), manifest.card.spacing
 
 def check_manifest(

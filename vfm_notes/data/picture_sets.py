@@ -58,7 +58,7 @@ def picture_card(name: str, title: str, licence: str, source: str, citation: str
 def grade_name(
     label: int | str,  # as published: a number from 0
     names: Sequence[str],  # of the grades
-) -> str:  # a name, or the label itself where it has none (which is then told)
+) -> str:  # a name, or the label itself where it has none (which is then reported)
     "Return the name of a published label."
     text = str(label)
     return names[int(text)] if text.isdecimal() and int(text) < len(names) else text
