@@ -131,7 +131,7 @@ def open_folder(
     "Open a model of transformers from a folder or the hub."
     import transformers
     told = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error() # the key report says it better
+    transformers.logging.set_verbosity_error() # the key report is more precise
     transformers.logging.disable_progress_bar()
     try: model, info = getattr(transformers, NETS[name][0]).from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError) as e:

