@@ -20,7 +20,7 @@ from ..foundation.spec import PretrainSpec
 
 # %% ../../nbs/435_objective_card.ipynb #b1bf659f
 FAMILIES = ("reconstruction", "contrast", "adversarial", "diffusion")
-SHOWN = ("pictures", "neighbours")  # what tells how far it is: volumes that it made, or cases that it finds alike
+SHOWN = ("pictures", "neighbours")  # what reports how far it is: volumes that it made, or cases that it finds alike
 
 @dataclass(frozen=True)
 class ObjectiveCard:

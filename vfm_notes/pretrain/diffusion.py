@@ -105,7 +105,7 @@ class Diffusion(nn.Module):
 
 # %% ../../nbs/43_diffusion.ipynb #d009805e
 def clean(
-    objective: Diffusion, # says which prediction it is
+    objective: Diffusion, # states which prediction it is
     answer: Tensor, # b c d h w, the network's
     noisy: Tensor, # b c d h w
     t: Tensor, # b, steps

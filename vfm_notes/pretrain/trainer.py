@@ -266,7 +266,7 @@ class Keeper:
     minutes: float = 10.0  # between two checkpoints
     stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
     last: float = field(default_factory=time.monotonic)
-    hurried: bool = False  # is there a checkpoint since it was asked to stop?
+    hurried: bool = False  # is there a checkpoint since the stop was requested?
     told: float = -math.inf  # when the curves were written
 
     @property

@@ -54,7 +54,7 @@ class NTXent(nn.Module):
         super().__init__()
         if temperature <= 0: raise VfmError(f"nt_xent: temperature is {temperature}, expected a positive number.")
         e, self.backbone, self.temperature, self.how = backbone.embed_dim, backbone, temperature, views
-        augment(self.how) # tells a misspelt name now
+        augment(self.how) # reports a misspelt name now
         self.projector = nn.Sequential(nn.Linear(e, e), nn.ReLU(), nn.Linear(e, projection))
 
     def project(self, x: Tensor) -> Tensor: return self.projector(self.backbone.embed(x)) # b c d h w → b f
