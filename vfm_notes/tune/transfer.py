@@ -257,7 +257,7 @@ def transfer(
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch with the validation score
     keeper: Keeper = Keeper(),  # where checkpoints go
-    start: Start = Start(),  # what the weights' plan says, see backbones.adaptation
+    start: Start = Start(),  # what the weights' plan states, see backbones.adaptation
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
     cohort, meter = run_cohort(spec), Meter()
