@@ -75,7 +75,7 @@ def run_job(
     engine: str | None = "forked",  # papermill engine
     retry: bool = False,  # compute failed runs again
     limit: float = 0.0,  # minutes that a run may take, 0: any
-) -> str:  # "ran", "nothing to do", "busy" (another runner has it) or "left" (it was asked to)
+) -> str:  # "ran", "nothing to do", "busy" (another runner has it) or "left" (a stop was requested)
     "Execute a job until each of its runs has a record, done or failed."
     with needing_space(runs_root()), job_lock(study, job.name) as mine, listening(ask_kernels):
         if not mine: return "busy"
@@ -137,7 +137,7 @@ def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
     for job in jobs:
         try: file = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["template"]
         except (OSError, ValueError): file = str(job.template)
-        except KeyError: continue  # it is at work, and tells its template at its end
+        except KeyError: continue  # it is at work, and reports its template at its end
         if file not in now: now[file] = template_hash(Path(file)) if Path(file).is_file() else ""
         made = [h for id in job.runs if (h := records.get(id, {}).get("template_hash"))]
         if other := sum(h != now[file] for h in made): found[file] = found.get(file, 0) + other
@@ -179,7 +179,7 @@ class Batch:
     until: float = float("inf")  # no notebook is started after this (time.monotonic)
     limit: float = 0.0  # minutes that a run may take, 0: any
     stopped: str = ""  # why it ends early
-    patience: float = float("inf")  # once asked to leave: until when what runs is waited for (time.monotonic)
+    patience: float = float("inf")  # once a stop is requested: until when what runs is waited for (time.monotonic)
 
     def ready(self, job: Job) -> bool:
         "Return whether the jobs that this one needs are done, and nobody else is at work on it."
@@ -303,7 +303,7 @@ def run_study(
     retry_failed: bool = False,
     templates: Path | None = None,  # a folder with one's own templates
     engine: str | None = "forked",  # papermill engine; None: papermill's own
-    profile: Path | None = None,  # a file with what each job asks for, of this machine or of the cluster
+    profile: Path | None = None,  # a file with what each job requests, of this machine or of the cluster
     seeds: str | None = None,  # e.g. "0-4,7"
     part: str | None = None,  # "i/n": every n-th notebook, beginning with the i-th
     max_hours: float | None = None,  # no notebook is started after this time

@@ -50,7 +50,7 @@ def die_with_parent(
 ) -> None:
     "Make the system kill this process when its parent ends."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent: os._exit(1)  # it ended before we asked
+    if os.getppid() != parent: os._exit(1)  # it ended before the call
 
 def set_threads(n: int) -> None:
     "Let the libraries that are already loaded use `n` threads."

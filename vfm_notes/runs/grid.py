@@ -56,7 +56,7 @@ def unavailable(
     "Return why a cohort cannot be used here, found without loading it."
     import vfm_notes.data.datasets  # registers the real ones; no torch
     from vfm_notes.data.load import layout_folder
-    if cohort not in cohorts and ":" not in cohort: return ""  # a wrong name is told when all names are checked
+    if cohort not in cohorts and ":" not in cohort: return ""  # a wrong name is reported when all names are checked
     try: layout_folder(cohort) if ":" in cohort else cohorts.card(cohort).get("fingerprint", str)()
     except VfmError as error: return str(error)
     return ""
@@ -175,7 +175,7 @@ def plan(
     kinds = chosen.pop("kind", set(SPECS))
     runs = [s for s in run_specs(study) if matches(s, chosen)] if kinds & {"transfer", "external"} else []
     needed = {s.parent for s in runs}
-    alone = "pretrain" in kinds and set(chosen) <= {"backbone"}  # asked for by itself, not through a run
+    alone = "pretrain" in kinds and set(chosen) <= {"backbone"}  # requested by itself, not through a run
     made = [s for s in pretrain_specs(study) if run_id(s) in needed or (alone and matches(s, chosen))]
     weights = [Job(f"pretrain-{s.backbone}", "pretrain", template_of("pretrain", templates), job_parameters(study.name, [s]), (s,)) for s in made]
     transfers = transfer_jobs(study.name, runs, weights, template_of("transfer", templates), tuple(study.search))

@@ -152,7 +152,7 @@ class Queued:
         "Return None while it waits or runs; 0 with a result, 1 without."
         if self.returncode is None:
             seen = self.states()
-            if seen is self.last: return None  # nothing new, so the disk is not asked either
+            if seen is self.last: return None  # nothing new, so the disk is not read either
             self.last = seen
             self.absent = 0 if self.id in seen else self.absent + 1  # a file may come late on a shared disk, so look three times
             if self.result.exists(): self.returncode = 0

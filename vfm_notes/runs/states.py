@@ -15,7 +15,7 @@ from .grid import Job, run_states
 STATES = {
     "done": "it has a record", "failed": "its record states what went wrong", "damaged": "its record or one of its files cannot be read",
     "running": "its notebook is at work", "queued": "its notebook waits in a cluster's queue", "missing": "nothing has been computed yet",
-    "skipped": "it cannot run here, for a stated reason"}  # in the order in which they are told
+    "skipped": "it cannot run here, for a stated reason"}  # in the order in which they are reported
 OPEN = ("running", "queued", "missing")  # still to be computed
 
 # %% ../../nbs/712_states.ipynb #445c0d29

@@ -24,8 +24,8 @@ class Look:
     states: dict  # run id → one of runs.states.STATES
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
-    text: str = ""  # what the notebook says it does
-    said: float = 0.0  # when it said so, seconds since 1970
+    text: str = ""  # what the notebook reports to do
+    said: float = 0.0  # when it reported that, seconds since 1970
     queued: str = ""  # where it is in a cluster's queue
 
     @property
@@ -41,7 +41,7 @@ def look_at(
     study: str,  # name of the study
     job: Job,
     records: dict,  # run id → record
-    queued: str = "",  # what a cluster's queue says of it
+    queued: str = "",  # what a cluster's queue reports of it
 ) -> Look:
     "Find out how a job stands now."
     since = running_since(study, job.name)
