@@ -83,7 +83,7 @@ def verdict(
 # %% ../../nbs/86_probes.ipynb #962ffe22
 def headline(
     table: pd.DataFrame, # of `gains`
-) -> str: # what the page's title says
+) -> str: # the page's title
     "Return how many objectives help, backbone by backbone."
     def one(b: str, g: pd.DataFrame) -> str:
         of = {v: g[g.verdict == v].objective.nunique() for v in ("raises", "lowers")}
