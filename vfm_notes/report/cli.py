@@ -98,7 +98,7 @@ def print_summary(summary) -> None:
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
 
-def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table tells the rest
+def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table lists the rest
     "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
     if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; all with their errors: vfm table {summary.study} -o failed.csv")

@@ -74,7 +74,7 @@ def as_html(
 # %% ../../nbs/91_convert.ipynb #b8eb55ae
 def cut(
     content: str,  # plain text
-    whole: str,  # HTML that says where the whole is
+    whole: str,  # HTML that states where the whole is
 ) -> list[dict]:  # notebook outputs
     "Keep the beginning and the end of a long text."
     head, tail = content[:LIMIT["text"] * 3 // 4], content[-LIMIT["text"] // 4:]
@@ -89,7 +89,7 @@ def stream(content: str) -> dict: return {"output_type": "stream", "name": "stdo
 def convert_output(
     out: dict,  # one output of a code cell
     key: str,  # unique name, for downloads
-    whole: str,  # HTML that says where the whole notebook is
+    whole: str,  # HTML that states where the whole notebook is
 ) -> list[dict]:  # outputs for the page
     "Make an output fit for a static page."
     if out["output_type"] == "stream":
@@ -192,7 +192,7 @@ def to_page(
     nb: dict,  # executed notebook
     options: dict,  # the page's front matter
     name: str,  # of the page's file, without its ending
-    whole: str = "",  # HTML that says where the whole notebook is
+    whole: str = "",  # HTML that states where the whole notebook is
     fold: bool = True,  # show code, folded
 ) -> dict:  # notebook to render
     "Convert an executed notebook to a page."

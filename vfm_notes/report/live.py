@@ -35,7 +35,7 @@ class Training:
     name: str  # run id, or what the caller calls it
     epochs: int  # wanted
     rows: list  # epoch, seconds of training, name, value
-    told: float  # when it said so, seconds since 1970
+    told: float  # when it reported that, seconds since 1970
 
     @property
     def epoch(self) -> int: return max((r[0] for r in self.rows), default=0)
@@ -159,8 +159,8 @@ def study_line(
 
 # %% ../../nbs/97_live.ipynb #74798703
 def live_training(
-    study: str = "",  # a study in nbs/studies, or the path of a .yaml file; "": only what this notebook tells it
-    every: float = 2.0,  # seconds between two looks; 0: only when it is told to (`.refresh()`)
+    study: str = "",  # a study in nbs/studies, or the path of a .yaml file; "": only what this notebook reports to it
+    every: float = 2.0,  # seconds between two looks; 0: only when it is requested to (`.refresh()`)
 ) -> LiveTraining:  # draws itself
     "Show a study while it trains."
     return LiveTraining(study, every)

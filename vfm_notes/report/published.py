@@ -56,7 +56,7 @@ def cohort_people(
     folders, cases, patients = cohort_folders(study), set(), set()
     for folder in folders.values():
         try: table = read_manifest(folder).table
-        except VfmError: continue  # told elsewhere; marks hold names, too
+        except VfmError: continue  # reported elsewhere; marks hold names, too
         cases, patients = cases | {*table.get("case", ())}, patients | {*table.get("patient", ())}
     if load and study.cohort not in folders:
         try: made = load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
@@ -166,7 +166,7 @@ def publication(
     names = {study.cohort: None, (study.external or {}).get("cohort"): None} | cohort_folders(study)
     for name, folder in names.items():
         try: card, more = read_card(folder/"card.yaml") if folder else (None, {})
-        except VfmError: card, more = None, {}  # the data page says what is wrong with it
+        except VfmError: card, more = None, {}  # the data page states what is wrong with it
         short = card.name if card else "cohort"
         if folder: folders |= {folder: short, folder/more.get("root", "."): short}
         if name and "/" in name and telling(last := Path(name).name): machines[last] = short

@@ -165,7 +165,7 @@ def plain_script(
 # %% ../../nbs/927_quarto.ipynb #7b4866d0
 def without_modules(
     page: Path,  # a rendered page; changed in place
-    footer: str,  # what it says it was made from
+    footer: str,  # what it claims to be made from
 ) -> None:
     "Let a page load plain scripts, and renew its footer."
     text = page.read_text(encoding="utf-8")
