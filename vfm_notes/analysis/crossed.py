@@ -218,7 +218,7 @@ def crossed_table(
     gains: pd.DataFrame,  # from gain_table
     layer: str = "embed",
     draws: int = DRAWS,
-) -> pd.DataFrame:  # a row per distance and outcome; `says`: a sentence
+) -> pd.DataFrame:  # a row per distance and outcome; `says`: the finding as a sentence
     "Return every distance against every outcome."
     cells, rows = outcomes(tables, gains), []
     for when, first in MOMENTS.items():

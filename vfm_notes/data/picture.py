@@ -53,7 +53,7 @@ def jpeg_problem(data: bytes) -> str:  # "" when all is well
 # %% ../../nbs/135_picture.ipynb #f87ada04
 def exif_orientation(
     table: bytes,  # as a TIFF file begins
-) -> int:  # 1 to 8; 1 is upright, also where it is not said
+) -> int:  # 1 to 8; 1 is upright, also where it is not stated
     "Return how a picture has to be turned, by the tag 0x0112."
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(table[:4])
     if not order or len(table) < 8: return 1

@@ -257,7 +257,7 @@ def pair_distances(
     return [histogram_distance(x["quantiles"][sequence], y["quantiles"][sequence]) for x, y in pairs]
 
 # %% ../../nbs/166_realism.ipynb #9f6b8d9b
-PUBLISHED = (  # tissue, quantity, published mean ± sd or range, source; 3 T unless said
+PUBLISHED = (  # tissue, quantity, published mean ± sd or range, source; 3 T unless stated
     ("peripheral", "T2, ms", "149 ± 49", "Simpkin et al., Br J Radiol 2013"), ("peripheral", "T2, ms", "149 ± 32", "Liu et al., Magn Reson Med 2011"),
     ("transition", "T2, ms", "125 ± 26", "Simpkin et al., Br J Radiol 2013"), ("transition", "T2, ms", "74 ± 9, whole prostate", "de Bazelaire et al., Radiology 2004"),
     ("peripheral", "ADC, 1e-6 mm²/s", "1680 ± 215", "Simpkin et al., Br J Radiol 2013"), ("peripheral", "ADC, 1e-6 mm²/s", "1800 ± 270", "Tamada et al., J Magn Reson Imaging 2008"),

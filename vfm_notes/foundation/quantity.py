@@ -99,7 +99,7 @@ def rounded(
 def told(
     value: float,
     kind: str,  # of KINDS
-    of: str = "",  # what the number is of, e.g. "rpg, segmentation, a.x, full, 40"; "": of nothing that is said twice
+    of: str = "",  # what the number is of, e.g. "rpg, segmentation, a.x, full, 40"; "": of nothing that is written twice
     metric: str = "",  # for score and difference
     unit: bool = False,  # write the kind's unit behind
 ) -> str:  # "missing" where there is none

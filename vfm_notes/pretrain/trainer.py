@@ -302,7 +302,7 @@ def train(
     keeper: Keeper = Keeper(),
     each: Callable[[], None] = lambda: None,  # called after every step, outside the clock
     carried: dict | None = None,  # plain values and tensors that checkpoints keep, changed in place
-    enough: Callable[[int], bool] = lambda epoch: False,  # asked after every epoch: shall it end early?
+    enough: Callable[[int], bool] = lambda epoch: False,  # called after every epoch: shall it end early?
 ) -> list:  # curves
     "Take all steps, from the beginning or from a checkpoint."
     carried = {} if carried is None else carried
@@ -319,7 +319,7 @@ def train(
         rows[:] = [tuple(r) for r in kept["rows"]]
         carried.update(kept["carried"])
     team = trainer.team
-    def leave() -> bool:  # asked once and kept at once: a request between the two would lose the epoch
+    def leave() -> bool:  # read once and kept at once: a request between the two would lose the epoch
         asked = team.agree(keeper.stop())
         if asked and team.main and keeper.path: save()
         return asked

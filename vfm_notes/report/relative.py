@@ -72,7 +72,7 @@ def published_device(device: str) -> str:  # as a record has it
 
 def machine_words(
     records: Iterable[dict],  # of a study
-) -> dict[str, str]:  # what identifies a machine or its user → what a report says instead
+) -> dict[str, str]:  # what identifies a machine or its user → what a report has instead
     "Collect what distinguishes machines."
     records = list(records)
     hosts = {socket.gethostname(), *(r.get("host") or "" for r in records)}

@@ -300,5 +300,5 @@ def volume_viewer(
     if strange := [k for k in second if k not in rows]: raise VfmError(f"volume_viewer: 'after' has '{strange[0]}', expected some of: {', '.join(rows)}.")
     if len(masks) > len(OUTLINES): raise VfmError(f"volume_viewer: the overlay has {len(masks)} labels, expected at most {len(OUTLINES)}, one for each colour; pass some of them as name → mask.")
     given = {k: (window.get(k) if isinstance(window, Mapping) else window) or window_of(v, k in signed) for k, v in rows.items()}
-    windows = {k: tuple(float(f"{end:.3g}") for end in ends) for k, ends in given.items()}  # as it is said
+    windows = {k: tuple(float(f"{end:.3g}") for end in ends) for k, ends in given.items()}  # as it is written
     return VolumeViewer(Scene(rows, masks, windows, tuple(spacing), second, signed, tuple(said)), title, width)

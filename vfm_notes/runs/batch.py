@@ -307,7 +307,7 @@ def run_study(
     seeds: str | None = None,  # e.g. "0-4,7"
     part: str | None = None,  # "i/n": every n-th notebook, beginning with the i-th
     max_hours: float | None = None,  # no notebook is started after this time
-    limit: float | None = None,  # minutes that a run may take, 0: any; None: as the study says
+    limit: float | None = None,  # minutes that a run may take, 0: any; None: as in the study
 ) -> Summary:
     "Compute what a study has not got yet."
     begun, study = time.monotonic(), load_study(name_or_path)

@@ -338,7 +338,7 @@ def report_progress(
     try:
         part.write_text(json.dumps({"done": done, "total": total, "text": text, "run": _last["run"]}))
         os.replace(part, target)
-    except OSError: part.unlink(missing_ok=True)  # a full disk ends no training; it is told when something has to be kept
+    except OSError: part.unlink(missing_ok=True)  # a full disk ends no training; it is reported when something has to be kept
 
 # %% ../../nbs/70_record.ipynb #3ab91753
 @contextmanager

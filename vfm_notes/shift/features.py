@@ -86,7 +86,7 @@ def distance_to_pretraining(
     after: dict[str, Tensor],  # layer -> (n, f), same cases
     permutations: int = 1000,  # swaps within pairs
     seed: int = 0,
-    pooling: str = "mean over positions",  # what layers() did, in words; only told
+    pooling: str = "mean over positions",  # what layers() did, in words; for the record only
 ) -> pd.DataFrame:  # a row per layer, early to late
     "Measure the distance to pretraining of every layer, with its paired p-value and all that it depends on."
     check_layers(before, after)

@@ -51,7 +51,7 @@ def merge(
 def lora(
     model: Network,
     rank: int = 4,
-    alpha: float | None = None,  # the update counts alpha/rank; nothing said: 1
+    alpha: float | None = None,  # the update counts alpha/rank; default: 1
     targets: Literal["attention", "linear", "conv", "all"] = "linear",
 ) -> Tuning:
     "Train low-rank updates of the encoder's layers, and the head."

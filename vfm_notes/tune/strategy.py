@@ -185,7 +185,7 @@ def check_fraction(name: str, fraction: float) -> float:
 @strategies("top", title="last blocks", pretrained=True)
 def top(
     model: Network,
-    k: int | None = None,  # blocks, counted from the last; 1 when nothing else is said
+    k: int | None = None,  # blocks, counted from the last; 1 by default
     from_: int | None = None,  # first block that is trained, counted from 1
     fraction: float | None = None,  # share of the encoder's tensors, the last ones
 ) -> None:
@@ -203,7 +203,7 @@ def top(
 @strategies("decoder", title="frozen encoder", pretrained=True)
 def decoder(
     model: Network,
-    fraction: float | None = None,  # share of the encoder's tensors that is frozen, the first ones; nothing said: all
+    fraction: float | None = None,  # share of the encoder's tensors that is frozen, the first ones; default: all
 ) -> None:
     "Train what the task puts on the encoder, and the encoder's last tensors where a fraction is given."
     count = len(list(model.backbone.parameters()))

@@ -213,7 +213,7 @@ def frozen_data(
     model: Network,  # after its strategy
     data: dict[str, TaskData],
     weights_hash: str,
-    meter: Meter | None = None,  # told what an earlier run computed for this one
+    meter: Meter | None = None,  # is given what an earlier run computed for this one
 ) -> tuple[Cached, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
     "Return the features that a head on a frozen encoder is trained on."
     key = cell(spec, weights_hash), weights_hash or spec.seed, strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
