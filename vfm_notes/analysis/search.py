@@ -81,7 +81,7 @@ def search_words(
     agreed: pd.DataFrame,  # from agreement
 ) -> str:  # a sentence without its full stop
     "Return what became of the ranking."
-    if agreed.empty: return "No search is complete for two backbones yet, so nothing can be said about their ranking"
+    if agreed.empty: return "No search is complete for two backbones yet, so their ranking is unknown"
     same, other = int((agreed.tau > 1 - 1e-9).sum()), int((~agreed.same_best).sum())
     first = "never changes" if not other else f"changes in {other} of {len(agreed)}"
     return f"The order of the backbones at a fixed setting is that of the chosen settings in {same} of {len(agreed)} comparisons (mean Kendall's τ {told(float(agreed.tau.mean()), 'tau', 'mean tau of the search')}); the best backbone {first}"
