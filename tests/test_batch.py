@@ -220,7 +220,7 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     assert (
         states(toy.jobs[0]) == [None]
         and made.ran == 0
-        and f"lost    {toy.jobs[0].name}: gone The same command goes on." in show
+        and f"lost    {toy.jobs[0].name}: gone The same command continues." in show
     )
 
 
@@ -253,7 +253,7 @@ def test_a_batch_that_is_asked_to_leave_starts_nothing_more(toy, monkeypatch):
     monkeypatch.setattr(batch, "asked", lambda: signal.SIGTERM)
     made, show = run(toy, pool := Pool("toy"))
     assert (
-        pool.asked == [] and made.stopped == "Asked to leave (SIGTERM); the same command goes on." and not made.pending
+        pool.asked == [] and made.stopped == "Stop requested (SIGTERM); the same command continues." and not made.pending
     )
 
 

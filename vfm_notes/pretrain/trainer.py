@@ -324,7 +324,7 @@ def train(
         if asked and team.main and keeper.path: save()
         return asked
     while trainer.epoch <= trainer.recipe.epochs and not team.agree(enough(trainer.epoch - 1)):
-        if leave(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as requested{'; the next start goes on from there' if keeper.path else ''}.")
+        if leave(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as requested{'; the next start continues from there' if keeper.path else ''}.")
         epoch, logs = trainer.epoch, guarded(trainer, between if team.main else lambda: None, keeper)
         if not team.main: continue  # the first one looks and writes
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]

@@ -79,7 +79,7 @@ def run(
         return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        print("Interrupted. The same command continues where it stopped.", file=sys.stderr)
         raise typer.Exit(130) from None
     print_summary(summary)
     raise typer.Exit(summary.status)
@@ -101,7 +101,7 @@ def print_summary(summary) -> None:
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table lists the rest
     "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
-    if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; all with their errors: vfm table {summary.study} -o failed.csv")
+    if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; for all with their errors: vfm table {summary.study} -o failed.csv")
     lines += [f"stopped {job}: its runs are done, but the notebook stopped at {error}" for job, error in list(summary.problems.items())[:shown]]
     if len(summary.problems) > shown: lines.append(f"stopped {len(summary.problems) - shown} more notebooks; see their logs")
     return lines

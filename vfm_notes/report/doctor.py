@@ -132,7 +132,7 @@ def check_programs() -> Iterator[Check]:
     try: asked = subprocess.run(["sinfo", "-h", "-o", "%P %a %D nodes"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error: asked = subprocess.CompletedProcess([], 1, "", str(error))
     partitions = "; ".join(asked.stdout.split("\n")[:5]).strip("; ")
-    yield Check("slurm", "note" if asked.returncode else "ok", f"sinfo does not answer: {(asked.stderr.strip().splitlines() or ['it says nothing'])[-1]}" if asked.returncode else partitions, "sbatch is installed, but no controller can be reached from here." if asked.returncode else "")
+    yield Check("slurm", "note" if asked.returncode else "ok", f"sinfo does not answer: {(asked.stderr.strip().splitlines() or ['no message'])[-1]}" if asked.returncode else partitions, "sbatch is installed, but no controller can be reached from here." if asked.returncode else "")
 
 # %% ../../nbs/985_doctor.ipynb #96fba0b2
 def check_study(

@@ -194,7 +194,7 @@ class Batch:
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
     if self.pending and time.monotonic() > self.until:
-        show.say(f"the time is over: {len(self.pending)} notebooks are left for another time; what runs goes on to its end")
+        show.say(f"the time is over: {len(self.pending)} notebooks are not started; running ones finish")
         self.pending.clear()
     for job in [j for j in self.pending if self.ready(j)]:
         self.pending.remove(job)
@@ -224,7 +224,7 @@ def collect(self: Batch, show: Display) -> None:
             if died: show.say(f"again   {name}: {error}")
             continue
         if isinstance(error, Lost):
-            show.say(f"lost    {name}: {error} The same command goes on.")
+            show.say(f"lost    {name}: {error} The same command continues.")
             continue
         if error: blame(self.study, job, {"type": type(error).__name__, "message": str(error)})
         self.ran += 1
@@ -263,7 +263,7 @@ def drop(self: Batch) -> None:
 
 def leave(self: Batch, show: Display) -> None:
     "Start nothing more, and let what runs come to a good place."
-    self.stopped = f"Asked to leave ({signal.Signals(asked()).name}); the same command goes on."
+    self.stopped = f"Stop requested ({signal.Signals(asked()).name}); the same command continues."
     self.drop()
     self.patience = time.monotonic() + (grace() + 15 if self.executor.leave() else 0)
     if self.running: show.say(f"stop requested: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")

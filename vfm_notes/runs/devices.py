@@ -108,7 +108,7 @@ class Slots:
         self.processes = processes
         self.free = {d.name: int(d.memory // memory) if memory else 1 for d in devices}
         if memory and not any(self.free.values()): raise VfmError(f"A notebook needs {memory:g} GiB of a GPU, and the largest here has {max((d.memory for d in devices), default=0):.1f} GiB free: lower gpu_memory or wait for the others.")
-        if sum(map(bool, self.free.values())) < processes: raise VfmError(f"A training in {processes} processes needs {processes} GPUs, and {sum(map(bool, self.free.values()))} can be had: lower processes, or --gpus none for the CPU.")
+        if sum(map(bool, self.free.values())) < processes: raise VfmError(f"A training in {processes} processes needs {processes} GPUs, and {sum(map(bool, self.free.values()))} are free: lower processes, or --gpus none for the CPU.")
 
     def take(self) -> tuple[str, ...] | None:  # names of GPUs; None: all places are taken
         "Take a place on as many GPUs as a notebook needs."

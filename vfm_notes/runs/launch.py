@@ -114,7 +114,7 @@ def look_on(self: Helpers) -> None:
     "End this process when it waits for one that is gone."
     while not self.over.wait(0.5):
         if (lost := self.lost()) and not self.over.wait(30):
-            say(f"{lost}, and this one waits for it in vain: it is ended.")
+            say(f"{lost}; this process waited for it and is ended.")
             os.kill(os.getpid(), signal.SIGKILL)
 
 def end(self: Helpers, seconds: float) -> None: # seconds that they may take

@@ -104,7 +104,7 @@ def look(
     except FileNotFoundError: return None, "record.json is missing" if os.path.isdir(folder) else ""
     except (ValueError, NotADirectoryError) as e: return None, f"record.json is not readable ({e})"
     except OSError as e:
-        raise VfmError(f"{folder} cannot be read ({e.strerror}): ask its owner, or use another VFM_RUNS.") from None
+        raise VfmError(f"{folder} cannot be read ({e.strerror}): change its permissions, or use another VFM_RUNS.") from None
     if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= record.keys():
         return None, "record.json is not a record"
     if record["schema"] != SCHEMA:

@@ -287,7 +287,7 @@ def leave(self: SlurmExecutor) -> bool:  # not worth waiting for
 def shutdown(self: SlurmExecutor) -> None:
     "Leave the queue as it is: what was sent goes on."
     going = [f.process.id for f in self.active if not f.done()]
-    if going: say(f"{len(going)} Slurm jobs go on without this command ({going[0]} ...): the same command finds them again; `scancel -n vfm` stops them.")
+    if going: say(f"{len(going)} Slurm jobs continue without this command ({going[0]} ...): the same command finds them again; `scancel -n vfm` stops them.")
 
 for method in (find, send, pump, why, end, leave, shutdown): setattr(SlurmExecutor, method.__name__, method)
 SlurmExecutor.__enter__ = lambda self: self
