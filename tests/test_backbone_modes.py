@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from vfm_notes.backbones.protocol import backbone_card, blocks, checkpoint_blocks
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones
-from vfm_notes.tune import catalog # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 
 NAMES, QUICK = list(backbones), ("profound_toy", "efficientnet_toy", "dinov2_small", "simple_mhl")
 

@@ -61,7 +61,7 @@ def test_commands_parse(name):
 
 def test_a_wrong_command_would_be_noticed():
     for wrong in ("vfm rum study.yaml", "vfm run study.yaml --shards 1/3", "vfm data import table", "vfm status"):
-        with pytest.raises(Exception): parse(wrong)  # noqa: PT011: click's or our own
+        with pytest.raises(Exception): parse(wrong)  # noqa: B017 (click's or our own)
 
 
 def test_commands_of_a_new_folder_parse(tmp_path):

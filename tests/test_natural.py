@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import vfm_notes.backbones.natural as natural
-import vfm_notes.backbones.profound_layouts # noqa: F401 (registers)
-import vfm_notes.backbones.promptable # noqa: F401 (registers)
-import vfm_notes.backbones.provicnet_layouts # noqa: F401 (registers)
+import vfm_notes.backbones.profound_layouts  # registers
+import vfm_notes.backbones.promptable  # registers
+import vfm_notes.backbones.provicnet_layouts  # registers
 from vfm_notes.backbones.lifted import LIFTS, Lifted, inflate
 from vfm_notes.backbones.keys import build_tiny, compare, load_weights
 from vfm_notes.backbones.weights import weights, weights_card

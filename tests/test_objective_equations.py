@@ -155,7 +155,7 @@ def test_centre_and_teacher_follow_their_recursions():
     student = nn.Linear(3, 4).double()
     teacher = Teacher(student, 4, momentum=0.8, centre_momentum=0.7).double()
     w, c = [student.weight.detach().clone()], torch.zeros(4, dtype=torch.float64)
-    for step in range(5):
+    for _ in range(5):
         views = [torch.randn(6, 3, dtype=torch.float64) for _ in range(2)]
         out = torch.cat([v @ w[-1].T + teacher.net.bias for v in views])
         assert torch.allclose(torch.cat(teacher(views)), out, atol=1e-12)

@@ -13,7 +13,7 @@ import pytest
 
 import vfm_notes
 from vfm_notes.data.prostate_layouts import save, toy_case
-from vfm_notes.foundation.places import library_notebooks, package_root, project_root
+from vfm_notes.foundation.places import library_notebooks, package_root
 from vfm_notes.report.convert import joined, read_notebook
 
 ROOT = package_root().parent

@@ -9,7 +9,7 @@ import segmenters
 import torch
 from torch.nn import functional as F
 
-import vfm_notes.backbones.natural # noqa: F401 (registers)
+import vfm_notes.backbones.natural  # registers
 import vfm_notes.backbones.promptable as promptable
 import vfm_notes.backbones.volumetric as volumetric
 from vfm_notes.backbones.keys import compare, load_backbone

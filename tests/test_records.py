@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
 
 from vfm_notes.foundation.places import run_folder, study_root
 from vfm_notes.foundation.registry import VfmError
@@ -244,10 +245,10 @@ def consistent(record) -> bool:
 
 
 def test_kill_in_the_middle_of_writing_leaves_no_half_record(runs_root, tmp_path, capsys):
-    rng, process, seen, hidden, round = random.Random(0), writer("fork", tmp_path), set(), 0, 0
-    while round < 15 or (round < 200 and (len(seen) < 8 or not hidden)):  # on a busy machine a kill hits nothing more often
-        round += 1
-        process.stdin.write(f"{round}\n")
+    rng, process, seen, hidden, turn = random.Random(0), writer("fork", tmp_path), set(), 0, 0
+    while turn < 15 or (turn < 200 and (len(seen) < 8 or not hidden)):  # on a busy machine a kill hits nothing more often
+        turn += 1
+        process.stdin.write(f"{turn}\n")
         pid = int(process.stdout.readline())
         time.sleep(rng.uniform(0, 0.15))
         os.kill(pid, signal.SIGKILL)
@@ -274,7 +275,7 @@ def test_a_reader_never_sees_half_of_a_replacement(runs_root, tmp_path, capsys):
 
 def test_a_failing_write_leaves_what_was_there(runs_root):
     before = write()
-    with pytest.raises(Exception): write_record(run_folder("s", run_id(SPEC)), new_record(SPEC, "s"), weights={"w": "no array"})
+    with pytest.raises(SafetensorError): write_record(run_folder("s", run_id(SPEC)), new_record(SPEC, "s"), weights={"w": "no array"})
     assert read_record(run_folder("s", run_id(SPEC))) == before and len(list(study_root("s").iterdir())) == 1
 
 

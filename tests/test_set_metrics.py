@@ -12,7 +12,7 @@ from vfm_notes.analysis import set_metrics
 from vfm_notes.analysis.gain import Pair, _scores, bootstrap, exchange_test, match
 from vfm_notes.analysis.set_metrics import SET_METRICS, columns_of, exchanged, set_metric, weighted_auc
 from vfm_notes.foundation.registry import tasks
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.transfer import build_model, run_data
 
 NAMES = list(tasks)

@@ -16,9 +16,9 @@ from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError, cohorts, tasks
 from vfm_notes.foundation.spec import RunSpec, load_study, run_specs
 from vfm_notes.nets.decoder import Network
-from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.case_task import corn_loss, corn_probabilities
-from vfm_notes.tune.fit import fit, predict, training_batches
+from vfm_notes.tune.fit import predict
 from vfm_notes.tune.lesions import Candidate, Found, average_precision, candidates, match
 from vfm_notes.foundation.quantity import METRICS
 from vfm_notes.tune.metric import f1, hits, r2, recall_parts

@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec
-from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.pretrain.trainer import rate
 from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.metric import auc, dice_per_class, hausdorff_per_class, one_hot, psnr, quadratic_kappa, ssim

@@ -4,7 +4,7 @@ import torch
 
 pytest.importorskip("monai")
 from segmenters import Segmenter
-import vfm_notes.backbones.sulcal # noqa: F401 (registers)
+import vfm_notes.backbones.sulcal  # registers
 import vfm_notes.backbones.volumetric as v
 from vfm_notes.backbones.keys import build_tiny, compare
 from vfm_notes.backbones.weights import weights

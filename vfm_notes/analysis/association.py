@@ -13,7 +13,6 @@ from math import factorial, prod
 
 import numpy as np
 import pandas as pd
-from einops import rearrange
 from scipy.stats import rankdata
 
 # %% ../../nbs/83_association.ipynb #fd359851

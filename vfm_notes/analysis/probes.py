@@ -73,11 +73,11 @@ def verdict(
     objective: str, # registered name
     title: str, # for readers
     table: pd.DataFrame, # of `gains`, all objectives and backbones
-    refused: dict[str, str] = {}, # backbone → why it was not measured there
+    refused: dict[str, str] | None = None,  # backbone → why it was not measured there
 ) -> str: # one sentence
     "What was found about one objective."
     own = table[table.objective == objective]
-    parts = [f"on {b} it {told_on(g)}" for b, g in own.groupby("backbone", sort=False)] + [f"{b} is no backbone for it" for b in refused]
+    parts = [f"on {b} it {told_on(g)}" for b, g in own.groupby("backbone", sort=False)] + [f"{b} is no backbone for it" for b in refused or {}]
     return f"{title[0].upper()}{title[1:]}: {'; '.join(parts)}." if parts else f"{title[0].upper()}{title[1:]}: not measured."
 
 # %% ../../nbs/86_probes.ipynb #962ffe22

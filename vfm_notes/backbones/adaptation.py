@@ -81,7 +81,7 @@ def pick_channels(
     return None
 
 # %% ../../nbs/312_adaptation.ipynb #90c59226
-@dataclass
+@dataclass(frozen=True)
 class Start:
     "What a run begins with."
     state: dict[str, Tensor] | None = None # of the backbone

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # %% ../../nbs/386_sulcus_nets.ipynb #6af88831
 from .specialists import OURS, Levels
-from .sulcal import SULCUS, EightCells, Headed, diffusion_maps, swin_maps
+from .sulcal import EightCells, Headed, diffusion_maps, swin_maps
 from .volumetric import NOTE, Volumetric
 from ..foundation.registry import backbones
 from ..nets.decoder import space_to_depth

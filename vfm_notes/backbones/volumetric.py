@@ -11,7 +11,6 @@ __all__ = ['CARD', 'NOTE', 'MEDICAL', 'Volumetric', 'turned', 'Steps', 'dense_ma
 import re
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 

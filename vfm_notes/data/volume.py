@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from .masks import mask_values

@@ -176,11 +176,11 @@ class Meter:
             "total": total, "host": self.memory.host_mib, "device": self.memory.device_mib, "gpu_hours": gpus() * total / 3600,
             "energy_j": None if self.joules is None or joules is None else joules - self.joules - self.left_out[1], "seconds": seconds}
 
-    def cost(self, training: float, waiting: float, per_epoch: list, parameters: dict, forward: dict, outside: dict = {}, **seconds: float) -> dict:
+    def cost(self, training: float, waiting: float, per_epoch: list, parameters: dict, forward: dict, outside: dict | None = None, **seconds: float) -> dict:
         "The field `cost` of a record, see `whole_cost`."
         self.lap(**seconds)
         self.memory.stop()
-        return whole_cost(list(self.carried["spent"].values()), {"training": training, "waiting": waiting, "per_epoch": per_epoch} | outside, parameters, forward)
+        return whole_cost(list(self.carried["spent"].values()), {"training": training, "waiting": waiting, "per_epoch": per_epoch} | (outside or {}), parameters, forward)
 
 # %% ../../nbs/065_meter.ipynb #56e06d95
 def total(values: list, how: Callable = sum) -> float | None:  # how: sum or max

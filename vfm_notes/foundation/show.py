@@ -187,7 +187,7 @@ def panel(
     for i, z in enumerate(at):
         data = base64.b64encode(png(windowed(volume[z], *window), diverging() if signed else None)).decode()
         out.append(f'<g transform="translate({x + i * (wide + 4):.1f} {y:.1f})"><image width="{wide:.1f}" height="{high:.1f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>')
-        for (name, mask), colour in zip(masks.items(), OUTLINES):
+        for mask, colour in zip(masks.values(), OUTLINES):
             path = outline(mask[z], (high / h, wide / w))
             if path: out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.3" stroke-linecap="square"/>')
         out.append("</g>")

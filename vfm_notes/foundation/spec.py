@@ -12,7 +12,7 @@ __all__ = ['Strategy', 'Spec', 'LATER', 'LOOKS', 'Axis', 'Searched', 'SEARCHABLE
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path

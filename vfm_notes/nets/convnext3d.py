@@ -207,7 +207,7 @@ class ConvNeXt3d(nn.Module):
                 keep: Tensor | None = None, # b 1 d h w on the coarsest grid: 1 kept, 0 hidden
                ) -> list[Tensor]: # one map per stage, fine to coarse
         maps = []
-        for down, stage, stride in zip(self.downsample_layers, self.stages, self.strides):
+        for down, stage in zip(self.downsample_layers, self.stages):
             x = down(x)
             visible = None if keep is None else enlarge(keep, x.shape[2:]).to(x.dtype)
             for block in stage: x = block(x, visible)

@@ -85,7 +85,8 @@ def read_onnx(
         if number != 1: continue
         parts = [(n, bytes(v).decode()) for n, v in proto_fields(node) if n in (1, 3)]
         place = "".join(v for n, v in parts if n == 3).strip("/").replace("/", ".")
-        state |= {place: tensors[v] for n, v in parts if n == 1 and v.startswith("onnx::") and v in tensors}
+        for n, v in parts:
+            if n == 1 and v.startswith("onnx::") and v in tensors: state[place] = tensors[v]
     return state
 
 # %% ../../nbs/24_files.ipynb #c8b95ef1

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from einops import rearrange, repeat
 
 # %% ../../nbs/26_mae3d.ipynb #2011ea9e
-from .convnext3d import ChannelNorm, DepthwiseConv3d, enlarge, triple
+from .convnext3d import ChannelNorm, DepthwiseConv3d, enlarge
 from .vit import MLP, Attention
 
 # %% ../../nbs/26_mae3d.ipynb #dfcffe2d

@@ -6,7 +6,6 @@
 __all__ = ['SliceDiscriminator', 'real_or_made', 'Adversarial']
 
 # %% ../../nbs/42_adversarial.ipynb #f3fbb532
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -102,6 +102,5 @@ def write_objectives(
     path: Path | None = None, # a .json file; None is the one that the report reads
 ) -> None:
     "Write the cards of all objectives, one a line."
-    import vfm_notes.pretrain.evidence # knows all of them
     path = path or report_notebooks()[0].parent/"objectives.json"
     write_rows(path, map(describe_objective, sorted(objectives)), sort=True)

@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
 from ..nets.convnext3d import enlarge
-from ..nets.decoder import TokenHead, resize
+from ..nets.decoder import TokenHead
 
 # %% ../../nbs/41_contrast.ipynb #5de300ee
 def tile_shares(

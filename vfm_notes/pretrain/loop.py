@@ -93,7 +93,7 @@ def pretrain(
     labels: Tensor | None, # n d h w class numbers; only some objectives look at them
     in_channels: int, # input sequences
     progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None, # called after every epoch
-    keeper: Keeper = Keeper(), # where checkpoints go
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     probe: Callable[[Backbone], dict[str, float]] | None = None, # linear readers, asked every `spec.probe_every` epochs
     state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
 ) -> PretrainResult:

@@ -216,14 +216,14 @@ def save(
     self: Trainer,
     path: Path,
     key: str,  # run id
-    extra: dict = {},  # plain values to find again, e.g. curves so far
+    extra: dict | None = None,  # plain values to find again, e.g. curves so far
 ) -> bool:  # False when the disk refused
     "Write a checkpoint; a whole one stays whatever happens."
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            torch.save(self.snapshot(key, extra), f)
+            torch.save(self.snapshot(key, extra or {}), f)
             f.flush(); os.fsync(f.fileno())
         os.replace(part, path)
         return True
@@ -299,13 +299,13 @@ def train(
     trainer: Trainer,
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
     rows: list,  # curves before training, changed in place: (epoch, seconds, name, value)
-    keeper: Keeper = Keeper(),
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     each: Callable[[], None] = lambda: None,  # called after every step, outside the clock
     carried: dict | None = None,  # plain values and tensors that checkpoints keep, changed in place
     enough: Callable[[int], bool] = lambda epoch: False,  # asked after every epoch: shall it end early?
 ) -> list:  # curves
     "Take all steps, from the beginning or from a checkpoint."
-    carried = {} if carried is None else carried
+    carried, keeper = {} if carried is None else carried, keeper or Keeper()
     def save() -> None:
         trainer.save(keeper.path, keeper.key, {"rows": [list(r) for r in rows], "carried": carried})
         keeper.last = time.monotonic()

@@ -12,7 +12,6 @@ __all__ = ['CODE', 'MATH', 'LIMIT', 'REMOTE', 'mathml', 'raw_html', 'equations',
 import html
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml

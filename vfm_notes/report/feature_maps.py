@@ -16,7 +16,7 @@ from einops import rearrange
 # %% ../../nbs/945_feature_maps.ipynb #03b2baca
 from ..foundation.registry import VfmError
 from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, shown_name, window_of, windowed, words
-from .widgets import PLANES, Scene, VolumeViewer, blend, cut
+from .widgets import Scene, VolumeViewer, blend, cut
 
 # %% ../../nbs/945_feature_maps.ipynb #32d3e2df
 def components(

@@ -22,11 +22,11 @@ from pathlib import Path
 from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
-from ..foundation.spec import StudySpec, load_study
+from ..foundation.spec import StudySpec
 from .convert import front_matter, joined, parameterised, raw_html, read_notebook, to_page, without_title
 from .published import Publication, publication_print, published_notebook
 from ..runs.forkserver import SAFE_KERNEL, safe_env
-from ..runs.grid import Job, plan, run_states
+from ..runs.grid import Job, run_states
 from ..runs.states import count_states, states_of
 
 # %% ../../nbs/92_pages.ipynb #78e20c45

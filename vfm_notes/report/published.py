@@ -239,9 +239,9 @@ def published_notebook(
         if c["cell_type"] != "code": return out
         outputs = [o for o in (published_output(by, o) for o in c.get("outputs", [])) if o]
         return out | {"execution_count": c.get("execution_count"), "outputs": outputs}
-    all, kept = nb.get("metadata", {}), {}
+    given, kept = nb.get("metadata", {}), {}
     for name, fields in METADATA.items():
-        some = {k: v for k, v in all.get(name, {}).items() if k in fields}
+        some = {k: v for k, v in given.get(name, {}).items() if k in fields}
         if some: kept[name] = everywhere(some, by.text, by.text)
     out = {k: nb[k] for k in ("nbformat", "nbformat_minor") if k in nb}
     return out | {"cells": [cell(c) for c in nb["cells"]], "metadata": kept}

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 # %% ../../nbs/914_relative.ipynb #1f7ccbd3
 from ..foundation.origin import cpu_name
-from .sweep import Sweep, telling
+from .sweep import telling
 
 # %% ../../nbs/914_relative.ipynb #60f9a7db
 USUAL = ("home", "Users", "root", "mnt", "media", "Volumes", "data", "srv", "scratch", "tmp", "var", "opt", "usr",

@@ -10,7 +10,6 @@ __all__ = ['blame', 'forget_failures', 'note_end', 'end_of', 'complete', 'run_jo
 # %% ../../nbs/76_batch.ipynb #af082d63
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -29,7 +28,7 @@ from .grid import Job, job_states, known_records, plan, run_states, seed_choice,
 from .notebook import ask_kernels, execute, grace, run_at_work, template_hash
 from .locks import job_lock, progress_file, running_since
 from .preflight import check_first, check_there
-from .record import drop_record, failed_record, missing, read_record, say, write_record
+from .record import drop_record, failed_record, missing, read_record, write_record
 from .repair import repair, sweep
 from .watch import Display, duration, look_at
 

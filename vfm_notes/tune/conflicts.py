@@ -25,7 +25,6 @@ from ..foundation.registry import VfmError, backbones, objectives, strategies, t
 from ..foundation.spec import PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from ..pretrain.card import check_objective
-from ..pretrain.card import check_objective
 from .case_task import CaseTask
 from .catalog import name_checks
 from .strategy import apply_strategy

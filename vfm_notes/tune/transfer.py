@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -256,7 +254,7 @@ def transfer(
     spec: RunSpec,
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch with the validation score
-    keeper: Keeper = Keeper(),  # where checkpoints go
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     start: Start = Start(),  # what the weights' plan says, see backbones.adaptation
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
