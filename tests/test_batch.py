@@ -21,7 +21,8 @@ from vfm_notes.runs import batch, calls, forkserver, notebook, preflight
 from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, summarise, to_do
 from vfm_notes.runs.executors import Cancelled, Died, LocalExecutor, Lost
 from vfm_notes.runs.grid import Job, known_records, plan
-from vfm_notes.runs.locks import job_lock, lives, progress_file
+from vfm_notes.foundation.disk import lives
+from vfm_notes.runs.locks import job_lock, progress_file
 from vfm_notes.runs.watch import Look, look_at
 from vfm_notes.runs.record import failed_record, new_record, read_record, write_record
 

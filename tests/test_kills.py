@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vfm_notes.runs.forkserver import python_path
-from vfm_notes.runs.locks import lives
+from vfm_notes.foundation.disk import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals as on Linux")
 ROUNDS = 12  # kills of each kind

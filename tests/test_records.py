@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,27 +54,28 @@ def test_tables_come_back(runs_root):
 
 
 def test_a_record_is_on_the_disk_before_it_has_its_name(runs_root, monkeypatch):
+    from vfm_notes.foundation import disk
     from vfm_notes.runs import record as module
-    folder, done, sync, rename = run_folder("s", run_id(SPEC)), [], module.fsync, os.rename
-    monkeypatch.setattr(module, "fsync", lambda path: done.append(("sync", Path(path).name)) or sync(path))
+    folder, done, sync, rename = run_folder("s", run_id(SPEC)), [], disk.fsync, os.rename
+    for m in (disk, module): monkeypatch.setattr(m, "fsync", lambda path: done.append(("sync", Path(path).name)) or sync(path))
     monkeypatch.setattr(os, "rename", lambda a, b: done.append(("rename", Path(b).name)) or rename(a, b))
     for _ in range(2):  # the first, and one in its place
         done.clear()
         write()
-        own = [(w, n if not n.startswith(".") else "hidden") for w, n in done]
+        own = [(w, n if not n.startswith(".") else "part of " + n[1:].split(f".{socket.gethostname()}.")[0]) for w, n in done]
+        part = f"part of {folder.name}"
         files = [("sync", f) for f in ("cases.parquet", "curves.parquet", "features.safetensors", "weights.safetensors")]
-        assert own == [*files, ("sync", "record.json"), ("sync", "hidden"), ("rename", "hidden"), ("rename", folder.name), ("sync", "s")]
+        assert own == [*files, ("sync", "part of record.json"), ("sync", part), ("sync", part), ("rename", part), ("rename", folder.name), ("sync", "s")]
     assert not list(folder.parent.glob(".*")) and read_record(folder)
 
 
 def test_only_what_dead_writers_of_this_machine_left_is_swept(runs_root):
-    import socket
     from vfm_notes.foundation.places import cache_root
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     here, name, root, cache = socket.gethostname(), run_id(SPEC), study_root("s"), cache_root()
-    left = {root/f".{name}.{host}.{pid}.{n}": stays for n, (host, pid, stays) in enumerate([(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)])}
-    left |= {cache/f".{host}.{pid}.x": stays for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]}
+    left = {root/f".{name}.{host}.{pid}.{n}.part": stays for n, (host, pid, stays) in enumerate([(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)])}
+    left |= {cache/f".x.{host}.{pid}.0.part": stays for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]}
     for path in left: path.mkdir(parents=True)
     (cache/f".{here}.{gone.pid}.file").touch()  # no folder: left where it is, and no reason to stop
     assert sweep("s") == 3 and {p: p.exists() for p in left} == left

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from ..foundation.disk import fsync
 from ..foundation.registry import VfmError, failure
 from .cohort import SPLITS, Cohort, CohortCard, case_problems, content_hash, copies, fingerprints, split_by_patient, stratified_order
 
@@ -150,7 +151,9 @@ def put(
 ) -> None:
     "Give a folder its name in one step; one that is damaged makes room, one that is sound stays."
     for _ in range(3):
-        try: return os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+            return fsync(folder.parent)
         except OSError:
             if read_cohort(folder) is not None: return shutil.rmtree(new)
             more = sorted(set(os.listdir(folder) if folder.is_dir() else []) - {"cohort.json",

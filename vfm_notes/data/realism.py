@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from ..foundation.origin import write_rows
+from ..foundation.disk import write_rows
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError
 from .anatomy import make_grid

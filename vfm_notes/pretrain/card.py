@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ..foundation.origin import write_rows
+from ..foundation.disk import write_rows
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError, nearest, objectives
 from ..foundation.schema import argument_types, check_options

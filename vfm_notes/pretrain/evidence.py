@@ -27,7 +27,8 @@ import vfm_notes.pretrain.tokens
 from ..backbones.protocol import Backbone, build
 from ..data.cohort import Cohort, phantom_cohort
 from ..data.loader import normalise
-from ..foundation.origin import provenance, write_rows
+from ..foundation.disk import write_rows
+from ..foundation.origin import provenance
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError, objectives
 from ..foundation.spec import PretrainSpec

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['CODE', 'MATH', 'LIMIT', 'REMOTE', 'mathml', 'raw_html', 'equations', 'joined', 'as_html', 'cut', 'stream',
            'convert_output', 'joined_lines', 'read_notebook', 'as_lines', 'stored_output', 'notebook_text',
-           'write_whole', 'write_notebook', 'front_matter', 'widened', 'raw_cell', 'to_page', 'without_title',
-           'parameterised']
+           'write_notebook', 'front_matter', 'widened', 'raw_cell', 'to_page', 'without_title', 'parameterised']
 
 # %% ../../nbs/91_convert.ipynb #e929f46f
 import html
@@ -18,6 +17,7 @@ import yaml
 
 # %% ../../nbs/91_convert.ipynb #93ff0911
 from ..foundation.chart import chart_html
+from ..foundation.disk import write_whole
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/91_convert.ipynb #cb093036
@@ -146,22 +146,12 @@ def notebook_text(
     stored = lambda c: c | {"source": as_lines(c["source"])} | ({"outputs": list(map(stored_output, c["outputs"]))} if "outputs" in c else {})
     return json.dumps(nb | {"cells": list(map(stored, nb["cells"]))}, indent=1, ensure_ascii=False) + "\n"
 
-def write_whole(
-    path: Path,  # a file; its folder is made
-    text: str,  # what it holds
-) -> None:
-    "Write a file whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
 def write_notebook(
     path: Path,  # an .ipynb file
     nb: dict,  # notebook JSON
 ) -> None:
-    "Write a notebook's file; the only way in which one is written."
-    write_whole(path, notebook_text(nb))
+    "Write a notebook's file; the only way in which one is written. A site can be made again, so nothing waits for the disk."
+    write_whole(path, notebook_text(nb), synced=False)
 
 # %% ../../nbs/91_convert.ipynb #4114a9ca
 def front_matter(

@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 
 # %% ../../nbs/927_quarto.ipynb #3d3e4666
+from ..foundation.disk import write_whole
 from ..foundation.registry import VfmError
-from .convert import write_whole
 from .pages import fingerprint
 
 # %% ../../nbs/927_quarto.ipynb #0d055360
@@ -141,7 +141,7 @@ def render_project(
     footer = config["website"]["page-footer"]["left"]
     for page in (folder / "_site").glob("*.html"): without_modules(page, FOOTER.search(footer)[0])
     pages = {p.name: fingerprint(p) for p in sorted(folder.glob("*.ipynb"))}
-    write_whole(state, json.dumps({"around": around, "pages": pages}, indent=1))
+    write_whole(state, json.dumps({"around": around, "pages": pages}, indent=1), synced=False)
     return told
 
 # %% ../../nbs/927_quarto.ipynb #53b16a4b
@@ -173,7 +173,7 @@ def without_modules(
         module = page.parent / f"{m[1]}.js"
         own = module.with_name(f"{module.stem}.plain.js")
         if not own.exists() or own.stat().st_mtime < module.stat().st_mtime:
-            write_whole(own, made + ";\n" if module.is_file() and (made := plain_script(module)) else "")
+            write_whole(own, made + ";\n" if module.is_file() and (made := plain_script(module)) else "", synced=False)
         return f'<script src="{m[1]}.plain.js" defer></script>' if own.stat().st_size else m[0]
     new = FOOTER.sub(lambda m: footer, MODULE.sub(script, text))
-    if new != text: write_whole(page, new)
+    if new != text: write_whole(page, new, synced=False)

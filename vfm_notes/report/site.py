@@ -24,11 +24,12 @@ import yaml
 
 # %% ../../nbs/93_site.ipynb #93ff0911
 from ..foundation.chart import chart_theme
+from ..foundation.disk import write_whole
 from ..foundation.origin import git_commit, versions
 from ..foundation.places import library_notebooks, notebook_file, package_root, pages_root, project_root, report_notebooks, site_root
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
-from .convert import read_notebook, to_page, write_notebook, write_whole
+from .convert import read_notebook, to_page, write_notebook
 from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
 from .published import Publication, people_line, publication, publication_print, published_notebook, published_record, tally
 from .quarto import made_mark, quarto_version, render_project
@@ -143,8 +144,8 @@ def render(
     if (index := site / "search.json").exists():
         own = [e for e in json.loads(index.read_text(encoding="utf-8")) if not e["href"].startswith("reference/")]
         entries = json.dumps(own + (more or []), ensure_ascii=False)
-        write_whole(index, entries)
-        write_whole(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n")
+        write_whole(index, entries, synced=False)
+        write_whole(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n", synced=False)
     return told
 
 # %% ../../nbs/93_site.ipynb #5cd9e07e
@@ -181,7 +182,7 @@ def write_config(
     text: Callable[[str], str] = str,  # what becomes of the text, e.g. pseudonyms
 ) -> None:
     "Write a project's settings."
-    write_whole(folder / "_quarto.yml", text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
+    write_whole(folder / "_quarto.yml", text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)), synced=False)
 
 def say_warnings(
     renderer: tuple[str, str],  # quarto or smalldocs, and its version

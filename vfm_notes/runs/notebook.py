@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/755_notebook.ipynb #50ca2e5f
-from ..foundation.disk import DiskFull, needing_space
+from ..foundation.disk import DiskFull, lives, needing_space
 from ..foundation.places import notebook_file, runs_root
 from .forkserver import SAFE_KERNEL, Forked, kill_group, safe_env
 from .grid import Job
-from .locks import lives, progress_file
+from .locks import progress_file
 
 # %% ../../nbs/755_notebook.ipynb #db0389bb
 def error_of(

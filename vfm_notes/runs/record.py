@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'EMPTY', 'ANSI', 'NAME', 'SMALL', 'new_record', 'failed_record', 'compare_files', 'look', 'foreign', 'say',
-           'set_aside', 'plain', 'write_files', 'write_record', 'hidden', 'hidden_name', 'drop_record', 'look_twice',
-           'read_record', 'damage_lines', 'no_collecting', 'scan_records', 'read_records', 'read_table', 'read_arrays',
-           'valid', 'stored', 'missing', 'report_progress', 'attempt']
+           'set_aside', 'plain', 'write_files', 'write_record', 'drop_record', 'look_twice', 'read_record',
+           'damage_lines', 'no_collecting', 'scan_records', 'read_records', 'read_table', 'read_arrays', 'valid',
+           'stored', 'missing', 'report_progress', 'attempt']
 
 # %% ../../nbs/70_record.ipynb #8fb56df0
 import gc
@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -27,7 +26,7 @@ from pathlib import Path
 import orjson
 
 # %% ../../nbs/70_record.ipynb #0acfe8d7
-from ..foundation.disk import DiskFull, check_companion, file_hash, fsync, needing_space
+from ..foundation.disk import DiskFull, check_companion, file_hash, fsync, needing_space, part_folder, part_name, swap_folder, write_whole
 from ..foundation.leave import Stopped
 from ..foundation.meter import older_cost
 from ..foundation.origin import provenance
@@ -185,38 +184,22 @@ def write_record(
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
-    new = hidden_name(folder)
-    with needing_space(folder.parent), hidden(new):
+    with needing_space(folder.parent), part_folder(folder) as new:
         files = write_files(new, {"curves": curves, "cases": cases}, {"features": features, "weights": weights}, {"weights": plan})
         record = plain(record | {"files": files})
-        (new/"record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        fsync(new/"record.json"); fsync(new)
+        write_whole(new/"record.json", json.dumps(record, indent=1))
         drop_record(folder, new)
         if record["status"] == "done": (folder.parent/"checkpoints"/f"{folder.name}.pt").unlink(missing_ok=True)  # of the training, see pretrain.trainer
     return record
 
 # %% ../../nbs/70_record.ipynb #6700a6fa
-@contextmanager
-def hidden(new: Path) -> Iterator[None]:
-    "A folder that is gone after the block, unless it was renamed."
-    new.mkdir(parents=True)
-    try: yield
-    finally: shutil.rmtree(new, ignore_errors=True)
-
-def hidden_name(folder: Path) -> Path:
-    "A name beside a folder that tells whose it is, see repair.sweep."
-    return folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}")
-
 def drop_record(
     folder: Path,  # a record is dropped, anything else is set aside
     new: Path | None = None,  # a complete folder that takes its name
 ) -> None:
     "Make an end of a record, or replace it, in one step."
-    old, why = hidden_name(folder), foreign(folder)
-    try: os.rename(folder, old)
-    except FileNotFoundError: pass
-    if new: os.rename(new, folder)
-    fsync(folder.parent)
+    old, why = part_name(folder), foreign(folder)
+    swap_folder(folder, new, old)
     if why: set_aside(old, why, folder.name)
     else: shutil.rmtree(old, ignore_errors=True)
 
@@ -334,11 +317,9 @@ def report_progress(
     target = os.environ.get("VFM_PROGRESS")
     if not target or (time.monotonic() - _last["time"] < 0.2 and done < total and not changed): return
     _last["time"] = time.monotonic()
-    part = Path(f"{target}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps({"done": done, "total": total, "text": text, "run": _last["run"]}))
-        os.replace(part, target)
-    except OSError: part.unlink(missing_ok=True)  # a full disk ends no training; it is told when something has to be kept
+    note = json.dumps({"done": done, "total": total, "text": text, "run": _last["run"]})
+    try: write_whole(Path(target), note, synced=False)
+    except OSError: pass  # a full disk ends no training; it is told when something has to be kept
 
 # %% ../../nbs/70_record.ipynb #3ab91753
 @contextmanager

@@ -27,7 +27,8 @@ import vfm_notes.tune.lora
 from ..backbones.protocol import Backbone
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import Loader, normalise
-from ..foundation.origin import provenance, write_rows
+from ..foundation.disk import write_rows
+from ..foundation.origin import provenance
 from ..foundation.places import report_notebooks
 from ..foundation.registry import backbones, objectives
 from ..nets.decoder import Network

@@ -59,7 +59,7 @@ from ..backbones.weights import check_licence, converted_file, fetch, known_weig
 from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.disk import check_companion
-from ..foundation.origin import write_rows
+from ..foundation.disk import write_rows
 from ..foundation.people import key_id
 from ..foundation.places import report_notebooks, run_folder, studies, weights_file, weights_root
 from ..foundation.registry import VfmError, backbones, cohorts, divergences, nearest, objectives, strategies, tasks
