@@ -6,7 +6,7 @@ import torch
 from published import published_keys
 from torch.nn import functional as F
 
-from vfm_notes.nets.convnext3d import GRN, Block, ChannelNorm, ConvNeXt3d, enlarge
+from vfm_notes.nets.convnext3d import GRN, ConvNeXtBlock, ChannelNorm, ConvNeXt3d, enlarge
 from vfm_notes.nets.lift import slice_triplets, triplet_index
 from vfm_notes.nets.vit import ViT, patch_map
 
@@ -99,7 +99,7 @@ def test_masked_pass_with_everything_kept_is_the_plain_pass():
 def test_masked_block_equals_sparse_computation():
     "A block written site by site over the kept voxels only."
     torch.manual_seed(1)
-    block, x = Block(3, kernel=3).double(), torch.randn(1, 3, 2, 3, 4, dtype=torch.double)
+    block, x = ConvNeXtBlock(3, kernel=3).double(), torch.randn(1, 3, 2, 3, 4, dtype=torch.double)
     for p in block.parameters(): p.data.copy_(torch.randn_like(p) * 0.5)
     keep = (torch.rand(1, 1, 2, 3, 4) > 0.5).double()
     sites = [tuple(s) for s in keep[0, 0].nonzero().tolist()]

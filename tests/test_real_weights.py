@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import vfm_notes.backbones.natural  # registers
 import vfm_notes.backbones.promptable as promptable
 import vfm_notes.backbones.volumetric as volumetric
-from vfm_notes.backbones.keys import compare, load_backbone
+from vfm_notes.backbones.keys import compare_keys, load_backbone
 from vfm_notes.backbones.weights import converted_file, weights_card
 from vfm_notes.foundation.registry import backbones
 from vfm_notes.nets.files import read_state, strip
@@ -38,7 +38,7 @@ def dice(a, b): return 2 * (a & b).sum().item() / (a.sum() + b.sum()).item()
 def test_key_reports(name, channels, report, evidence):
     state = read_state(converted_file(needs(name)))
     with torch.device("meta"): model = backbones[name.split(".")[0]](channels)
-    got = compare(state, model, name)
+    got = compare_keys(state, model, name)
     assert (len(got.matched), len(got.missing), len(got.unexpected)) == report and not got.reshaped
     assert got.missing in ((), ("encoder.model.embeddings.mask_token",)) and got.share > 0.99
     assert weights_card(name).sha256

@@ -77,7 +77,7 @@ def test_only_what_dead_writers_of_this_machine_left_is_swept(runs_root):
     left = {root/f".{name}.{host}.{pid}.{n}.part": stays for n, (host, pid, stays) in enumerate([(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)])}
     left |= {cache/f".x.{host}.{pid}.0.part": stays for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]}
     for path in left: path.mkdir(parents=True)
-    (cache/f".{here}.{gone.pid}.file").touch()  # no folder: left where it is, and no reason to stop
+    (cache/f".file.{here}.{gone.pid}.0.part").touch()  # no folder: left where it is, and no reason to stop
     assert sweep("s") == 3 and {p: p.exists() for p in left} == left
 
 

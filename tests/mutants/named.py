@@ -101,8 +101,8 @@ NAMED = [
     ),
     (
         "tune/task.py",
-        "usual = one_hot(train.target, len(self.classes))",
-        "usual = one_hot(test.target, len(self.classes))",
+        "usual = class_masks(train.target, len(self.classes))",
+        "usual = class_masks(test.target, len(self.classes))",
         "the trivial mask is made from test labels",
     ),
     (
@@ -132,8 +132,8 @@ NAMED = [
     ),
     (
         "tune/metric.py",
-        "scale = rearrange(extent(reference)",
-        "scale = rearrange(extent(predicted)",
+        "scale = rearrange(intensity_range(reference)",
+        "scale = rearrange(intensity_range(predicted)",
         "SSIM scaled by the prediction's range",
     ),
     (
@@ -489,7 +489,7 @@ EQUIVALENT = {
     ): "the mean image is spread over the cases with or without the axis of length 1",
     (
         "tune/case_task.py",
-        "return self.rows(class_scores(statistics_reader(train, train.target.numpy()), test, len(se"
+        "return self.rows(predict_class_scores(statistics_reader(train, train.target.numpy()), test, len(se"
         "lf.card.grades)).softmax(1).numpy(), test)",
     ): "of two axes the last is the second",
     (

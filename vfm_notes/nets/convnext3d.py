@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'OWN_FROM', 'ChannelNorm', 'GRN', 'DropPath', 'kernel_gradient', 'DepthwiseConv', 'depthwise_conv3d',
-           'DepthwiseConv3d', 'Block', 'triple', 'enlarge', 'initialise', 'ConvNeXt3d']
+           'DepthwiseConv3d', 'ConvNeXtBlock', 'triple', 'enlarge', 'initialise', 'ConvNeXt3d']
 
 # %% ../../nbs/20_convnext3d.ipynb #e89a417f
 from itertools import accumulate
@@ -128,7 +128,7 @@ class DepthwiseConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor: return depthwise_conv3d(x, self.weight, self.bias)
 
 # %% ../../nbs/20_convnext3d.ipynb #380af210
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     "One ConvNeXt V2 block on `b c d h w`."
     def __init__(self,
                  channels: int, # width C
@@ -198,7 +198,7 @@ class ConvNeXt3d(nn.Module):
             self.downsample_layers.append(nn.Sequential(ChannelNorm(a), nn.Conv3d(a, b, step, stride=step)))
         rates = (drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(c, kernel, next(rates)) for _ in range(n)]) for n, c in zip(depths, dims))
+            nn.Sequential(*[ConvNeXtBlock(c, kernel, next(rates)) for _ in range(n)]) for n, c in zip(depths, dims))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.apply(initialise)
 

@@ -13,7 +13,7 @@ from einops import rearrange
 
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
-from ..nets.convnext3d import Block
+from ..nets.convnext3d import ConvNeXtBlock
 from .reconstruction import unpatchify
 
 # %% ../../nbs/402_autoencoding.ipynb #6f255a19
@@ -28,7 +28,7 @@ class CellDecoder(nn.Module):
         self.cell, channels = backbone.strides[-1], backbone.widths[-1]
         width = width or max(2 * channels // 3 // 16 * 16, 16)
         voxels = self.cell[0] * self.cell[1] * self.cell[2]
-        self.layers = nn.Sequential(nn.Conv3d(channels, width, 1), Block(width, kernel), nn.Conv3d(width, backbone.in_channels * voxels, 1))
+        self.layers = nn.Sequential(nn.Conv3d(channels, width, 1), ConvNeXtBlock(width, kernel), nn.Conv3d(width, backbone.in_channels * voxels, 1))
 
     def forward(self,
                 maps: list[Tensor], # the backbone's pyramid, fine to coarse

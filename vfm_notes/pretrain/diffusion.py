@@ -15,7 +15,7 @@ from einops import rearrange
 
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
-from ..nets.convnext3d import Block
+from ..nets.convnext3d import ConvNeXtBlock
 from ..nets.decoder import depth_to_space, resize, space_to_depth
 
 # %% ../../nbs/43_diffusion.ipynb #8afec460
@@ -39,7 +39,7 @@ class TimedDecoder(nn.Module):
         super().__init__()
         self.subpixel, self.width, cell = tuple(subpixel), width, subpixel[0] * subpixel[1] * subpixel[2]
         self.laterals = nn.ModuleList(nn.Conv3d(w, width, 1) for w in [backbone.in_channels * cell, *backbone.widths])
-        self.blocks = nn.ModuleList(Block(width, 3) for _ in self.laterals)
+        self.blocks = nn.ModuleList(ConvNeXtBlock(width, 3) for _ in self.laterals)
         self.time = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width * len(self.laterals)))
         self.last = nn.Conv3d(width, backbone.in_channels * cell, 1)
 

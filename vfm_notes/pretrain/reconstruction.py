@@ -14,7 +14,7 @@ from einops import rearrange
 
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
-from ..nets.convnext3d import Block, enlarge, triple
+from ..nets.convnext3d import ConvNeXtBlock, enlarge, triple
 
 # %% ../../nbs/40_reconstruction.ipynb #63269ac5
 def random_keep(
@@ -144,7 +144,7 @@ class MaskedReconstruction(Masked):
         width = width or max(2 * channels // 3 // 16 * 16, 16)
         self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1, 1))
         self.proj = nn.Conv3d(channels, width, 1)
-        self.decoder = nn.Sequential(Block(width, kernel))
+        self.decoder = nn.Sequential(ConvNeXtBlock(width, kernel))
         self.pred = nn.Conv3d(width, backbone.in_channels * self.cell[0] * self.cell[1] * self.cell[2], 1)
         nn.init.normal_(self.mask_token, std=0.02)
 

@@ -28,7 +28,7 @@ def defined(
 
 # %% ../../nbs/903_evidence.ipynb #36e8a50e
 def score_panels(
-    points: pd.DataFrame,  # from analysis.prediction.points
+    points: pd.DataFrame,  # from analysis.prediction.prediction_points
     title: str,  # what was found
     subtitle: str,  # n
 ) -> alt.FacetChart:

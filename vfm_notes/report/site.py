@@ -30,12 +30,12 @@ from ..foundation.places import library_notebooks, notebook_file, package_root, 
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
 from .convert import read_notebook, to_page, write_notebook
-from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
+from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, page_heading
 from .published import Publication, people_line, publication, publication_print, published_notebook, published_record, tally
 from .quarto import made_mark, quarto_version, render_project
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
-from ..runs.record import SMALL, damage_lines, scan_records
+from ..runs.record import SMALL_FILE, damage_lines, scan_records
 from .stamp import (close_folder, drop_files, drop_pages, one_at_a_time, open_folder, read_stamp, replacing,
                                     write_json)
 
@@ -65,7 +65,7 @@ def site_config(
     for p in pages:
         if p.job:
             first = p.job.specs[0]
-            head = {"pretrain": "Pretraining", "external": "External cohort"}.get(p.job.kind) or words(first.task)
+            head = {"pretrain": "Pretraining", "external": "External cohort"}.get(p.job.kind) or page_heading(first.task)
             groups.setdefault(head, []).append({"text": first.backbone + (f", n {first.n_train}" if len(study.n_train) > 1 else ""), "href": f"{p.name}.ipynb"})
     if groups: web["sidebar"]["contents"].append({"section": "Notebooks", "contents": [{"section": k, "contents": v} for k, v in groups.items()]})
     web["page-footer"] = {"left": made_mark(made_from)}
@@ -345,7 +345,7 @@ def make_site(
     "Make what has changed of a site."
     begun = time.monotonic()
     ids = {id for j in plan(spec) for id in j.runs}
-    records, damaged = scan_records(spec.name, ids, same=SMALL)
+    records, damaged = scan_records(spec.name, ids, same=SMALL_FILE)
     by, pages = site_pages(spec, records, pseudonyms)
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")

@@ -15,7 +15,7 @@ from pathlib import Path
 # %% ../../nbs/705_repair.ipynb #repair04
 from ..foundation.disk import abandoned
 from ..foundation.places import cache_root, run_folder, study_root
-from .record import NAME, SMALL, look, look_twice, set_aside
+from .record import NAME, SMALL_FILE, look, look_twice, set_aside
 
 # %% ../../nbs/705_repair.ipynb #repair07
 def repair(
@@ -27,7 +27,7 @@ def repair(
     found = []
     for id in ids:
         record, why = look_twice(folder := run_folder(study, id), changed=math.inf, same=math.inf
-                                 if everything else SMALL)
+                                 if everything else SMALL_FILE)
         if why:
             set_aside(folder, why)
             found.append(id)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backbones.adaptation import Start
 from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
-from ..backbones.weights import known_weights, normalisation, provenance
+from ..backbones.weights import known_weights, normalisation, weights_origin
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
@@ -234,7 +234,7 @@ def weights_files(
     "The published files that a run starts from."
     published = state is not None and not spec.parent and known_weights(spec.backbone)
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
-    return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
+    return [{"part": part, **weights_origin(name)} for part, name in parts.items() if name]
 
 def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
     "Metrics of a run beside those of the trivial control."
