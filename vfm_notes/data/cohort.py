@@ -23,9 +23,6 @@ from ..foundation.schema import Line, Name, Positive, Word, check_distinct
 from ..foundation.spec import SPLITS
 from .phantom import GRADES, phantom_case
 
-# %% ../../nbs/12_cohort.ipynb #9f316d22
-#| export
-
 # %% ../../nbs/12_cohort.ipynb #f4ba093f
 def stratified_order(
     grade: Iterable[int],  # (n,) stratum of each item
