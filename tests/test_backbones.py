@@ -14,7 +14,7 @@ from vfm_notes.backbones.weights import normalisation, weights
 from vfm_notes.data.loader import NORMALISATIONS
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, backbones
-from vfm_notes.tune import catalog # fills the registries
+from vfm_notes.tune import backbone_cards
 
 NAMES = list(backbones)
 
@@ -107,9 +107,9 @@ def test_build_with_a_state(name):
 
 
 def test_the_cards_of_the_report_are_up_to_date(tmp_path):
-    catalog.write_cards(tmp_path/"cards.json")
+    backbone_cards.write_cards(tmp_path/"cards.json")
     kept = report_notebooks()[0].parent/"backbones.json"
-    assert (tmp_path/"cards.json").read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
+    assert (tmp_path/"cards.json").read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), "run: python -c 'from vfm_notes.tune.backbone_cards import write_cards; write_cards()'"
 
 
 def test_the_costs_of_the_report_are_measured_or_say_why_not():

@@ -624,9 +624,9 @@ def test_a_notebook_is_given_its_parameters_and_its_error_comes_back(toy, monkey
 
 def test_a_plan_is_told_line_by_line(toy, monkeypatch, capsys):
     from vfm_notes.report import cli
-    from vfm_notes.tune import catalog
+    from vfm_notes.tune import study_names
 
-    monkeypatch.setattr(catalog, "weights_problems", lambda spec: ["one", "two"])
+    monkeypatch.setattr(study_names, "weights_problems", lambda spec: ["one", "two"])
     monkeypatch.setattr(preflight, "known_conflicts", lambda spec, jobs: ["one", f"{len(jobs)} jobs"])
     finish(toy.jobs[0])
     cli.show_plan(str(toy.study), None, toy.templates, False)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_weights import catalog, folder, vfm  # noqa: F401 (fixtures)
+from test_weights import folder, full_registries, vfm  # noqa: F401 (fixtures)
 
 from vfm_notes.backbones import keys as k
 from vfm_notes.backbones.protocol import build
@@ -49,13 +49,13 @@ def test_check_and_load_find_the_network(tmp_path, kind):
 @pytest.mark.parametrize("kind, said", [("torch.compile", "without the prefix '_orig_mod.'"),
     ("Lightning", "without the prefix 'model.' (1 other tensors"), ("DataParallel", "without the prefix 'module.'"),
     ("deep", "without the prefix 'net.'")])
-def test_the_command_says_what_was_taken_off(folder, catalog, tmp_path, kind, said):
+def test_the_command_says_what_was_taken_off(folder, full_registries, tmp_path, kind, said):
     torch.save(CHECKPOINTS[kind](toy()), tmp_path/"x.pth")
     status, out, err = vfm("check", tmp_path/"x.pth", "--arch", "profound_toy", "--channels", "1")
     assert status == 0 and said in out and "100.0%" in out and err == ""
 
 
-def test_the_search_without_an_architecture_takes_prefixes_off(folder, catalog, tmp_path, capfd):
+def test_the_search_without_an_architecture_takes_prefixes_off(folder, full_registries, tmp_path, capfd):
     state = build("provicnet_toy", 3).state_dict()
     torch.save({"state_dict": under("student_net.module.", state)}, tmp_path/"x.pth")
     report, found, _ = k.check_weights_file(tmp_path/"x.pth")

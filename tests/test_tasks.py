@@ -16,7 +16,7 @@ from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError, cohorts, tasks
 from vfm_notes.foundation.spec import RunSpec, load_study, run_specs
 from vfm_notes.nets.decoder import Network
-from vfm_notes.tune import catalog  # fills the registries
+from vfm_notes.tune import study_names
 from vfm_notes.tune.case_task import corn_loss, corn_probabilities
 from vfm_notes.tune.fit import predict
 from vfm_notes.tune.lesions import Candidate, Found, average_precision, lesion_candidates, match_lesions
@@ -313,9 +313,9 @@ def test_a_study_runs_its_specialists_once_and_gains_refer_to_them():
     study = replace(load_study("phantom"), specialists={"segmentation": "unet_3d"})
     more = run_specs(study)[len(run_specs(load_study("phantom"))):]
     assert [(s.task, s.backbone, s.strategy, s.seed, s.parent) for s in more] == [("segmentation", "unet_3d", "specialist", k, "") for k in study.seeds]
-    catalog.check_names(study)
+    study_names.check_names(study)
     with pytest.raises(VfmError, match="specialists"): replace(study, specialists={"detection": "unet_3d"})
-    with pytest.raises(VfmError, match="Did you mean 'unet_3d'"): catalog.check_names(replace(study, specialists={"segmentation": "unet_3"}))
+    with pytest.raises(VfmError, match="Did you mean 'unet_3d'"): study_names.check_names(replace(study, specialists={"segmentation": "unet_3"}))
     runs = [("a", "profound_toy.x", "full", 0.8), ("b", "unet_3d", "specialist", 0.5), ("c", "provicnet_toy.x", "scratch", 0.4)]
     rows = pd.DataFrame([dict(id=i, task="segmentation", backbone=b, strategy=s, n_train=8, seed=0, kind="transfer", status="done", positive=None) for i, b, s, _ in runs])
     cases = pd.DataFrame([dict(id=i, case=f"c{k}", patient=f"c{k}", metric="dice", value=v + 0.01*k) for i, _, _, v in runs for k in range(3)])

@@ -17,7 +17,7 @@ from vfm_notes.backbones import weights as w
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.nets.files import read_onnx, read_state
-from vfm_notes.tune import catalog as full_catalog
+from vfm_notes.tune import starting_weights, study_names
 
 
 class Net(nn.Module):
@@ -335,10 +335,9 @@ def test_importing_the_module_is_enough_to_list(tmp_path):
 # ---- a file and an architecture, studies and the command line -----------------------------------------------------------
 
 @pytest.fixture
-def catalog(folder):
+def full_registries(folder):
     "All registries, with a published toy."
     w.weights("profound_toy.test", title="a test", licence="CC-BY-NC-4.0", non_commercial=True, source="a page", file="toy.pth")(lambda s: {f"encoder.{k}": v for k, v in s.items()})
-    return full_catalog
 
 
 def toy_file(folder, name="toy.pth"):
@@ -348,7 +347,7 @@ def toy_file(folder, name="toy.pth"):
     return state
 
 
-def test_check_file_finds_architecture_size_and_layout(folder, catalog, tmp_path):
+def test_check_file_finds_architecture_size_and_layout(folder, full_registries, tmp_path):
     toy_file(folder)
     report, _, share = k.check_weights_file(folder/"toy.pth", "profound_toy")
     assert report.share == 1 and report.name.endswith("profound_toy.test") and share == 0.9
@@ -399,7 +398,7 @@ def layout(name):
 @pytest.mark.parametrize("name, wanted", [("fcmae", "profound_tiny"), ("upernet", "profound_tiny"), ("classifier", "profound_tiny"), ("mae", "profound_vit"), ("convmae", "profound_convmae"),
                                           ("provicnet", "provicnet_small"), ("tang", "swin_unetr_48"), ("seem", "seem_focal_t"), ("medicalnet", "resnet18_3d"), ("dinov2_small", "dinov2_small"),
                                           ("sam_vit_b", "sam_vit_b"), ("siglip2_base", "siglip2_base"), ("resnet50", "resnet50")])
-def test_the_network_of_a_published_layout_is_found_by_its_keys(catalog, monkeypatch, name, wanted):
+def test_the_network_of_a_published_layout_is_found_by_its_keys(full_registries, monkeypatch, name, wanted):
     "Other sizes of the same network are as near, a network of another kind is not."
     from vfm_notes.backbones import natural
     real = natural.settings
@@ -410,43 +409,43 @@ def test_the_network_of_a_published_layout_is_found_by_its_keys(catalog, monkeyp
     assert wanted in found and all(n.startswith(kind) for n in found), found
 
 
-def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(folder, catalog, tmp_path):
+def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(folder, full_registries, tmp_path):
     with torch.device("meta"): state = layout("fcmae")
     save_file({key: torch.zeros(v.shape) for key, v in state.items()}, tmp_path/"fcmae.safetensors")
     report, _, share = k.check_weights_file(tmp_path/"fcmae.safetensors")
     assert report.missing == ("encoder.norm.weight", "encoder.norm.bias") and not report.reshaped and "profound_tiny" in report.name and report.share > share
 
 
-def test_a_study_with_published_weights(catalog):
+def test_a_study_with_published_weights(full_registries):
     from dataclasses import replace
     from vfm_notes.foundation.spec import load_study
     study = replace(load_study("phantom"), pretrain={}, backbones=["profound_toy.test"])
-    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"): catalog.check_names(study)
-    for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): catalog.check_names(replace(study, licences=[accepted]))
-    catalog.check_names(replace(study, strategies=["scratch"])) # needs no weights
-    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): catalog.check_names(replace(study, backbones=["profound_toy.tset"]))
-    catalog.check_names(replace(study, backbones=["dinov2_small.lvd142m", "segresnet_ds.taps"]))
-    with pytest.raises(VfmError, match="gated"): catalog.check_names(replace(study, backbones=["dinov3_base.lvd1689m"]))
+    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"): study_names.check_names(study)
+    for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): study_names.check_names(replace(study, licences=[accepted]))
+    study_names.check_names(replace(study, strategies=["scratch"])) # needs no weights
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): study_names.check_names(replace(study, backbones=["profound_toy.tset"]))
+    study_names.check_names(replace(study, backbones=["dinov2_small.lvd142m", "segresnet_ds.taps"]))
+    with pytest.raises(VfmError, match="gated"): study_names.check_names(replace(study, backbones=["dinov3_base.lvd1689m"]))
 
 
-def test_published_state_for_a_run(folder, catalog, monkeypatch):
+def test_published_state_for_a_run(folder, full_registries, monkeypatch):
     monkeypatch.delenv("VFM_JOB", raising=False)
-    assert catalog.published_state("profound_toy.mae_phantom", 3, "phantom") is None # made by the study
+    assert starting_weights.published_state("profound_toy.mae_phantom", 3, "phantom") is None # made by the study
     state = toy_file(folder)
-    with pytest.raises(VfmError, match="non-commercial"): catalog.published_state("profound_toy.test", 3, "phantom")
+    with pytest.raises(VfmError, match="non-commercial"): starting_weights.published_state("profound_toy.test", 3, "phantom")
     monkeypatch.setenv("VFM_JOB", "a batch, which has checked the study")
-    got = catalog.published_state("profound_toy.test", 3, "phantom")
+    got = starting_weights.published_state("profound_toy.test", 3, "phantom")
     assert got.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in got.items())
-    with pytest.raises(VfmError, match="profound_alpha.pth"): catalog.published_state("profound_tiny.alpha", 3, "phantom")
+    with pytest.raises(VfmError, match="profound_alpha.pth"): starting_weights.published_state("profound_tiny.alpha", 3, "phantom")
 
 
-def test_what_a_file_does_not_fill_is_the_same_every_time(folder, catalog, monkeypatch):
+def test_what_a_file_does_not_fill_is_the_same_every_time(folder, full_registries, monkeypatch):
     monkeypatch.setenv("VFM_JOB", "x")
     state = build("efficientnet_lite0", 3).state_dict()
     folder.mkdir(parents=True)
     save_file(state, w.converted_file("efficientnet_lite0.in1k"))
     seen = torch.get_rng_state()
-    a, b = (catalog.published_state("efficientnet_lite0.in1k", 2, "x") for _ in range(2))
+    a, b = (starting_weights.published_state("efficientnet_lite0.in1k", 2, "x") for _ in range(2))
     assert set(a) - set(state) and all(torch.equal(a[k], b[k]) for k in a) and torch.equal(torch.get_rng_state(), seen)
 
 
@@ -463,7 +462,7 @@ def vfm(*words):
     return status, out.getvalue(), err.getvalue()
 
 
-def test_the_command_lists_fetches_and_checks(folder, catalog):
+def test_the_command_lists_fetches_and_checks(folder, full_registries):
     toy_file(folder)
     status, out, _ = vfm("list")
     rows = {line.split()[0]: line for line in out.splitlines()}
@@ -480,7 +479,7 @@ def test_the_command_lists_fetches_and_checks(folder, catalog):
 
 @pytest.mark.parametrize("words, said", [(("fetch", "profound_toy.tset"), "Did you mean 'profound_toy.test'?"), (("fetch", "profound_tiny.alpha"), "put it at"), (("check", "none.pth"), "No weights file"),
                                          (("check", "{toy}", "--arch", "profund_toy"), "Did you mean 'profound_toy'?"), (("check", "{toy}", "--arch", "provicnet_toy"), "do not fit")])
-def test_the_command_refuses_in_one_sentence(folder, catalog, words, said):
+def test_the_command_refuses_in_one_sentence(folder, full_registries, words, said):
     toy_file(folder)
     status, _, err = vfm(*(word.format(toy=folder/"toy.pth") for word in words))
     assert status == 2 and err.count("\n") == 1 and err.startswith("vfm: ") and said in err, err

@@ -96,8 +96,8 @@ def attempt(name, size, a):
 def measure(name, a):
     "A row: the largest size at which a whole step could be measured, or the largest forward."
     from vfm_notes.backbones.protocol import backbone_card
-    from vfm_notes.tune.catalog import describe
-    card, told = backbone_card(name), describe(name)
+    from vfm_notes.tune.backbone_cards import describe_backbone
+    card, told = backbone_card(name), describe_backbone(name)
     row, left, best = dict(name=name, card_size=list(card.size), channels=told["in_channels"], parameters=told["parameters"]), [], {}
     for size in sizes(card, told["strides"][-1]):
         found, why = attempt(name, size, a)

@@ -118,7 +118,7 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.states import count_states
     from vfm_notes.runs.watch import look_at
-    from vfm_notes.tune.catalog import weights_problems
+    from vfm_notes.tune.study_names import weights_problems
     spec = load_study(study)
     jobs = shard(plan(spec, only, templates), part)
     ids = {id for j in jobs for id in j.runs}

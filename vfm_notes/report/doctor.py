@@ -141,7 +141,7 @@ def examine_study(
     "Look at everything that a study needs, as `vfm run` would."
     from vfm_notes.runs.preflight import known_conflicts
     from vfm_notes.runs.grid import plan
-    from vfm_notes.tune.catalog import weights_problems
+    from vfm_notes.tune.study_names import weights_problems
     found = dict.fromkeys([*known_conflicts(spec, plan(spec)), *weights_problems(spec)])
     for sentence in found: yield Check("study", "missing", sentence)
     if not found: yield Check("study", "ok", f"{spec.name}: data, weights, licences and names are here, and all fits together")

@@ -26,7 +26,7 @@ from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from ..pretrain.card import check_objective
 from .case_task import CaseTask
-from .catalog import name_checks
+from .study_names import name_checks
 from .strategy import apply_strategy
 from .task import build_task, task_kind
 
