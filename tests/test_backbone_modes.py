@@ -22,7 +22,7 @@ def same_network(name):
 
 
 @pytest.fixture(scope="module")
-def firsts(): # signature → the first backbone that has it
+def firsts():  # signature → the first backbone that has it
     found = {}
     for n in NAMES: found.setdefault(same_network(n), n)
     return set(found.values())

@@ -17,7 +17,7 @@ def test_dice_by_monai():
     from monai.metrics import DiceMetric
     torch.manual_seed(0)
     found, true = torch.rand(6, 3, 8, 8) > 0.5, torch.rand(6, 3, 8, 8) > 0.8
-    true[2] = False # a case without any is left out
+    true[2] = False  # a case without any is left out
     there = [i for i in range(6) if i != 2]
     assert np.isclose(evidence.dice_of(found, true), DiceMetric(include_background=True)(found[there, None].float(), true[there, None].float()).mean(), atol=1e-6)
 

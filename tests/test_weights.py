@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     "An empty weights folder, no network, and a registry that forgets what a test adds."
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path/"weights"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # read once, when imported
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read once, when imported
     entries, cards = dict(w.weights._entries), dict(w.weights._cards)
     yield tmp_path/"weights"
     w.weights._entries, w.weights._cards = entries, cards
@@ -81,7 +81,7 @@ def test_a_checksum_that_nobody_knows_is_kept_from_the_first_file(folder):
     with pytest.raises(VfmError, match=f"expected {sha} .that of the first file"): w.fetch(name)
     assert not path.exists() and sha in (folder/"net.test.sha256").read_text(encoding="utf-8")
     assert publish(folder, Net().state_dict() | {"x": torch.ones(1)}) != sha
-    (folder/"net.test.sha256").unlink() # somebody decided that the new file is right
+    (folder/"net.test.sha256").unlink()  # somebody decided that the new file is right
     with pytest.warns(UserWarning, match="No checksum"): assert "x" in load_file(w.fetch(name))
 
 
@@ -182,7 +182,7 @@ def test_licence_must_be_accepted_by_name(folder):
     with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'"): w.fetch(name)
     with pytest.raises(VfmError, match="gated"): w.fetch(register("net.gated", gated=True))
     assert w.fetch(name, accepted=["CC-BY-NC-4.0"]).is_file()
-    with pytest.raises(VfmError): w.fetch(name) # having the file is not having the licence
+    with pytest.raises(VfmError): w.fetch(name)  # having the file is not having the licence
     assert k.check_match(name, Net(), accepted=[name]).share == 1
 
 
@@ -351,7 +351,7 @@ def test_check_file_finds_architecture_size_and_layout(folder, full_registries, 
     toy_file(folder)
     report, _, share = k.check_weights_file(folder/"toy.pth", "profound_toy")
     assert report.share == 1 and report.name.endswith("profound_toy.test") and share == 0.9
-    for name in ("profound_toy", "profound_atto"): # their keys differ in numbers and sizes alone
+    for name in ("profound_toy", "profound_atto"):  # their keys differ in numbers and sizes alone
         torch.save(build(name, 3).state_dict(), tmp_path/"own.pth")
         report, state, _ = k.check_weights_file(tmp_path/"own.pth")
         assert report.share == 1 and report.name.endswith(name), str(report)
@@ -402,7 +402,7 @@ def test_the_network_of_a_published_layout_is_found_by_its_keys(full_registries,
     "Other sizes of the same network are as near, a network of another kind is not."
     from vfm_notes.backbones import natural
     real = natural.settings
-    monkeypatch.setattr(natural, "network_config", lambda n, tiny=True: real(n, True)) # the files here are small ones
+    monkeypatch.setattr(natural, "network_config", lambda n, tiny=True: real(n, True))  # the files here are small ones
     with torch.device("meta") if name in ("fcmae", "upernet", "classifier", "mae", "convmae", "provicnet") else torch.device("cpu"): state = layout(name)
     kind = {"profound_tiny": "profound_", "provicnet_small": "provicnet_", "swin_unetr_48": "swin_", "dinov2_small": "dinov2_", "resnet50": "resnet", "resnet18_3d": "resnet18"}.get(wanted, wanted)
     found = k.similar(state)
@@ -422,7 +422,7 @@ def test_a_study_with_published_weights(full_registries):
     study = replace(load_study("phantom"), pretrain={}, backbones=["profound_toy.test"])
     with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"): study_names.check_names(study)
     for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): study_names.check_names(replace(study, licences=[accepted]))
-    study_names.check_names(replace(study, strategies=["scratch"])) # needs no weights
+    study_names.check_names(replace(study, strategies=["scratch"]))  # needs no weights
     with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): study_names.check_names(replace(study, backbones=["profound_toy.tset"]))
     study_names.check_names(replace(study, backbones=["dinov2_small.lvd142m", "segresnet_ds.taps"]))
     with pytest.raises(VfmError, match="gated"): study_names.check_names(replace(study, backbones=["dinov3_base.lvd1689m"]))
@@ -430,7 +430,7 @@ def test_a_study_with_published_weights(full_registries):
 
 def test_published_state_for_a_run(folder, full_registries, monkeypatch):
     monkeypatch.delenv("VFM_JOB", raising=False)
-    assert starting_weights.published_state("profound_toy.mae_phantom", 3, "phantom") is None # made by the study
+    assert starting_weights.published_state("profound_toy.mae_phantom", 3, "phantom") is None  # made by the study
     state = toy_file(folder)
     with pytest.raises(VfmError, match="non-commercial"): starting_weights.published_state("profound_toy.test", 3, "phantom")
     monkeypatch.setenv("VFM_JOB", "a batch, which has checked the study")

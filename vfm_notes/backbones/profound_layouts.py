@@ -21,14 +21,14 @@ from ..nets.mae3d import ConvMAE3d, MAE3d
 
 # %% ../../nbs/34_profound_layouts.ipynb #4f1336be
 SIZES = {"atto": ((2, 2, 6, 2), 40), "femto": ((2, 2, 6, 2), 48), "pico": ((2, 2, 6, 2), 64), "nano": ((2, 2, 8, 2), 80),
-         "base": ((3, 3, 27, 3), 128), "large": ((3, 3, 27, 3), 192), "huge": ((3, 3, 27, 3), 352)} # blocks per stage, width of the first
+         "base": ((3, 3, 27, 3), 128), "large": ((3, 3, 27, 3), 192), "huge": ((3, 3, 27, 3), 352)}  # blocks per stage, width of the first
 PROFOUND_CARD = dict(family="reconstruction", source="arXiv 2603.03961, github.com/pipiwang/ProFound", licence="Apache-2.0",
             sequences=("T2w", "high-b DWI", "ADC"), size=(64, 224, 224), spacing=(1.0, 0.5, 0.5))
 
 def sized(
-    size: str, # of SIZES
-    in_channels: int, # input sequences
-    tiny: bool = False, # a version for tests
+    size: str,  # of SIZES
+    in_channels: int,  # input sequences
+    tiny: bool = False,  # a version for tests
 ) -> ProFound:
     "ProFound's encoder in another size."
     depths, width = ((1, 1, 1, 1), 8) if tiny else SIZES[size]
@@ -36,7 +36,7 @@ def sized(
 
 # %% ../../nbs/34_profound_layouts.ipynb #0a390197
 def register_size(
-    size: str, # of SIZES
+    size: str,  # of SIZES
 ) -> None:
     "Make one more size known."
     def factory(in_channels: int = 3, tiny: bool = False) -> ProFound: return sized(size, in_channels, tiny)
@@ -47,9 +47,9 @@ for size in SIZES: register_size(size)
 
 # %% ../../nbs/34_profound_layouts.ipynb #75381995
 def dense_kernel(
-    kernel: Tensor, # (offset, in, out), (in, out), or (offset, channels) for a depthwise one
-    depthwise: bool, # which of the two-axis cases
-) -> Tensor: # out in d h w
+    kernel: Tensor,  # (offset, in, out), (in, out), or (offset, channels) for a depthwise one
+    depthwise: bool,  # which of the two-axis cases
+) -> Tensor:  # out in d h w
     "A sparse convolution's kernel as a dense one."
     if kernel.ndim == 2: kernel = rearrange(kernel, "v c -> v 1 c") if depthwise else rearrange(kernel, "i o -> 1 i o")
     k = round(kernel.shape[0] ** (1 / 3))
@@ -57,8 +57,8 @@ def dense_kernel(
 
 # %% ../../nbs/34_profound_layouts.ipynb #ed9ae958
 def dense_state(
-    state: dict[str, Tensor], # published keys of the pretraining, or already dense ones, below "encoder."
-) -> dict[str, Tensor]: # ConvNeXt3d's keys; the final norm has no pretrained values and stays away
+    state: dict[str, Tensor],  # published keys of the pretraining, or already dense ones, below "encoder."
+) -> dict[str, Tensor]:  # ConvNeXt3d's keys; the final norm has no pretrained values and stays away
     "The encoder of a pretraining checkpoint as a dense one."
     out = {}
     for key, value in strip(state, "encoder.").items():
@@ -82,18 +82,18 @@ def profound_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # %% ../../nbs/34_profound_layouts.ipynb #a03d39f3
 def token_map(
-    tokens: Tensor, # b (1 + d·h·w) e, class token first
-    grid: list[int], # (d, h, w)
-) -> Tensor: # b e d h w
+    tokens: Tensor,  # b (1 + d·h·w) e, class token first
+    grid: list[int],  # (d, h, w)
+) -> Tensor:  # b e d h w
     "Patch tokens as a volume."
     return rearrange(tokens[:, 1:], "b (d h w) e -> b e d h w", d=grid[0], h=grid[1])
 
 class MAEBackbone(Backbone):
     "A masked auto-encoder's encoder with the backbone protocol."
     def __init__(self,
-                 name: str, # registered name
-                 net: MAE3d | ConvMAE3d, # loses what a backbone does not use
-                 in_channels: int, # input sequences
+                 name: str,  # registered name
+                 net: MAE3d | ConvMAE3d,  # loses what a backbone does not use
+                 in_channels: int,  # input sequences
                 ):
         super().__init__()
         self.name, self.in_channels, self.net = name, in_channels, net
@@ -131,16 +131,16 @@ MAE_CARD = PROFOUND_CARD | dict(size=(64, 256, 256))
 
 @backbones("profound_vit", title="ProFound-ViT (ViT-B MAE 3D)", note="patches of 16x32x32 voxels; without the decoder", **MAE_CARD)
 def profound_vit(
-    in_channels: int = 3, # input sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 3,  # input sequences
+    tiny: bool = False,  # a version for tests
 ) -> MAEBackbone:
     "ProFound's ViT variant with random weights."
     return MAEBackbone("profound_vit", MAE3d(in_channels, **(dict(size=(4, 16, 16), patch=(2, 4, 4), **TINY_PROFOUND) if tiny else {})), in_channels)
 
 @backbones("profound_convmae", title="ProFound-ConvMAE 3D", note="order of steps after arXiv 2205.03892; without the decoder and conv_blocks.*.down, which that order does not use", **MAE_CARD)
 def profound_convmae(
-    in_channels: int = 3, # input sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 3,  # input sequences
+    tiny: bool = False,  # a version for tests
 ) -> MAEBackbone:
     "ProFound's ConvMAE variant with random weights."
     return MAEBackbone("profound_convmae", ConvMAE3d(in_channels, **(dict(size=(4, 32, 32), first=(2, 2, 2), widths=(6, 8), **TINY_PROFOUND) if tiny else {})), in_channels)

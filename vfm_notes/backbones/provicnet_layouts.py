@@ -24,7 +24,7 @@ from ..nets.vit import patch_map
 class UnitLinear(nn.Module):
     "A linear layer without bias whose rows are `weight_g` times a unit vector along `weight_v`."
     def __init__(self,
-                 dim: int, out: int, # widths
+                 dim: int, out: int,  # widths
                 ):
         super().__init__()
         self.weight_g, self.weight_v = nn.Parameter(torch.ones(out, 1), requires_grad=False), nn.Parameter(torch.randn(out, dim) * 0.02)
@@ -34,8 +34,8 @@ class UnitLinear(nn.Module):
 class ContrastHead(nn.Module):
     "Scores of prototypes from features."
     def __init__(self,
-                 dim: int, # feature width
-                 hidden: int = 2048, bottleneck: int = 256, out: int = 65536, # widths
+                 dim: int,  # feature width
+                 hidden: int = 2048, bottleneck: int = 256, out: int = 65536,  # widths
                 ):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
@@ -45,9 +45,9 @@ class ContrastHead(nn.Module):
 
 # %% ../../nbs/35_provicnet_layouts.ipynb #9a18c623
 def slice_window(
-    x: Tensor, # b 1 d h w
-    slices: int, # odd
-) -> Tensor: # (b d) slices h w
+    x: Tensor,  # b 1 d h w
+    slices: int,  # odd
+) -> Tensor:  # (b d) slices h w
     "Every slice with its neighbours; windows at the ends move inwards."
     d = x.shape[2]
     half = slices // 2
@@ -59,10 +59,10 @@ def slice_window(
 class ProViCNetSegmenter(ProViCNet):
     "ProViCNet's published network of one sequence; the output grid is 8 cells per patch."
     def __init__(self,
-                 n_classes: int = 4, # background, gland, indolent, clinically significant
-                 slices: int = 3, # 3 for MRI, 9 for ultrasound
-                 contrast: dict | None = None, # widths of the contrastive head; None leaves it out, {} is the published one
-                 **sizes, # of ProViCNet
+                 n_classes: int = 4,  # background, gland, indolent, clinically significant
+                 slices: int = 3,  # 3 for MRI, 9 for ultrasound
+                 contrast: dict | None = None,  # widths of the contrastive head; None leaves it out, {} is the published one
+                 **sizes,  # of ProViCNet
                 ):
         super().__init__("provicnet_small", 1, **sizes)
         self.slices, self.head = slices, TokenHead(self.embed_dim, n_classes)
@@ -84,10 +84,10 @@ class ProViCNetSegmenter(ProViCNet):
         return rearrange(scores, "(b d) k h w -> b k d h w", b=len(tokens))
 
 # %% ../../nbs/35_provicnet_layouts.ipynb #fe60bfbd
-STREAMS = ("Stream_T2W", "Stream_ADC", "Stream_DWI") # the order that they are joined in
+STREAMS = ("Stream_T2W", "Stream_ADC", "Stream_DWI")  # the order that they are joined in
 
 def up_conv(
-    channels: int, out: int, # widths
+    channels: int, out: int,  # widths
 ) -> list[nn.Module]:
     "Enlarge twice, convolve, norm, ReLU."
     return [nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
@@ -95,23 +95,23 @@ def up_conv(
 class Fusion(nn.Module):
     "Class scores from the patch tokens of three networks."
     def __init__(self,
-                 dim: int = 384, # token width
-                 n_classes: int = 4, # number of scores
-                 width: int = 128, # channels of a stream
+                 dim: int = 384,  # token width
+                 n_classes: int = 4,  # number of scores
+                 width: int = 128,  # channels of a stream
                 ):
         super().__init__()
         for name in STREAMS: setattr(self, name, nn.ModuleDict({"UpsampleModule": nn.Sequential(*up_conv(dim, width))}))
         self.FusionSegmentation = nn.Sequential(*up_conv(3 * width, width), nn.Upsample(scale_factor=2), nn.Conv2d(width, n_classes, 3, padding=1))
 
     def forward(self,
-                tokens: list[Tensor], # three of b e h w: T2w, ADC, DWI
-               ) -> Tensor: # b n_classes 8h 8w
+                tokens: list[Tensor],  # three of b e h w: T2w, ADC, DWI
+               ) -> Tensor:  # b n_classes 8h 8w
         return self.FusionSegmentation(torch.cat([getattr(self, s)["UpsampleModule"](t) for s, t in zip(STREAMS, tokens)], 1))
 
 # %% ../../nbs/35_provicnet_layouts.ipynb #e17c6cff
 def provicnet_keys(
-    state: dict[str, Tensor], # a published file
-) -> dict[str, Tensor]: # what the backbone has; the heads stay out
+    state: dict[str, Tensor],  # a published file
+) -> dict[str, Tensor]:  # what the backbone has; the heads stay out
     "The backbone's part of a ProViCNet file."
     return {k: v for k, v in state.items() if not k.startswith(("head.", "CL_Head."))}
 
@@ -125,8 +125,8 @@ for sequence in ("T2", "ADC", "DWI"):
            licence="MIT", sequences=("TRUS",), size=(20, 448, 448), spacing=(1.0, 0.2, 0.2),
            note="one sequence; more than one is averaged; spacing is not published; the head is part of the weights and not of the features")
 def provicnet_trus(
-    in_channels: int = 1, # input sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a version for tests
 ) -> "TRUSBackbone":
     "ProViCNet's ultrasound encoder with random weights."
     return TRUSBackbone("provicnet_trus", in_channels, **(dict(levels=(1, 2), patch=4, dim=24, depth=2, heads=2, registers=2, grid=4) if tiny else {}))
@@ -137,9 +137,9 @@ weights("provicnet_trus.trus", title="ProViCNet, ultrasound", file="TRUS_best.pt
 class TRUSBackbone(ProViCNetSegmenter):
     "The nine-slice encoder alone."
     def __init__(self,
-                 name: str, # registered name
-                 in_channels: int, # input sequences
-                 **sizes, # of ProViCNet
+                 name: str,  # registered name
+                 in_channels: int,  # input sequences
+                 **sizes,  # of ProViCNet
                 ):
         super().__init__(1, 9, **sizes)
         self.name, self.in_channels = name, in_channels

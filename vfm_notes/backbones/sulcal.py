@@ -20,9 +20,9 @@ from ..foundation.registry import backbones
 
 # %% ../../nbs/381_sulcal.ipynb #909a5105
 def conv_stages(
-    widths: list[int], # channels after every stage
-    norm: bool = False, # batch norm after pooling
-) -> nn.ModuleList: # of stages, each halves the volume
+    widths: list[int],  # channels after every stage
+    norm: bool = False,  # batch norm after pooling
+) -> nn.ModuleList:  # of stages, each halves the volume
     "A trunk of convolution, ReLU, pooling."
     return nn.ModuleList(nn.Sequential(nn.Conv3d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), *([nn.BatchNorm3d(b)] if norm else []))
                          for a, b in zip([1, *widths], widths))
@@ -35,10 +35,10 @@ def trunk_widths(tiny: bool) -> list[int]: return [4, 4, 8, 16] if tiny else [64
 class Headed(Steps):
     "A network whose vector comes from its last map through a head."
     def __init__(self,
-                 model: nn.Module, maps, # as Steps has them
-                 widths: list[int], strides: list[int], # of the maps
-                 head: nn.Module, # from the last map to the vector
-                 embed_dim: int, # length of the vector
+                 model: nn.Module, maps,  # as Steps has them
+                 widths: list[int], strides: list[int],  # of the maps
+                 head: nn.Module,  # from the last map to the vector
+                 embed_dim: int,  # length of the vector
                 ):
         super().__init__(model, maps, widths, strides)
         self.head, self.embed_dim = head, embed_dim
@@ -52,15 +52,15 @@ SULCUS = VOLUMETRIC_CARD | dict(family="supervision", source="arXiv 2405.19204, 
 PADDED_NOTE = NOTE + "; convolutions padded; no published weights"
 
 def dense(
-    width: int, out: int, # channels of the map, length of the vector
+    width: int, out: int,  # channels of the map, length of the vector
 ) -> nn.Sequential:
     "Mean over the volume, dense layer, ReLU, dropout."
     return nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(width, out), nn.ReLU(), nn.Dropout(0.3))
 
 @backbones("simple_3d", title="Simple 3D CNN (sulcus study)", note=PADDED_NOTE + "; feature: mean through a dense layer of 512", **SULCUS)
 def simple_3d(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "Four times convolution, ReLU, pooling."
     widths, out = trunk_widths(tiny), 12 if tiny else 512
@@ -70,14 +70,14 @@ def simple_3d(
 class HeadAttention(nn.Module):
     "Self-attention of a vector: its heads are the tokens."
     def __init__(self,
-                 dim: int, # length of the vector
-                 key: int, # numbers per head
-                 heads: int = 2, # tokens
+                 dim: int,  # length of the vector
+                 key: int,  # numbers per head
+                 heads: int = 2,  # tokens
                 ):
         super().__init__()
         self.heads, self.query_key_value, self.out = heads, nn.Linear(dim, 3 * heads * key), nn.Linear(heads * key, dim)
 
-    def forward(self, x: Tensor) -> Tensor: # b dim → b dim
+    def forward(self, x: Tensor) -> Tensor:  # b dim → b dim
         q, k, v = rearrange(self.query_key_value(x), "b (three h k) -> three b h k", three=3, h=self.heads)
         return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h k -> b (h k)"))
 
@@ -85,14 +85,14 @@ class HeadAttention(nn.Module):
 class SquareHead(nn.Module):
     "Mean, dense layers to side², self-attention, a square read by `depth` kernels, dense layer."
     def __init__(self,
-                 width: int, # channels of the map
-                 middle: int, side: int, depth: int, out: int, # 512, 124, 90 and 1024 as published
+                 width: int,  # channels of the map
+                 middle: int, side: int, depth: int, out: int,  # 512, 124, 90 and 1024 as published
                 ):
         super().__init__()
         self.side, self.stretch = side, nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(width, middle), nn.ReLU(), nn.Linear(middle, side ** 2), nn.ReLU())
         self.attention, self.read, self.dense = HeadAttention(side ** 2, side), nn.Conv2d(1, depth, 1), nn.Linear(depth, out)
 
-    def forward(self, x: Tensor) -> Tensor: # b c d h w → b out
+    def forward(self, x: Tensor) -> Tensor:  # b c d h w → b out
         square = rearrange(self.attention(self.stretch(x)), "b (h w) -> b 1 h w", h=self.side)
         return self.dense(self.read(square).relu().mean((2, 3))).relu()
 
@@ -100,8 +100,8 @@ class SquareHead(nn.Module):
 @backbones("simple_mhl", title="3D CNN with self-attention (sulcus study)", note=PADDED_NOTE + "; attention among two heads of the pooled vector; the square is averaged per depth kernel, "
            "where the published code averages over depth as well and leaves one number", **SULCUS)
 def simple_mhl(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "The simple trunk with batch norm, and self-attention on its vector."
     widths, sizes = trunk_widths(tiny), (12, 6, 4, 16) if tiny else (512, 124, 90, 1024)
@@ -111,8 +111,8 @@ def simple_mhl(
 class TwoStreams(nn.Module):
     "Two trunks; the first attends to the second after every stage."
     def __init__(self,
-                 widths: list[int], # channels after every stage
-                 cells: int = 4, # tokens per axis, at most
+                 widths: list[int],  # channels after every stage
+                 cells: int = 4,  # tokens per axis, at most
                 ):
         super().__init__()
         self.first, self.second, self.cells = conv_stages(widths), conv_stages(widths), cells
@@ -120,7 +120,7 @@ class TwoStreams(nn.Module):
         self.widths, self.strides, self.embed_dim = [2 * w for w in widths], [2, 4, 8, 16], sum(widths)
         self.levels, self.names = list(range(4)), [f"stage{i + 1}" for i in range(4)]
 
-    def tokens(self, x: Tensor) -> Tensor: # b c d h w → b n c
+    def tokens(self, x: Tensor) -> Tensor:  # b c d h w → b n c
         return rearrange(F.adaptive_avg_pool3d(x, [min(s, self.cells) for s in x.shape[2:]]), "b c d h w -> b (d h w) c")
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -132,8 +132,8 @@ class TwoStreams(nn.Module):
 @backbones("double_3d", title="Two-stream 3D CNN (sulcus study)", note="input turned to x y z; sequences become the two streams' channels; convolutions padded; cross-attention among at most 4x4x4 cells; "
            "no published weights", **SULCUS | dict(sequences=("first stream", "second stream")))
 def double_3d(
-    in_channels: int = 2, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 2,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "Two trunks with cross-attention after every stage."
     model = Volumetric("double_3d", TwoStreams(trunk_widths(tiny)), in_channels)
@@ -143,11 +143,11 @@ def double_3d(
 # %% ../../nbs/381_sulcal.ipynb #447e1686
 class EightCells(nn.Module):
     "Max pooling to 2 x 2 x 2 cells, flattened."
-    def forward(self, x: Tensor) -> Tensor: return F.adaptive_max_pool3d(x, 2).flatten(1) # b c d h w → b (8 c)
+    def forward(self, x: Tensor) -> Tensor: return F.adaptive_max_pool3d(x, 2).flatten(1)  # b c d h w → b (8 c)
 
 def diffusion_maps(
-    model: nn.Module, # DiffusionModelUNet without its way up; `time` is the step that it is asked at
-    x: Tensor, # b 1 w h d
+    model: nn.Module,  # DiffusionModelUNet without its way up; `time` is the step that it is asked at
+    x: Tensor,  # b 1 w h d
 ) -> list[Tensor]:
     "The last map of every level, the middle's for the coarsest."
     from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
@@ -162,9 +162,9 @@ def diffusion_maps(
 @backbones("diffusion_unet", title="Diffusion U-Net encoder (sulcus study)", note=NOTE + "; features at time step 0, a clean image; conditioned on nothing; feature: the middle map max-pooled to 2x2x2 cells; no published weights",
            **SULCUS | dict(family="reconstruction", size=(32, 32, 32), licence="Apache-2.0"))
 def diffusion_unet(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
-    time: int = 0, # step of 1000 that the features belong to
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
+    time: int = 0,  # step of 1000 that the features belong to
 ) -> Volumetric:
     "The encoder of MONAI's diffusion U-Net."
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
@@ -186,8 +186,8 @@ def swin_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
 @backbones("swin_mt", title="SwinMT, 24, four levels (sulcus study)", note=NOTE + "; the deepest level is left out, as for blocks below 64 voxels; feature: the last map max-pooled to 2x2x2 cells; no published weights",
            **SULCUS | dict(family="reconstruction", size=(32, 32, 32), licence="Apache-2.0"))
 def swin_mt(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "Swin UNETR's encoder to stride 16."
     from monai.networks.nets.swin_unetr import SwinTransformer

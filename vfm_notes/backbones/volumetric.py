@@ -24,9 +24,9 @@ from ..foundation.registry import backbones
 class Volumetric(ReadBackbone):
     "A network for one-channel volumes x y z with the backbone protocol."
     def __init__(self,
-                 name: str, # registered name
-                 encoder: nn.Module, # of volumes `b 1 w h d`
-                 in_channels: int, # sequences
+                 name: str,  # registered name
+                 encoder: nn.Module,  # of volumes `b 1 w h d`
+                 in_channels: int,  # sequences
                 ):
         super().__init__()
         self.name, self.in_channels, self.encoder, self.channels = name, in_channels, encoder, Channels(in_channels, 1)
@@ -40,8 +40,8 @@ class Volumetric(ReadBackbone):
 
 # %% ../../nbs/38_volumetric.ipynb #76cc92ea
 def turned(
-    x: Tensor, # b c d h w, or b c w h d
-) -> Tensor: # the other one
+    x: Tensor,  # b c d h w, or b c w h d
+) -> Tensor:  # the other one
     "Reverse the three axes of space."
     return rearrange(x, "b c d h w -> b c w h d")
 
@@ -49,10 +49,10 @@ def turned(
 class Steps(nn.Module):
     "An encoder of volumes made of a network and a function that reads its maps."
     def __init__(self,
-                 model: nn.Module, # the published network
-                 maps: Callable, # (model, x) → maps, fine to coarse
-                 widths: list[int], strides: list[int], # of the maps
-                 skip: int = 0, # finest maps that the pyramid leaves out
+                 model: nn.Module,  # the published network
+                 maps: Callable,  # (model, x) → maps, fine to coarse
+                 widths: list[int], strides: list[int],  # of the maps
+                 skip: int = 0,  # finest maps that the pyramid leaves out
                 ):
         super().__init__()
         self.model, self.maps, self.widths, self.strides = model, maps, widths, strides
@@ -85,8 +85,8 @@ def resnet_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
 @backbones("segresnet_ds", title="SegResNetDS encoder", family="supervision", source="arXiv 1810.11654, docs.monai.io", size=(32, 128, 128),
            note=NOTE + "; TAPS: T2w, RAS, 3.0x0.8x0.8 mm, z-score over non-zero voxels", **VOLUMETRIC_CARD | dict(spacing=(3.0, 0.8, 0.8), sequences=("T2w",)))
 def segresnet_ds(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "The encoder of MONAI's SegResNetDS as TAPS was trained."
     from monai.networks.nets.segresnet_ds import SegResEncoder
@@ -97,8 +97,8 @@ def segresnet_ds(
 # %% ../../nbs/38_volumetric.ipynb #d178960e
 @backbones("segresnet_ctfm", title="CT-FM's SegResNet encoder", family="contrast", source="arXiv 2501.09001, github.com/project-lighter", size=(32, 128, 128), note=NOTE, **VOLUMETRIC_CARD)
 def segresnet_ctfm(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "The five-level encoder that CT-FM was pretrained with."
     from monai.networks.nets.segresnet_ds import SegResEncoder
@@ -108,8 +108,8 @@ def segresnet_ctfm(
 # %% ../../nbs/38_volumetric.ipynb #99c0973a
 @backbones("segresnet", title="SegResNet encoder", family="supervision", source="arXiv 1810.11654, docs.monai.io", size=(96, 96, 96), note=NOTE, **VOLUMETRIC_CARD)
 def segresnet(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "The encoder of MONAI's SegResNet."
     from monai.networks.nets.segresnet import SegResNet
@@ -120,8 +120,8 @@ def segresnet(
 # %% ../../nbs/38_volumetric.ipynb #2ef48c88
 @backbones("densenet121_3d", title="DenseNet-121 3D", family="supervision", source="arXiv 1608.06993, docs.monai.io", size=(96, 96, 96), note=NOTE, **VOLUMETRIC_CARD)
 def densenet121_3d(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "The features of MONAI's DenseNet-121."
     from monai.networks.nets.densenet import DenseNet
@@ -135,9 +135,9 @@ def densenet121_3d(
 
 # %% ../../nbs/38_volumetric.ipynb #0fbc111b
 def resnet_3d(
-    depth: int, # 18 or 50
-    in_channels: int, # sequences
-    tiny: bool, # a version for tests
+    depth: int,  # 18 or 50
+    in_channels: int,  # sequences
+    tiny: bool,  # a version for tests
 ) -> Volumetric:
     "A 3D ResNet with MedicalNet's layout."
     from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
@@ -158,11 +158,11 @@ def resnet50_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return 
 
 # %% ../../nbs/38_volumetric.ipynb #3d002fef
 def swin(
-    name: str, # registered name
-    width: int, # feature_size
-    second: bool, # use_v2
-    in_channels: int, # sequences
-    tiny: bool, # a version for tests
+    name: str,  # registered name
+    width: int,  # feature_size
+    second: bool,  # use_v2
+    in_channels: int,  # sequences
+    tiny: bool,  # a version for tests
 ) -> Volumetric:
     "Swin UNETR's encoder."
     from monai.networks.nets.swin_unetr import SwinTransformer
@@ -172,8 +172,8 @@ def swin(
 
 # %% ../../nbs/38_volumetric.ipynb #994dbe40
 def register_swin(
-    name: str, title: str, # registered name, name for tables
-    width: int, second: bool, # feature_size, use_v2
+    name: str, title: str,  # registered name, name for tables
+    width: int, second: bool,  # feature_size, use_v2
 ) -> None:
     "Make one Swin UNETR known."
     def factory(in_channels: int = 1, tiny: bool = False) -> Volumetric: return swin(name, width, second, in_channels, tiny)
@@ -186,14 +186,14 @@ for args in (("swin_unetr_24", "Swin UNETR, 24", 24, False), ("swin_unetr_48", "
 class FirstPatch(nn.Module):
     "MONAI's ViT: patch tokens after every block; the vector is the first patch's normalised token."
     def __init__(self,
-                 model: nn.Module, # monai.networks.nets.ViT
-                 patch: int, grid: int, # voxels per patch, patches per axis of the position table
+                 model: nn.Module,  # monai.networks.nets.ViT
+                 patch: int, grid: int,  # voxels per patch, patches per axis of the position table
                 ):
         super().__init__()
         self.model, self.grid, n, e = model, grid, len(model.blocks), model.norm.normalized_shape[0]
         self.widths, self.strides, self.levels, self.names, self.embed_dim = [e] * n, [patch] * n, spread(n), [f"block{i + 1}" for i in range(n)], e
 
-    def enter(self, x: Tensor) -> Tensor: # b 1 w h d → b (w h d) e
+    def enter(self, x: Tensor) -> Tensor:  # b 1 w h d → b (w h d) e
         "The tokens that enter the first block."
         x = self.model.patch_embedding.patch_embeddings(x)
         g = self.grid
@@ -212,8 +212,8 @@ class FirstPatch(nn.Module):
 @backbones("vit_3d", title="ViT-B 3D (BrainIAC)", family="contrast", source="github.com/AIM-KannLab/BrainIAC", size=(96, 96, 96), non_commercial=True,
            note=NOTE + "; the feature is the first patch's token, as published", **VOLUMETRIC_CARD | dict(licence="non-commercial"))
 def vit_3d(
-    in_channels: int = 1, # sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # sequences
+    tiny: bool = False,  # a version for tests
 ) -> Volumetric:
     "MONAI's ViT with 16³ patches of 96³ voxels."
     from monai.networks.nets.vit import ViT
@@ -222,8 +222,8 @@ def vit_3d(
 
 # %% ../../nbs/38_volumetric.ipynb #fb021cc3
 def swin_keys(
-    state: dict[str, Tensor], # any of the three layouts
-) -> dict[str, Tensor]: # the backbone's names
+    state: dict[str, Tensor],  # any of the three layouts
+) -> dict[str, Tensor]:  # the backbone's names
     "A Swin UNETR file's encoder."
     out = {}
     for key, value in state.items():

@@ -23,9 +23,9 @@ STATE_OF = re.compile(r"optim|sched|scaler|callback|loop|hyper|param_group|args|
 WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # in a name: by a wrapper
 
 def dictionaries(
-    content: dict, # of a checkpoint
-    place: str = "", # of this dictionary in it
-) -> dict[str, dict[str, Tensor]]: # place → tensors
+    content: dict,  # of a checkpoint
+    place: str = "",  # of this dictionary in it
+) -> dict[str, dict[str, Tensor]]:  # place → tensors
     "Every dictionary of tensors in a checkpoint, except what belongs to the optimiser."
     own = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     found = {place: own} if own else {}
@@ -42,8 +42,8 @@ KEPT_IN = {"module", "model", "net", "network", "backbone", "encoder", "teacher"
 
 def below_prefixes(
     state: dict[str, Tensor],
-    prefix: str = "", # taken off so far
-) -> Iterator[tuple[str, dict[str, Tensor]]]: # prefix, the tensors below it
+    prefix: str = "",  # taken off so far
+) -> Iterator[tuple[str, dict[str, Tensor]]]:  # prefix, the tensors below it
     "A state as it is, and below each of its prefixes."
     yield prefix, state
     heads = dict.fromkeys(k.partition(".")[0] for k in state if "." in k)
@@ -55,14 +55,14 @@ def below_prefixes(
 @dataclass(frozen=True)
 class Part:
     "Tensors of a checkpoint that may be a network."
-    place: str # of their dictionary, dotted; "" is the file's own
-    prefix: str # that was taken off their names
+    place: str  # of their dictionary, dotted; "" is the file's own
+    prefix: str  # that was taken off their names
     state: dict[str, Tensor]
-    among: int = 1 # dictionaries of tensors in the checkpoint
-    left: int = 0 # tensors of the dictionary that lie outside
+    among: int = 1  # dictionaries of tensors in the checkpoint
+    left: int = 0  # tensors of the dictionary that lie outside
 
     @property
-    def address(self) -> str: return f"{self.place}.{self.prefix}".strip(".") # behind the # of a file
+    def address(self) -> str: return f"{self.place}.{self.prefix}".strip(".")  # behind the # of a file
 
     def __str__(self) -> str:
         "What was done to get it, for reports."
@@ -72,8 +72,8 @@ class Part:
 
 # %% ../../nbs/242_checkpoints.ipynb #4861cbd5
 def parts_of(
-    content: dict, # a state, or a checkpoint with some
-) -> list[Part]: # as it is comes first
+    content: dict,  # a state, or a checkpoint with some
+) -> list[Part]:  # as it is comes first
     "All networks that a checkpoint may hold."
     found = dictionaries(content)
     def part(place: str, state: dict[str, Tensor]) -> Iterator[Part]:
@@ -84,8 +84,8 @@ def parts_of(
     return [p for place, state in found.items() for p in part(place, state)]
 
 def read_parts(
-    path: str | Path, # a file, or FILE#PLACE
-) -> tuple[str, list[Part]]: # the file, its networks
+    path: str | Path,  # a file, or FILE#PLACE
+) -> tuple[str, list[Part]]:  # the file, its networks
     "The networks that a file may hold, or those at the named place."
     path, at = str(path), ""
     if not Path(path).is_file() and "#" in path: path, _, at = path.rpartition("#")

@@ -18,9 +18,9 @@ from .vit import MLP, Attention
 
 # %% ../../nbs/26_mae3d.ipynb #dfcffe2d
 def sincos_positions(
-    grid: tuple[int, int, int], # patches (d, h, w)
-    dim: int, # token width, divisible by 6
-) -> Tensor: # 1 (d·h·w) dim
+    grid: tuple[int, int, int],  # patches (d, h, w)
+    dim: int,  # token width, divisible by 6
+) -> Tensor:  # 1 (d·h·w) dim
     "Sine and cosine of every patch's place along each axis."
     part = dim // 6
     rates = 10000. ** -(torch.arange(part, dtype=torch.float64) / part)
@@ -30,10 +30,10 @@ def sincos_positions(
 
 # %% ../../nbs/26_mae3d.ipynb #2457792f
 def fit_positions(
-    table: Tensor, # 1 n e
-    grid: tuple[int, int, int], # grid that the table was made for, d·h·w = n
-    size: tuple[int, int, int], # wanted grid
-) -> Tensor: # 1 (d·h·w) e
+    table: Tensor,  # 1 n e
+    grid: tuple[int, int, int],  # grid that the table was made for, d·h·w = n
+    size: tuple[int, int, int],  # wanted grid
+) -> Tensor:  # 1 (d·h·w) e
     "A position table for another grid of patches."
     if tuple(grid) == tuple(size): return table
     d, h, w = grid
@@ -44,8 +44,8 @@ def fit_positions(
 class SplitAttention(nn.Module):
     "Multi-head self-attention on `b n e` with separate query weights."
     def __init__(self,
-                 dim: int, # token width e
-                 heads: int, # number of heads; divides `dim`
+                 dim: int,  # token width e
+                 heads: int,  # number of heads; divides `dim`
                 ):
         super().__init__()
         self.heads, self.q, self.kv, self.proj = heads, nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
@@ -59,9 +59,9 @@ class SplitAttention(nn.Module):
 class PlainBlock(nn.Module):
     "One pre-norm transformer block on `b n e`."
     def __init__(self,
-                 dim: int, # token width
-                 heads: int, # attention heads
-                 split: bool = False, # separate query weights
+                 dim: int,  # token width
+                 heads: int,  # attention heads
+                 split: bool = False,  # separate query weights
                 ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
@@ -73,39 +73,39 @@ class PlainBlock(nn.Module):
 
 # %% ../../nbs/26_mae3d.ipynb #a95cda0b
 def draw_patches(
-    batch: int, # volumes
-    patches: int, # patches per volume
-    ratio: float, # share that is hidden
-    generator: torch.Generator | None = None, # fixes the draw
-) -> Tensor: # batch kept, patch numbers in ascending order
+    batch: int,  # volumes
+    patches: int,  # patches per volume
+    ratio: float,  # share that is hidden
+    generator: torch.Generator | None = None,  # fixes the draw
+) -> Tensor:  # batch kept, patch numbers in ascending order
     "Draw the patches that stay visible."
     kept = max(round(patches * (1 - ratio)), 1)
     return torch.rand(batch, patches, generator=generator).argsort(1)[:, :kept].sort(1).values
 
 # %% ../../nbs/26_mae3d.ipynb #5d17f048
 def gather(
-    x: Tensor, # b n e
-    index: Tensor, # b k
-) -> Tensor: # b k e
+    x: Tensor,  # b n e
+    index: Tensor,  # b k
+) -> Tensor:  # b k e
     "Tokens by number."
     return x.gather(1, repeat(index, "b k -> b k e", e=x.shape[2]))
 
 # %% ../../nbs/26_mae3d.ipynb #797d51dc
 def scatter(
-    visible: Tensor, # b k e
-    index: Tensor, # b k, their places
-    n: int, # length of the whole sequence
-    filler: Tensor, # 1 1 e
-) -> Tensor: # b n e
+    visible: Tensor,  # b k e
+    index: Tensor,  # b k, their places
+    n: int,  # length of the whole sequence
+    filler: Tensor,  # 1 1 e
+) -> Tensor:  # b n e
     "Put visible tokens back into their places, a filler into the gaps."
     whole = filler.expand(len(visible), n, -1).clone()
     return whole.scatter(1, repeat(index, "b k -> b k e", e=visible.shape[2]), visible)
 
 # %% ../../nbs/26_mae3d.ipynb #34b0b65d
 def to_patches(
-    x: Tensor, # b c d h w
-    patch: tuple[int, int, int], # (d, h, w)
-) -> Tensor: # b n (d·h·w·c), channel fastest
+    x: Tensor,  # b c d h w
+    patch: tuple[int, int, int],  # (d, h, w)
+) -> Tensor:  # b n (d·h·w·c), channel fastest
     "Cut volumes into rows of voxels, one row per patch."
     pd, ph, pw = patch
     return rearrange(x, "b c (d pd) (h ph) (w pw) -> b (d h w) (pd ph pw c)", pd=pd, ph=ph, pw=pw)
@@ -114,11 +114,11 @@ def to_patches(
 class MAE3d(nn.Module):
     "Masked auto-encoder ViT on volumes; the defaults are ProFound's ViT-B."
     def __init__(self,
-                 in_channels: int = 3, # input sequences
-                 size: tuple[int, int, int] = (64, 256, 256), # voxels that the position tables are for
-                 patch: tuple[int, int, int] = (16, 32, 32), # voxels per patch
-                 dim: int = 768, depth: int = 12, heads: int = 12, # encoder
-                 decoder_dim: int = 384, decoder_depth: int = 8, decoder_heads: int = 16, # decoder
+                 in_channels: int = 3,  # input sequences
+                 size: tuple[int, int, int] = (64, 256, 256),  # voxels that the position tables are for
+                 patch: tuple[int, int, int] = (16, 32, 32),  # voxels per patch
+                 dim: int = 768, depth: int = 12, heads: int = 12,  # encoder
+                 decoder_dim: int = 384, decoder_depth: int = 8, decoder_heads: int = 16,  # decoder
                 ):
         super().__init__()
         self.patch, self.grid = tuple(patch), tuple(s // p for s, p in zip(size, patch))
@@ -133,9 +133,9 @@ class MAE3d(nn.Module):
         self.decoder_norm, self.decoder_pred = nn.LayerNorm(decoder_dim, eps=1e-6), nn.Linear(decoder_dim, patch[0] * patch[1] * patch[2] * in_channels)
 
     def encode(self,
-               x: Tensor, # b c d h w
-               keep: Tensor | None = None, # b k numbers of visible patches; None is all
-              ) -> list[Tensor]: # b (1 + k) e after every block, and at last the normalised ones
+               x: Tensor,  # b c d h w
+               keep: Tensor | None = None,  # b k numbers of visible patches; None is all
+              ) -> list[Tensor]:  # b (1 + k) e after every block, and at last the normalised ones
         x = self.patch_embed["proj"](x)
         places = fit_positions(self.pos_embed[:, 1:], self.grid, x.shape[2:])
         x = rearrange(x, "b e d h w -> b (d h w) e") + places
@@ -145,9 +145,9 @@ class MAE3d(nn.Module):
         return out + [self.norm(x)]
 
     def forward(self,
-                x: Tensor, # b c d h w, of the size of the position tables
-                keep: Tensor, # b k numbers of visible patches
-               ) -> Tensor: # b n voxels of every patch
+                x: Tensor,  # b c d h w, of the size of the position tables
+                keep: Tensor,  # b k numbers of visible patches
+               ) -> Tensor:  # b n voxels of every patch
         y, n = self.decoder_embed(self.encode(x, keep)[-1]), self.grid[0] * self.grid[1] * self.grid[2]
         y = torch.cat([y[:, :1], scatter(y[:, 1:], keep, n, self.mask_token)], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks: y = block(y)
@@ -157,7 +157,7 @@ class MAE3d(nn.Module):
 class ConvBlock(nn.Module):
     "Depthwise 5x5x5 mixing and an MLP of 1x1x1 convolutions, both residual, on `b c d h w`."
     def __init__(self,
-                 channels: int, # width
+                 channels: int,  # width
                 ):
         super().__init__()
         one = lambda a, b: nn.Conv3d(a, b, 1)
@@ -175,11 +175,11 @@ class ConvBlock(nn.Module):
 class ConvStage(nn.Module):
     "Patches, then depthwise blocks."
     def __init__(self,
-                 channels: int, out: int, # width in and out
-                 patch: tuple[int, int, int], # stride (d, h, w)
-                 down: tuple[int, int, int], # from this stage's grid to the tokens'
-                 dim: int, # token width
-                 depth: int = 2, # blocks
+                 channels: int, out: int,  # width in and out
+                 patch: tuple[int, int, int],  # stride (d, h, w)
+                 down: tuple[int, int, int],  # from this stage's grid to the tokens'
+                 dim: int,  # token width
+                 depth: int = 2,  # blocks
                 ):
         super().__init__()
         self.patch_embed = nn.ModuleDict({"conv": nn.Conv3d(channels, out, patch, stride=patch), "norm": ChannelNorm(out)})
@@ -196,12 +196,12 @@ class ConvStage(nn.Module):
 class ConvMAE3d(nn.Module):
     "Masked auto-encoder with two convolutional stages; the defaults are ProFound's."
     def __init__(self,
-                 in_channels: int = 3, # input sequences
-                 size: tuple[int, int, int] = (64, 256, 256), # voxels that the position tables are for
-                 first: tuple[int, int, int] = (16, 8, 8), # voxels per cell of the first stage
-                 widths: tuple[int, int] = (64, 128), # channels of the stages
-                 dim: int = 768, depth: int = 12, heads: int = 12, # encoder
-                 decoder_dim: int = 384, decoder_depth: int = 8, decoder_heads: int = 16, # decoder
+                 in_channels: int = 3,  # input sequences
+                 size: tuple[int, int, int] = (64, 256, 256),  # voxels that the position tables are for
+                 first: tuple[int, int, int] = (16, 8, 8),  # voxels per cell of the first stage
+                 widths: tuple[int, int] = (64, 128),  # channels of the stages
+                 dim: int = 768, depth: int = 12, heads: int = 12,  # encoder
+                 decoder_dim: int = 384, decoder_depth: int = 8, decoder_heads: int = 16,  # decoder
                 ):
         super().__init__()
         self.patch = (first[0], 4 * first[1], 4 * first[2])
@@ -233,10 +233,10 @@ class ConvMAE3d(nn.Module):
 
 # %% ../../nbs/26_mae3d.ipynb #9d88ea12
 def encode_convmae(
-    net: ConvMAE3d, # gives the layers
-    x: Tensor, # b c d h w
-    keep: Tensor | None, # b k numbers of visible patches; None is all
-) -> tuple[list[Tensor], list[Tensor]]: # maps of the stages, and b (1 + k) e after every block and at last fused
+    net: ConvMAE3d,  # gives the layers
+    x: Tensor,  # b c d h w
+    keep: Tensor | None,  # b k numbers of visible patches; None is all
+) -> tuple[list[Tensor], list[Tensor]]:  # maps of the stages, and b (1 + k) e after every block and at last fused
     "The encoder's way through a ConvMAE."
     size = [s // p for s, p in zip(x.shape[2:], net.patch)]
     seen, maps = None, []

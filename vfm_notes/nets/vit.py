@@ -17,8 +17,8 @@ from .convnext3d import DropPath, initialise
 class Attention(nn.Module):
     "Multi-head self-attention on `b n e`."
     def __init__(self,
-                 dim: int, # token width e
-                 heads: int, # number of heads; divides `dim`
+                 dim: int,  # token width e
+                 heads: int,  # number of heads; divides `dim`
                 ):
         super().__init__()
         self.heads = heads
@@ -34,8 +34,8 @@ class Attention(nn.Module):
 class LayerScale(nn.Module):
     "Multiply every feature by its own learned factor."
     def __init__(self,
-                 dim: int, # token width
-                 start: float = 1., # initial factor
+                 dim: int,  # token width
+                 start: float = 1.,  # initial factor
                 ):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), start))
@@ -46,8 +46,8 @@ class LayerScale(nn.Module):
 class MLP(nn.Module):
     "Linear, GELU, linear on the last axis."
     def __init__(self,
-                 dim: int, # token width
-                 hidden: int, # width between
+                 dim: int,  # token width
+                 hidden: int,  # width between
                 ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -58,9 +58,9 @@ class MLP(nn.Module):
 class TransformerBlock(nn.Module):
     "One pre-norm transformer block with layer scale, on `b n e`."
     def __init__(self,
-                 dim: int, # token width
-                 heads: int, # attention heads
-                 drop_path: float = 0., # probability that a residual of a sample is dropped
+                 dim: int,  # token width
+                 heads: int,  # attention heads
+                 drop_path: float = 0.,  # probability that a residual of a sample is dropped
                 ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -77,9 +77,9 @@ class TransformerBlock(nn.Module):
 
 # %% ../../nbs/21_vit.ipynb #fe548265
 def resize_positions(
-    table: Tensor, # 1 (1 + g·g) e: the class token's position, then a square grid's
-    size: tuple[int, int], # wanted grid (h, w)
-) -> Tensor: # 1 (1 + h·w) e
+    table: Tensor,  # 1 (1 + g·g) e: the class token's position, then a square grid's
+    size: tuple[int, int],  # wanted grid (h, w)
+) -> Tensor:  # 1 (1 + h·w) e
     "A position table for another grid of patches."
     cls, grid = table[:, :1], table[:, 1:]
     side = round(grid.shape[1] ** 0.5)
@@ -90,9 +90,9 @@ def resize_positions(
 
 # %% ../../nbs/21_vit.ipynb #62122bf8
 def embed_patches(
-    x: Tensor, # b c h w, sides divisible by the kernel's
-    conv: nn.Conv2d, # kernel = stride = patch
-) -> Tensor: # b (h/p · w/p) e
+    x: Tensor,  # b c h w, sides divisible by the kernel's
+    conv: nn.Conv2d,  # kernel = stride = patch
+) -> Tensor:  # b (h/p · w/p) e
     "Apply a patch convolution as a matrix product."
     p, q = conv.kernel_size
     return F.linear(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q), conv.weight.flatten(1), conv.bias)
@@ -101,14 +101,14 @@ def embed_patches(
 class ViT(nn.Module):
     "Vision transformer on `b c h w` with DINOv2's layout; the defaults are ViT-S/14 with four registers."
     def __init__(self,
-                 in_channels: int = 3, # image channels
-                 patch: int = 14, # side of a square patch, pixels
-                 dim: int = 384, # token width e
-                 depth: int = 12, # blocks
-                 heads: int = 6, # attention heads
-                 registers: int = 4, # register tokens
-                 grid: int = 37, # side of the stored position grid, patches
-                 drop_path: float = 0., # drop probability of every residual
+                 in_channels: int = 3,  # image channels
+                 patch: int = 14,  # side of a square patch, pixels
+                 dim: int = 384,  # token width e
+                 depth: int = 12,  # blocks
+                 heads: int = 6,  # attention heads
+                 registers: int = 4,  # register tokens
+                 grid: int = 37,  # side of the stored position grid, patches
+                 drop_path: float = 0.,  # drop probability of every residual
                 ):
         super().__init__()
         self.patch, self.registers = patch, registers
@@ -123,10 +123,10 @@ class ViT(nn.Module):
         for token in (self.cls_token, self.pos_embed, self.register_tokens): nn.init.trunc_normal_(token, std=0.02)
 
     def tokens(self,
-               x: Tensor, # b c h w, sides divisible by the patch
-               extra: Tensor | None = None, # b k e further tokens
-               keep: Tensor | None = None, # b 1 h w on the patch grid: 1 kept, 0 hidden
-              ) -> Tensor: # b (1 + registers + k + patches) e
+               x: Tensor,  # b c h w, sides divisible by the patch
+               extra: Tensor | None = None,  # b k e further tokens
+               keep: Tensor | None = None,  # b 1 h w on the patch grid: 1 kept, 0 hidden
+              ) -> Tensor:  # b (1 + registers + k + patches) e
         "The token sequence that enters the first block."
         size = [side // self.patch for side in x.shape[2:]]
         x = embed_patches(x, self.patch_embed["proj"])
@@ -143,9 +143,9 @@ class ViT(nn.Module):
 
 # %% ../../nbs/21_vit.ipynb #84d5fd0c
 def patch_map(
-    tokens: Tensor, # b n e, patches last
-    size: tuple[int, int], # patch grid (h, w)
-) -> Tensor: # b e h w
+    tokens: Tensor,  # b n e, patches last
+    size: tuple[int, int],  # patch grid (h, w)
+) -> Tensor:  # b e h w
     "The patch tokens as an image."
     h, w = size
     return rearrange(tokens[:, tokens.shape[1] - h * w:], "b (h w) e -> b e h w", h=h)

@@ -25,20 +25,20 @@ PROGRESS_KINDS = ("pictures", "neighbours")  # what tells how far it is: volumes
 @dataclass(frozen=True)
 class ObjectiveCard:
     "Where an objective comes from and how it was used there."
-    name: str # registered name
-    title: str # for tables
-    family: str # one of FAMILIES
-    source: str # paper
-    options: dict = field(default_factory=dict) # of the objective, as published
-    recipe: dict = field(default_factory=dict) # fields of PretrainSpec, as published
-    beyond: str = "" # what was published and cannot be set here
-    labels: bool = False # it looks at the labels of the pretraining cases
-    shows: str = "pictures" # one of SHOWN
+    name: str  # registered name
+    title: str  # for tables
+    family: str  # one of FAMILIES
+    source: str  # paper
+    options: dict = field(default_factory=dict)  # of the objective, as published
+    recipe: dict = field(default_factory=dict)  # fields of PretrainSpec, as published
+    beyond: str = ""  # what was published and cannot be set here
+    labels: bool = False  # it looks at the labels of the pretraining cases
+    shows: str = "pictures"  # one of SHOWN
 
 # %% ../../nbs/435_objective_card.ipynb #eea8d8ff
 def takers(
-    name: str, # registered objective
-) -> list: # the class and those that it hands options on to
+    name: str,  # registered objective
+) -> list:  # the class and those that it hands options on to
     "Who takes the options of an objective."
     cls, found = objectives[name], []
     own = [c for c in cls.__mro__ if "__init__" in vars(c) and c.__module__.split(".")[0] not in ("torch", "builtins")]
@@ -48,16 +48,16 @@ def takers(
     return found
 
 def taken(
-    name: str, # registered objective
-) -> dict: # option → its default here; options that it hands on are those of the class that takes them
+    name: str,  # registered objective
+) -> dict:  # option → its default here; options that it hands on are those of the class that takes them
     "The options of an objective."
     found = {}
     for base in takers(name): found = {p.name: p.default for p in inspect.signature(base.__init__).parameters.values() if p.default is not p.empty} | found
     return found
 
 def check_objective(
-    name: str, # registered objective
-    options: dict, # from the study file
+    name: str,  # registered objective
+    options: dict,  # from the study file
 ) -> None:
     "Raise on options that an objective does not take, or not with these values."
     known = {}
@@ -66,7 +66,7 @@ def check_objective(
 
 # %% ../../nbs/435_objective_card.ipynb #1f16bebe
 def objective_card(
-    name: str, # registered objective
+    name: str,  # registered objective
 ) -> ObjectiveCard:
     "The card of an objective, checked."
     given, known = objectives.card(name), [f.name for f in fields(ObjectiveCard)]
@@ -84,8 +84,8 @@ def objective_card(
 
 # %% ../../nbs/435_objective_card.ipynb #04930747
 def published_spec(
-    name: str, # registered objective
-    **changes, # fields of PretrainSpec, e.g. backbone, size, cases; they win over the card
+    name: str,  # registered objective
+    **changes,  # fields of PretrainSpec, e.g. backbone, size, cases; they win over the card
 ) -> PretrainSpec:
     "The pretraining that a card describes."
     card = objective_card(name)
@@ -93,13 +93,13 @@ def published_spec(
 
 # %% ../../nbs/435_objective_card.ipynb #0840002b
 def describe_objective(
-    name: str, # registered objective
-) -> dict: # plain values
+    name: str,  # registered objective
+) -> dict:  # plain values
     "A card with the defaults here and what the objective needs of its batches."
     return json.loads(json.dumps(asdict(objective_card(name)) | {"here": taken(name), "whole_batches": getattr(objectives[name], "whole_batches", False)}, default=str))
 
 def write_objectives(
-    path: Path | None = None, # a .json file; None is the one that the report reads
+    path: Path | None = None,  # a .json file; None is the one that the report reads
 ) -> None:
     "Write the cards of all objectives, one a line."
     path = path or report_notebooks()[0].parent/"objectives.json"

@@ -41,9 +41,9 @@ from .loop import pretrain
 @dataclass(frozen=True)
 class Plan:
     "What the evidence is measured on."
-    backbone: str = "provicnet_toy" # a transformer, which every objective fits
-    size: tuple[int, int, int] = (4, 32, 32) # voxels (d, h, w)
-    spacing: tuple[float, float, float] = (12.0, 3.0, 3.0) # mm (d, h, w)
+    backbone: str = "provicnet_toy"  # a transformer, which every objective fits
+    size: tuple[int, int, int] = (4, 32, 32)  # voxels (d, h, w)
+    spacing: tuple[float, float, float] = (12.0, 3.0, 3.0)  # mm (d, h, w)
     cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 40, "test": 64})
     epochs: int = 12
     batch_size: int = 8
@@ -57,9 +57,9 @@ class Plan:
 
 # %% ../../nbs/46_evidence.ipynb #f22b2404
 def standard(
-    train: Tensor, # n …
-    test: Tensor, # m …
-    axes: tuple[int, ...], # averaged over
+    train: Tensor,  # n …
+    test: Tensor,  # m …
+    axes: tuple[int, ...],  # averaged over
 ) -> tuple[Tensor, Tensor]:
     "Both by the training cases' moments."
     mean, sd = train.mean(axes, keepdim=True), train.std(axes, keepdim=True).clamp_min(1e-6)
@@ -67,11 +67,11 @@ def standard(
 
 # %% ../../nbs/46_evidence.ipynb #ca41bb51
 def probe_classes(
-    train: Tensor, # n f, features
-    test: Tensor, # m f
-    truth: tuple[np.ndarray, np.ndarray], # (n,), (m,) 0 or 1
-    strength: float = 0.1, # C of the logistic regression: smaller means flatter
-) -> float: # area under the ROC curve of the test cases
+    train: Tensor,  # n f, features
+    test: Tensor,  # m f
+    truth: tuple[np.ndarray, np.ndarray],  # (n,), (m,) 0 or 1
+    strength: float = 0.1,  # C of the logistic regression: smaller means flatter
+) -> float:  # area under the ROC curve of the test cases
     "Logistic regression on frozen features."
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -81,9 +81,9 @@ def probe_classes(
 
 # %% ../../nbs/46_evidence.ipynb #1b4f7369
 def dice_of(
-    found: Tensor, # n d h w, bool
-    true: Tensor, # n d h w, bool
-) -> float: # mean over the cases that have any
+    found: Tensor,  # n d h w, bool
+    true: Tensor,  # n d h w, bool
+) -> float:  # mean over the cases that have any
     "Dice per case, averaged."
     there = true.flatten(1).any(1)
     overlap, total = (found & true).flatten(1).sum(1), found.flatten(1).sum(1) + true.flatten(1).sum(1)
@@ -91,13 +91,13 @@ def dice_of(
 
 # %% ../../nbs/46_evidence.ipynb #3b9d7651
 def read_labels(
-    train: Tensor, # n f d h w, features on the grid of a level
-    test: Tensor, # m f d h w
-    truth: Tensor, # n d' h' w', class numbers
-    size: tuple[int, int, int], # voxels of what is read
-    weights: Tensor, # k, of the classes
-    steps: int = 80, # of Adam, on all training cases at once
-) -> Tensor: # m d' h' w', class numbers
+    train: Tensor,  # n f d h w, features on the grid of a level
+    test: Tensor,  # m f d h w
+    truth: Tensor,  # n d' h' w', class numbers
+    size: tuple[int, int, int],  # voxels of what is read
+    weights: Tensor,  # k, of the classes
+    steps: int = 80,  # of Adam, on all training cases at once
+) -> Tensor:  # m d' h' w', class numbers
     "A 1x1x1 convolution on frozen features, its scores enlarged to the voxels."
     train, test = standard(train, test, (0, 2, 3, 4))
     head = nn.Conv3d(train.shape[1], len(weights), 1)
@@ -110,10 +110,10 @@ def read_labels(
     with torch.no_grad(): return resize(head(test), torch.empty(len(test), 1, *size)).argmax(1)
 
 def probe_labels(
-    train: Tensor, # n f d h w, features on the finest grid
-    test: Tensor, # m f d h w
-    truth: tuple[Tensor, Tensor], # n d' h' w', m d' h' w': 0 background, 1 gland, 2 lesion
-) -> dict[str, float]: # Dice of gland (with its lesions) and of lesion, on the test cases
+    train: Tensor,  # n f d h w, features on the finest grid
+    test: Tensor,  # m f d h w
+    truth: tuple[Tensor, Tensor],  # n d' h' w', m d' h' w': 0 background, 1 gland, 2 lesion
+) -> dict[str, float]:  # Dice of gland (with its lesions) and of lesion, on the test cases
     "How well gland and lesion can be read off."
     found = read_labels(train, test, truth[0], truth[1].shape[1:], torch.tensor([0.1, 0.2, 0.7]))
     return {"Dice of gland": dice_of(found > 0, truth[1] > 0), "Dice of lesion": dice_of(found == 2, truth[1] == 2)}
@@ -121,19 +121,19 @@ def probe_labels(
 # %% ../../nbs/46_evidence.ipynb #bb36f326
 @torch.no_grad()
 def frozen_features(
-    backbone: Backbone, # pretrained or random
-    volumes: Tensor, # n c d h w
-    level: int = 0, # of the pyramid, whose grid is used
-) -> tuple[Tensor, Tensor]: # n f: mean and maximum of the coarsest map; n g d h w: the whole pyramid on one grid
+    backbone: Backbone,  # pretrained or random
+    volumes: Tensor,  # n c d h w
+    level: int = 0,  # of the pyramid, whose grid is used
+) -> tuple[Tensor, Tensor]:  # n f: mean and maximum of the coarsest map; n g d h w: the whole pyramid on one grid
     "What the readers see."
     maps = backbone.eval().pyramid(volumes)
     return torch.cat([maps[-1].mean((2, 3, 4)), maps[-1].amax((2, 3, 4))], 1), torch.cat([resize(m, maps[level]) for m in maps], 1)
 
 # %% ../../nbs/46_evidence.ipynb #56699804
 def probe_encoder(
-    backbone: Backbone, # pretrained or random
-    cohort: Cohort, # with train and test cases
-) -> dict[str, float]: # AUC and Dice values
+    backbone: Backbone,  # pretrained or random
+    cohort: Cohort,  # with train and test cases
+) -> dict[str, float]:  # AUC and Dice values
     "All readers of one encoder."
     parts = [cohort.subset(s) for s in ("train", "test")]
     vectors, maps = zip(*(frozen_features(backbone, torch.from_numpy(normalise(p.volumes))) for p in parts))
@@ -142,11 +142,11 @@ def probe_encoder(
 
 # %% ../../nbs/46_evidence.ipynb #d57e2f2f
 def probe_cell(
-    objective: str, # registered name
+    objective: str,  # registered name
     seed: int,
     plan: Plan,
-    cohort: Cohort, # the plan's
-) -> tuple[dict[str, float], float]: # values of the pretrained encoder, and seconds of pretraining
+    cohort: Cohort,  # the plan's
+) -> tuple[dict[str, float], float]:  # values of the pretrained encoder, and seconds of pretraining
     "Pretrain once and probe."
     part = cohort.subset("pretrain")
     result = pretrain(plan.spec(objective, seed), torch.from_numpy(normalise(part.volumes)), torch.from_numpy(part.labels), part.volumes.shape[1])
@@ -159,11 +159,11 @@ def random_cell(seed: int, plan: Plan, cohort: Cohort) -> dict[str, float]:
 
 # %% ../../nbs/46_evidence.ipynb #f29ca26c
 def probe_gain(
-    names: Iterable[str], # registered objectives
+    names: Iterable[str],  # registered objectives
     seeds: Iterable[int],
     plan: Plan = Plan(),
-    progress: bool = False, # a bar with the time left
-) -> pd.DataFrame: # objective, seed, probe, value, random, gain, seconds; objectives that refuse the backbone have a reason instead
+    progress: bool = False,  # a bar with the time left
+) -> pd.DataFrame:  # objective, seed, probe, value, random, gain, seconds; objectives that refuse the backbone have a reason instead
     "Every objective's gain over random weights, paired by seed."
     from rich.progress import track
     seeds, cohort, rows = list(seeds), plan.cohort(), []
@@ -177,19 +177,19 @@ def probe_gain(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/46_evidence.ipynb #3e7a51c0
-OLDER = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"} # kernels that every processor of the last ten years has
+OLDER = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}  # kernels that every processor of the last ten years has
 
 def probe_elsewhere(
-    names: Iterable[str], # registered objectives
+    names: Iterable[str],  # registered objectives
     seeds: Iterable[int],
     plan: Plan = Plan(),
-) -> pd.DataFrame: # as of `probe_gain`
+) -> pd.DataFrame:  # as of `probe_gain`
     "Measure cells in a process with the kernels of an older processor."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     from unittest.mock import patch
 
-    import vfm_notes.pretrain.evidence as here # by its module's name, which the child can import
+    import vfm_notes.pretrain.evidence as here  # by its module's name, which the child can import
     plan = here.Plan(**asdict(plan))
     with patch.dict("os.environ", OLDER), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(here.probe_gain, list(names), list(seeds), plan).result()
@@ -199,10 +199,10 @@ def evidence_file() -> Path: return report_notebooks()[0].parent/"pretraining_ev
 
 # %% ../../nbs/46_evidence.ipynb #2b83d32b
 def write_evidence(
-    backbones: Iterable[str] = ("provicnet_toy", "profound_toy"), # toys
+    backbones: Iterable[str] = ("provicnet_toy", "profound_toy"),  # toys
     seeds: Iterable[int] = range(5),
-    path: Path | None = None, # None is the one that the report reads
-) -> Path: # what was written
+    path: Path | None = None,  # None is the one that the report reads
+) -> Path:  # what was written
     "Measure all objectives and write the rows, one a line."
     plans, rows, seeds = [Plan(backbone=b) for b in backbones], [], list(seeds)
     for plan in plans:

@@ -20,9 +20,9 @@ from .evidence import dice_of, frozen_features, probe_classes, read_labels
 
 # %% ../../nbs/47_probing.ipynb #36864c7c
 def class_weights(
-    labels: Tensor, # n d h w, class numbers
+    labels: Tensor,  # n d h w, class numbers
     classes: int,
-) -> Tensor: # k, of sum 1; 0 for a class that is never seen
+) -> Tensor:  # k, of sum 1; 0 for a class that is never seen
     "Inverse square roots of the classes' shares."
     count = torch.bincount(labels.flatten().long(), minlength=classes)[:classes].double()
     weights = torch.where(count > 0, count.clamp(min=1).rsqrt(), 0.0)
@@ -31,10 +31,10 @@ def class_weights(
 # %% ../../nbs/47_probing.ipynb #2180293f
 def batched_features(
     backbone: Backbone,
-    volumes: Tensor, # n c d h w
-    level: int, # of the pyramid
-    size: int = 4, # cases at a time
-) -> tuple[Tensor, Tensor]: # as of frozen_features
+    volumes: Tensor,  # n c d h w
+    level: int,  # of the pyramid
+    size: int = 4,  # cases at a time
+) -> tuple[Tensor, Tensor]:  # as of frozen_features
     "Features of many cases, a few at a time."
     device = next(backbone.parameters()).device
     vectors, maps = zip(*(frozen_features(backbone, x.to(device), level) for x in volumes.split(size)))
@@ -44,11 +44,11 @@ def batched_features(
 @dataclass
 class Probe:
     "Linear readers of a cohort's cases; call it with a backbone."
-    train: Cohort # fits the readers
-    val: Cohort # scores them
-    volumes: tuple[Tensor, Tensor] # n c d h w of both, normalised
-    steps: int = 30 # of the segmentation reader
-    room: int = 2**28 # bytes for maps
+    train: Cohort  # fits the readers
+    val: Cohort  # scores them
+    volumes: tuple[Tensor, Tensor]  # n c d h w of both, normalised
+    steps: int = 30  # of the segmentation reader
+    room: int = 2**28  # bytes for maps
 
     @property
     def graded(self) -> bool: return all(len(set((p.grade == len(p.card.grades) - 1).tolist())) == 2 and (p.grade >= 0).all() for p in (self.train, self.val)) if self.train.card.grades else False
@@ -62,7 +62,7 @@ class Probe:
         return next((i for i, n in enumerate(need) if n <= self.room), len(need) - 1)
 
     @torch.random.fork_rng()
-    def __call__(self, backbone: Backbone) -> dict[str, float]: # e.g. "AUC of csPCa", "Dice of gland"
+    def __call__(self, backbone: Backbone) -> dict[str, float]:  # e.g. "AUC of csPCa", "Dice of gland"
         modes = {m: m.training for m in backbone.modules()}
         vectors, maps = zip(*(batched_features(backbone, v, self.level(backbone)) for v in self.volumes))
         for m, training in modes.items(): m.training = training
@@ -70,7 +70,7 @@ class Probe:
         found = {f"AUC of {self.train.card.grades[top]}": probe_classes(*vectors, tuple((p.grade == top).astype(int) for p in parts))} if self.graded else {}
         return found | (self.dice(*maps) if self.labelled else {})
 
-    def dice(self, train: Tensor, val: Tensor) -> dict[str, float]: # maps of both
+    def dice(self, train: Tensor, val: Tensor) -> dict[str, float]:  # maps of both
         "Dice of every class on the validation cases."
         labels, true = (torch.from_numpy(np.ascontiguousarray(p.labels)).long() for p in (self.train, self.val))
         names = self.train.card.classes
@@ -79,10 +79,10 @@ class Probe:
 
 # %% ../../nbs/47_probing.ipynb #1ec1f49c
 def make_probe(
-    cohort: Cohort, # whole
-    scale: dict, # arguments of data.loader.normalise, as the pretraining has them
-    most: int = 16, # cases for fitting, and for scoring
-) -> tuple[Probe | None, str]: # None and why, where the cohort has nothing to read
+    cohort: Cohort,  # whole
+    scale: dict,  # arguments of data.loader.normalise, as the pretraining has them
+    most: int = 16,  # cases for fitting, and for scoring
+) -> tuple[Probe | None, str]:  # None and why, where the cohort has nothing to read
     "The probe of a cohort."
     parts = {s: cohort.split.count(s) for s in ("train", "val")}
     if not all(parts.values()): return None, f"no probe: the cohort has {parts['train']} train and {parts['val']} val cases, and readers need both"
@@ -94,11 +94,11 @@ def make_probe(
 # %% ../../nbs/47_probing.ipynb #2d818af2
 @torch.no_grad()
 def neighbours(
-    backbone: Backbone, # trained
-    volumes: Tensor, # n c d h w, normalised
-    queries: int = 3, # the first cases
-    k: int = 3, # neighbours of each
-) -> tuple[np.ndarray, np.ndarray]: # numbers of the neighbours (queries, k), nearest first, and their cosines
+    backbone: Backbone,  # trained
+    volumes: Tensor,  # n c d h w, normalised
+    queries: int = 3,  # the first cases
+    k: int = 3,  # neighbours of each
+) -> tuple[np.ndarray, np.ndarray]:  # numbers of the neighbours (queries, k), nearest first, and their cosines
     "The nearest other cases of some cases."
     mode = backbone.training
     device = next(backbone.parameters()).device

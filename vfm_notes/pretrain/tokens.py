@@ -24,29 +24,29 @@ from .reconstruction import Masked
 
 # %% ../../nbs/405_tokens.ipynb #e726040f
 def choose_tokens(
-    tokens: Tensor, # s n e, patches last
-    index: Tensor, # s k, numbers of the chosen patches
-    patches: int, # how many of the n are patches
-) -> Tensor: # s (n - patches + k) e
+    tokens: Tensor,  # s n e, patches last
+    index: Tensor,  # s k, numbers of the chosen patches
+    patches: int,  # how many of the n are patches
+) -> Tensor:  # s (n - patches + k) e
     "Leave the other patches out."
     first = tokens.shape[1] - patches
     return torch.cat([tokens[:, :first], gather(tokens[:, first:], index)], 1)
 
 # %% ../../nbs/405_tokens.ipynb #474ede90
-def visible_provicnet(backbone: ProViCNet, x: Tensor, index: Tensor) -> Tensor: # b c d h w, (b d) k → (b d) k e
+def visible_provicnet(backbone: ProViCNet, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, (b d) k → (b d) k e
     "ProViCNet: slices with their two slice tokens."
     vit, (images, place) = backbone.backbone, backbone.images(x)
     tokens = choose_tokens(vit.tokens(images, place), index, images.shape[2] * images.shape[3] // vit.patch ** 2)
     for block in vit.blocks: tokens = block(tokens)
     return vit.norm(tokens)[:, -index.shape[1]:]
 
-def visible_mae(backbone: MAEBackbone, x: Tensor, index: Tensor) -> Tensor: # b c d h w, b k → b k e
+def visible_mae(backbone: MAEBackbone, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, b k → b k e
     "ProFound's ViT and ConvMAE, which are made for it."
     tokens = backbone.net.encode(backbone.check_input(x), index)
     return (tokens[1] if backbone.convolutional else tokens)[-1][:, 1:]
 
 # %% ../../nbs/405_tokens.ipynb #eacc9e37
-def visible_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor: # b c d h w, (b d) k → (b d) k e
+def visible_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, (b d) k → (b d) k e
     "A 2D transformer of transformers: the patches are chosen as they leave its embeddings."
     encoder, images = backbone.encoder, backbone.images(x)
     patches = images.shape[2] * images.shape[3] // encoder.patch ** 2
@@ -55,7 +55,7 @@ def visible_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor: # b c 
     try: return encoder.model(pixel_values=images, **encoder.options).last_hidden_state[:, -index.shape[1]:]
     finally: hook.remove()
 
-def visible_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor: # b c d h w, b k → b k e
+def visible_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, b k → b k e
     "MONAI's ViT, whose axes run the other way."
     net = backbone.encoder
     d, h, w = (s // net.strides[0] for s in x.shape[2:])
@@ -66,8 +66,8 @@ def visible_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor
 
 # %% ../../nbs/405_tokens.ipynb #35922b15
 def reader(
-    backbone: Backbone, # any
-) -> Callable[[Backbone, Tensor, Tensor], Tensor]: # (backbone, volumes, numbers of visible patches) → their tokens, s k e
+    backbone: Backbone,  # any
+) -> Callable[[Backbone, Tensor, Tensor], Tensor]:  # (backbone, volumes, numbers of visible patches) → their tokens, s k e
     "How a backbone encodes a choice of its patches; refuse backbones that cannot."
     if isinstance(backbone, ProViCNet): return visible_provicnet
     if isinstance(backbone, MAEBackbone): return visible_mae
@@ -82,11 +82,11 @@ def reader(
 class MaskedTokens(Masked):
     "Encode the visible tokens only, and predict the voxels of the hidden patches."
     def __init__(self,
-                 backbone: Backbone, # a plain transformer, trained together with the decoder
-                 mask_ratio: float = 0.75, # share of patches hidden, 0 < ratio < 1
-                 patch: int | tuple[int, int, int] | None = None, # block hidden at once; None is the token's
-                 width: int | None = None, # decoder's tokens, a multiple of 6 and of `heads`; None is two thirds of the encoder's
-                 depth: int = 1, heads: int = 4, # of the decoder
+                 backbone: Backbone,  # a plain transformer, trained together with the decoder
+                 mask_ratio: float = 0.75,  # share of patches hidden, 0 < ratio < 1
+                 patch: int | tuple[int, int, int] | None = None,  # block hidden at once; None is the token's
+                 width: int | None = None,  # decoder's tokens, a multiple of 6 and of `heads`; None is two thirds of the encoder's
+                 depth: int = 1, heads: int = 4,  # of the decoder
                 ):
         super().__init__(backbone, mask_ratio, patch)
         self.read, self.by_slice = reader(backbone), isinstance(backbone, (ProViCNet, Lifted))
@@ -97,9 +97,9 @@ class MaskedTokens(Masked):
         self.pred = nn.Linear(width, backbone.in_channels * self.cell[0] * self.cell[1] * self.cell[2])
 
     def forward(self,
-                x: Tensor, # b c d h w
-                keep: Tensor, # b 1 d h w on the grid of the tokens
-               ) -> Tensor: # b (pd·ph·pw·c) d h w, normalised patches
+                x: Tensor,  # b c d h w
+                keep: Tensor,  # b 1 d h w on the grid of the tokens
+               ) -> Tensor:  # b (pd·ph·pw·c) d h w, normalised patches
         (d, h, w), rows = keep.shape[2:], rearrange(keep, "b 1 d h w -> (b d) (h w)" if self.by_slice else "b 1 d h w -> b (d h w)")
         index = rows.nonzero()[:, 1].reshape(len(rows), -1)
         tokens = self.read(self.backbone, x * enlarge(keep, x.shape[2:]), index)

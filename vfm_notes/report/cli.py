@@ -306,7 +306,7 @@ def weights_fetch(name: Annotated[str, typer.Argument(help="Registered weights, 
     import vfm_notes.tune.catalog
     from vfm_notes.backbones.weights import fetch, weights_origin
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # what is known of the checksum is printed below
+        warnings.simplefilter("ignore")  # what is known of the checksum is printed below
         path = fetch(name, accept or ())
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     for key, value in weights_origin(name).items(): print(f"{key:14} {value}")

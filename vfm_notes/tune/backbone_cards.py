@@ -21,15 +21,15 @@ from ..foundation.registry import backbones
 
 # %% ../../nbs/693_backbone_cards.ipynb #40b4463e
 def describe_backbone(
-    name: str, # registered backbone
-) -> dict: # plain values
+    name: str,  # registered backbone
+) -> dict:  # plain values
     "The card of a backbone, its sizes as published, and its weights."
     card, net = asdict(backbone_card(name)), skeleton(name)
     sizes = dict(in_channels=net.in_channels, parameters=sum(p.numel() for p in net.parameters()), embed_dim=net.embed_dim, widths=net.widths, strides=net.strides)
     return json.loads(json.dumps(card | sizes | {"weights": [asdict(weights_card(n)) for n in weights if n.split(".")[0] == name]}))
 
 def write_cards(
-    path: Path | None = None, # a .json file; None is the one that the report reads
+    path: Path | None = None,  # a .json file; None is the one that the report reads
 ) -> None:
     "Write the cards of all backbones, one a line."
     path = path or report_notebooks()[0].parent/"backbones.json"

@@ -26,22 +26,22 @@ from .transfer import run_cohort
 
 # %% ../../nbs/692_starting_weights.ipynb #c9e79f41
 def accepted_by(
-    study: str, # name of a study
-    name: str, # architecture.weights
-) -> list[str]: # licences or weights
+    study: str,  # name of a study
+    name: str,  # architecture.weights
+) -> list[str]:  # licences or weights
     "What a run of the study may use."
-    asked = "VFM_JOB" in os.environ # set by the batch, which starts with `check_names`
+    asked = "VFM_JOB" in os.environ  # set by the batch, which starts with `check_names`
     return [name] if asked else load_study(study).licences if study in studies() else []
 
 def published_state(
-    name: str, # architecture.weights
-    in_channels: int, # input sequences
-    study: str, # name of the study that the run belongs to
-) -> dict[str, Tensor] | None: # of the backbone; None when nobody published such weights
+    name: str,  # architecture.weights
+    in_channels: int,  # input sequences
+    study: str,  # name of the study that the run belongs to
+) -> dict[str, Tensor] | None:  # of the backbone; None when nobody published such weights
     "The state of a backbone with its published weights."
     if name not in weights: return None
     accepted = accepted_by(study, name)
-    fetch(name, accepted) # before a large network is built
+    fetch(name, accepted)  # before a large network is built
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return load_backbone(name, in_channels, accepted).state_dict()
@@ -49,10 +49,10 @@ def published_state(
 # %% ../../nbs/692_starting_weights.ipynb #73e36e21
 def starting_point(
     spec: RunSpec | PretrainSpec,
-    study: str, # name of the study that the run belongs to
-) -> Start: # without a state where it begins with random weights, or nobody made any
+    study: str,  # name of the study that the run belongs to
+) -> Start:  # without a state where it begins with random weights, or nobody made any
     "The weights of a run, adapted as their plan says."
-    if spec.kind == "pretrain": key_id() # what is wrong with the site key is told before the training, not after it
+    if spec.kind == "pretrain": key_id()  # what is wrong with the site key is told before the training, not after it
     name, parent = (spec.start, "") if spec.kind == "pretrain" else (spec.backbone if needs_weights(spec) else "", spec.parent)
     if not name: return Start()
     cohort = run_cohort(spec)

@@ -25,7 +25,7 @@ from .task import task_kind
 # %% ../../nbs/691_study_names.ipynb #1ca372c2
 def check_weights(
     study: StudySpec,
-    name: str, # architecture.weights
+    name: str,  # architecture.weights
 ) -> None:
     "Raise when nobody makes these weights, or when the study does not accept their licence."
     made = [s.backbone for s in pretrain_specs(study)]
@@ -52,7 +52,7 @@ def check_strategies(
 # %% ../../nbs/691_study_names.ipynb #5c142faa
 def check_head_weights(
     study: StudySpec,
-    options: dict, # of one of its tasks
+    options: dict,  # of one of its tasks
 ) -> None:
     "Raise when the transformer of a head has weights that nobody published, or whose licence the study does not accept."
     if "." in (name := str(options.get("deit", ""))): check_weights(study, name)
@@ -60,7 +60,7 @@ def check_head_weights(
 # %% ../../nbs/691_study_names.ipynb #aa45e2f6
 def weights_of(
     study: StudySpec,
-) -> list[str]: # of backbones and heads, each once
+) -> list[str]:  # of backbones and heads, each once
     "Published weights that the runs of a study start from."
     made = {s.backbone for s in pretrain_specs(study)}
     named = [*study.backbones, *(s.start for s in pretrain_specs(study)), *(str(o.get("deit", "")) for o in study.tasks.values() if o.get("head") == "deit")]
@@ -68,7 +68,7 @@ def weights_of(
 
 def weights_problems(
     study: StudySpec,
-) -> list[str]: # a sentence each
+) -> list[str]:  # a sentence each
     "Weights that a study needs and that are unknown, not accepted, or not here yet."
     found = []
     for name in weights_of(study):
@@ -83,7 +83,7 @@ def weights_problems(
 # %% ../../nbs/691_study_names.ipynb #66553369
 def check_start(
     study: StudySpec,
-    made: PretrainSpec, # one of its pretrainings
+    made: PretrainSpec,  # one of its pretrainings
 ) -> None:
     "Raise when a pretraining cannot begin with the weights that it names."
     if not made.start: return
@@ -96,7 +96,7 @@ def check_start(
 # %% ../../nbs/691_study_names.ipynb #413246c3
 def name_checks(
     study: StudySpec,
-) -> Iterator[Callable[[], object]]: # each raises on a name that no registry knows, suggesting the nearest
+) -> Iterator[Callable[[], object]]:  # each raises on a name that no registry knows, suggesting the nearest
     "Everything that a study names, one check each."
     yield lambda: cohort_maker(study.cohort)
     yield lambda: check_strategies(study)
