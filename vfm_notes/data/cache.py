@@ -153,9 +153,7 @@ def put(
 ) -> None:
     "Give a folder its name in one step; one that is damaged makes room, one that is sound stays."
     for _ in range(3):
-        try:
-            os.rename(new, folder)
-            return fsync(folder.parent)
+        try: os.rename(new, folder)
         except OSError:
             if read_cohort(folder) is not None: return shutil.rmtree(new)
             more = sorted(set(os.listdir(folder) if folder.is_dir() else []) - {"cohort.json",
@@ -164,6 +162,7 @@ def put(
                 raise VfmError(f"{folder} is the place of a prepared cohort, and holds {', '.join(more[:3])}: move "
                                "that away.") from None
             shutil.rmtree(folder, ignore_errors=True)
+        else: return fsync(folder.parent)
     raise VfmError(f"{folder} cannot be written; is the disk full, or does another process hold it? It is a cache and safe to delete.")
 
 # %% ../../nbs/125_cache.ipynb #3c7bf1de
