@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/69_catalog.ipynb #b572d976
+# %% ../../nbs/69_catalog.ipynb #4208169a
 import vfm_notes.backbones.natural
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.profound_layouts
@@ -16,9 +16,13 @@ import vfm_notes.backbones.specialists
 import vfm_notes.backbones.sulcal
 import vfm_notes.backbones.sulcus_nets
 import vfm_notes.backbones.volumetric
+
+# %% ../../nbs/69_catalog.ipynb #f7c5bcd5
 import vfm_notes.data.datasets
 import vfm_notes.data.phantom
 import vfm_notes.data.sulcus_cohort
+
+# %% ../../nbs/69_catalog.ipynb #5fae84ce
 import vfm_notes.pretrain.adversarial
 import vfm_notes.pretrain.autoencoding
 import vfm_notes.pretrain.contrast
@@ -27,9 +31,13 @@ import vfm_notes.pretrain.distillation
 import vfm_notes.pretrain.reconstruction
 import vfm_notes.pretrain.tokens
 import vfm_notes.pretrain.views
+
+# %% ../../nbs/69_catalog.ipynb #22a1061b
 import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
 import vfm_notes.shift.scores
+
+# %% ../../nbs/69_catalog.ipynb #00f1cedf
 import vfm_notes.tune.case_task
 import vfm_notes.tune.detection
 import vfm_notes.tune.image_task
