@@ -581,14 +581,14 @@ def test_progress_names_the_run_at_work(tmp_path, monkeypatch):
 def test_a_cluster_is_asked_in_words_and_answers_in_words(monkeypatch):
     from vfm_notes.runs import slurm
 
-    assert slurm.ask("echo", "two words") == "two words\n"
+    assert slurm.run_slurm("echo", "two words") == "two words\n"
     for command, said in (
         (["sh", "-c", "echo a note; echo why >&2; exit 3"], "sh failed: why"),
         (["sh", "-c", "echo all; exit 1"], "sh failed: all"),
         (["no-such-command"], "There is no no-such-command on PATH"),
     ):
         with pytest.raises(VfmError, match=said):
-            slurm.ask(*command)
+            slurm.run_slurm(*command)
     rows = "1_0|RUNNING|None\n1_1|PENDING|Resources\n2|PENDING|\n"
     monkeypatch.setattr(slurm, "run_slurm", lambda *command: rows)
     assert slurm.in_queue() == {"1_0": "RUNNING", "1_1": "PENDING (Resources)", "2": "PENDING"}

@@ -14,7 +14,7 @@ from vfm_notes.analysis.convergence import reached_curves, run_convergence
 from vfm_notes.analysis.gain import gain_table
 from vfm_notes.analysis.prediction import prediction_points
 from vfm_notes.analysis.tables import load_tables
-from vfm_notes.foundation.chart import MEDIA, chart_html
+from vfm_notes.foundation.chart import MEDIA, chart_html, use_charts
 from vfm_notes.foundation.spec import load_study
 from vfm_notes.report import curves, evidence, explorer, figures, live, measured
 
@@ -94,7 +94,7 @@ def test_the_signs_of_a_legend_can_be_seen(tables):
 
 
 def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(tables):
-    figures.use_charts()
+    use_charts()
     for name, chart in every_chart(tables).items():
         stored = chart._repr_mimebundle_()[MEDIA]
         assert stored.get("width") != "container" and "container" not in json.dumps({k: v for k, v in stored.items() if k != "datasets"}), name
@@ -115,7 +115,7 @@ def test_charts_hold_what_the_tables_hold(tables):
 
 def test_a_large_study_is_drawn_with_few_points():
     many = pd.DataFrame([dict(task="segmentation", backbone=b, strategy=s, seed=k, epoch=e, value=float(e + k)) for b in ("profound_toy.mae", "provicnet_toy.contrast") for s in ("scratch", "full") for k in range(40) for e in range(301)])
-    figures.use_charts()
+    use_charts()
     drawn = curves.curve_panels(many, "t", "s", {"segmentation": "Dice"}).to_dict()
     rows = pd.DataFrame([r for d in drawn["datasets"].values() for r in d])
     assert len(many) == 48160 and len(rows) == 2 * 2 * curves.EPOCHS and set(rows.seed) == {"mean"} and {0, 300} <= set(rows.epoch)

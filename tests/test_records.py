@@ -160,7 +160,7 @@ def test_what_a_bad_disk_does_is_found_where_it_is_read(runs_root, monkeypatch):
         read_table("s", id, "curves")
     assert read_table("s", id, "cases") is not None and repair("s", [id]) == [id]
     write()
-    monkeypatch.setattr("vfm_notes.runs.repair.SMALL", 10)  # as if the weights were large
+    monkeypatch.setattr("vfm_notes.runs.repair.SMALL_FILE", 10)  # as if the weights were large
     flip(folder/"weights.safetensors", hidden=True)
     with pytest.raises(DamagedFile, match="weights.safetensors is damaged"): read_arrays("s", id, "weights")
     assert repair("s", [id]) == [] and repair("s", [id], everything=True) == [id]

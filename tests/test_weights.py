@@ -373,7 +373,7 @@ def hub_file(name):
     import transformers
     from vfm_notes.backbones import natural
     with tempfile.TemporaryDirectory() as d:
-        getattr(transformers, natural.NETS[name][0])(natural.settings(name, tiny=True)).save_pretrained(d)
+        getattr(transformers, natural.NETS[name][0])(natural.network_config(name, tiny=True)).save_pretrained(d)
         return load_file(f"{d}/model.safetensors")
 
 
@@ -401,7 +401,7 @@ def layout(name):
 def test_the_network_of_a_published_layout_is_found_by_its_keys(full_registries, monkeypatch, name, wanted):
     "Other sizes of the same network are as near, a network of another kind is not."
     from vfm_notes.backbones import natural
-    real = natural.settings
+    real = natural.network_config
     monkeypatch.setattr(natural, "network_config", lambda n, tiny=True: real(n, True))  # the files here are small ones
     with torch.device("meta") if name in ("fcmae", "upernet", "classifier", "mae", "convmae", "provicnet") else torch.device("cpu"): state = layout(name)
     kind = {"profound_tiny": "profound_", "provicnet_small": "provicnet_", "swin_unetr_48": "swin_", "dinov2_small": "dinov2_", "resnet50": "resnet", "resnet18_3d": "resnet18"}.get(wanted, wanted)
