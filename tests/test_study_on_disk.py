@@ -12,7 +12,7 @@ from vfm_notes.data.manifest import layouts, read_manifest, write_manifest
 from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
 from vfm_notes.report import cli
 from vfm_notes.runs.record import new_record, read_record, write_record
-from vfm_notes.tune.catalog import check_names
+from vfm_notes.tune.study_names import check_names
 from vfm_notes.tune.transfer import transfer
 
 STUDY = dict(name="mine", title="made", cohort="cohorts/boxes", size=[4, 32, 32], spacing=[3.0, 1.0, 1.0], cases={"pretrain": 0, "train": 4, "val": 2, "test": 4}, backbones=["profound_toy.mae_phantom"],

@@ -9,7 +9,7 @@ import pytest
 from toy_batch import Toy, alive_with, wait_until, write_template
 
 from vfm_notes.runs.forkserver import Forked, python_path
-from vfm_notes.runs.locks import lives
+from vfm_notes.foundation.disk import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sockets as on Linux")
 

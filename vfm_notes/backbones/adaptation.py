@@ -21,9 +21,9 @@ from ..foundation.registry import VfmError
 
 # %% ../../nbs/312_adaptation.ipynb #887ba840
 def input_axes(
-    architecture: str, # registered backbone
-    n: int, # input channels
-) -> dict[str, int]: # tensor → its axis that runs over the input channels
+    architecture: str,  # registered backbone
+    n: int,  # input channels
+) -> dict[str, int]:  # tensor → its axis that runs over the input channels
     "Return where a network knows how many channels come in."
     few, more = ({k: tuple(v.shape) for k, v in skeleton(architecture, c).state_dict().items()} for c in (n, n + 1))
     axes = {}
@@ -35,11 +35,11 @@ def input_axes(
 
 # %% ../../nbs/312_adaptation.ipynb #1b56827d
 def picked(
-    tensor: Tensor, # of a network for n channels
-    axis: int, # that runs over the channels
-    n: int, # channels that it was made for
-    chosen: list[int], # channels to keep, in their new order
-    together: bool, # do the entries of one channel lie side by side?
+    tensor: Tensor,  # of a network for n channels
+    axis: int,  # that runs over the channels
+    n: int,  # channels that it was made for
+    chosen: list[int],  # channels to keep, in their new order
+    together: bool,  # do the entries of one channel lie side by side?
 ) -> Tensor:
     "Keep the entries of some input channels."
     x = tensor.movedim(axis, 0)
@@ -49,12 +49,12 @@ def picked(
 # %% ../../nbs/312_adaptation.ipynb #52cdf273
 @torch.no_grad()
 def alike(
-    architecture: str, # registered backbone
-    state: dict[str, Tensor], # for n channels
-    fewer: dict[str, Tensor], # for the chosen ones
+    architecture: str,  # registered backbone
+    state: dict[str, Tensor],  # for n channels
+    fewer: dict[str, Tensor],  # for the chosen ones
     n: int,
     chosen: list[int],
-) -> bool: # do both networks see the same?
+) -> bool:  # do both networks see the same?
     "Compare two networks on noise."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -66,11 +66,11 @@ def alike(
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
 
 def pick_channels(
-    architecture: str, # registered backbone
-    state: dict[str, Tensor], # for n channels
+    architecture: str,  # registered backbone
+    state: dict[str, Tensor],  # for n channels
     n: int,
-    chosen: list[int], # channels to keep, in their new order
-) -> dict[str, Tensor] | None: # None: this network cannot be taken apart so
+    chosen: list[int],  # channels to keep, in their new order
+) -> dict[str, Tensor] | None:  # None: this network cannot be taken apart so
     "Return the weights for some of the input channels, or for another order."
     try: axes = input_axes(architecture, n)
     except VfmError: return None
@@ -81,19 +81,19 @@ def pick_channels(
     return None
 
 # %% ../../nbs/312_adaptation.ipynb #90c59226
-@dataclass
+@dataclass(frozen=True)
 class Start:
     "What a run begins with."
-    state: dict[str, Tensor] | None = None # of the backbone
-    notes: list[str] = field(default_factory=list) # how it was adapted
-    licences: list[str] = field(default_factory=list) # that come with it
-    patients: dict[str, list[str]] = field(default_factory=dict) # id of a site key → fingerprints, as far as known
+    state: dict[str, Tensor] | None = None  # of the backbone
+    notes: list[str] = field(default_factory=list)  # how it was adapted
+    licences: list[str] = field(default_factory=list)  # that come with it
+    patients: dict[str, list[str]] = field(default_factory=dict)  # id of a site key → fingerprints, as far as known
 
 def channels(
     plan: AdaptationPlan,
-    state: dict[str, Tensor], # by the plan
-    sequences: tuple[str, ...], # of the run
-) -> tuple[dict[str, Tensor], list[str]]: # for these, and what was done
+    state: dict[str, Tensor],  # by the plan
+    sequences: tuple[str, ...],  # of the run
+) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
     "Choose input channels in the run's order."
     if tuple(sequences) == plan.sequences: return state, []
     told = f"weights '{plan.name}' were made from {', '.join(plan.sequences)}, in this order, and this cohort has {', '.join(sequences)}"
@@ -105,9 +105,9 @@ def channels(
 # %% ../../nbs/312_adaptation.ipynb #23330acf
 def scales(
     plan: AdaptationPlan,
-    size: tuple, # of the run, voxels
-    spacing: tuple, # of the run, mm
-) -> list[str]: # what differs
+    size: tuple,  # of the run, voxels
+    spacing: tuple,  # of the run, mm
+) -> list[str]:  # what differs
     "State where a run's voxels are others."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)
     notes = []
@@ -119,13 +119,13 @@ def scales(
 # %% ../../nbs/312_adaptation.ipynb #a48c0a2c
 def adapt(
     plan: AdaptationPlan,
-    state: dict[str, Tensor], # by the plan
-    name: str, # architecture.weights of the run
-    sequences: tuple[str, ...], # of the run, in its order
-    size: tuple, # of the run, voxels
-    spacing: tuple, # of the run, mm
-    normalisation: str, # of the run: a rule of data.loader.normalise
-    judged: tuple[str, Iterable[str]] = ("", ()), # name on the cohort's card, and the patients that the run is judged on
+    state: dict[str, Tensor],  # by the plan
+    name: str,  # architecture.weights of the run
+    sequences: tuple[str, ...],  # of the run, in its order
+    size: tuple,  # of the run, voxels
+    spacing: tuple,  # of the run, mm
+    normalisation: str,  # of the run: a rule of data.loader.normalise
+    judged: tuple[str, Iterable[str]] = ("", ()),  # name on the cohort's card, and the patients that the run is judged on
 ) -> Start:
     "Adapt weights to a run, as their plan allows."
     if name.partition(".")[0] != plan.architecture: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}', and the run builds '{name.partition('.')[0]}': name {plan.architecture}.{name.partition('.')[2]} as its backbone.")

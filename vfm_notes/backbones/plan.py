@@ -27,20 +27,20 @@ from ..nets.files import read_state
 @dataclass(frozen=True)
 class AdaptationPlan:
     "How weights have to be used, and where they come from."
-    name: str # architecture.weights
-    arguments: dict # of the architecture, e.g. {"in_channels": 3}
-    sequences: tuple[str, ...] # input channels in their order
-    size: tuple[int, int, int] # voxels of a volume in pretraining (d, h, w)
-    spacing: tuple[float, float, float] # mm per voxel (d, h, w)
-    normalisation: dict # arguments of data.loader.normalise
-    objective: dict # name, title, source, options, labels: whether it looked at labels
-    recipe: dict # epochs, batch_size, lr, …
-    data: dict # cohort, title, source, licence, non_commercial, hash, cases, patients: site key → fingerprints
-    keys: dict # loads: number of tensors; untouched: names that training did not change; left: parts of the objective that are not in the file, with their parameters
-    weights_hash: str # of the tensors
-    licences: tuple[str, ...] = () # whoever uses the weights is under
-    parent: str = "" # weights that the pretraining began with; "" for random ones
-    made: dict = field(default_factory=dict) # study, run, versions, commit, created
+    name: str  # architecture.weights
+    arguments: dict  # of the architecture, e.g. {"in_channels": 3}
+    sequences: tuple[str, ...]  # input channels in their order
+    size: tuple[int, int, int]  # voxels of a volume in pretraining (d, h, w)
+    spacing: tuple[float, float, float]  # mm per voxel (d, h, w)
+    normalisation: dict  # arguments of data.loader.normalise
+    objective: dict  # name, title, source, options, labels: whether it looked at labels
+    recipe: dict  # epochs, batch_size, lr, …
+    data: dict  # cohort, title, source, licence, non_commercial, hash, cases, patients: site key → fingerprints
+    keys: dict  # loads: number of tensors; untouched: names that training did not change; left: parts of the objective that are not in the file, with their parameters
+    weights_hash: str  # of the tensors
+    licences: tuple[str, ...] = ()  # whoever uses the weights is under
+    parent: str = ""  # weights that the pretraining began with; "" for random ones
+    made: dict = field(default_factory=dict)  # study, run, versions, commit, created
     version: int = 2
 
     @property
@@ -48,8 +48,8 @@ class AdaptationPlan:
 
 # %% ../../nbs/308_plan.ipynb #597abe4b
 def state_hash(
-    state: dict[str, Tensor] | None, # by name
-) -> str: # sha256, "" for none
+    state: dict[str, Tensor] | None,  # by name
+) -> str:  # sha256, "" for none
     "Return a fingerprint of weights: names, shapes and bytes."
     if state is None: return ""
     h = hashlib.sha256()
@@ -57,19 +57,19 @@ def state_hash(
     return h.hexdigest()
 
 def patient_prints(
-    cohort: str, # name on its card
-    patients: Iterable[str], # their ids
-    before: dict[str, list[str]] | None = None, # those of the weights that a pretraining began with
-) -> dict[str, list[str]]: # id of a site key → fingerprints, sorted, every patient once
+    cohort: str,  # name on its card
+    patients: Iterable[str],  # their ids
+    before: dict[str, list[str]] | None = None,  # those of the weights that a pretraining began with
+) -> dict[str, list[str]]:  # id of a site key → fingerprints, sorted, every patient once
     "Return fingerprints of patients, by the key that they were made with."
     before, mine = before or {}, key_id()
     return before | {mine: sorted({*before.get(mine, []), *fingerprints(cohort, patients)})}
 
 def patient_overlap(
     plan: "AdaptationPlan",
-    cohort: str, # name on its card
-    patients: Iterable[str], # their ids
-) -> tuple[str, int]: # some, none or unknown; how many of the patients were found
+    cohort: str,  # name on its card
+    patients: Iterable[str],  # their ids
+) -> tuple[str, int]:  # some, none or unknown; how many of the patients were found
     "Look for patients among those of a pretraining."
     told, mine = plan.data.get("patients") or {}, key_id()
     found = len({*told.get(mine, [])} & {*fingerprints(cohort, patients)})
@@ -78,14 +78,14 @@ def patient_overlap(
 # %% ../../nbs/308_plan.ipynb #fe6cca21
 def plan_metadata(
     plan: AdaptationPlan,
-) -> dict[str, str]: # for a safetensors file
+) -> dict[str, str]:  # for a safetensors file
     "Return a plan as a file carries it."
     text = json.dumps(asdict(plan), sort_keys=True)
     return {"plan": text, "plan_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 def parse_plan(
-    found: dict[str, str], # metadata of a file
-    where: str, # for messages
+    found: dict[str, str],  # metadata of a file
+    where: str,  # for messages
 ) -> AdaptationPlan:
     "Read a plan from the metadata that carries it."
     again = "copy the file again from where it was made"
@@ -100,8 +100,8 @@ def parse_plan(
 
 # %% ../../nbs/308_plan.ipynb #bd4d2715
 def read_plan(
-    path: str | Path, # a .safetensors file
-) -> AdaptationPlan | None: # None when the file carries none
+    path: str | Path,  # a .safetensors file
+) -> AdaptationPlan | None:  # None when the file carries none
     "Read the plan of a file."
     check_fetched(path)
     if Path(path).suffix != ".safetensors": return None
@@ -111,8 +111,8 @@ def read_plan(
     return parse_plan(found, str(path)) if "plan" in found else None
 
 def read_planned(
-    path: str | Path, # a .safetensors file
-) -> tuple[dict[str, Tensor], AdaptationPlan | None]: # tensors by name, and the plan
+    path: str | Path,  # a .safetensors file
+) -> tuple[dict[str, Tensor], AdaptationPlan | None]:  # tensors by name, and the plan
     "Read weights with their plan, which must be theirs."
     plan, state = read_plan(path), read_state(path)
     if plan and (found := state_hash(state)) != plan.weights_hash: raise VfmError(f"The tensors in {path} are not those of its adaptation plan (hash {found[:12]}, the plan states {plan.weights_hash[:12]}): copy the file again from where it was made.")
@@ -120,21 +120,21 @@ def read_planned(
 
 # %% ../../nbs/308_plan.ipynb #c443ebce
 def carried_file(
-    name: str, # architecture.weights
-) -> Path | None: # None: there is none, or it carries no plan
+    name: str,  # architecture.weights
+) -> Path | None:  # None: there is none, or it carries no plan
     "Return the file of weights that were made elsewhere and put into the weights folder."
     path = weights_file(name)
     if not path.is_file() or not (plan := read_plan(path)): return None
     if plan.architecture != name.partition(".")[0]: raise VfmError(f"{path} holds weights of '{plan.architecture}' (by its plan), not of '{name.partition('.')[0]}': call the file {plan.architecture}.{name.partition('.')[2]}.safetensors.")
     return path
 
-def carried_names() -> list[str]: # architecture.weights
+def carried_names() -> list[str]:  # architecture.weights
     "Return names of all such files."
     return [p.stem for p in sorted(weights_root().glob("*.*.safetensors")) if carried_file(p.stem)]
 
 # %% ../../nbs/308_plan.ipynb #78c9501b
 def patient_words(
-    told: dict[str, list[str]], # id of a site key → fingerprints
+    told: dict[str, list[str]],  # id of a site key → fingerprints
 ) -> str:
     "State how the patients of a pretraining can be found, and by whom."
     if not told: return "no fingerprints: overlap with other cohorts cannot be checked"
@@ -144,7 +144,7 @@ def patient_words(
 
 def plan_lines(
     plan: AdaptationPlan,
-) -> dict[str, str]: # title → text
+) -> dict[str, str]:  # title → text
     "Return a plan in words."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)
     given = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v not in ({}, [], "", None)) or "none"

@@ -20,9 +20,9 @@ from ..nets.prompt import MaskDecoder, PromptEncoder
            sequences=("red", "green", "blue"), size=(1, 256, 256), spacing=(1.0, 1.0, 1.0), normalisation="unit_range",
            note="medical images, no millimetres; published for values in [0, 1]; feature: mean of the neck's map; the pyramid leaves out the full-size first stage")
 def lite_medsam(
-    in_channels: int = 3, # sequences
-    tiny: bool = False, # a version for tests
-    lift: str = "slices", # of backbones.lifted.LIFTS
+    in_channels: int = 3,  # sequences
+    tiny: bool = False,  # a version for tests
+    lift: str = "slices",  # of backbones.lifted.LIFTS
 ) -> Lifted:
     "Build LiteMedSAM's image encoder with random weights."
     sizes = dict(dims=(8, 12, 16, 24), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=(3, 3, 3, 3), neck=16) if tiny else {}
@@ -41,17 +41,17 @@ def lite_medsam_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class LiteMedSAM(nn.Module):
     "Image encoder, prompt encoder, mask decoder, with the published names."
     def __init__(self,
-                 encoder: TinyViT | None = None, # None is the published one
-                 dim: int = 256, image: int = 256, # token width, side of the image
-                 **sizes, # heads, hidden of the mask decoder
+                 encoder: TinyViT | None = None,  # None is the published one
+                 dim: int = 256, image: int = 256,  # token width, side of the image
+                 **sizes,  # heads, hidden of the mask decoder
                 ):
         super().__init__()
         self.image_encoder, self.prompt_encoder, self.mask_decoder = encoder or TinyViT(), PromptEncoder(dim, image), MaskDecoder(dim, **sizes)
 
     def forward(self,
-                images: Tensor, # b 3 256 256 in [0, 1]
-                boxes: Tensor, # b 4, x0 y0 x1 y1, pixels of the image
-               ) -> Tensor: # b 1 256 256 scores, inside where positive
+                images: Tensor,  # b 3 256 256 in [0, 1]
+                boxes: Tensor,  # b 4, x0 y0 x1 y1, pixels of the image
+               ) -> Tensor:  # b 1 256 256 scores, inside where positive
         cells, encoder = self.image_encoder(images)[0][-1], self.prompt_encoder
         size = tuple(cells.shape[2:])
         return self.mask_decoder(cells, encoder.pe_layer.grid(size), encoder.boxes(boxes), encoder.dense(None, size))[0][:, :1]

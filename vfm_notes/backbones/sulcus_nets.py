@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/386_sulcus_nets.ipynb #6af88831
-from .specialists import OURS, Levels
-from .sulcal import SULCUS, EightCells, Headed, diffusion_maps, swin_maps
+from .specialists import SPECIALIST_CARD, Levels
+from .sulcal import EightCells, Headed, diffusion_maps, swin_maps
 from .volumetric import NOTE, Volumetric
 from ..foundation.registry import backbones
 from ..nets.decoder import space_to_depth
 
 # %% ../../nbs/386_sulcus_nets.ipynb #e8376133
 HALVING = (2, 2, 2)
-FULL = OURS | dict(size=(64, 64, 64), spacing=(1.0, 1.0, 1.0), source="arXiv 2405.19204, the comparison; arXiv 1904.08128, the levels")
+FULL = SPECIALIST_CARD | dict(size=(64, 64, 64), spacing=(1.0, 1.0, 1.0), source="arXiv 2405.19204, the comparison; arXiv 1904.08128, the levels")
 TOY = FULL | dict(size=(24, 24, 16), spacing=(2.0, 2.0, 3.0), toy=True)
 
 @backbones("sulcus_unet", title="U-Net encoder (sulcus study)", note="32 to 256 channels; embedding: mean of the coarsest map; no published weights", **FULL)

@@ -11,9 +11,9 @@ from pathlib import Path
 import SimpleITK as sitk
 from .cohort import CohortCard
 from .manifest import Manifest, layouts
-from .prostate_layouts import chosen, finished, save
+from .prostate_layouts import check_choice, finished, write_image
 from .sheets import sheet_rows
-from .sulcus import GRADES, sulcus_case
+from .sulcus import PCS_CLASSES, sulcus_case
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
 
@@ -28,13 +28,13 @@ def sulcus_labels(
     if classes not in (2, 3): raise VfmError(f"A sulcus cohort has 2 or 3 classes, not {classes}.")
     check_fetched(path)
     if not path.is_file():
-        raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(GRADES)} "
+        raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(PCS_CLASSES)} "
             f"in column {column}.")
     rows = [cells for _, cells in sheet_rows(path)]
     words = {n: [r[column - 1] if len(r) >= column else "" for r in rows if r[0] == n] for n in names}
     bad = [f"{path.name} has {len(w) or 'no'} line{'s' * (len(w) > 1)} for {n}, expected one" for n, w in words.items() if len(w) != 1]
-    bad += [f"{path.name}: {n} is '{w[0]}' in column {column}.{nearest(w[0], GRADES)} Expected {', '.join(GRADES)}" for n, w in words.items() if len(w) == 1 and w[0] not in GRADES]
-    return {n: min(GRADES.index(w[0]), classes - 1) for n, w in words.items() if len(w) == 1 and w[0] in GRADES}, bad
+    bad += [f"{path.name}: {n} is '{w[0]}' in column {column}.{nearest(w[0], PCS_CLASSES)} Expected {', '.join(PCS_CLASSES)}" for n, w in words.items() if len(w) == 1 and w[0] not in PCS_CLASSES]
+    return {n: min(PCS_CLASSES.index(w[0]), classes - 1) for n, w in words.items() if len(w) == 1 and w[0] in PCS_CLASSES}, bad
 
 # %% ../../nbs/185_brainvisa.ipynb #03148e5b
 CENTRES = {"top": {"L": (45, 122, 171), "R": (115, 35, 171)}, "benemin": {"L": (60, 109, 85), "R": (130, 9, 85)}}  # cohort, hemisphere: voxel (x, y, z) of the files
@@ -58,8 +58,8 @@ def brainvisa_example(folder: Path) -> None:
         for array, path in ((case.volume[0], folder/"subjects"/subject/ANALYSIS/f"Lskeleton_{subject}.nii.gz"), (case.label, folder/"labels"/f"L{subject}.nii.gz")):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing((4.0, 4.0, 4.0))
-            save(image, path)
-        lines.append(f"sub{i:02d},{GRADES[case.grade]}")
+            write_image(image, path)
+        lines.append(f"sub{i:02d},{PCS_CLASSES[case.grade]}")
     (folder/"labels.csv").write_text("\n".join(lines) + "\n")
 
 # %% ../../nbs/185_brainvisa.ipynb #47388675
@@ -86,13 +86,13 @@ def brainvisa(
 ) -> Manifest:
     "Build the manifest of sulcal skeletons, PCS masks and labels of one hemisphere."
     src = Path(src).resolve()
-    chosen("hemisphere", hemisphere, ("L", "R"))
-    chosen("split", split, ("study", "sequential"))
+    check_choice("hemisphere", hemisphere, ("L", "R"))
+    check_choice("split", split, ("study", "sequential"))
     if not (src/subjects).is_dir(): raise VfmError(f"{src} has no folder {subjects}; expected one folder per subject in it.")
     names = sorted(p.name for p in (src/subjects).iterdir() if p.is_dir())
     key = {n: n[:len(n) - key_drop] for n in names}
     grades, found = sulcus_labels(src/labels, list(dict.fromkeys(key.values())), column, classes)
-    known = GRADES if classes == 3 else ("absent", "present")
+    known = PCS_CLASSES if classes == 3 else ("absent", "present")
     name = lambda n: known[grades[key[n]]] if key[n] in grades else "unknown"
     rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz",
         grade=name(n)) for n in names]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'Source', 'Plan', 'deal', 'code_hash', 'stamps', 'case_key', 'marks_of', 'write_text', 'write_cohort',
-           'open_cohort', 'read_cohort', 'put', 'progress', 'Known', 'checked', 'fill', 'decoded', 'plan_problems']
+           'open_cohort', 'read_cohort', 'put', 'progress', 'Known', 'check_decoded', 'fill', 'decoded',
+           'plan_problems']
 
 # %% ../../nbs/125_cache.ipynb #603827e8
 import hashlib
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from ..foundation.disk import fsync
 from ..foundation.registry import VfmError, failure
-from .cohort import SPLITS, Cohort, CohortCard, case_problems, content_hash, copies, fingerprints, split_by_patient, stratified_order
+from ..foundation.spec import SPLITS
+from .cohort import Cohort, CohortCard, case_problems, content_hash, copies, voxel_fingerprints, split_by_patient, stratified_order
 
 # %% ../../nbs/125_cache.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ ARRAYS = ("volumes", "labels", "zones")
 
 def marks_of(cohort: Cohort, i: int) -> list[str]:  # sequences, label, zones
     "Return fingerprints of the voxels of one case."
-    return fingerprints([*cohort.volumes[i], cohort.labels[i], *([] if cohort.zones is None else [cohort.zones[i]])])
+    return voxel_fingerprints([*cohort.volumes[i], cohort.labels[i], *([] if cohort.zones is None else [cohort.zones[i]])])
 
 def write_text(
     cohort: Cohort,
@@ -150,7 +153,7 @@ def put(
 ) -> None:
     "Give a folder its name in one step; one that is damaged makes room, one that is sound stays."
     for _ in range(3):
-        try: return os.rename(new, folder)
+        try: os.rename(new, folder)
         except OSError:
             if read_cohort(folder) is not None: return shutil.rmtree(new)
             more = sorted(set(os.listdir(folder) if folder.is_dir() else []) - {"cohort.json",
@@ -159,6 +162,7 @@ def put(
                 raise VfmError(f"{folder} is the place of a prepared cohort, and holds {', '.join(more[:3])}: move "
                                "that away.") from None
             shutil.rmtree(folder, ignore_errors=True)
+        else: return fsync(folder.parent)
     raise VfmError(f"{folder} cannot be written; is the disk full, or does another process hold it? It is a cache and safe to delete.")
 
 # %% ../../nbs/125_cache.ipynb #3c7bf1de
@@ -202,7 +206,7 @@ class Known:
         return cohort.volumes[i], cohort.labels[i], None if cohort.zones is None else cohort.zones[i]
 
 # %% ../../nbs/125_cache.ipynb #6caa855c
-def checked(
+def check_decoded(
     plan: Plan,
     source: Source,
     parts: tuple | None,  # volume, label, zones of a known case; None to decode it
@@ -230,7 +234,7 @@ def fill(
     cohort = Cohort(plan.card, **arrays, grade=np.array([s.grade for s in sources], np.int64), names=[s.name for s in sources], patients=[s.patient for s in sources], split=list(homes), targets=targets)
     bad, marks = {}, []
     for i, source in enumerate(progress(sources, f"decoding {plan.card.name}")):
-        parts, wrong = checked(plan, source, known.get(keys[i]))
+        parts, wrong = check_decoded(plan, source, known.get(keys[i]))
         if wrong: bad[source.name] = wrong
         else:
             for k, values in zip(arrays, parts): arrays[k][i] = 0 if values is None else values
@@ -268,8 +272,8 @@ def plan_problems(
     "List everything that is wrong with the cases of a plan."
     bad, marks = {k: [v] for k, v in plan.bad.items()}, []
     for source in progress(plan.sources, f"checking {plan.card.name}"):
-        parts, wrong = checked(plan, source, None) if source.name not in bad else (None, "")
+        parts, wrong = check_decoded(plan, source, None) if source.name not in bad else (None, "")
         if wrong: bad[source.name] = [wrong]
-        marks.append(fingerprints(parts[0]) if parts and not wrong else [])
+        marks.append(voxel_fingerprints(parts[0]) if parts and not wrong else [])
     for i, j, c in copies(marks): bad.setdefault(plan.sources[i].name, []).append(f"has the same {plan.card.sequences[c]} as {plan.sources[j].name}")
     return [f"{k}: {p}" if k else p for k, found in bad.items() for p in found]

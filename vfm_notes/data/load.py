@@ -10,7 +10,6 @@ __all__ = ['ENTRIES', 'load_entries', 'manifest_folder', 'layout_folder', 'manif
 import importlib
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from .cache import ARRAYS, Known, Plan, case_key, code_hash, decoded, open_cohort, put, read_cohort, write_cohort
 from .cohort import Cohort, content_hash, validate
+from ..foundation.disk import part_folder
 from ..foundation.places import cache_root
 from ..foundation.registry import VfmError, cohorts
 
@@ -119,9 +119,7 @@ def kept_cohort(
     folder = folder if may_keep() else None
     whole = None if planned else validate(made[0](**arguments))
     if not folder and whole: return whole
-    if folder: folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{socket.gethostname()}.{os.getpid()}.", dir=folder
-                                     and folder.parent) as work:
+    with part_folder(folder) if folder else tempfile.TemporaryDirectory() as work:
         if whole: write_cohort(whole, new := Path(tempfile.mkdtemp(dir=work)))
         else: new = decoded(made, Path(work), known, code_hash(*made.modules) or "", exclude)
         if folder: put(new, folder)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MSD_NAMES', 'TABLE_SEQUENCES', 'TABLE_KEPT', 'PREFIXES', 'UNSAID', 'PROFOUND_GRADES', 'msd_example', 'msd_index',
            'msd_pairs', 'msd', 'checked_columns', 'option', 'our_name', 'mapped', 'table_example', 'sheet_of',
-           'is_image', 'table_columns', 'picture_columns', 'table_labels', 'table', 'profound_example', 'profound']
+           'is_image', 'table_columns', 'picture_columns', 'table_labels', 'table_manifest', 'profound_example',
+           'profound']
 
 # %% ../../nbs/182_table_layouts.ipynb #bf90ec11
 import json
@@ -19,10 +20,10 @@ import SimpleITK as sitk
 import yaml
 from .cohort import CohortCard
 from .manifest import Manifest, grade_order, layouts
-from .picture import ENDINGS, read_picture
-from .prostate_layouts import chosen, finished, names_in, native_spacing, save, toy_case, tried
+from .picture import PICTURE_ENDINGS, read_picture
+from .prostate_layouts import check_choice, finished, names_in, native_spacing, write_image, toy_case, tried
 from .sheets import read_sheet
-from .volume import SUFFIXES, split_address
+from .volume import VOLUME_SUFFIXES, split_address
 from ..foundation.names import as_name
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
@@ -34,9 +35,9 @@ def msd_example(folder: Path) -> None:
     "Write three labelled cases of two channels, and a test image."
     for i in range(3):
         case = toy_case(i, False)
-        save(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTr"/f"prostate_{i:02d}.nii.gz")
-        save(case["zones"], folder/"labelsTr"/f"prostate_{i:02d}.nii.gz")
-    save(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTs"/"prostate_03.nii.gz")
+        write_image(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTr"/f"prostate_{i:02d}.nii.gz")
+        write_image(case["zones"], folder/"labelsTr"/f"prostate_{i:02d}.nii.gz")
+    write_image(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTs"/"prostate_03.nii.gz")
     pairs = [{"image": f"./imagesTr/prostate_{i:02d}.nii.gz", "label": f"./labelsTr/prostate_{i:02d}.nii.gz"} for i in range(3)]
     (folder/"dataset.json").write_text(json.dumps(dict(name="PROSTATE", modality={"0": "T2", "1": "ADC"}, labels={"0": "background", "1": "PZ", "2": "TZ"}, numTraining=3, numTest=1, training=pairs, test=["./imagesTs/prostate_03.nii.gz"])))
 
@@ -172,7 +173,7 @@ def table_example(folder: Path) -> None:
     rows = []
     for i in range(4):
         case = toy_case(i, i % 2 == 1)
-        for name, ours in (("T2", "t2w"), ("ADC", "adc"), ("prostate", "gland")): save(case[ours], folder/f"P{i}"/f"{name}.nrrd")
+        for name, ours in (("T2", "t2w"), ("ADC", "adc"), ("prostate", "gland")): write_image(case[ours], folder/f"P{i}"/f"{name}.nrrd")
         rows.append({"case": f"P{i}", "t2w": f"P{i}/T2.nrrd", "adc": f"P{i}/ADC.nrrd", "mask_gland": f"P{i}/prostate.nrrd", "grade": ("benign", "cancer")[i % 2], "PSA": 4 + i})
     pd.DataFrame(rows).to_csv(folder/"cases.csv", index=False)
 
@@ -193,7 +194,7 @@ def is_image(
     folder: Path,  # that paths are relative to
 ) -> bool:
     "Return whether a cell looks like the path of an image: a file by its ending, a folder that exists."
-    if split_address(cell)[0].name.lower().endswith(SUFFIXES + ENDINGS): return True
+    if split_address(cell)[0].name.lower().endswith(VOLUME_SUFFIXES + PICTURE_ENDINGS): return True
     return bool(cell) and (folder/cell).is_dir()
 
 # %% ../../nbs/182_table_layouts.ipynb #28edd73f
@@ -233,7 +234,7 @@ def picture_columns(
 ) -> tuple[list[dict[str, str]], tuple[str, ...], tuple[float, float, float], str]:  # rows, sequences, spacing, a note
     "Find images that are pictures: colour ones, by the first row, are three sequences; nobody knows their millimetres."
     first = folder/rows[0][sequences[0]]
-    if not split_address(first)[0].name.lower().endswith(ENDINGS):
+    if not split_address(first)[0].name.lower().endswith(PICTURE_ENDINGS):
         return rows, sequences, native_spacing(first, found), ""
     names = {}
     for s in sequences:
@@ -254,7 +255,7 @@ UNSAID = ("na", "n/a", "nan", ".", "-", "?")  # what other programs write for a 
 def table_labels(
     rows: list[dict[str, str]],
     path: Path,  # of the sheet
-    classes: tuple[str, ...],  # options of `table`
+    classes: tuple[str, ...],  # options of `table_manifest`
     grades: tuple[str, ...],
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # classes, grades
     "Find the names of classes and grades, given or read from the sheet."
@@ -278,7 +279,7 @@ def table_labels(
 
 # %% ../../nbs/182_table_layouts.ipynb #53cb7892
 @layouts("table", title="any sheet of paths, with a mapping of its columns", example=table_example)
-def table(
+def table_manifest(
     src: Path,  # a sheet, or a folder with one; paths are relative to its folder
     columns: dict[str, str] | None = None,  # our name (case, patient, t2w, mask_gland, grade ...) → heading
     sheet: str = "",  # name of the sheet
@@ -309,7 +310,7 @@ def profound_example(folder: Path) -> None:
     rows = []
     for i in range(4):
         case, at = toy_case(i, i > 1), f"study{i}"
-        for name in ("t2w", "dwi", "adc", "gland", "lesion"): save(case[name], folder/at/f"{name}.nii.gz")
+        for name in ("t2w", "dwi", "adc", "gland", "lesion"): write_image(case[name], folder/at/f"{name}.nii.gz")
         rows.append(dict(t2w=f"{at}/t2w.nii.gz", highb=f"{at}/dwi.nii.gz", adc=f"{at}/adc.nii.gz", pirads=2 + i, lesion=f"{at}/lesion.nii.gz", mask=f"{at}/gland.nii.gz"))
     pd.DataFrame(rows).to_csv(folder/"train.csv", index=False)
 
@@ -328,7 +329,7 @@ def profound(
     have = set(rows[0]) if rows else set()
     if len({"highb", "dwi"} & have) != 1: raise VfmError(f"{path} has {' and '.join(sorted({'highb', 'dwi'} & have)) or 'no column highb or dwi'}, expected one of the two.")
     could = [c for c in PROFOUND_GRADES if c in have]
-    if grade: chosen("grade", grade, tuple(could))
+    if grade: check_choice("grade", grade, tuple(could))
     elif len(could) > 1: raise VfmError(f"{path} has the columns {', '.join(could)}; set the option grade to one of them.")
     grade = grade or "".join(could)
     who = next((c for c in ("patient", "patient_id", "case", "id") if c in have), "")

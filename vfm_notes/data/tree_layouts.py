@@ -18,7 +18,7 @@ from .cache import progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
 from .manifest import Manifest, grade_order, layouts
-from .prostate_layouts import chosen, finished, keyed, native_spacing, save, toy_case, tried
+from .prostate_layouts import check_choice, finished, rows_by_name, native_spacing, write_image, toy_case, tried
 from .sheets import read_sheet
 from ..foundation.registry import VfmError
 
@@ -99,10 +99,10 @@ def prostatex(
 ) -> Manifest:
     "Build the manifest of PROSTATEx."
     src, found, rows = Path(src).absolute(), [], []
-    chosen("repeat", repeat, ("refuse", "first", "last"))
+    check_choice("repeat", repeat, ("refuse", "first", "last"))
     grade = prostatex_findings(src, found)
     patients = [p for p in near_top(src, "ProstateX-[0-9]*") if p.is_dir()]
-    keyed([{"name": p.name} for p in patients], lambda r: r["name"], str(src), found)
+    rows_by_name([{"name": p.name} for p in patients], lambda r: r["name"], str(src), found)
     for patient in progress(patients, "series of PROSTATEx"):
         series, row = series_folders(patient, found), {"case": patient.name, "patient": patient.name}
         for sequence, pattern in PROSTATEX_SERIES.items():
@@ -156,11 +156,11 @@ def bids_example(folder: Path) -> None:
     "Write three participants, one of them with two sessions."
     for i, (sub, ses) in enumerate((("01", ""), ("02", "1"), ("02", "2"), ("03", ""))):
         case, below, name = toy_case(i, i > 1), f"sub-{sub}" + f"/ses-{ses}" * bool(ses), f"sub-{sub}" + f"_ses-{ses}" * bool(ses)
-        save(case["t2w"], folder/below/"anat"/f"{name}_T2w.nii.gz")
-        save(case["adc"], folder/below/"dwi"/f"{name}_ADC.nii.gz")
-        save(sitk.JoinSeries([case["dwi"] + 300, case["dwi"]]), folder/below/"dwi"/f"{name}_dwi.nii.gz")
+        write_image(case["t2w"], folder/below/"anat"/f"{name}_T2w.nii.gz")
+        write_image(case["adc"], folder/below/"dwi"/f"{name}_ADC.nii.gz")
+        write_image(sitk.JoinSeries([case["dwi"] + 300, case["dwi"]]), folder/below/"dwi"/f"{name}_dwi.nii.gz")
         (folder/below/"dwi"/f"{name}_dwi.bval").write_text("50 1000\n")
-        save(case["gland"], folder/"derivatives"/"reader1"/below/"anat"/f"{name}_label-gland_mask.nii.gz")
+        write_image(case["gland"], folder/"derivatives"/"reader1"/below/"anat"/f"{name}_label-gland_mask.nii.gz")
     pd.DataFrame(dict(participant_id=["sub-01", "sub-02", "sub-03"], age=[61, 70, 66], isup=[0, 2, 3])).to_csv(folder/"participants.tsv", sep="\t", index=False)
 
 # %% ../../nbs/181_tree_layouts.ipynb #fa8b351d
@@ -177,7 +177,7 @@ def bids(
     "Build the manifest of a BIDS folder."
     src, found, rows = Path(src).absolute(), [], []
     sheet = tried(found, read_sheet, src/"participants.tsv", ("participant_id", *([grade] if grade else [])))
-    people = keyed(sheet or [], lambda r: r["participant_id"], "participants.tsv", found)
+    people = rows_by_name(sheet or [], lambda r: r["participant_id"], "participants.tsv", found)
     folders = sorted(p for p in src.glob("sub-*") if p.is_dir())
     if sheet is not None: found += [f"{n} is in participants.tsv but has no folder" for n in people if n not in {p.name for p in folders}] + [f"{p.name} has a folder but is not in participants.tsv" for p in folders if p.name not in people]
     for folder in (s for p in folders for s in (sorted(p.glob("ses-*")) or [p])):

@@ -11,12 +11,12 @@ import hmac
 import json
 import os
 import secrets
-import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 # %% ../../nbs/09_people.ipynb #76bc2d1a
+from .disk import write_whole
 from .registry import VfmError
 
 # %% ../../nbs/09_people.ipynb #3de12020
@@ -31,15 +31,8 @@ def make_key(
 ) -> None:
     "Write a random key that only its owner can read; of two who do so at once, both find the same one."
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=".site.key.", dir=path.parent)  # readable by its owner alone
-    try:
-        with os.fdopen(handle, "w") as f:
-            f.write(secrets.token_hex(32) + "\n")
-            f.flush()
-            os.fsync(handle)
-        os.link(part, path)  # in one step, and never over another
+    try: write_whole(path, secrets.token_hex(32) + "\n", mode=0o600, over=False)
     except FileExistsError: pass
-    finally: os.unlink(part)
 
 # %% ../../nbs/09_people.ipynb #874beacc
 def site_key() -> bytes:  # 32

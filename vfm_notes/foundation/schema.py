@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Name', 'WeightsName', 'StartName', 'Line', 'Word', 'Options', 'Share', 'Count', 'Seed', 'Epochs', 'Wait', 'BatchSize',
            'Rate', 'Decay', 'Average', 'Voxels', 'Positive', 'Millimetres', 'Size', 'Spacing', 'Schedule', 'Precision',
-           'Kept', 'BadCases', 'Split', 'Window', 'check_text', 'check_line', 'check_start', 'check_distinct',
-           'check_window', 'bounds', 'in_words', 'either', 'at_least_one', 'of', 'allowed', 'check_plain', 'refuse',
+           'Kept', 'BadCases', 'Split', 'Window', 'check_text', 'check_line', 'check_start_name', 'check_distinct',
+           'check_window', 'bounds', 'type_words', 'either', 'at_least_one', 'of', 'allowed', 'check_plain', 'refuse',
            'many', 'convert', 'field_types', 'converted', 'allowed_of', 'bounds_of', 'from_values', 'argument_types',
            'check_options']
 
@@ -44,7 +44,7 @@ def check_line(
         raise VfmError(f"{what} is {shown(text)}, expected one line of text.")
 
 # %% ../../nbs/026_schema.ipynb #40fc7b75
-def check_start(
+def check_start_name(
     name: str,  # architecture.weights, or "" for random ones
     what: str,  # the field
 ) -> None:
@@ -64,7 +64,7 @@ def check_distinct(
 # %% ../../nbs/026_schema.ipynb #64ba5cb3
 Name = Annotated[str, check_name]  # becomes a file or folder
 WeightsName = Annotated[str, check_weights_name]  # architecture.weights, or an architecture alone
-StartName = Annotated[str, check_start]  # the same, or "" for none
+StartName = Annotated[str, check_start_name]  # the same, or "" for none
 Line = Annotated[str, check_line]
 Word = Annotated[str, Meta(min_length=1, description="text (in quotes where YAML reads something else)"), check_line]
 Options = dict[str, Any]  # of a task, an objective ...: checked against what takes them when a run is planned
@@ -108,20 +108,20 @@ def bounds(info) -> str:  # info: of a number, from msgspec.inspect
     return f" {low}" + (f" to below {info.lt:g}" if info.lt is not None else "")
 
 # %% ../../nbs/026_schema.ipynb #94df8607
-def in_words(info) -> str:  # info: from msgspec.inspect
+def type_words(info) -> str:  # info: from msgspec.inspect
     "Describe what a type allows."
     kinds = msgspec.inspect
     match info:
         case kinds.Metadata(extra_json_schema={"description": words}): return words
-        case kinds.Metadata(): return in_words(info.type)
+        case kinds.Metadata(): return type_words(info.type)
         case kinds.IntType(): return f"a whole number{bounds(info)}"
         case kinds.FloatType(): return f"a number{bounds(info)}"
         case kinds.BoolType(): return "true or false"
         case kinds.StrType(): return "text"
         case kinds.NoneType(): return "nothing"
         case kinds.LiteralType(): return either(sorted(map(str, info.values)))
-        case kinds.UnionType(): return " or ".join(map(in_words, info.types))
-        case kinds.TupleType(): return f"{len(info.item_types)} values, each {in_words(info.item_types[0])}"
+        case kinds.UnionType(): return " or ".join(map(type_words, info.types))
+        case kinds.TupleType(): return f"{len(info.item_types)} values, each {type_words(info.item_types[0])}"
         case kinds.ListType() | kinds.VarTupleType(): return f"a list{at_least_one(info)}{of(info.item_type)}"
         case kinds.DictType(): return f"a mapping{at_least_one(info)}"
     return "a value"
@@ -131,7 +131,7 @@ def either(words: list[str]) -> str: return " or ".join(filter(None, (", ".join(
 def at_least_one(info) -> str: return " with at least one entry" if info.min_length else ""  # info: of a list or mapping
 def of(info) -> str:  # info: of the entries of a list, from msgspec.inspect
     "Describe what each entry allows."
-    return "" if isinstance(info, msgspec.inspect.AnyType) else f", each entry {in_words(info)}"
+    return "" if isinstance(info, msgspec.inspect.AnyType) else f", each entry {type_words(info)}"
 
 # %% ../../nbs/026_schema.ipynb #859f2d53
 @lru_cache(maxsize=None)
@@ -139,7 +139,7 @@ def allowed(
     kind,  # a type, Annotated or not
 ) -> str:
     "Describe what a type allows, in words."
-    return in_words(msgspec.inspect.type_info(kind))
+    return type_words(msgspec.inspect.type_info(kind))
 
 # %% ../../nbs/026_schema.ipynb #fb90d006
 def check_plain(

@@ -6,13 +6,13 @@
 __all__ = ['Strategy', 'Spec', 'LATER', 'LOOKS', 'Axis', 'Searched', 'SEARCHABLE', 'Tried', 'SPLITS', 'MOST_RUNS', 'PretrainSpec',
            'RunSpec', 'ExternalSpec', 'canonical', 'file_name', 'run_id', 'Budget', 'StudySpec', 'several',
            'check_axes', 'check_study', 'count_runs', 'check_counts', 'cohort_beside', 'load_study', 'study_from',
-           'pretrain_specs', 'check_search', 'settings', 'run_specs', 'external_base', 'external_specs']
+           'pretrain_specs', 'check_search', 'search_settings', 'run_specs', 'external_base', 'external_specs']
 
 # %% ../../nbs/03_spec.ipynb #d9c38cb1
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -321,7 +321,7 @@ def check_search(
                        "out there.")
 
 # %% ../../nbs/03_spec.ipynb #2af307d7
-def settings(study: StudySpec) -> list[dict]:  # field → value; one empty setting where nothing is searched
+def search_settings(study: StudySpec) -> list[dict]:  # field → value; one empty setting where nothing is searched
     "Return every point of the search."
     return [dict(zip(study.search, values)) for values in product(*study.search.values())]
 
@@ -329,13 +329,13 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
     "Return every point of the study's grid."
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}
     common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases, "window": study.window} | asdict(study.budget)
-    axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], settings(study), study.strategies, study.seeds)
+    axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], search_settings(study), study.strategies, study.seeds)
     runs = [RunSpec(**common | setting, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
                     parent=parent_of(strategy, parents.get(backbone, "")))
             for (task, options), backbone, n, setting, strategy, seed in axes]
     runs = [r for r in runs if not any(all(getattr(r, k) in several(v) for k, v in rule.items()) for rule in study.leave_out)]
     runs = list({(r.task, r.backbone, r.n_train, r.strategy, r.seed, *(getattr(r, k) for k in study.search)): r for r in runs}.values())  # scratch and full are one where the weights are random
-    beside = product(study.specialists.items(), study.n_train or [study.cases["train"]], settings(study), study.seeds)
+    beside = product(study.specialists.items(), study.n_train or [study.cases["train"]], search_settings(study), study.seeds)
     return runs + [RunSpec(**common | setting, task=task, options=study.tasks[task], backbone=network, n_train=n, strategy="specialist", seed=seed) for (task, network), n, setting, seed in beside]
 
 # %% ../../nbs/03_spec.ipynb #dae6985e

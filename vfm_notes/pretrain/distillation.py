@@ -21,10 +21,10 @@ from .views import VIEWS, draw_views
 
 # %% ../../nbs/416_distillation.ipynb #0ee75579
 def small_crop(
-    x: Tensor, # b c d h w
-    cell: tuple[int, int, int], # the backbone's coarsest cell (d, h, w)
-    share: float, # of height and width, 0 < share ≤ 1
-) -> Tensor: # b c d h' w', sides rounded up to whole cells
+    x: Tensor,  # b c d h w
+    cell: tuple[int, int, int],  # the backbone's coarsest cell (d, h, w)
+    share: float,  # of height and width, 0 < share ≤ 1
+) -> Tensor:  # b c d h' w', sides rounded up to whole cells
     "Cut out a random window."
     size = [-(-round(s * share) // c) * c for s, c in zip(x.shape[3:], cell[1:])]
     y, z = (int(torch.randint(s - t + 1, ())) for s, t in zip(x.shape[3:], size))
@@ -32,10 +32,10 @@ def small_crop(
 
 # %% ../../nbs/416_distillation.ipynb #ecf2905d
 def distil(
-    teacher: list[Tensor], # b k, outputs for the whole views
-    student: list[Tensor], # b k, outputs for the same views and then for the crops
-    centre: Tensor, # k
-    temperatures: tuple[float, float], # the teacher's and the student's
+    teacher: list[Tensor],  # b k, outputs for the whole views
+    student: list[Tensor],  # b k, outputs for the same views and then for the crops
+    centre: Tensor,  # k
+    temperatures: tuple[float, float],  # the teacher's and the student's
 ) -> Tensor:
     "Compute the mean cross-entropy over all pairs of different views."
     targets = [((t - centre) / temperatures[0]).softmax(1).detach() for t in teacher]
@@ -45,9 +45,9 @@ def distil(
 
 # %% ../../nbs/416_distillation.ipynb #0c0200a1
 def view_pictures(
-    objective: nn.Module, # with `backbone` and `how`
-    x: Tensor, # 1 c d h w
-) -> dict[str, np.ndarray]: # name → (d, h, w)
+    objective: nn.Module,  # with `backbone` and `how`
+    x: Tensor,  # 1 c d h w
+) -> dict[str, np.ndarray]:  # name → (d, h, w)
     "Return the case, two views, and how much each cell resembles the mean cell."
     views, cells = draw_views(x, objective.how), objective.backbone.pyramid(x)[-1]
     alike = enlarge(likeness(cells, torch.ones_like(cells[:, 0])), x.shape[2:])
@@ -57,25 +57,25 @@ def view_pictures(
 class Teacher(nn.Module):
     "The average of a student over time, with its centre."
     def __init__(self,
-                 student: nn.Module, # copied
-                 classes: int, # length of its output
-                 momentum: float, # m, share of the teacher that a step keeps
-                 centre_momentum: float, # m_c, share of the centre that a step keeps
+                 student: nn.Module,  # copied
+                 classes: int,  # length of its output
+                 momentum: float,  # m, share of the teacher that a step keeps
+                 centre_momentum: float,  # m_c, share of the centre that a step keeps
                 ):
         super().__init__()
         self.net, self.momentum, self.centre_momentum = copy.deepcopy(student).requires_grad_(False), momentum, centre_momentum
         self.register_buffer("centre", torch.zeros(classes))
-        self.register_buffer("seen", torch.zeros(classes), persistent=False) # mean output of the last batch
+        self.register_buffer("seen", torch.zeros(classes), persistent=False)  # mean output of the last batch
 
     @torch.no_grad()
-    def forward(self, views: list[Tensor]) -> list[Tensor]: # n times b c d h w → n times b k
+    def forward(self, views: list[Tensor]) -> list[Tensor]:  # n times b c d h w → n times b k
         out = [self.net(v) for v in views]
         self.seen = torch.cat(out).mean(0)
         return out
 
     @torch.no_grad()
     def follow(self,
-               student: nn.Module, # after its step
+               student: nn.Module,  # after its step
               ) -> None:
         "Move the centre towards the last outputs, and the weights towards the student's."
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -90,21 +90,21 @@ class Teacher(nn.Module):
             beyond="the rate is per 256 cases; over training the momentum rises to 1 and the weight decay to 0.4", shows="neighbours")
 class SelfDistillation(nn.Module):
     "A student that predicts its own moving average."
-    whole_batches = True # the centre is a mean over the batch
+    whole_batches = True  # the centre is a mean over the batch
     def __init__(self,
-                 backbone: Backbone, # the student's
-                 momentum: float = 0.99, centre_momentum: float = 0.9, # shares of teacher and centre that a step keeps, from 0 to below 1
-                 temperatures: tuple[float, float] = (0.04, 0.1), # of teacher and student, positive
-                 local: int = 0, # small crops besides the two whole views
-                 crop: float = 0.5, # their share of height and width
-                 head: tuple[int, int, int, int] = (128, 128, 64, 256), # widths: two hidden layers, bottleneck, classes
-                 views: dict[str, dict] = VIEWS, # augmentation → its options
+                 backbone: Backbone,  # the student's
+                 momentum: float = 0.99, centre_momentum: float = 0.9,  # shares of teacher and centre that a step keeps, from 0 to below 1
+                 temperatures: tuple[float, float] = (0.04, 0.1),  # of teacher and student, positive
+                 local: int = 0,  # small crops besides the two whole views
+                 crop: float = 0.5,  # their share of height and width
+                 head: tuple[int, int, int, int] = (128, 128, 64, 256),  # widths: two hidden layers, bottleneck, classes
+                 views: dict[str, dict] = VIEWS,  # augmentation → its options
                 ):
         super().__init__()
         if not (0 <= momentum < 1 and 0 <= centre_momentum < 1 and min(temperatures) > 0 and local >= 0 and 0 < crop <= 1):
             raise VfmError(f"self_distillation: momentum {momentum}, centre_momentum {centre_momentum}, temperatures {tuple(temperatures)}, local {local}, crop {crop}; "
                            "expected momenta from 0 to below 1, positive temperatures, local ≥ 0 and 0 < crop ≤ 1.")
-        augment(views) # reports a misspelt name now
+        augment(views)  # reports a misspelt name now
         self.backbone, self.how, self.temperatures, self.local, self.crop = backbone, views, tuple(temperatures), local, crop
         self.head = Projection(backbone.embed_dim, head)
         self.teacher = Teacher(self.student(), head[-1], momentum, centre_momentum)
@@ -113,8 +113,8 @@ class SelfDistillation(nn.Module):
     def after_step(self) -> None: self.teacher.follow(self.student())
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and the mean entropy of the teacher's answers
+             batch: dict[str, Tensor],  # "volumes" b c d h w
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and the mean entropy of the teacher's answers
         x, student, centre = batch["volumes"], self.student(), self.teacher.centre
         views = draw_views(x, self.how)
         crops = [small_crop(v, self.backbone.strides[-1], self.crop) for v in draw_views(x, self.how, self.local)]
@@ -124,6 +124,6 @@ class SelfDistillation(nn.Module):
         return distil(teacher, [student(v) for v in views + crops], centre, self.temperatures), {"teacher entropy": entropy}
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]: # name → (d, h, w) of the first case
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w) of the first case
         "Return the case, its views, and how much each cell resembles the mean cell."
         return view_pictures(self, batch["volumes"][:1])

@@ -21,11 +21,11 @@ RECIPE = ("epochs", "batch_size", "lr", "weight_decay", "warmup", "schedule", "p
 
 def adaptation_plan(
     spec: PretrainSpec,
-    study: str, # that the run belongs to
-    seen: Cohort, # the cases of the pretraining
-    scale: dict, # how they were normalised: arguments of data.loader.normalise
+    study: str,  # that the run belongs to
+    seen: Cohort,  # the cases of the pretraining
+    scale: dict,  # how they were normalised: arguments of data.loader.normalise
     result: PretrainResult,
-    begin: Start = Start(), # what it began with
+    begin: Start = Start(),  # what it began with
 ) -> AdaptationPlan:
     "Return the plan of a pretraining's weights."
     card, state, objective = seen.card, result.backbone.state_dict(), objective_card(spec.objective)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/44_trainer.ipynb #9f598902
 from ..data.loader import Loader
+from ..foundation.disk import whole_file, write_whole
 from ..foundation.leave import Stopped, asked, listen
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
@@ -216,19 +217,13 @@ def save(
     self: Trainer,
     path: Path,
     key: str,  # run id
-    extra: dict = {},  # plain values to find again, e.g. curves so far
+    extra: dict | None = None,  # plain values to find again, e.g. curves so far
 ) -> bool:  # False when the disk refused
     "Write a checkpoint; a whole one stays whatever happens."
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            torch.save(self.snapshot(key, extra), f)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
+        with whole_file(path) as part, open(part, "wb") as f: torch.save(self.snapshot(key, extra or {}), f)
         return True
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when a disk is full
-        part.unlink(missing_ok=True)
         self.notes.append(f"no checkpoint in epoch {self.epoch}: {path} could not be written ({str(error).splitlines()[0]}); the one before is kept")
         print(self.notes[-1], flush=True)
         return False
@@ -277,12 +272,9 @@ class Keeper:
     def tell(self, epochs: int, rows: list) -> None:  # rows: epoch, seconds, name, value
         "Write the curves so far, at most once a second; a full disk ends no training."
         if not self.path or time.monotonic() - self.told < 1.0: return
-        self.told, part = time.monotonic(), self.path.with_suffix(".curves.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"epochs": epochs, "rows": rows}))
-            os.replace(part, self.curves)
-        except OSError: part.unlink(missing_ok=True)
+        self.told = time.monotonic()
+        try: write_whole(self.curves, json.dumps({"epochs": epochs, "rows": rows}), synced=False)
+        except OSError: pass
 
     def hush(self) -> None:
         "Remove the curves: the training has ended, and its record will hold them."
@@ -299,13 +291,13 @@ def train(
     trainer: Trainer,
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
     rows: list,  # curves before training, changed in place: (epoch, seconds, name, value)
-    keeper: Keeper = Keeper(),
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     each: Callable[[], None] = lambda: None,  # called after every step, outside the clock
     carried: dict | None = None,  # plain values and tensors that checkpoints keep, changed in place
     enough: Callable[[int], bool] = lambda epoch: False,  # called after every epoch: shall it end early?
 ) -> list:  # curves
     "Take all steps, from the beginning or from a checkpoint."
-    carried = {} if carried is None else carried
+    carried, keeper = {} if carried is None else carried, keeper or Keeper()
     def save() -> None:
         trainer.save(keeper.path, keeper.key, {"rows": [list(r) for r in rows], "carried": carried})
         keeper.last = time.monotonic()
@@ -341,8 +333,7 @@ def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> di
     except Diverged as error:
         if not keeper.path or not trainer.team.main: raise
         from safetensors.torch import save_file
-        keeper.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().clone() for k, v in error.state.items()}, keeper.good)
+        with whole_file(keeper.good) as part: save_file({k: v.detach().cpu().clone() for k, v in error.state.items()}, part)
         told = Diverged(f"{error} They are in {keeper.good}.")
         told.state = error.state
         raise told from None

@@ -115,7 +115,6 @@ def found_in(name: str) -> tuple[int, list[str]]:  # cases, problems
     from vfm_notes.data.cache import plan_problems
     from vfm_notes.data.cohort import problems
     from vfm_notes.data.load import cohort_maker
-    from vfm_notes.foundation.registry import cohorts
     if manifest := manifest_here(name):
         from vfm_notes.data.decode import check_manifest
         return len(manifest), check_manifest(manifest)

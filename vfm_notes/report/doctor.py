@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LITTLE', 'Check', 'unmet', 'check_packages', 'check_torch', 'check_engine', 'check_machine', 'check_folders',
-           'check_renderer', 'check_programs', 'check_study', 'checks']
+           'check_renderer', 'check_programs', 'examine_study', 'checks']
 
 # %% ../../nbs/985_doctor.ipynb #1eec7c55
 import os
@@ -135,14 +135,14 @@ def check_programs() -> Iterator[Check]:
     yield Check("slurm", "note" if asked.returncode else "ok", f"sinfo does not answer: {(asked.stderr.strip().splitlines() or ['no message'])[-1]}" if asked.returncode else partitions, "sbatch is installed, but no controller can be reached from here." if asked.returncode else "")
 
 # %% ../../nbs/985_doctor.ipynb #96fba0b2
-def check_study(
+def examine_study(
     spec: StudySpec,
 ) -> Iterator[Check]:
     "Check everything that a study needs, as `vfm run` would."
-    from vfm_notes.runs.preflight import conflicts
+    from vfm_notes.runs.preflight import known_conflicts
     from vfm_notes.runs.grid import plan
-    from vfm_notes.tune.catalog import weights_problems
-    found = dict.fromkeys([*conflicts(spec, plan(spec)), *weights_problems(spec)])
+    from vfm_notes.tune.study_names import weights_problems
+    found = dict.fromkeys([*known_conflicts(spec, plan(spec)), *weights_problems(spec)])
     for sentence in found: yield Check("study", "missing", sentence)
     if not found: yield Check("study", "ok", f"{spec.name}: data, weights, licences and names are here, and all fits together")
 
@@ -158,4 +158,4 @@ def checks(
     for one in (check_engine, check_torch):
         try: yield one()
         except VfmError as error: yield Check(one.__name__.removeprefix("check_"), "missing", str(error))
-    if spec: yield from check_study(spec)
+    if spec: yield from examine_study(spec)

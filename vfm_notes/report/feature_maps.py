@@ -15,8 +15,8 @@ from einops import rearrange
 
 # %% ../../nbs/945_feature_maps.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, shown_name, window_of, windowed, words
-from .widgets import PLANES, Scene, VolumeViewer, blend, cut
+from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, shown_name, window_of, windowed, svg_text
+from .widgets import Scene, VolumeViewer, blend, slice_plane
 
 # %% ../../nbs/945_feature_maps.ipynb #32d3e2df
 def components(
@@ -58,7 +58,7 @@ class FeatureScene(Scene):
         grey = self.grey(self.rows[name], name, plane, at)
         over = np.ones(grey.shape, bool)
         over[:, round(curtain * grey.shape[1]):] = False
-        return blend(grey, [(over, cut(self.maps[self.level], plane, at))] if opacity else [], opacity)
+        return blend(grey, [(over, slice_plane(self.maps[self.level], plane, at))] if opacity else [], opacity)
 
 # %% ../../nbs/945_feature_maps.ipynb #aa32a4df
 class FeatureViewer(VolumeViewer):
@@ -94,11 +94,11 @@ def pyramid_figure(
     depth, h, w = volume.shape
     at, left, y = pick_slices(depth, {}, 5), 150, 26 if title else 4
     high, window = width * h * scene.spacing[1] / (w * scene.spacing[2]), scene.windows[name]
-    out = [words(title, 0, 14, 13, bold=True)] if title else []
-    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
+    out = [svg_text(title, 0, 14, 13, bold=True)] if title else []
+    for i, z in enumerate(at): out.append(svg_text(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
     y += 15
     for label, pictures in [(shown_name(name), [windowed(volume[z], *window) for z in at]), *[(t, [m[z] for z in at]) for t, m in zip(labels, scene.maps)]]:
-        for k, part in enumerate(label.split(", ")): out.append(words(part, 0, y + 13 + 16 * k, 12, k > 0, bold=k == 0))
+        for k, part in enumerate(label.split(", ")): out.append(svg_text(part, 0, y + 13 + 16 * k, 12, k > 0, bold=k == 0))
         for i, pixels in enumerate(pictures):
             data = base64.b64encode(png(pixels)).decode()
             out.append(f'<image x="{left + i * (width + 4):.1f}" y="{y:.1f}" width="{width:.1f}" height="{high:.1f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>')

@@ -18,7 +18,7 @@ import pandas as pd
 # %% ../../nbs/97_live.ipynb #50ca2e5f
 from ..foundation.quantity import how_many
 from ..foundation.places import checkpoint_file, study_root
-from ..foundation.show import Figure, words as drawn_words
+from ..foundation.show import Figure, svg_text
 from ..foundation.spec import load_study
 from .explorer import curve_words, html_output
 from .figures import titled, words
@@ -126,7 +126,7 @@ class LiveTraining(Shown):
     def figure(self) -> alt.TopLevelMixin | Figure:
         "Return the curves so far."
         if any(t.epoch for t in self.found): return training_chart(self.found)
-        return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 24" width="420">{drawn_words("No training is at work.", 0, 16)}</svg>', "No training is at work.")
+        return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 24" width="420">{svg_text("No training is at work.", 0, 16)}</svg>', "No training is at work.")
 
 # %% ../../nbs/97_live.ipynb #1edb8058
 def refresh(self) -> None:

@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 
 # %% ../../nbs/928_stamp.ipynb #stamp004
-from ..foundation.disk import file_hash, fsync, write_whole
+from ..foundation.disk import file_hash, swap_folder, write_whole
 from ..foundation.places import pages_root
 from ..foundation.registry import VfmError
 
@@ -153,9 +153,7 @@ def replacing(
         (new/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(target/name, new/name, follow_symlinks=False)
     seal(new, stamp, theirs)
-    if target.exists(): os.rename(target, old)
-    os.rename(new, target)
-    fsync(target.parent)
+    swap_folder(target, new, old)
     erase(old)
 
 # %% ../../nbs/928_stamp.ipynb #stamp015

@@ -13,7 +13,7 @@ import ast
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
@@ -88,8 +88,8 @@ def job_parameters(
 @dataclass(frozen=True)
 class Looped:
     "What a transfer notebook loops over."
-    strategies: field_types(StudySpec)["strategies"]
-    seeds: field_types(StudySpec)["seeds"]
+    strategies: field_types(StudySpec)["strategies"]  # noqa: F821 (a key, not a type)
+    seeds: field_types(StudySpec)["seeds"]  # noqa: F821
 
 def job_specs(
     kind: str,  # pretrain, transfer or external

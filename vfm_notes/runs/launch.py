@@ -90,7 +90,7 @@ class Helpers:
         self.watch = threading.Thread(target=self.look_on, daemon=True)
         self.watch.start()
 
-    def lost(self, seconds: float = 0.0) -> str: # seconds to wait for it; → "" when none is
+    def lost(self, seconds: float = 0.0) -> str:  # seconds to wait for it; → "" when none is
         "Return which helper has ended badly, and how."
         end = time.monotonic() + seconds
         while True:
@@ -117,7 +117,7 @@ def look_on(self: Helpers) -> None:
             say(f"{lost}; this process waited for it and is ended.")
             os.kill(os.getpid(), signal.SIGKILL)
 
-def end(self: Helpers, seconds: float) -> None: # seconds that they may take
+def end(self: Helpers, seconds: float) -> None:  # seconds that they may take
     "See them off."
     self.over.set()
     self.watch.join()
@@ -131,9 +131,9 @@ for method in (look_on, end): setattr(Helpers, method.__name__, method)
 
 # %% ../../nbs/743_launch.ipynb #5bb14045
 def together(
-    function: Callable, # importable, e.g. tune.transfer.transfer
-    *args, # for all processes, picklable
-    **alone, # for the first only, e.g. progress and keeper
+    function: Callable,  # importable, e.g. tune.transfer.transfer
+    *args,  # for all processes, picklable
+    **alone,  # for the first only, e.g. progress and keeper
 ):
     "Compute `function(*args, **alone)` in as many processes as VFM_PROCESSES states, and return its value."
     size = int(os.environ.get("VFM_PROCESSES") or 1)

@@ -16,7 +16,7 @@ from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import VfmError, nearest, tasks
 from .heads import CASE_HEADS, case_head, check_head
 from .metric import auc, quadratic_kappa, recall_parts
-from .task import Task, TaskData, case_rows, check_scores, class_scores, statistics_reader
+from .task import Task, TaskData, case_table, check_scores, predict_class_scores, statistics_reader
 
 # %% ../../nbs/611_case_task.ipynb #25d580c5
 class CaseTask(Task):
@@ -59,7 +59,7 @@ class GradeTask(CaseTask):
     def probabilities(self, output: Tensor) -> Tensor: return output.softmax(-1)
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:  # score: n grades
-        return case_rows(data, {"label": data.target.numpy()} | {f"score_{k}": score[:, k] for k in range(score.shape[1])} | {"accuracy": score.argmax(1) == data.target.numpy()})
+        return case_table(data, {"label": data.target.numpy()} | {f"score_{k}": score[:, k] for k in range(score.shape[1])} | {"accuracy": score.argmax(1) == data.target.numpy()})
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame: return self.rows(self.probabilities(output).numpy(), data)
 
@@ -72,7 +72,7 @@ class GradeTask(CaseTask):
         return f"all of them have the grade {self.card.grades[self.table(cases)[0][0]]}"
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
-        return self.rows(class_scores(statistics_reader(train, train.target.numpy()), test, len(self.card.grades)).softmax(-1).numpy(), test)
+        return self.rows(predict_class_scores(statistics_reader(train, train.target.numpy()), test, len(self.card.grades)).softmax(-1).numpy(), test)
 
 # %% ../../nbs/611_case_task.ipynb #2d159324
 @tasks("classification", title="Lesion-risk classification")
@@ -114,7 +114,7 @@ class MultiClass(GradeTask):
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:
         part = recall_parts(data.target.numpy(), score.argmax(1))
-        return pd.concat([super().rows(score, data), case_rows(data, {"macro_recall": part})], ignore_index=True)
+        return pd.concat([super().rows(score, data), case_table(data, {"macro_recall": part})], ignore_index=True)
 
 # %% ../../nbs/611_case_task.ipynb #05296b57
 def corn_loss(

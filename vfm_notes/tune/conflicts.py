@@ -18,16 +18,15 @@ import torch
 from ..backbones.keys import skeleton
 from ..backbones.protocol import Backbone
 from ..data.cache import deal
-from ..data.cohort import SPLITS, CohortCard, check_arguments
+from ..data.cohort import CohortCard, check_arguments
 from ..data.load import cohort_maker
 from ..foundation.options import parse_strategy
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
-from ..foundation.spec import PretrainSpec, RunSpec, Spec, StudySpec
+from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from ..pretrain.card import check_objective
-from ..pretrain.card import check_objective
 from .case_task import CaseTask
-from .catalog import name_checks
+from .study_names import name_checks
 from .strategy import apply_strategy
 from .task import build_task, task_kind
 

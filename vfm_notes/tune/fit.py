@@ -102,7 +102,7 @@ def fit(
     spec: RunSpec,  # epochs, lr, weight_decay, warmup, …, patience, keep
     watch: Callable[[int], dict[str, float]],  # epoch → values to keep, called at 0 … epochs
     early: tuple[int, Callable[[int], None]] | None = None,  # after how many steps, and what to do then with their number
-    keeper: Keeper = Keeper(),  # where checkpoints go
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     carried: dict | None = None,  # what `watch` remembers, kept in checkpoints
     groups: list[dict] | None = None,  # parameter groups with rates of their own
 ) -> tuple[pd.DataFrame, list[str]]:  # epoch, seconds, name, value; what happened on the way

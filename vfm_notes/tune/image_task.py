@@ -19,7 +19,7 @@ from ..data.loader import moments, normalise, standardise
 from ..foundation.registry import VfmError, tasks
 from .heads import dense_head
 from .metric import psnr, ssim
-from .task import Task, TaskData, case_rows, channel
+from .task import Task, TaskData, case_table, channel
 
 # %% ../../nbs/62_image_task.ipynb #3367501f
 class ImageTask(Task):
@@ -33,7 +33,7 @@ class ImageTask(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
-        return case_rows(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
+        return case_table(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
 
     def validate(self, output: Tensor, data: TaskData) -> float: return float(psnr(output, data.target).mean())
 

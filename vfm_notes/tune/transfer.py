@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from torch import Tensor
 from ..backbones.adaptation import Start
 from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
-from ..backbones.weights import known_weights, normalisation, provenance
+from ..backbones.weights import known_weights, normalisation, weights_origin
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
@@ -236,7 +234,7 @@ def weights_files(
     "Return the published files that a run starts from."
     published = state is not None and not spec.parent and known_weights(spec.backbone)
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
-    return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
+    return [{"part": part, **weights_origin(name)} for part, name in parts.items() if name]
 
 def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
     "Compute metrics of a run beside those of the trivial control."
@@ -256,7 +254,7 @@ def transfer(
     spec: RunSpec,
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch with the validation score
-    keeper: Keeper = Keeper(),  # where checkpoints go
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     start: Start = Start(),  # what the weights' plan states, see backbones.adaptation
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
