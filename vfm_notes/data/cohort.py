@@ -266,7 +266,7 @@ def load_cohort(
     size: Iterable[int],  # (d, h, w) voxels
     spacing: Iterable[float],  # (d, h, w) mm
     n: dict[str, int],  # split → cases; of a cohort on disk {} is all
-    seed: int = 0,
+    seed: int = 0,  # of a cohort that is simulated or dealt to splits
     bad_cases: str = "refuse",  # or exclude: run without them, and list them in `excluded`
 ) -> Cohort:  # validated
     "Make a cohort, or take it from the cache."
