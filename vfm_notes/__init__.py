@@ -5,7 +5,7 @@ __all__ = ["distance_to_pretraining", "gain", "load_backbone", "load_cohort", "l
 TYPE_CHECKING = False  # True for editors and type checkers, which read what is imported here without running it
 if TYPE_CHECKING:
     from .analysis.gain import gain
-    from .data.cohort import load_cohort
+    from .data.load import load_cohort
     from .foundation.spec import load_study
     from .runs.batch import run_study
     from .shift.features import distance_to_pretraining
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .tune.catalog import load_backbone
 
 _MODULES = {"distance_to_pretraining": "shift.features", "gain": "analysis.gain", "load_backbone": "tune.catalog",
-            "load_cohort": "data.cohort", "load_study": "foundation.spec", "mmd2": "shift.mmd",
+            "load_cohort": "data.load", "load_study": "foundation.spec", "mmd2": "shift.mmd",
             "run_study": "runs.batch", "two_sample_test": "shift.mmd"}  # name -> the module that is imported for it
 
 

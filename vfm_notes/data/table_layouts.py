@@ -22,7 +22,8 @@ from .manifest import Manifest, grade_order, layouts
 from .picture import ENDINGS, read_picture
 from .prostate_layouts import chosen, finished, names_in, native_spacing, save, toy_case, tried
 from .sheets import read_sheet
-from .volume import SUFFIXES, split_address
+from .volume import SUFFIXES
+from .dicom import split_address
 from ..foundation.names import as_name
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError

@@ -24,7 +24,8 @@ from ..backbones.adaptation import Start
 from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
 from ..backbones.weights import known_weights, normalisation, provenance
-from ..data.cohort import Cohort, load_cohort
+from ..data.cohort import Cohort
+from ..data.load import load_cohort
 from ..data.loader import cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.registry import VfmError
