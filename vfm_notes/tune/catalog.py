@@ -158,6 +158,7 @@ def name_checks(
     for name in study.specialists.values(): yield lambda name=name: backbones[name]
     for name, options in study.tasks.items():
         yield lambda name=name, options=options: (tasks[task_kind(name, options)], check_head_weights(study, options))
+    for name in study.divergences: yield lambda name=name: divergences[name]
     yield lambda: augment(study.budget.augment)
     if study.external: yield lambda: cohort_maker(study.external["cohort"])
 
