@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
 
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.pretrain.trainer import Recipe, Trainer

@@ -17,7 +17,8 @@ from hypothesis import given, settings, strategies as st
 
 from vfm_notes.data import cohort as cohort_module
 from vfm_notes.data.cache import read_cohort
-from vfm_notes.data.cohort import Cohort, CohortCard, check_arguments, load_cohort, problems, split_by_patient, stratified_order, validate
+from vfm_notes.data.cohort import Cohort, CohortCard, check_arguments, problems, split_by_patient, stratified_order, validate
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.datasets import HIPPOCAMPUS, PROSTATES
 from vfm_notes.data.load import cache_key, cohort_maker
 from vfm_notes.data.loader import NORMALISATIONS, batches, cohort_moments, moments, normalise, standardise

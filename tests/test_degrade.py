@@ -136,7 +136,7 @@ def test_impossible_fields_are_refused():
 @pytest.fixture(scope="module", params=["phantom", "prostate_cases"])
 def cohort(request, tmp_path_factory):
     "Three cases, drawn or real, on the study's grid."
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VFM_RUNS", str(tmp_path_factory.mktemp("runs")))
         if request.param != "phantom": patch.setenv("VFM_DATA", str(request.getfixturevalue("real_data")))

@@ -87,11 +87,38 @@ def test_module_size_and_direction(path):
             assert target in allowed, f"{package} must not import {target}"
 
 
+def imported(path):
+    "The modules of the package that a module imports, at its top or inside a function, in full or relative."
+    here = path.relative_to(ROOT).with_suffix("").parts
+    known = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(here[:len(here) - node.level] if node.level else ()), *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{a.name}" for a in node.names)}
+    return found & known
+
+
 def test_imports_only_lower_numbers():
-    number = {re.search(r"default_exp (\S+)", "\n".join(code(p)))[1]: place(p) for p in LIBRARY}
-    for p in LIBRARY:
-        for used in re.findall(r"^from vfm_notes\.([\w.]+) import", "\n".join(exported(p)), re.M):
-            assert number[used] < place(p), f"{p.name} imports vfm_notes.{used} of a higher number"
+    "Then there is no circle, and none is hidden in a function."
+    number = {"vfm_notes." + re.search(r"default_exp (\S+)", "\n".join(code(p)))[1]: place(p) for p in LIBRARY}
+    for p in MODULES:
+        own = ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        higher = [m for m in imported(p) - {own} if number[m] >= number[own]]  # itself: by a name that a child process can import
+        assert not higher, f"{own} imports {higher} of a higher number"
+
+
+@pytest.mark.parametrize("line", ["from vfm_notes.data.load import load_cohort", "import vfm_notes.data.load", "from vfm_notes.data import load", "from .load import load_cohort",
+                                  "from . import load", "from ..data.load import load_cohort", "from ..data import load"])
+@pytest.mark.parametrize("form", ["{}", "def f():\n    {}", "class C:\n    def f(self):\n        if True: {}"])
+def test_the_guard_reads_every_form_of_import(line, form, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    folder = tmp_path/"vfm_notes"/"data"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys.modules[__name__], "MODULES", [folder/"cohort.py", folder/"load.py"])
+    (folder/"cohort.py").write_text(form.format(line))
+    assert imported(folder/"cohort.py") == {"vfm_notes.data.load"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))

@@ -47,7 +47,7 @@ def work(k):
 work(0)
 ''', 0.2),
     "cache": ('''
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.load import cache_root
 from vfm_notes.runs.repair import sweep_cache
 load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, 999)
@@ -106,7 +106,7 @@ def test_weights_are_whole_or_absent(killed, tmp_path, monkeypatch):
 def test_prepared_cohorts_are_whole_or_made_again(killed, tmp_path, monkeypatch):
     import numpy as np
 
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     from vfm_notes.runs.repair import sweep_cache
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"undisturbed"/"runs"))
     ask = lambda k: load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, k)

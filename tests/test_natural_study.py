@@ -14,7 +14,7 @@ from vfm_notes.analysis.gain import Pair, Ranking, exchange_test
 from vfm_notes.analysis.tables import load_tables
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.backbones.weights import converted_file, weights
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.picture_sets import medmnist_example
 from vfm_notes.foundation.places import run_folder, studies
 from vfm_notes.foundation.registry import VfmError, backbones

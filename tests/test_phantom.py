@@ -226,7 +226,7 @@ def test_no_voxel_is_drawn_by_itself():
 
 def test_contrasts_overlap_with_the_real_cases(real_data, runs_root, monkeypatch, cases):
     "Transition over peripheral zone, in the two cases with zones: within the phantom's own range, widened by a fifth."
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     monkeypatch.setenv("VFM_DATA", str(real_data))
     real = load_cohort("prostate_cases", (12, 64, 64), (4.0, 1.5, 1.5), {})
     def ratio(volume, zones, label, k): return volume[k][(zones == 2) & (label == 1)].mean() / volume[k][(zones == 1) & (label == 1)].mean()

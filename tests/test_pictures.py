@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from vfm_notes.data import picture
 from vfm_notes.data.cohort import problems
-from vfm_notes.data.decode import manifest_cohort
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.loader import normalise
 from vfm_notes.data.manifest import layouts
 from vfm_notes.data.picture import read_picture, resize_picture, resize_crop

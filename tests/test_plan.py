@@ -238,6 +238,15 @@ def test_carried_weights_are_known_by_name(made, places):
     assert all(torch.equal(v, start.state[k]) for k, v in load_file(made[0]).items())
 
 
+def test_carried_weights_are_loaded_by_name(made, places):
+    "With the channels that the plan says, every tensor as it lies in the file."
+    import vfm_notes
+    state = load_file(carry(made, places))
+    net = vfm_notes.load_backbone("profound_toy.mine")
+    assert net.in_channels == made[1].arguments["in_channels"] and state.keys() == net.state_dict().keys()
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in state.items())
+
+
 def test_the_licence_of_the_data_reaches_the_record_of_the_run(made, places):
     carry(made, places, licences=("CC-BY-SA-4.0",))
     start = starting_weights.starting_point(RUN, "by_hand")

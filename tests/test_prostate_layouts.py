@@ -12,14 +12,16 @@ import pytest
 import SimpleITK as sitk
 
 from vfm_notes.data import prostate_layouts
-from vfm_notes.data.cohort import load_cohort, problems
-from vfm_notes.data.decode import manifest_cohort
+from vfm_notes.data.load import load_cohort
+from vfm_notes.data.cohort import problems
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.dicom import write_series
 from vfm_notes.data.manifest import layouts, manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.prostate_layouts import PICAI_LESIONS, picai, prostate158, toy_case
 from vfm_notes.data.table_layouts import msd, profound, table_manifest
 from vfm_notes.data.tree_layouts import bids, prostatex
-from vfm_notes.data.volume import read_image, split_address, to_array
+from vfm_notes.data.volume import read_image, to_array
+from vfm_notes.data.dicom import split_address
 from vfm_notes.foundation.registry import VfmError
 
 OURS = [name for name in layouts if layouts[name].__module__.split(".")[-1] in ("prostate_layouts", "tree_layouts", "table_layouts")]

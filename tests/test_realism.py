@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from vfm_notes.data import realism
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.realism import (GRIDS, PUBLISHED, measuring_hash, compare_measures, gland_quantiles, histogram_distance, measure_case, measure_cohort, measure_phantom, measures_file, muscle_level,
                                     noise_level, otsu, pair_distances, read_measures, real_measures, regions)
 from vfm_notes.foundation.registry import VfmError

@@ -7,7 +7,7 @@ import yaml
 
 import vfm_notes.tune.catalog
 from made_cases import boxes, message
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.manifest import layouts, read_manifest, write_manifest
 from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
 from vfm_notes.report import cli

@@ -15,8 +15,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vfm_notes.data.brainvisa import CENTRES, brainvisa, brainvisa_example, sequential_split, sulcus_labels
-from vfm_notes.data.cohort import load_cohort, problems
-from vfm_notes.data.decode import manifest_cohort
+from vfm_notes.data.load import load_cohort
+from vfm_notes.data.cohort import problems
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.sulcus import PCS_CYCLE, PCS_CLASSES, Fold, SulcusCase, fold_distance, draw_sheets, sulcus_case, unroll
 from vfm_notes.foundation.registry import VfmError
 

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, recall_score, roc_auc_score
 from vfm_notes.analysis.gain import gain_table
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.backbones.keys import build_tiny
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.foundation.registry import VfmError, cohorts, tasks
 from vfm_notes.foundation.spec import RunSpec, load_study, run_specs
 from vfm_notes.nets.decoder import Network

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 from scipy.stats import rankdata
 
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.tune import catalog  # fills the registries

@@ -12,7 +12,8 @@ from torch import nn
 
 from vfm_notes.backbones.protocol import build
 from vfm_notes.data.cache import Plan, Source, case_key
-from vfm_notes.data.cohort import CohortCard, load_cohort
+from vfm_notes.data.cohort import CohortCard
+from vfm_notes.data.load import load_cohort
 from vfm_notes.foundation.registry import backbones, tasks
 from vfm_notes.foundation.spec import ExternalSpec, PretrainSpec, RunSpec, run_id
 from vfm_notes.nets.decoder import Network

@@ -17,7 +17,8 @@ import torch
 
 from vfm_notes.backbones.protocol import build
 from vfm_notes.data.augment import augment
-from vfm_notes.data.cohort import CohortCard, load_cohort
+from vfm_notes.data.cohort import CohortCard
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.loader import Loader, normalise
 from vfm_notes.data.manifest import Manifest, as_text, write_manifest
 from vfm_notes.data.phantom import phantom_case

@@ -173,7 +173,7 @@ def cards(path: Path) -> None:
 
 
 def objective_cards(path: Path) -> None:
-    from vfm_notes.pretrain.card import write_objectives
+    from vfm_notes.pretrain.evidence import write_objectives
 
     write_objectives(path)
 
@@ -286,7 +286,7 @@ ENTRIES = [
           "vfm_notes.tune.backbone_cards.write_cards", cards, ("vfm_notes.tune.backbone_cards",),
           "tests/test_backbones.py::test_the_cards_of_the_report_are_up_to_date"),
     Entry("objectives.json", "cards of all objectives", 0.2,
-          "vfm_notes.pretrain.card.write_objectives", objective_cards, ("vfm_notes.pretrain.card",),
+          "vfm_notes.pretrain.evidence.write_objectives", objective_cards, ("vfm_notes.pretrain.evidence",),
           "tests/test_objective_cards.py::test_the_file_beside_the_pages_is_of_today"),
     Entry("backbone_costs.json", "seconds and memory of all backbones", 30,
           "tests/bench/bench_backbones.py --all --write --seconds 60 --gib 9", costs,

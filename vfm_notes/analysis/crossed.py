@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOME_TITLES', 'MOMENT_TITLES', 'numbers', 'weighted_rho', 'two_way', 'ways', 'two_way_test', 'weighted_rho_of',
            'leave_out', 'Crossed', 'crossed', 'span', 'crossed_words', 'crossed_verdict', 'moved', 'outcomes',
-           'crossed_table', 'association_table']
+           'crossed_table', 'association_table', 'divergence_table', 'divergence_words', 'span_of']
 
 # %% ../../nbs/835_crossed.ipynb #d2bd86f7
 from dataclasses import dataclass
@@ -251,3 +251,33 @@ def association_table(
             says = association_words(a, unit=view.split()[0], block=unit)
             rows.append({"layer": layer, "view": view} | row | {"of": f"rho, {view}, layer {layer}", "says": says})
     return pd.DataFrame(rows, columns=["layer", "view", "rho", "low", "high", "p", "n", "tested", "of", "says"])
+
+# %% ../../nbs/835_crossed.ipynb #3175f4ec
+def divergence_table(
+    tables: Tables,
+    gains: pd.DataFrame,  # from gain_table
+    layer: str = "embed",
+    draws: int = DRAWS,
+) -> pd.DataFrame:  # a row per divergence, MMD² first: divergence, rho, low, high, p, n, shown, tested, of
+    "Compute how the gain of all cells goes with each divergence that was measured."
+    rows = []
+    for column in ["mmd2", *(c for c in tables.d2p if str(c).startswith("divergence "))]:
+        c, name = crossed(cell_points(tables, gains, layer, column), draws=draws), column.removeprefix("divergence ")
+        of = f"rho, {c.of}" if column == "mmd2" else f"rho, {name} and rpg, layer {layer}"
+        rows.append(dict(divergence="MMD² (D2P)" if column == "mmd2" else name, rho=c.simple.rho, low=c.low, high=c.high, p=c.p, n=c.simple.n, shown=c.shown, tested=c.simple.tested, of=of))
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/835_crossed.ipynb #deda5062
+def divergence_words(
+    found: pd.DataFrame,  # from divergence_table, two rows or more
+) -> str:
+    "State in one sentence whether the answer depends on the divergence."
+    if not found.tested.all():
+        few = found[~found.tested]
+        return f"Whether the answer depends on the divergence cannot be said: {', '.join(few.divergence)} {'has' if len(few) == 1 else 'have'} too few cells, or the same value in all (n = {few.n.min()})."
+    goes = {"more": found[found.shown & (found.rho > 0)], "less": found[found.shown & (found.rho < 0)], "": found[~found.shown]}
+    said = [f"more distance goes with {k} gain by {', '.join(t.divergence)}" if k else f"no association is shown by {', '.join(t.divergence)}" for k, t in goes.items() if len(t)]
+    start = "The answer depends on the divergence" if len(said) > 1 else "The answer does not depend on the divergence"
+    return f"{start}: {'; '.join(said)} (rank correlations {span(found.set_index('divergence').rho.to_dict())}, n = {span_of(found.n)} cells)."
+
+def span_of(counts: pd.Series) -> str: return " to ".join(dict.fromkeys(str(int(v)) for v in (counts.min(), counts.max())))  # "12", "9 to 12"

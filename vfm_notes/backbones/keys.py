@@ -23,7 +23,8 @@ from torch import Tensor, nn
 # %% ../../nbs/311_keys.ipynb #6187a833
 from .plan import carried_file, read_plan
 from .protocol import Backbone
-from .weights import fetch, weights, weights_card
+from .weights import check_licence, fetch, weights, weights_card
+from ..foundation.options import weightless
 from ..foundation.registry import VfmError, backbones
 from ..nets.checkpoints import Part, parts_of, read_parts
 from ..nets.files import check_state, read_state
@@ -240,14 +241,17 @@ def load_weights(
 
 # %% ../../nbs/311_keys.ipynb #12662aa5
 def load_backbone(
-    name: str,  # "architecture.weights"
-    in_channels: int,  # input sequences
-    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
-) -> Backbone:  # with its published weights
-    "Load a backbone with its published weights."
-    weights_card(name)
-    model = backbones[name.split(".")[0]](in_channels=in_channels)
-    load_weights(model, name, accepted=accepted)
+    name: str,  # "architecture" with random weights, or "architecture.weights"
+    in_channels: int | None = None,  # input sequences; None is what the weights, or else the backbone, were published with
+    accepted: Iterable[str] = (),  # licences or weights that are accepted by name
+) -> Backbone:
+    "Build a backbone, with its weights where the name has some."
+    factory, trained = backbones[name.split(".")[0]], "." in name and not weightless(name)
+    carried = carried_file(name) if trained and name not in weights else None
+    if trained: check_licence(weights_card(name), accepted)
+    if carried and in_channels is None: in_channels = read_plan(carried).arguments["in_channels"]
+    model = factory(**({} if in_channels is None else {"in_channels": in_channels}))
+    if trained: load_weights(model, carried or name, accepted=accepted)
     return model
 
 # %% ../../nbs/311_keys.ipynb #4cc1af17

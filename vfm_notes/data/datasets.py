@@ -54,7 +54,7 @@ def manifest(
     return names
 
 # %% ../../nbs/16_datasets.ipynb #3e2a430a
-DATASET_MODULES = tuple(f"vfm_notes.data.{m}" for m in ("datasets", "grid", "volume", "nifti"))  # decide the voxels
+DATASET_MODULES = tuple(f"vfm_notes.data.{m}" for m in ("datasets", "grid", "volume", "dicom", "nifti"))  # decide the voxels
 
 def on_grid(
     image: Path,

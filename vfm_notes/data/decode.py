@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIDE', 'DECODE_MODULES', 'is_picture', 'times', 'check_plane', 'grid_of', 'allowed_values', 'read_masks',
            'voxel_point', 'crop_centre', 'decode_row', 'painted', 'picture_masks', 'nearest_pixels', 'decode_pictures',
-           'manifest_plan', 'manifest_cohort', 'natural_grid', 'check_manifest']
+           'manifest_plan', 'natural_grid', 'check_manifest']
 
 # %% ../../nbs/175_decode.ipynb #ef76505c
 from dataclasses import replace
@@ -14,14 +14,13 @@ from functools import partial
 import numpy as np
 import SimpleITK as sitk
 from .cache import Plan, Source, plan_problems
-from .cohort import Cohort, check_arguments
 from .grid import check_fit
-from .load import kept_cohort
 from .manifest import (VOXEL_MESSAGE, Manifest, crop_problem, found_problems, grade_index, known_columns, located,
                                      mask_columns, number_of)
 from .masks import mask_values
 from .picture import PICTURE_ENDINGS, read_picture, read_picture_mask, resize_picture, resize_crop
-from .volume import centre_of, grid_around, read_image, read_mask, resample, split_address, stored_geometry
+from .volume import centre_of, grid_around, read_image, read_mask, resample, stored_geometry
+from .dicom import split_address
 from ..foundation.registry import VfmError
 
 # %% ../../nbs/175_decode.ipynb #eef58fd0
@@ -217,18 +216,6 @@ def manifest_plan(
     none = any(all(row.get(c) == "none" for c in mask_columns(manifest)) for row in rows) and len(card.classes) > 1
     card = replace(card, spacing=spacing, targets=manifest.targets, empty_labels=card.empty_labels or none)
     return Plan(card, [source(i, row) for i, row in enumerate(rows)], size, n, seed, bad, "zones" in manifest.table, DECODE_MODULES)
-
-# %% ../../nbs/175_decode.ipynb #393f0404
-def manifest_cohort(
-    manifest: Manifest,
-    size: tuple[int, int, int],  # (d, h, w) voxels
-    spacing: tuple[float, float, float],  # (d, h, w) mm
-    n: dict[str, int],  # split → cases; {} is all
-    seed: int = 0,
-    exclude_bad: bool = False,  # leave bad cases out and list them in `excluded`
-) -> Cohort:  # validated
-    "Make the cohort of a manifest, from the cache where it is known."
-    return kept_cohort(manifest.card.name, (partial(manifest_plan, manifest), {"plan": True}), {**check_arguments(size, spacing, n), "seed": int(seed)}, exclude_bad)
 
 # %% ../../nbs/175_decode.ipynb #51d2d27b
 def natural_grid(

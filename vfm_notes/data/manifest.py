@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from .cohort import CohortCard, Words
 from .sheets import read_cells
-from .volume import split_address
+from .dicom import split_address
 from ..foundation.disk import file_hash, write_whole
 from ..foundation.meter import check_allocation
 from ..foundation.pointers import check_fetched, pointer_problem

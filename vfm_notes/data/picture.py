@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from .nifti import DEFLATE
-from .volume import check_values, same_locale, split_address
+from .volume import check_values
+from .dicom import same_locale, split_address
 from ..foundation.meter import check_allocation
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, failure, nearest

@@ -23,7 +23,8 @@ from .cohort import CohortCard
 from .manifest import CardMore, Manifest, as_text, layouts, manifest_problems
 from .phantom import GRADES
 from .sheets import read_sheet
-from .volume import read_image, spacing_of, split_address
+from .volume import read_image, spacing_of
+from .dicom import split_address
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
 from ..foundation.schema import from_values

@@ -23,7 +23,8 @@ from .manifest import Manifest, grade_order, layouts
 from .picture import PICTURE_ENDINGS, read_picture
 from .prostate_layouts import check_choice, finished, names_in, native_spacing, write_image, toy_case, tried
 from .sheets import read_sheet
-from .volume import VOLUME_SUFFIXES, split_address
+from .dicom import split_address
+from .volume import VOLUME_SUFFIXES
 from ..foundation.names import as_name
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError

@@ -88,6 +88,7 @@ class RunSpec:
     augment: dict[str, Options] = field(default_factory=dict)  # of data.augment; none named: mirrored left-right
     window: Window = ()  # voxels, d h w: train on random pieces, predict by sliding windows; empty: whole volumes
     deterministic: bool = False  # on a GPU: the same numbers every time, slower; a CPU gives them anyway
+    divergences: tuple[Name, ...] = ()  # other distances, measured beside D2P at the end
     kind = "transfer"
 
     def __post_init__(self): object.__setattr__(self, "strategy", called(self.strategy, self.backbone))  # written one way
@@ -111,7 +112,7 @@ class ExternalSpec:
 Spec = PretrainSpec | RunSpec | ExternalSpec
 
 # fields that came later: at their default they are left out, so that older runs keep their names
-LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}, "window": (), "deterministic": False, "start": ""}
+LATER = {"bad_cases": "refuse", "checkpointing": False, "augment": {}, "window": (), "deterministic": False, "start": "", "divergences": ()}
 LOOKS = {"probe_every"}  # fields that change no weights: never part of a name
 
 def canonical(
@@ -186,6 +187,7 @@ class StudySpec:
     search: dict[Searched, Tried] = field(default_factory=dict)  # field of the budget → values; see analysis.tables
     window: Window = ()  # voxels, d h w: train on random pieces, predict by sliding windows; empty: whole volumes
     pages: list[Name] = field(default_factory=list)  # optional pages of the report that this study shows
+    divergences: Annotated[list[Name], check_distinct] = field(default_factory=list)  # other distances beside D2P, for the page of alignment
     leave_out: list[dict[Axis, str | int | list[str | int]]] = field(default_factory=list)  # not run
 
     def __post_init__(self):
@@ -328,7 +330,7 @@ def search_settings(study: StudySpec) -> list[dict]:  # field → value; one emp
 def run_specs(study: StudySpec) -> list[RunSpec]:
     "Return every point of the study's grid."
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}
-    common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases, "window": study.window} | asdict(study.budget)
+    common = {"cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases, "bad_cases": study.bad_cases, "window": study.window, "divergences": tuple(study.divergences)} | asdict(study.budget)
     axes = product(study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], search_settings(study), study.strategies, study.seeds)
     runs = [RunSpec(**common | setting, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
                     parent=parent_of(strategy, parents.get(backbone, "")))

@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PROGRESS_KINDS', 'ObjectiveCard', 'takers', 'taken', 'check_objective', 'objective_card',
-           'published_spec', 'describe_objective', 'write_objectives']
+           'published_spec']
 
 # %% ../../nbs/435_objective_card.ipynb #259e0098
 import inspect
-import json
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
-from ..foundation.disk import write_rows
-from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError, nearest, objectives
 from ..foundation.schema import argument_types, check_options
 from ..foundation.spec import PretrainSpec
@@ -90,17 +86,3 @@ def published_spec(
     "Return the pretraining that a card describes."
     card = objective_card(name)
     return PretrainSpec(**card.recipe | {"options": card.options} | changes | {"objective": name})
-
-# %% ../../nbs/435_objective_card.ipynb #0840002b
-def describe_objective(
-    name: str,  # registered objective
-) -> dict:  # plain values
-    "Return a card with the defaults here and what the objective needs of its batches."
-    return json.loads(json.dumps(asdict(objective_card(name)) | {"here": taken(name), "whole_batches": getattr(objectives[name], "whole_batches", False)}, default=str))
-
-def write_objectives(
-    path: Path | None = None,  # a .json file; None is the one that the report reads
-) -> None:
-    "Write the cards of all objectives, one a line."
-    path = path or report_notebooks()[0].parent/"objectives.json"
-    write_rows(path, map(describe_objective, sorted(objectives)), sort=True)

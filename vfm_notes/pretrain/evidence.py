@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OLDER', 'Plan', 'standard', 'probe_classes', 'dice_of', 'read_labels', 'probe_labels', 'frozen_features',
            'probe_encoder', 'probe_cell', 'random_cell', 'probe_gain', 'probe_elsewhere', 'evidence_file',
-           'write_evidence']
+           'write_evidence', 'describe_objective', 'write_objectives']
 
 # %% ../../nbs/46_evidence.ipynb #cb20f01a
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -34,6 +35,7 @@ from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError, objectives
 from ..foundation.spec import PretrainSpec
 from ..nets.decoder import resize
+from .card import objective_card, taken
 from .contrast import dice_ce
 from .loop import pretrain
 
@@ -213,3 +215,17 @@ def write_evidence(
         rows += [{"backbone": plan.backbone} | r.dropna().to_dict() for _, r in frame.iterrows()]
     head = {"plans": [asdict(p) for p in plans], "origin": provenance() | {"date": date.today().isoformat()}}
     return write_rows(path or evidence_file(), rows, head)
+
+# %% ../../nbs/46_evidence.ipynb #32927a23
+def describe_objective(
+    name: str,  # registered objective
+) -> dict:  # plain values
+    "Return a card with the defaults here and what the objective needs of its batches."
+    return json.loads(json.dumps(asdict(objective_card(name)) | {"here": taken(name), "whole_batches": getattr(objectives[name], "whole_batches", False)}, default=str))
+
+def write_objectives(
+    path: Path | None = None,  # a .json file; None is the one that the report reads
+) -> None:
+    "Write the cards of all objectives, one a line."
+    path = path or report_notebooks()[0].parent/"objectives.json"
+    write_rows(path, map(describe_objective, sorted(objectives)), sort=True)

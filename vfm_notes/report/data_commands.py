@@ -79,7 +79,7 @@ def data_import(
 # %% ../../nbs/98_data_commands.ipynb #f2836e65
 def study_cohort(name: str):  # → Cohort
     "Load a cohort as a study would."
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     from vfm_notes.foundation.places import studies
     from vfm_notes.foundation.registry import cohorts
     from vfm_notes.foundation.spec import RunSpec, load_study

@@ -51,7 +51,7 @@ def cohort_people(
     load: bool,  # also cohorts that are made by code, which may take as long as their first run took
 ) -> tuple[set[str], set[str]]:  # cases, patients
     "Collect the names in a study's cohorts, where they are here."
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     from vfm_notes.data.manifest import read_manifest
     folders, cases, patients = cohort_folders(study), set(), set()
     for folder in folders.values():

@@ -295,11 +295,11 @@ def maker(
 
 # %% ../../nbs/76_batch.ipynb #da64f770
 def run_study(
-    name_or_path: str,  # a study
+    name_or_path: str | Path,  # a name in nbs/studies or a path to a YAML file
     jobs: int | None = None,  # notebooks at a time; None: one for each core
-    executor: str = "local",
-    only=None,  # e.g. "task=segmentation,backbone=profound_toy.mae_phantom"
-    retry_failed: bool = False,
+    executor: str = "local",  # or slurm
+    only: str | list[str] | None = None,  # a part of the study, e.g. "task=segmentation,backbone=profound_toy.mae_phantom"
+    retry_failed: bool = False,  # compute failed runs again
     templates: Path | None = None,  # a folder with one's own templates
     engine: str | None = "forked",  # papermill engine; None: papermill's own
     profile: Path | None = None,  # a file with what each job requests, of this machine or of the cluster

@@ -42,7 +42,7 @@ def preflight(study: StudySpec, jobs: list[Job]) -> None:
     if found := known_conflicts(study, jobs):
         many = "; ".join(f"({i}) {sentence.rstrip('.')}" for i, sentence in enumerate(found, 1))
         raise VfmError(found[0] if len(found) == 1 else f"{len(found)} things of study '{study.name}' cannot work: {many}.")
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
 
 # %% ../../nbs/757_preflight.ipynb #9dc4383a

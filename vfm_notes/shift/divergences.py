@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['ROUNDING', 'ROWS', 'tables', 'centred', 'mean_shift', 'coral', 'nuclear', 'frechet', 'energy', 'wasserstein1',
            'sliced_wasserstein', 'cosine_drift', 'procrustes', 'hsic1', 'factors', 'gram', 'cka_linear', 'cka_rbf',
-           'paired_interval']
+           'paired_interval', 'layer_divergences']
 
 # %% ../../nbs/52_divergences.ipynb #f3fbb532
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 # %% ../../nbs/52_divergences.ipynb #03b2baca
 from ..foundation.registry import VfmError, divergences
+from .features import check_layers, standardise_pair
 from .bootstrap import Interval, check_interval, resamples
 from .mmd import as_features, fold, median_bandwidth
 
@@ -239,3 +242,17 @@ def paired_interval(
     shift = float(drawn.mean()) - value
     low, high = (max(float(q) - shift, least) for q in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
     return Interval(value, low, high, len(x), draws, level, shift, seed)
+
+# %% ../../nbs/52_divergences.ipynb #2f29e54d
+def layer_divergences(
+    before: dict[str, Tensor],  # layer -> (n, f), pretrained
+    after: dict[str, Tensor],  # layer -> (n, f), same cases
+    names: Iterable[str],  # registered divergences
+) -> dict[str, dict[str, float]]:  # layer -> name -> value; NaN where it is not defined for these features
+    "Measure some divergences of every layer, on features standardised by the pretrained ones."
+    check_layers(before, after)
+    tables = {layer: standardise_pair(before[layer], after[layer], layer)[:2] for layer in before}
+    def value(name: str, layer: str) -> float:
+        try: return divergences[name](*tables[layer])
+        except VfmError: return float("nan")  # e.g. CKA of three cases
+    return {layer: {name: value(name, layer) for name in names} for layer in tables}

@@ -25,7 +25,8 @@ import vfm_notes.data.sulcus_cohort
 import vfm_notes.pretrain.autoencoding
 import vfm_notes.tune.lora
 from ..backbones.protocol import Backbone
-from ..data.cohort import Cohort, load_cohort
+from ..data.cohort import Cohort
+from ..data.load import load_cohort
 from ..data.loader import Loader, normalise
 from ..foundation.disk import write_rows
 from ..foundation.origin import provenance

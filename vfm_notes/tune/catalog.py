@@ -46,3 +46,6 @@ import vfm_notes.tune.probe
 import vfm_notes.tune.strategy
 import vfm_notes.tune.task
 import vfm_notes.tune.value_task
+
+# %% ../../nbs/69_catalog.ipynb #e5f98adc
+from ..backbones.keys import load_backbone

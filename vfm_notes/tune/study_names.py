@@ -16,7 +16,7 @@ from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.options import parse_strategy, weightless
 from ..foundation.places import weights_file, weights_root
-from ..foundation.registry import VfmError, backbones, nearest, objectives, strategies, tasks
+from ..foundation.registry import backbones, divergences, nearest, objectives, strategies, tasks, VfmError
 from ..foundation.spec import PretrainSpec, StudySpec, pretrain_specs
 from ..pretrain.card import check_objective
 from .strategy import strategy_options
@@ -111,6 +111,7 @@ def name_checks(
     for name, options in study.tasks.items():
         yield lambda name=name, options=options: (tasks[task_kind(name, options)], check_head_weights(study, options))
     yield lambda: augment(study.budget.augment)
+    for name in study.divergences: yield lambda name=name: divergences[name]
     if study.external: yield lambda: cohort_maker(study.external["cohort"])
 
 def check_names(
