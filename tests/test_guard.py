@@ -108,6 +108,14 @@ def test_public_functions_are_typed_and_told(path):
         assert len(untyped) <= 2, f"{node.name}: arguments without type: {untyped}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_methods_are_no_functions_of_their_module(path):
+    "What takes `self` is patched into its class, so that no module offers it by its bare name."
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef) or not node.args.args or node.args.args[0].arg != "self": continue
+        assert [ast.unparse(d) for d in node.decorator_list] == ["patch"], f"{node.name} is a method: decorate it with @patch"
+
+
 LIGHT = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if p.parent.name in ("foundation", "runs", "analysis", "report")]
 
 

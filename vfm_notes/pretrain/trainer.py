@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rate', 'parameter_groups', 'parts', 'out_of_memory', 'Diverged', 'Step', 'deterministic', 'Trainer',
-           'gradients', 'smaller', 'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'train',
-           'guarded']
+           'Keeper', 'keeper', 'train', 'guarded']
 
 # %% ../../nbs/44_trainer.ipynb #f554443c
 import json
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/44_trainer.ipynb #9f598902
@@ -140,6 +140,7 @@ class Trainer:
         self.good, self.best = None, {}  # weights before this epoch; those of the best epoch and its score, where `fit` keeps them
 
 # %% ../../nbs/44_trainer.ipynb #e533b78f
+@patch
 def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
     "Loss and gradients of one batch, in parts; smaller parts when memory runs out."
     mine, own = self.team.share(batch)
@@ -160,6 +161,7 @@ def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # l
             self.smaller(error)
             torch.set_rng_state(state)
 
+@patch
 def smaller(self: Trainer, error: BaseException) -> None:
     "Cut batches into parts half as large from now on."
     if getattr(self.module, "whole_batches", False): raise VfmError(f"Out of memory with a batch of {self.loader.batch_size}, and {type(self.module).__name__} compares the cases of a batch, so it cannot be cut: lower batch_size.") from error
@@ -169,6 +171,7 @@ def smaller(self: Trainer, error: BaseException) -> None:
     self.notes.append(f"out of memory in epoch {self.epoch}: batches of {self.loader.batch_size} are computed {self.micro} at a time")
 
 # %% ../../nbs/44_trainer.ipynb #871f4b44
+@patch
 def take(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
     "One step."
     logs = self.gradients(batch)
@@ -183,6 +186,7 @@ def take(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss a
     if hasattr(self.module, "after_step"): self.module.after_step()  # e.g. a teacher that follows its student
     return logs
 
+@patch
 def run_epoch(
     self: Trainer,
     between: Callable[[], None] = lambda: None,  # called after every step, e.g. to save
@@ -201,9 +205,8 @@ def run_epoch(
     self.epoch, self.done = self.epoch + 1, 0
     return {k: sum(l[k] for l in logs) / len(logs) for k in logs[0]}
 
-for method in (gradients, smaller, take, run_epoch): setattr(Trainer, method.__name__, method)
-
 # %% ../../nbs/44_trainer.ipynb #1d26ffed
+@patch
 def snapshot(self: Trainer, key: str, extra: dict) -> dict:
     "All that the next step depends on."
     return {"key": key, "extra": extra, "epoch": self.epoch, "done": self.done, "seconds": self.seconds, "waited": self.loader.waited, "logs": self.logs, "notes": self.notes, "micro": self.micro,
@@ -212,6 +215,7 @@ def snapshot(self: Trainer, key: str, extra: dict) -> dict:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "cuda": torch.cuda.get_rng_state_all() if self.accelerator.device.type == "cuda" else None}
 
+@patch
 def save(
     self: Trainer,
     path: Path,
@@ -234,6 +238,7 @@ def save(
         return False
 
 # %% ../../nbs/44_trainer.ipynb #0a620476
+@patch
 def restore(
     self: Trainer,
     path: Path,
@@ -254,8 +259,6 @@ def restore(
     self.loader.waited = kept["waited"]
     for name in ("epoch", "done", "seconds", "logs", "notes", "micro", "good", "best"): setattr(self, name, kept[name])
     return kept["extra"]
-
-for method in (snapshot, save, restore): setattr(Trainer, method.__name__, method)
 
 # %% ../../nbs/44_trainer.ipynb #8436e69c
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNEL', 'PRELOAD', 'QUIET', 'SAFE_KERNEL', 'preload_list', 'die_with_parent', 'set_threads', 'become', 'call',
-           'run_child', 'kill_group', 'Server', 'start', 'tell', 'give_up', 'reap', 'stop', 'serve', 'Forked', 'wait',
-           'send_signal', 'can_fork', 'python_path', 'safe_env', 'ForkServer']
+           'run_child', 'kill_group', 'Server', 'start', 'tell', 'give_up', 'reap', 'stop', 'serve', 'Forked',
+           'can_fork', 'python_path', 'safe_env', 'ForkServer']
 
 # %% ../../nbs/72_forkserver.ipynb #95af00e7
 import ctypes
@@ -24,6 +24,8 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from fastcore.basics import patch
 
 # %% ../../nbs/72_forkserver.ipynb #50ca2e5f
 from ..foundation.leave import SIGNALS
@@ -239,6 +241,7 @@ class Forked:
         self.started.discard(self.pid)
 
 # %% ../../nbs/72_forkserver.ipynb #33ba52aa
+@patch
 def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds
     "Block until the process has ended."
     if self.returncode is None:
@@ -246,13 +249,16 @@ def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds
         self._read()
     return self.returncode
 
+@patch
 def send_signal(self: Forked, signum: int) -> None:
     "Signal the process and its descendants."
     if self.poll() is None: kill_group(self.pid, signum)
 
-Forked.wait, Forked.send_signal = wait, send_signal
-Forked.kill = lambda self: self.send_signal(signal.SIGKILL)
-Forked.terminate = lambda self: self.send_signal(signal.SIGTERM)
+@patch
+def kill(self: Forked) -> None: self.send_signal(signal.SIGKILL)  # what Popen has
+
+@patch
+def terminate(self: Forked) -> None: self.send_signal(signal.SIGTERM)  # what Popen has
 
 # %% ../../nbs/72_forkserver.ipynb #4d497351
 def can_fork() -> str:  # "" if possible, else the reason
