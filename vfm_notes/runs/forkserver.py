@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNEL', 'PRELOAD', 'QUIET', 'SAFE_KERNEL', 'preload_list', 'die_with_parent', 'set_threads', 'become', 'call',
-           'run_child', 'kill_group', 'Server', 'start', 'tell', 'give_up', 'reap', 'stop', 'serve', 'Forked',
-           'can_fork', 'python_path', 'safe_env', 'ForkServer']
+           'run_child', 'kill_group', 'Server', 'serve', 'Forked', 'can_fork', 'python_path', 'safe_env', 'ForkServer']
 
 # %% ../../nbs/72_forkserver.ipynb #95af00e7
 import ctypes
@@ -137,6 +136,7 @@ class Server:
             self.reap()
 
 # %% ../../nbs/72_forkserver.ipynb #0edffba8
+@patch
 def start(self: Server, lease: socket.socket) -> None:
     "Read one request and fork its child."
     try: request = json.loads(lease.makefile().readline())
@@ -153,18 +153,21 @@ def start(self: Server, lease: socket.socket) -> None:
     self.children[pid] = lease
     self.tell(pid, {"pid": pid})
 
+@patch
 def tell(self: Server, pid: int, answer: dict) -> None:
     "Send an answer to the holder of a child's lease, if it still listens."
     try: self.children[pid].sendall(json.dumps(answer).encode() + b"\n")
     except OSError: pass
 
 # %% ../../nbs/72_forkserver.ipynb #80ef5b2f
+@patch
 def give_up(self: Server, pid: int) -> None:
     "The holder is gone: kill the child and its descendants."
     self.children[pid].close()
     self.children[pid] = None
     kill_group(pid, signal.SIGKILL)
 
+@patch
 def reap(self: Server) -> None:
     "Tell holders how their children ended."
     while self.children:
@@ -175,14 +178,13 @@ def reap(self: Server) -> None:
             self.children[pid].close()
         self.children.pop(pid, None)
 
+@patch
 def stop(self: Server) -> None:
     "Kill all children and leave nothing behind."
     for pid in list(self.children):
         if self.children[pid]: self.give_up(pid)
     for _ in self.children: os.waitpid(-1, 0)
     shutil.rmtree(self.folder, ignore_errors=True)
-
-Server.start, Server.tell, Server.give_up, Server.reap, Server.stop = start, tell, give_up, reap, stop
 
 # %% ../../nbs/72_forkserver.ipynb #99918921
 def serve(
@@ -255,10 +257,14 @@ def send_signal(self: Forked, signum: int) -> None:
     if self.poll() is None: kill_group(self.pid, signum)
 
 @patch
-def kill(self: Forked) -> None: self.send_signal(signal.SIGKILL)  # what Popen has
+def kill(self: Forked) -> None:
+    "Kill the process and its descendants."
+    self.send_signal(signal.SIGKILL)
 
 @patch
-def terminate(self: Forked) -> None: self.send_signal(signal.SIGTERM)  # what Popen has
+def terminate(self: Forked) -> None:
+    "Ask the process and its descendants to end."
+    self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/72_forkserver.ipynb #4d497351
 def can_fork() -> str:  # "" if possible, else the reason
