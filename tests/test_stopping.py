@@ -70,7 +70,7 @@ def test_the_best_epoch_survives_a_stop(tmp_path):
 # --- determinism ---
 
 def test_the_switch_reaches_torch_and_is_taken_back():
-    trainer = lambda on: Trainer(nn.Linear(2, 1), lambda m, b: (m(b["x"]).sum(), {}), Loader({"x": torch.zeros(4, 2)}, 2), Recipe(1, 0.1, deterministic=on))
+    trainer = lambda on: Trainer(nn.Linear(2, 1), lambda m, b: (m(b["x"]).sum(), {}), Loader({"x": torch.zeros(4, 2)}, 2), Recipe(epochs=1, lr=0.1, deterministic=on))
     trainer(True)
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled() and torch.backends.cudnn.deterministic
     trainer(False)
@@ -90,7 +90,7 @@ def test_two_runs_on_a_gpu_are_the_same():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.GELU(), nn.Conv3d(4, 1, 3)).cuda()
         x = torch.randn(8, 1, 12, 12, 12)
-        trainer = Trainer(net, lambda m, b: (m(b["x"]).square().mean(), {}), Loader({"x": x}, 4), Recipe(3, 0.01, deterministic=True))
+        trainer = Trainer(net, lambda m, b: (m(b["x"]).square().mean(), {}), Loader({"x": x}, 4), Recipe(epochs=3, lr=0.01, deterministic=True))
         for _ in range(3): trainer.run_epoch()
         return torch.cat([p.flatten() for p in net.parameters()])
     assert torch.equal(once(), once())

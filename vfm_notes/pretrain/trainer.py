@@ -25,33 +25,21 @@ from ..data.loader import Loader
 from ..foundation.leave import Stopped, asked, listen
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
-from ..foundation.spec import run_id
+from ..foundation.schema import converted
+from ..foundation.spec import AveragedSteps, Steps, run_id
 from .team import Team
 
 # %% ../../nbs/44_trainer.ipynb #a30ac235
-@dataclass(frozen=True)
-class Recipe:
-    "How steps are taken."
-    epochs: int
-    lr: float  # peak learning rate
-    weight_decay: float = 0.05
-    warmup: float = 0.1  # share of the steps
-    schedule: str = "cosine"  # after the warm-up: cosine or constant
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AveragedSteps):
+    "How steps are taken: what a spec says, and what none says."
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.0  # share of the old average that a step keeps, 0 for none, e.g. 0.999
-    precision: str = "no"  # no (32 bit), bf16 or fp16, as accelerate names them
-    accumulate: int = 1  # parts into which a batch is cut to save memory
-    deterministic: bool = False  # on a GPU: the same numbers every time, slower
 
-    def __post_init__(self):
-        if self.schedule not in ("cosine", "constant"): raise VfmError(f"schedule is '{self.schedule}', expected cosine or constant.")
-        if self.precision not in ("no", "bf16", "fp16"): raise VfmError(f"precision is '{self.precision}', expected no, bf16 or fp16.")
-        if self.accumulate < 1: raise VfmError(f"accumulate is {self.accumulate}, expected at least 1.")
-        if not 0 <= self.ema < 1: raise VfmError(f"ema is {self.ema}, expected 0 (none) to below 1.")
+    def __post_init__(self): converted(AveragedSteps, {f.name: getattr(self, f.name) for f in fields(AveragedSteps)})
 
     @classmethod
-    def of(cls, spec, **more) -> "Recipe":
+    def of(cls, spec: Steps, **more) -> "Recipe":
         "What a spec says about steps, and more."
         return cls(**{f.name: getattr(spec, f.name) for f in fields(cls) if hasattr(spec, f.name)} | more)
 
