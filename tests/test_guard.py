@@ -135,6 +135,14 @@ def test_public_functions_are_typed_and_told(path):
         assert len(untyped) <= 2, f"{node.name}: arguments without type: {untyped}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_methods_are_no_functions_of_their_module(path):
+    "What takes `self` is patched into its class, so that no module offers it by its bare name."
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef) or not node.args.args or node.args.args[0].arg != "self": continue
+        assert [ast.unparse(d) for d in node.decorator_list] == ["patch"], f"{node.name} is a method: decorate it with @patch"
+
+
 VERBS = set("""
     Adapt Add Advise Allocate Apply Augment Average Be Begin Block Bootstrap Break Bring Build Call Carry Change
     Check Choose Close Collect Colour Combine Compare Compute Convert Convolve Copy Correct Count Cut Dash Deal

@@ -51,7 +51,7 @@ def test_pages_have_every_name_once_and_no_directive():
     index = "".join(join_lines(c["source"]) for c in index_page(BOOKS)["cells"])
     for b in BOOKS:
         cells = reference_page(b, known)["cells"]
-        headings = [m for c in cells if c["cell_type"] == "markdown" for m in re.findall(r"^### .+ \{#(\w+)\}$", join_lines(c["source"]), re.M)]
+        headings = [m for c in cells if c["cell_type"] == "markdown" for m in re.findall(r"^### .+ \{#([\w.]+)\}$", join_lines(c["source"]), re.M)]
         assert headings == [d.name for d in b.names], b.path.name
         assert not [c for c in cells if re.search(r"^#\|\s*(?!\s|code-)", join_lines(c["source"]), re.M)], b.path.name
         assert len({c["id"] for c in cells}) == len(cells)
@@ -63,7 +63,7 @@ def test_links_lead_to_what_exists():
     for name, to in addresses(BOOKS).items():
         page, _, anchor = to.partition("#")
         assert page in files and anchor == name
-    for e in search_entries(BOOKS): assert re.fullmatch(r"reference/\w+\.html(#\w+)?", e["href"])
+    for e in search_entries(BOOKS): assert re.fullmatch(r"reference/\w+\.html(#[\w.]+)?", e["href"])
 
 
 def test_a_heading_that_reads_like_a_name_has_another_anchor():

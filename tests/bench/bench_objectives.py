@@ -45,7 +45,7 @@ def build(objective, backbone, device="cpu"):
 
 def ours(module, volumes, labels, batch):
     "What `pretrain` does, epoch after epoch."
-    trainer = Trainer(module, lambda m, b: m.loss(b), pretraining_batches(volumes, labels, PretrainSpec(batch_size=batch)), Recipe(10_000, 1e-4, betas=(0.9, 0.95)))
+    trainer = Trainer(module, lambda m, b: m.loss(b), pretraining_batches(volumes, labels, PretrainSpec(batch_size=batch)), Recipe(epochs=10_000, lr=1e-4, betas=(0.9, 0.95)))
     while True:
         trainer.run_epoch()
         yield len(trainer.loader)

@@ -6,18 +6,19 @@
 __all__ = ['RECIPE', 'adaptation_plan']
 
 # %% ../../nbs/455_product.ipynb #0ca1d5ba
+from dataclasses import fields
 from datetime import datetime, timezone
 
 from ..backbones.adaptation import Start
 from ..backbones.plan import AdaptationPlan, patient_prints, state_hash
 from ..data.cohort import Cohort
 from ..foundation.origin import provenance
-from ..foundation.spec import PretrainSpec, run_id
+from ..foundation.spec import AveragedSteps, PretrainSpec, Training, run_id
 from .card import objective_card, taken
 from .loop import PretrainResult
 
 # %% ../../nbs/455_product.ipynb #f38eddce
-RECIPE = ("epochs", "batch_size", "lr", "weight_decay", "warmup", "schedule", "precision", "accumulate", "ema", "seed")
+RECIPE = sorted({f.name for c in (Training, AveragedSteps) for f in fields(c)} | {"seed"})  # fields of a spec that say how weights were made
 
 def adaptation_plan(
     spec: PretrainSpec,

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rate', 'parameter_groups', 'parts', 'out_of_memory', 'Diverged', 'Step', 'deterministic', 'Trainer',
-           'gradients', 'smaller', 'take', 'run_epoch', 'snapshot', 'save', 'restore', 'Keeper', 'keeper', 'train',
-           'guarded']
+           'Keeper', 'keeper', 'train', 'guarded']
 
 # %% ../../nbs/44_trainer.ipynb #f554443c
 import json
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/44_trainer.ipynb #9f598902
@@ -26,33 +26,21 @@ from ..foundation.disk import whole_file, write_whole
 from ..foundation.leave import Stopped, asked, listen
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
-from ..foundation.spec import run_id
+from ..foundation.schema import converted
+from ..foundation.spec import AveragedSteps, Steps, run_id
 from .team import Team
 
 # %% ../../nbs/44_trainer.ipynb #a30ac235
-@dataclass(frozen=True)
-class Recipe:
-    "How steps are taken."
-    epochs: int
-    lr: float  # peak learning rate
-    weight_decay: float = 0.05
-    warmup: float = 0.1  # share of the steps
-    schedule: str = "cosine"  # after the warm-up: cosine or constant
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AveragedSteps):
+    "How steps are taken: what a spec says, and what none says."
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.0  # share of the old average that a step keeps, 0 for none, e.g. 0.999
-    precision: str = "no"  # no (32 bit), bf16 or fp16, as accelerate names them
-    accumulate: int = 1  # parts into which a batch is cut to save memory
-    deterministic: bool = False  # on a GPU: the same numbers every time, slower
 
-    def __post_init__(self):
-        if self.schedule not in ("cosine", "constant"): raise VfmError(f"schedule is '{self.schedule}', expected cosine or constant.")
-        if self.precision not in ("no", "bf16", "fp16"): raise VfmError(f"precision is '{self.precision}', expected no, bf16 or fp16.")
-        if self.accumulate < 1: raise VfmError(f"accumulate is {self.accumulate}, expected at least 1.")
-        if not 0 <= self.ema < 1: raise VfmError(f"ema is {self.ema}, expected 0 (none) to below 1.")
+    def __post_init__(self): converted(AveragedSteps, {f.name: getattr(self, f.name) for f in fields(AveragedSteps)})
 
     @classmethod
-    def of(cls, spec, **more) -> "Recipe":
+    def of(cls, spec: Steps, **more) -> "Recipe":
         "Take from a spec what concerns steps, and add more."
         return cls(**{f.name: getattr(spec, f.name) for f in fields(cls) if hasattr(spec, f.name)} | more)
 
@@ -141,6 +129,7 @@ class Trainer:
         self.good, self.best = None, {}  # weights before this epoch; those of the best epoch and its score, where `fit` keeps them
 
 # %% ../../nbs/44_trainer.ipynb #e533b78f
+@patch
 def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
     "Compute loss and gradients of one batch, in parts; in smaller parts when memory runs out."
     mine, own = self.team.share(batch)
@@ -161,6 +150,7 @@ def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # l
             self.smaller(error)
             torch.set_rng_state(state)
 
+@patch
 def smaller(self: Trainer, error: BaseException) -> None:
     "Cut batches into parts half as large from now on."
     if getattr(self.module, "whole_batches", False): raise VfmError(f"Out of memory with a batch of {self.loader.batch_size}, and {type(self.module).__name__} compares the cases of a batch, so it cannot be cut: lower batch_size.") from error
@@ -170,6 +160,7 @@ def smaller(self: Trainer, error: BaseException) -> None:
     self.notes.append(f"out of memory in epoch {self.epoch}: batches of {self.loader.batch_size} are computed {self.micro} at a time")
 
 # %% ../../nbs/44_trainer.ipynb #871f4b44
+@patch
 def take(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
     "Take one step."
     logs = self.gradients(batch)
@@ -184,6 +175,7 @@ def take(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss a
     if hasattr(self.module, "after_step"): self.module.after_step()  # e.g. a teacher that follows its student
     return logs
 
+@patch
 def run_epoch(
     self: Trainer,
     between: Callable[[], None] = lambda: None,  # called after every step, e.g. to save
@@ -202,9 +194,8 @@ def run_epoch(
     self.epoch, self.done = self.epoch + 1, 0
     return {k: sum(l[k] for l in logs) / len(logs) for k in logs[0]}
 
-for method in (gradients, smaller, take, run_epoch): setattr(Trainer, method.__name__, method)
-
 # %% ../../nbs/44_trainer.ipynb #1d26ffed
+@patch
 def snapshot(self: Trainer, key: str, extra: dict) -> dict:
     "Collect all that the next step depends on."
     return {"key": key, "extra": extra, "epoch": self.epoch, "done": self.done, "seconds": self.seconds, "waited": self.loader.waited, "logs": self.logs, "notes": self.notes, "micro": self.micro,
@@ -213,6 +204,7 @@ def snapshot(self: Trainer, key: str, extra: dict) -> dict:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "cuda": torch.cuda.get_rng_state_all() if self.accelerator.device.type == "cuda" else None}
 
+@patch
 def save(
     self: Trainer,
     path: Path,
@@ -229,6 +221,7 @@ def save(
         return False
 
 # %% ../../nbs/44_trainer.ipynb #0a620476
+@patch
 def restore(
     self: Trainer,
     path: Path,
@@ -249,8 +242,6 @@ def restore(
     self.loader.waited = kept["waited"]
     for name in ("epoch", "done", "seconds", "logs", "notes", "micro", "good", "best"): setattr(self, name, kept[name])
     return kept["extra"]
-
-for method in (snapshot, save, restore): setattr(Trainer, method.__name__, method)
 
 # %% ../../nbs/44_trainer.ipynb #8436e69c
 @dataclass

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPLORER_COLUMNS', 'MENUS', 'ANY', 'NO_CURVES', 'explored', 'matching', 'file_link', 'shown_value', 'run_rows',
-           'curve_words', 'curve_chart', 'RunExplorer', 'offer', 'curves', 'show', 'draw', 'html_output',
-           'run_explorer']
+           'curve_words', 'curve_chart', 'RunExplorer', 'offer', 'html_output', 'run_explorer']
 
 # %% ../../nbs/95_explorer.ipynb #fce003cc
 import os
@@ -13,6 +12,7 @@ import os
 import altair as alt
 import ipywidgets as widgets
 import pandas as pd
+from fastcore.basics import patch
 
 # %% ../../nbs/95_explorer.ipynb #daf30134
 from ..analysis.tables import runs_table
@@ -160,7 +160,9 @@ def offer(menu: widgets.Dropdown, options: list, value: str | None) -> None:
 
 NO_CURVES = ["id", "task", "backbone", "strategy", "seed", "epoch", "name", "value"]
 
-def curves(self) -> pd.DataFrame:
+# %% ../../nbs/95_explorer.ipynb #1c39d80f
+@patch
+def curves(self: RunExplorer) -> pd.DataFrame:
     "Read the curves of the first matching runs that have any."
     parts = []
     for row in self.found[self.found.status == "done"].head(self.most).to_dict("records"):
@@ -168,7 +170,8 @@ def curves(self) -> pd.DataFrame:
         if self.kept[row["id"]] is not None: parts.append(self.kept[row["id"]].assign(**{k: row[k] if not pd.isna(row[k]) else row["kind"] for k in ("id", "task", "backbone", "strategy", "seed")}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=NO_CURVES)
 
-def show(self) -> None:
+@patch
+def show(self: RunExplorer) -> None:
     "Show what matches."
     found, all_curves = self.found, self.curves()
     names = sorted(all_curves["name"].unique(), key=lambda n: (n.startswith("d2p_"), not n.startswith("val_"), n))
@@ -180,7 +183,8 @@ def show(self) -> None:
     if list(self.curve.options) != options: offer(self.curve, options, names[0] if names else None)
     self.draw()
 
-def draw(self) -> None:
+@patch
+def draw(self: RunExplorer) -> None:
     "Draw the chosen curve."
     shown = self.curves()
     self.chart.outputs = ({"output_type": "display_data", "metadata": {}, "data": static_bundle(curve_chart(shown, self.curve.value))},) if self.curve.value else (html_output("<p>No curves: no finished run matches.</p>"),)
@@ -188,8 +192,6 @@ def draw(self) -> None:
 def html_output(text: str) -> dict:
     "Make an output of a cell from HTML."
     return {"output_type": "display_data", "metadata": {}, "data": {"text/html": text, "text/plain": ""}}
-
-for method in (curves, show, draw): setattr(RunExplorer, method.__name__, method)
 
 def run_explorer(
     study: str = "phantom",  # a study in nbs/studies, or the path of a .yaml file

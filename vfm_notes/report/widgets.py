@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'FLOW', 'Shown', 'static_bundle', 'slice_plane', 'slice_extent', 'rgb', 'blend', 'outlines_svg', 'Scene',
-           'slice_slider', 'range_slider', 'VolumeViewer', 'escaped', 'swatch', 'scene_figure', 'picture', 'arrange',
-           'draw', 'caption', 'choose', 'set_window', 'volume_viewer']
+           'slice_slider', 'range_slider', 'VolumeViewer', 'escaped', 'swatch', 'scene_figure', 'picture', 'caption',
+           'volume_viewer']
 
 # %% ../../nbs/94_widgets.ipynb #02a3100e
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import ipywidgets as widgets
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../../nbs/94_widgets.ipynb #03b2baca
 from ..foundation.registry import VfmError
@@ -230,7 +231,9 @@ def picture(
     ruler = widgets.HTML(f'<div style="width:{bar * scale:.0f}px;border:solid;border-width:0 1.5px 1.5px;height:5px"></div><span style="font-size:12px">{bar} mm</span>')
     return widgets.VBox([caption, image, *over, ruler], layout=widgets.Layout(margin="0 8px 4px 0"))
 
-def arrange(self) -> None:
+# %% ../../nbs/94_widgets.ipynb #f3f570ae
+@patch
+def arrange(self: VolumeViewer) -> None:
     "Lay out the pictures of the chosen planes: a row for each, a column for each volume."
     planes = PLANES if self.plane.value == "all three" else (self.plane.value,)
     self.pictures, self.outlines, self.captions = {}, {}, {}
@@ -240,7 +243,8 @@ def arrange(self) -> None:
     self.board.children = [widgets.HBox(r, layout=FLOW) for r in rows]
     self.draw()
 
-def draw(self, planes: Iterable[str] = PLANES) -> None:
+@patch
+def draw(self: VolumeViewer, planes: Iterable[str] = PLANES) -> None:
     "Draw the visible pictures of some planes."
     shown = [m for m, box in self.shown.items() if box.value]
     for (name, plane), image in self.pictures.items():
@@ -265,20 +269,20 @@ def caption(
     where = f"{plane} {at + 1} of {scene.shape[PLANES.index(plane)]}"
     return f'<div style="line-height:1.3;font-size:12px"><b>{escaped(shown_name(name))}</b> {where}<br>window {low:.4g} to {high:.4g}</div>'
 
-def choose(self) -> None:
+@patch
+def choose(self: VolumeViewer) -> None:
     "Put the slider on the window of another volume."
     name = self.row.value
     new = range_slider(self.scene.rows[name], self.scene.windows[name])
     with self.window.hold_trait_notifications():
         for trait, value in new.items(): setattr(self.window, trait, value)
 
-def set_window(self, window: tuple[float, float]) -> None:
+@patch
+def set_window(self: VolumeViewer, window: tuple[float, float]) -> None:
     "Change the window of the chosen volume."
     self.scene.windows[self.row.value] = tuple(window)
     self.window.value = window
     self.draw()
-
-for method in (arrange, draw, choose, set_window): setattr(VolumeViewer, method.__name__, method)
 
 # %% ../../nbs/94_widgets.ipynb #5c90821d
 def volume_viewer(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['blame', 'forget_failures', 'note_end', 'end_of', 'complete', 'run_job', 'Summary', 'count_records', 'stale_records',
-           'to_do', 'startable', 'Batch', 'start_ready', 'collect', 'outcome', 'loop', 'drop', 'leave', 'watch',
-           'on_gpus', 'maker', 'run_study']
+           'to_do', 'startable', 'Batch', 'on_gpus', 'maker', 'run_study']
 
 # %% ../../nbs/76_batch.ipynb #af082d63
 import json
@@ -16,6 +15,8 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
+from fastcore.basics import patch
 
 # %% ../../nbs/76_batch.ipynb #0acfe8d7
 from ..foundation.disk import DiskFull, needing_space, write_whole
@@ -190,6 +191,7 @@ class Batch:
         return all(s == "done" for j in self.jobs if j.name in job.needs for s in job_states(j, self.study).values())
 
 # %% ../../nbs/76_batch.ipynb #be86eee9
+@patch
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
     if self.pending and time.monotonic() > self.until:
@@ -203,6 +205,8 @@ def start_ready(self: Batch, show: Display) -> None:
             log.parent.mkdir(parents=True, exist_ok=True)
             self.running[job.name] = job, self.executor.submit(run_job, job, self.study, self.engine, self.retry, self.limit, log=log)
 
+# %% ../../nbs/76_batch.ipynb #67d001af
+@patch
 def collect(self: Batch, show: Display) -> None:
     "Take the jobs back that have ended."
     for name, (job, future) in list(self.running.items()):
@@ -230,6 +234,7 @@ def collect(self: Batch, show: Display) -> None:
         show.say(self.outcome(job))
 
 # %% ../../nbs/76_batch.ipynb #0b938cb8
+@patch
 def outcome(self: Batch, job: Job) -> str:
     "Describe in one line a job that has ended."
     states = list(job_states(job, self.study).values())
@@ -237,6 +242,7 @@ def outcome(self: Batch, job: Job) -> str:
     took = duration((end_of(self.study, job) or {}).get("seconds"))
     return f"failed  {job.name}: {bad} of {runs}, {took}; see {log_file(self.study, job.name)}" if bad else f"done    {job.name}: {runs}, {took}"
 
+@patch
 def loop(self: Batch, show: Display) -> None:
     "Run until nothing is left."
     seen = 0.0
@@ -255,11 +261,13 @@ def loop(self: Batch, show: Display) -> None:
         time.sleep(0.05)
 
 # %% ../../nbs/76_batch.ipynb #512225c7
+@patch
 def drop(self: Batch) -> None:
     "Forget what has not begun."
     self.pending.clear()
     for name in [n for n, (_, future) in self.running.items() if future.process is None]: self.running.pop(name)[1].cancel()
 
+@patch
 def leave(self: Batch, show: Display) -> None:
     "Start nothing more, and let what runs come to a good place."
     self.stopped = f"Stop requested ({signal.Signals(asked()).name}); the same command continues."
@@ -267,6 +275,7 @@ def leave(self: Batch, show: Display) -> None:
     self.patience = time.monotonic() + (grace() + 15 if self.executor.leave() else 0)
     if self.running: show.say(f"stop requested: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")
 
+@patch
 def watch(self: Batch, show: Display) -> None:
     "Report how far everything is."
     records = known_records(self.study)
@@ -274,8 +283,6 @@ def watch(self: Batch, show: Display) -> None:
     at_work = [k for k in looks if k.since]
     left = time_left(looks, speeds(records.values(), at_work), self.executor.jobs)
     show.update(sum(list(run_states(j, records).values()).count("done") for j in self.jobs), at_work, str(left))
-
-for method in (start_ready, collect, outcome, loop, drop, leave, watch): setattr(Batch, method.__name__, method)
 
 # %% ../../nbs/76_batch.ipynb #47c1a813
 def on_gpus(pool) -> str:  # pool: an executor

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNEL', 'PRELOAD', 'QUIET', 'SAFE_KERNEL', 'preload_list', 'die_with_parent', 'set_threads', 'become', 'call',
-           'run_child', 'kill_group', 'Server', 'start', 'tell', 'give_up', 'reap', 'stop', 'serve', 'Forked', 'wait',
-           'send_signal', 'can_fork', 'python_path', 'safe_env', 'ForkServer']
+           'run_child', 'kill_group', 'Server', 'serve', 'Forked', 'can_fork', 'python_path', 'safe_env', 'ForkServer']
 
 # %% ../../nbs/72_forkserver.ipynb #95af00e7
 import ctypes
@@ -24,6 +23,8 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from fastcore.basics import patch
 
 # %% ../../nbs/72_forkserver.ipynb #50ca2e5f
 from ..foundation.leave import SIGNALS
@@ -135,6 +136,7 @@ class Server:
             self.reap()
 
 # %% ../../nbs/72_forkserver.ipynb #0edffba8
+@patch
 def start(self: Server, lease: socket.socket) -> None:
     "Read one request and fork its child."
     try: request = json.loads(lease.makefile().readline())
@@ -151,18 +153,21 @@ def start(self: Server, lease: socket.socket) -> None:
     self.children[pid] = lease
     self.tell(pid, {"pid": pid})
 
+@patch
 def tell(self: Server, pid: int, answer: dict) -> None:
     "Send an answer to the holder of a child's lease, if it still listens."
     try: self.children[pid].sendall(json.dumps(answer).encode() + b"\n")
     except OSError: pass
 
 # %% ../../nbs/72_forkserver.ipynb #80ef5b2f
+@patch
 def give_up(self: Server, pid: int) -> None:
     "Kill the child and its descendants: the holder is gone."
     self.children[pid].close()
     self.children[pid] = None
     kill_group(pid, signal.SIGKILL)
 
+@patch
 def reap(self: Server) -> None:
     "Report to holders how their children ended."
     while self.children:
@@ -173,14 +178,13 @@ def reap(self: Server) -> None:
             self.children[pid].close()
         self.children.pop(pid, None)
 
+@patch
 def stop(self: Server) -> None:
     "Kill all children and leave nothing behind."
     for pid in list(self.children):
         if self.children[pid]: self.give_up(pid)
     for _ in self.children: os.waitpid(-1, 0)
     shutil.rmtree(self.folder, ignore_errors=True)
-
-Server.start, Server.tell, Server.give_up, Server.reap, Server.stop = start, tell, give_up, reap, stop
 
 # %% ../../nbs/72_forkserver.ipynb #99918921
 def serve(
@@ -239,6 +243,7 @@ class Forked:
         self.started.discard(self.pid)
 
 # %% ../../nbs/72_forkserver.ipynb #33ba52aa
+@patch
 def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds
     "Block until the process has ended."
     if self.returncode is None:
@@ -246,13 +251,20 @@ def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds
         self._read()
     return self.returncode
 
+@patch
 def send_signal(self: Forked, signum: int) -> None:
     "Signal the process and its descendants."
     if self.poll() is None: kill_group(self.pid, signum)
 
-Forked.wait, Forked.send_signal = wait, send_signal
-Forked.kill = lambda self: self.send_signal(signal.SIGKILL)
-Forked.terminate = lambda self: self.send_signal(signal.SIGTERM)
+@patch
+def kill(self: Forked) -> None:
+    "Kill the process and its descendants."
+    self.send_signal(signal.SIGKILL)
+
+@patch
+def terminate(self: Forked) -> None:
+    "Signal the process and its descendants to end."
+    self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/72_forkserver.ipynb #4d497351
 def can_fork() -> str:  # "" if possible, else the reason

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SlurmWord', 'Option', 'TAKEN', 'SlurmSettings', 'sbatch_options', 'slurm_settings', 'own_id', 'SlurmCall',
            'run_slurm', 'in_queue', 'try_out', 'last_state', 'Queued', 'call_folder', 'private_folder', 'job_script',
-           'SlurmExecutor', 'note_file', 'find', 'send', 'pump', 'batched', 'why', 'end', 'leave', 'shutdown',
-           'queued_jobs']
+           'SlurmExecutor', 'note_file', 'batched', 'queued_jobs']
 
 # %% ../../nbs/745_slurm.ipynb #d7227552
 import getpass
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from fastcore.basics import patch
 from msgspec import Meta
 
 # %% ../../nbs/745_slurm.ipynb #0acfe8d7
@@ -227,6 +227,7 @@ class SlurmExecutor:
 # %% ../../nbs/745_slurm.ipynb #5e9e6f7f
 def note_file(log: Path) -> Path: return Path(log).with_suffix(".slurm")  # where the id of a notebook's job stands
 
+@patch
 def find(self: SlurmExecutor, data: bytes, log: Path | None) -> Future | None:
     "Find the job that an earlier runner has sent for the same call."
     try:
@@ -240,6 +241,7 @@ def find(self: SlurmExecutor, data: bytes, log: Path | None) -> Future | None:
     return future
 
 # %% ../../nbs/745_slurm.ipynb #c94a123d
+@patch
 def send(self: SlurmExecutor, futures: list[Future]) -> list[str]:  # Slurm's ids
     "Submit calls as one array job."
     import submitit
@@ -256,6 +258,7 @@ def send(self: SlurmExecutor, futures: list[Future]) -> list[str]:  # Slurm's id
     return [job.job_id for job in sent]
 
 # %% ../../nbs/745_slurm.ipynb #aeb5f7cc
+@patch
 def pump(self: SlurmExecutor) -> None:
     "Send what is on the list, as arrays of at most a thousand jobs (Slurm's usual limit)."
     futures, self.list = [f for f in self.list if f._answer is None], []
@@ -269,6 +272,7 @@ def batched(items: list, n: int) -> list[list]: return [items[i:i + n] for i in 
 
 TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED")
 
+@patch
 def why(self: SlurmExecutor, future: Future) -> Died:
     "Explain what happened to a job that left no result."
     id, state = future.process.id, last_state(future.process.id)
@@ -276,22 +280,26 @@ def why(self: SlurmExecutor, future: Future) -> Died:
     if state in TAKEN: return Lost(f"Slurm took the machine of job {id} away ({state}).")
     return Died(f"Slurm job {id} ended without a result ({state or 'Slurm no longer knows why'}); see {future.log}.")
 
+@patch
 def end(self: SlurmExecutor, process: Queued) -> None:
     "Take a job out of the queue, or kill it."
     run_slurm("scancel", process.id)
 
+@patch
 def leave(self: SlurmExecutor) -> bool:  # not worth waiting for
     "Do nothing: jobs on the cluster do not need this command."
     return False
 
+@patch
 def shutdown(self: SlurmExecutor) -> None:
     "Leave the queue as it is: what was sent goes on."
     going = [f.process.id for f in self.active if not f.done()]
     if going: say(f"{len(going)} Slurm jobs continue without this command ({going[0]} ...): the same command finds them again; `scancel -n vfm` stops them.")
+@patch
+def __enter__(self: SlurmExecutor) -> SlurmExecutor: return self
 
-for method in (find, send, pump, why, end, leave, shutdown): setattr(SlurmExecutor, method.__name__, method)
-SlurmExecutor.__enter__ = lambda self: self
-SlurmExecutor.__exit__ = lambda self, *_: self.shutdown()
+@patch
+def __exit__(self: SlurmExecutor, *error) -> None: self.shutdown()
 
 # %% ../../nbs/745_slurm.ipynb #7315fa0a
 def queued_jobs(

@@ -116,7 +116,7 @@ class Setup:
     def cohort(self, seed: int) -> Cohort: return load_cohort("sulcus_phantom", self.size, self.spacing, self.cases, seed)
     def encoder(self) -> Backbone: return backbones[self.backbone](1, tiny=True)
     def trainer(self, module: nn.Module, loss, arrays: dict, epochs: int, seed: int) -> Trainer:
-        recipe = Recipe(epochs, self.lr, self.weight_decay, schedule="constant", clip=math.inf)
+        recipe = Recipe(epochs=epochs, lr=self.lr, weight_decay=self.weight_decay, schedule="constant", clip=math.inf)
         return Trainer(module, loss, Loader(arrays, self.batch_size, seed), recipe)
 
 # %% ../../nbs/67_as_released.ipynb #a8c4661d

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['EARLY', 'Outcome', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model', 'Watch', 'final_distances',
-           'moments', 'cell', 'inner', 'known_before', 'settle', 'frozen_data', 'weights_files', 'summarise',
-           'remembered', 'transfer']
+           'moments', 'Memo', 'cell', 'inner', 'known_before', 'settle', 'frozen_data', 'Prepared', 'prepare',
+           'Trained', 'remembered', 'training_notes', 'train', 'Measured', 'run_cost', 'measure', 'weights_files',
+           'beside_control', 'summarise', 'transfer']
 
 # %% ../../nbs/66_transfer.ipynb #7ad7255b
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/66_transfer.ipynb #6187a833
@@ -25,7 +28,7 @@ from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
 from ..backbones.weights import known_weights, normalisation, weights_origin
 from ..data.cohort import Cohort
 from ..data.load import load_cohort
-from ..data.loader import cohort_moments, normalise
+from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec, canonical
@@ -38,7 +41,7 @@ from ..shift.transferability import transferability
 from .fit import OVERLAP, fit, middle, predict, smaller, training_batches
 from ..foundation.quantity import METRICS
 from .probe import Cached, cached
-from .strategy import apply_strategy, drop_blocks, needs_weights, strategy_options
+from .strategy import Tuning, apply_strategy, drop_blocks, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
 
 # %% ../../nbs/66_transfer.ipynb #ffa5adb5
@@ -111,12 +114,22 @@ def tuned_model(
 # %% ../../nbs/66_transfer.ipynb #d204fb5e
 class Watch:
     "Scores validation cases and measures the distance to pretraining after every epoch."
-    def __init__(self, model: Network, task: Task, data: dict[str, TaskData], progress: Callable[[int, float], None] = lambda epoch, score: None, answer: Callable[[str], Tensor] | None = None, meter: Meter | None = None, window: tuple = ()):
-        self.model, self.task, self.data, self.progress, self.seconds, self.meter = model, task, data, progress, 0.0, meter or Meter()
-        self.answer = answer or (lambda split: predict(model, data[split].inputs, window=window))  # outputs for all cases of a split
+    def __init__(
+        self,
+        model: Network,
+        task: Task,
+        data: dict[str, TaskData],  # train, val, test
+        progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
+        answer: Callable[[str], Tensor] | None = None,  # split → outputs for all its cases; None: the model's
+        meter: Meter | None = None,  # measures the run; None: one from now on
+        window: tuple = (),  # voxels, d h w: predict by sliding windows; empty: whole volumes
+    ):
+        self.model, self.task, self.data, self.progress = model, task, data, progress
+        self.answer = answer or (lambda split: predict(model, data[split].inputs, window=window))
         self.seen = middle(data["test"].inputs[:, :model.backbone.in_channels], window)  # whose features are compared
         self.frozen = not any(p.requires_grad for p in model.backbone.parameters())
-        self.before = self.after = None
+        self.before = self.after = None  # layer → features, at the start and now
+        self.meter, self.seconds = meter or Meter(), 0.0
         self.carried = self.meter.carried  # what a checkpoint keeps
         self.carried |= {"moments": {}, "best": -math.inf}
 
@@ -124,12 +137,6 @@ class Watch:
         "Compute features of the test cases; of a frozen encoder only once."
         if self.frozen and self.before is not None: return self.before
         return collect(self.model.backbone, self.seen)
-
-    def early(self, step: int) -> None:
-        "Keep the features after so many steps."
-        start = time.perf_counter()
-        self.carried["moments"]["early"] = {"step": step}, self.look()
-        self.seconds += time.perf_counter() - start
 
     def __call__(self, epoch: int) -> dict[str, float]:
         start = time.perf_counter()
@@ -143,6 +150,14 @@ class Watch:
         self.meter.lap(evaluation=self.seconds)
         self.progress(epoch, score)
         return {f"val_{self.task.primary}": score} | moved
+
+# %% ../../nbs/66_transfer.ipynb #000c1595
+@patch
+def early(self: Watch, step: int) -> None:  # step: how many were taken
+    "Keep the features after so many steps."
+    start = time.perf_counter()
+    self.carried["moments"]["early"] = {"step": step}, self.look()
+    self.seconds += time.perf_counter() - start
 
 # %% ../../nbs/66_transfer.ipynb #ad08f6c9
 def final_distances(
@@ -174,6 +189,15 @@ def moments(
             for row in distance_to_pretraining(watch.before, features, seed=spec.seed).to_dict("records")]
 
 # %% ../../nbs/66_transfer.ipynb #6527cf6d
+class Memo(dict):
+    "Holds the last answer by its key: the runs of a cell follow each other."
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        "Return the answer for a key, made unless it is the last one."
+        if key not in self:
+            self.clear()  # first: memory need not hold two
+            self[key] = make()
+        return self[key]
+
 def cell(
     spec: RunSpec,
     weights_hash: str,
@@ -181,11 +205,13 @@ def cell(
     "Return what all strategies and seeds of one task and backbone have in common."
     return canonical(replace(spec, strategy="full", seed=0, epochs=0, batch_size=0, lr=0, weight_decay=0, warmup=0)) + weights_hash
 
-_known = {}  # the last answer
+# %% ../../nbs/66_transfer.ipynb #a2891ee4
+_known = Memo()  # rows of scores
 
 def inner(data: TaskData, window: tuple) -> TaskData:
     "Return the windows in the middle of the cases."
-    return replace(data, inputs=middle(data.inputs, window), target=middle(data.target, window)) if smaller(window, data.inputs) else data
+    if not smaller(window, data.inputs): return data
+    return replace(data, inputs=middle(data.inputs, window), target=middle(data.target, window))
 
 def known_before(
     spec: RunSpec,
@@ -195,11 +221,8 @@ def known_before(
 ) -> list[dict]:  # a row per score and layer
     "Compute transferability scores, once for all strategies and seeds."
     if not needs_weights(spec): return []
-    key = cell(spec, weights_hash)
-    if key not in _known:
-        _known.clear()
-        _known[key] = transferability(model.backbone, *(inner(data[k], spec.window) for k in ("train", "val"))).to_dict("records")
-    return _known[key]
+    return _known.once(cell(spec, weights_hash), lambda: transferability(
+        model.backbone, *(inner(data[k], spec.window) for k in ("train", "val"))).to_dict("records"))
 
 # %% ../../nbs/66_transfer.ipynb #baa5f347
 @torch.no_grad()
@@ -218,7 +241,7 @@ def settle(
     return len(norms)
 
 # %% ../../nbs/66_transfer.ipynb #07153345
-_rows = {}  # the last answer
+_rows = Memo()  # shapes and rows of features, and the seconds that they took
 
 def frozen_data(
     spec: RunSpec,
@@ -228,18 +251,131 @@ def frozen_data(
     meter: Meter | None = None,  # is given what an earlier run computed for this one
 ) -> tuple[Cached, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
     "Return the features that a head on a frozen encoder is trained on."
-    key = cell(spec, weights_hash), weights_hash or spec.seed, strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
-    if key not in _rows:
-        _rows.clear()
+    pool = getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
+    key = (cell(spec, weights_hash), weights_hash or spec.seed, strategy_options(spec.strategy)[1]["drop"],
+           model.head.reads, pool)
+    def encode() -> tuple[list[tuple], dict[str, TaskData], float]:
         start = time.perf_counter()
         if not weights_hash: settle(model.backbone, data["train"].inputs[:, :model.backbone.in_channels])
         head, rows = cached(model.to("cuda" if torch.cuda.is_available() else "cpu"), data)
-        _rows[key] = head.shapes, rows, time.perf_counter() - start
-    elif meter: meter.count(_rows[key][2])
-    shapes, rows, seconds = _rows[key]
+        return head.shapes, rows, time.perf_counter() - start
+    if meter and key in _rows: meter.count(_rows[key][2])
+    shapes, rows, seconds = _rows.once(key, encode)
     return Cached(model.head, shapes), rows, seconds
 
 # %% ../../nbs/66_transfer.ipynb #f7803d25
+@dataclass
+class Prepared:
+    "A run that is ready to be trained."
+    spec: RunSpec
+    state: dict[str, Tensor] | None  # pretrained weights of the backbone
+    start: Start  # what their plan says
+    meter: Meter
+    cohort: Cohort
+    task: Task
+    data: dict[str, TaskData]  # train, val, test
+    model: Network
+    tuning: Tuning  # what the strategy decided
+    weights_hash: str
+    scores: list[dict]  # known before
+    seconds: dict[str, float]  # spent on them, and on features of a frozen encoder
+    net: torch.nn.Module  # what is trained: the model, or its head alone on rows of features
+    seen: dict[str, TaskData]  # what it is trained on
+
+    @property
+    def cached(self) -> bool: return self.net is not self.model  # features were computed once
+    @property
+    def window(self) -> tuple: return () if self.cached else self.spec.window  # what `net` sees of a case
+
+# %% ../../nbs/66_transfer.ipynb #3c896fa2
+def prepare(
+    spec: RunSpec,
+    state: dict[str, Tensor] | None = None,  # pretrained weights of the backbone
+    start: Start = Start(),  # what the weights' plan says
+) -> Prepared:
+    "Bring together the data, the network and the strategy of a run."
+    cohort, meter = run_cohort(spec), Meter()
+    task, data = run_data(spec)
+    model = build_model(spec, task, len(task.card.sequences), state)
+    weights_hash = state_hash(state)
+    with meter.aside() as looked: scores = known_before(spec, model, data, weights_hash)
+    torch.manual_seed(spec.seed)  # for what a strategy adds
+    tuning = apply_strategy(spec.strategy, model)
+    if spec.checkpointing and not tuning.frozen: checkpoint_blocks(model.backbone)
+    net, seen, encoded = model, data, 0.0
+    if tuning.frozen and not smaller(spec.window, data["train"].inputs):
+        net, seen, encoded = frozen_data(spec, model, data, weights_hash, meter)
+    return Prepared(spec, state, start, meter, cohort, task, data, model, tuning, weights_hash, scores,
+                    {"features": encoded, "scores": looked[0]}, net, seen)
+
+# %% ../../nbs/66_transfer.ipynb #7c9eee42
+@dataclass
+class Trained:
+    "What the steps of a run leave."
+    watch: Watch  # with the features before and after
+    batches: Loader
+    curves: pd.DataFrame  # epoch, seconds, name, value
+    notes: list[str]
+
+def remembered(model: Network, train: TaskData, watch: Watch) -> pd.DataFrame:
+    "Return the curves of a strategy without steps: its training cases are remembered, and that is all."
+    model.head.remember(train.inputs, train.target)
+    return pd.DataFrame([(0, 0.0, k, v) for k, v in watch(0).items()], columns=["epoch", "seconds", "name", "value"])
+
+def training_notes(run: Prepared) -> list[str]:
+    "List what readers should know of how the cases were seen."
+    if run.cached: return ["the encoder is frozen: its features were computed once, so training cases were not augmented"]
+    if not smaller(run.window, run.data["train"].inputs): return []
+    return [f"trained on random pieces of {' x '.join(map(str, run.window))} voxels, predicted by sliding windows of that "
+            f"size (overlap {OVERLAP}, Gaussian blending), features from the middle of each case"]
+
+# %% ../../nbs/66_transfer.ipynb #4135f7b3
+def train(
+    run: Prepared,  # its model is changed in place
+    progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
+) -> Trained:
+    "Take the steps of a run."
+    spec, changes = run.spec, () if run.cached else run.spec.augment or ("flip",)
+    batches = training_batches(run.seen["train"], replace(spec, window=run.window), changes)
+    def answer(split: str) -> Tensor: return predict(run.net, run.seen[split].inputs, window=run.window)
+    watch = Watch(run.model, run.task, run.data, progress, answer, run.meter, spec.window)
+    if run.tuning.steps:
+        early = math.ceil(EARLY * spec.epochs * len(batches)), watch.early
+        groups = run.tuning.groups(run.model, spec.lr, spec.weight_decay)
+        curves, notes = fit(run.net, run.task, batches, spec, watch, early, keeper, watch.carried, groups)
+    else: curves, notes = remembered(run.model, run.seen["train"], watch), []
+    if spec.keep == "best": watch.after = watch.look()
+    run.tuning.finish(run.model)
+    return Trained(watch, batches, curves, training_notes(run) + notes)
+
+# %% ../../nbs/66_transfer.ipynb #3d5a46a3
+@dataclass
+class Measured:
+    "What is known of a run after its last step."
+    cases: pd.DataFrame  # case, patient, metric, value
+    undefined: list[str]  # metrics without a value, and why
+    d2p: list[dict]  # a row for each layer
+    moments: list[dict]  # the same at other moments
+    cost: dict  # seconds, memory, parameters, operations
+
+def run_cost(run: Prepared, trained: Trained) -> dict:
+    "Compute what a run has cost, as records keep it."
+    curves, first = trained.curves, run.data["test"].inputs[:1]
+    flops = forward_flops(lambda: predict(run.model, first, window=run.spec.window))
+    return run.meter.cost(float(curves.seconds.max()) + run.seconds["features"], trained.batches.waited,
+                          epoch_seconds(curves.epoch, curves.seconds), run.tuning.parameters, flops, run.seconds,
+                          evaluation=trained.watch.seconds)
+
+def measure(run: Prepared, trained: Trained) -> Measured:
+    "Test a trained network, and say how far it moved and what it cost."
+    task, data, watch = run.task, run.data, trained.watch
+    cases = task.evaluate(watch.answer("test"), data["test"])
+    tried = task.evaluate(watch.answer("val"), data["val"])
+    undefined = [*task.undefined(cases), *task.undefined(tried, "validation")]
+    return Measured(cases, undefined, final_distances(run.spec, watch), moments(run.spec, watch), run_cost(run, trained))
+
+# %% ../../nbs/66_transfer.ipynb #60f10326
 def weights_files(
     spec: RunSpec,
     model: Network,
@@ -250,18 +386,27 @@ def weights_files(
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
     return [{"part": part, **weights_origin(name)} for part, name in parts.items() if name]
 
-def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
+def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
     "Compute metrics of a run beside those of the trivial control."
     return {"metrics": task.summary(cases), "primary": task.primary,
             "controls": task.summary(task.control(data["train"], data["test"])),
             "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
             "n": {k: len(v) for k, v in data.items()}}
 
-# %% ../../nbs/66_transfer.ipynb #3c896fa2
-def remembered(model: Network, train: TaskData, watch: Watch) -> pd.DataFrame:
-    "Return the curves of a strategy without steps: its training cases are remembered, and that is all."
-    model.head.remember(train.inputs, train.target)
-    return pd.DataFrame([(0, 0.0, k, v) for k, v in watch(0).items()], columns=["epoch", "seconds", "name", "value"])
+# %% ../../nbs/66_transfer.ipynb #204fe828
+def summarise(run: Prepared, trained: Trained, measured: Measured) -> Outcome:
+    "Gather all that a run leaves behind."
+    files, watch = weights_files(run.spec, run.model, run.state), trained.watch
+    licences = [run.cohort.card.licence, *run.start.licences, *(f["licence"] for f in files)]
+    origin = {"normalisation": run.task.scale.keywords, "cohort_hash": run.cohort.hash(), "excluded": run.cohort.excluded,
+              "weights_hash": run.weights_hash, "weights_files": files, "licences": list(dict.fromkeys(licences))}
+    summary = beside_control(run.task, run.data, measured.cases) | {
+        "d2p": measured.d2p, "d2p_moments": measured.moments, "scores": run.scores, "cost": measured.cost,
+        "notes": [*run.start.notes, *trained.notes, *measured.undefined]} | origin
+    features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after))
+                for layer, f in table.items()}
+    weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
+    return Outcome(summary, trained.curves, measured.cases, features, weights)
 
 # %% ../../nbs/66_transfer.ipynb #b616971a
 def transfer(
@@ -272,32 +417,6 @@ def transfer(
     start: Start = Start(),  # what the weights' plan states, see backbones.adaptation
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
-    cohort, meter = run_cohort(spec), Meter()
-    task, data = run_data(spec)
-    model = build_model(spec, task, len(task.card.sequences), state)
-    weights_hash = state_hash(state)
-    with meter.aside() as looked: scores = known_before(spec, model, data, weights_hash)
-    torch.manual_seed(spec.seed)  # for what a strategy adds
-    tuning = apply_strategy(spec.strategy, model)
-    if spec.checkpointing and not tuning.frozen: checkpoint_blocks(model.backbone)
-    cached_once = tuning.frozen and not smaller(spec.window, data["train"].inputs)
-    net, seen, encoded = frozen_data(spec, model, data, weights_hash, meter) if cached_once else (model, data, 0.0)
-    train = training_batches(seen["train"], replace(spec, window=()) if cached_once else spec, () if cached_once else spec.augment or ("flip",))
-    watch = Watch(model, task, data, progress, lambda split: predict(net, seen[split].inputs, window=spec.window if net is model else ()), meter, spec.window)
-    if tuning.steps: curves, notes = fit(net, task, train, spec, watch, (math.ceil(EARLY*spec.epochs*len(train)), watch.early), keeper, watch.carried, tuning.groups(model, spec.lr, spec.weight_decay))
-    else: curves, notes = remembered(model, seen["train"], watch), []
-    if net is model and smaller(spec.window, data["train"].inputs): notes = [f"trained on random pieces of {' x '.join(map(str, spec.window))} voxels, predicted by sliding windows of that size (overlap {OVERLAP}, Gaussian blending), features from the middle of each case", *notes]
-    if cached_once: notes = ["the encoder is frozen: its features were computed once, so training cases were not augmented", *notes]
-    if spec.keep == "best": watch.after = watch.look()
-    tuning.finish(model)
-    cases = task.evaluate(watch.answer("test"), data["test"])
-    notes = [*start.notes, *notes, *task.undefined(cases), *task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")]
-    d2p, later = final_distances(spec, watch), moments(spec, watch)
-    files = weights_files(spec, model, state)
-    flops = forward_flops(lambda: predict(model, data["test"].inputs[:1], window=spec.window))
-    cost = meter.cost(float(curves.seconds.max()) + encoded, train.waited, epoch_seconds(curves.epoch, curves.seconds), tuning.parameters, flops, {"features": encoded, "scores": looked[0]}, evaluation=watch.seconds)
-    summary = summarise(task, data, cases) | {
-        "d2p": d2p, "d2p_moments": later, "scores": scores, "cost": cost,
-        "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": list(dict.fromkeys([cohort.card.licence, *start.licences, *(f["licence"] for f in files)]))}
-    features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
-    return Outcome(summary, curves, cases, features, {k: v.cpu().numpy() for k, v in model.state_dict().items()})
+    run = prepare(spec, state, start)
+    trained = train(run, progress, keeper)
+    return summarise(run, trained, measure(run, trained))
