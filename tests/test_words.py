@@ -37,7 +37,7 @@ EVERY = [(s, c, p) for s, c, p in product((1, -1), CERTAIN, (0.014, 0.49))]
 def test_a_gain_in_words(sign, clear, p):
     said = gain_words(gains([(sign, clear, p)]).iloc[0], "Lead")
     assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}10.0 % Dice against scratch")
-    assert f"p = {p:g} over cases, corrected" in said and f"{p / 70:.2g}" not in said
+    assert f"p = {p:g} over seeds and cases, corrected" in said and f"{p / 70:.2g}" not in said
     assert "95 % interval " + {(1, True): "+5.0 to +15.0 %", (1, False): "−5.0 to +25.0 %", (-1, True): "−15.0 to −5.0 %", (-1, False): "−25.0 to +5.0 %"}[sign, clear] in said
 
 

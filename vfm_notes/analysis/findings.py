@@ -39,7 +39,7 @@ def gain_words(
     of = meaning("rpg", row)
     n = f"{how_many([row.n_seeds], 'seed', 'seeds')}, {how_many([row.n_cases], 'test case', 'test cases')}"
     said = f"{lead}: {cell_words(row, many)}, {told(row.rpg, 'gain', of, unit=True)} {metric_card(row.metric).title} against {row.versus}"
-    return f"{said} (95 % interval {told_span(row.low, row.high, 'gain', of, unit=True)}; {n}; {told_p(row.p_holm, of)} over cases, corrected)."
+    return f"{said} (95 % interval {told_span(row.low, row.high, 'gain', of, unit=True)}; {n}; {told_p(row.p_holm, of)} over seeds and cases, corrected)."
 
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'TITLES', 'QUESTION', 'OUTCOMES', 'ROW', 'NUMBERS', 'REGRETS', 'regret', 'random_regret', 'right_pairs',
-           'task_rights', 'rights_test', 'predictors', 'ended', 'outcome_draws', 'Question', 'ask', 'answer', 'pooled',
-           'prediction_table', 'answers', 'points', 'picked_of', 'best_predictors', 'score_title', 'prediction_words',
-           'prediction_verdict', 'judged', 'shown', 'prediction_finding']
+           'task_rights', 'rights_test', 'predictors', 'ended', 'case_weights', 'over_seeds', 'outcome_draws',
+           'Question', 'ask', 'answer', 'pooled', 'prediction_table', 'answers', 'points', 'picked_of',
+           'best_predictors', 'score_title', 'prediction_words', 'prediction_verdict', 'judged', 'shown',
+           'prediction_finding']
 
 # %% ../../nbs/84_prediction.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from scipy.stats import weightedtau
 
 # %% ../../nbs/84_prediction.ipynb #1a2a5d90
 from .association import FEWEST, associate
-from .gain import Pair, case_weights, holm, match, over_seeds, study_cells
+from .gain import Pair, holm, match, rpg, study_cells
 from .tables import Tables
 from ..foundation.quantity import DRAWS, EXACT, SEED, how_many, leaders, told, told_p, told_span
 from ..foundation.registry import VfmError, nearest
@@ -107,6 +108,22 @@ def ended(
         values = outcome_draws(pair, outcome, draws, seed, i)
         if np.isfinite(values[0]): found.setdefault(tuple(cell.key[k] for k in QUESTION), {})[cell.key["backbone"]] = values
     return found
+
+# %% ../../nbs/84_prediction.ipynb #81804514
+def case_weights(
+    patients: np.ndarray,  # (cases,) number of the patient, from 0
+    draws: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # (draws, cases): how often each case was drawn with its patient
+    "Patients re-drawn with replacement."
+    n = int(patients.max()) + 1
+    return rng.multinomial(n, np.full(n, 1 / n), size=draws)[:, patients].astype(float)
+
+def over_seeds(pair: Pair, w: np.ndarray, ws: np.ndarray) -> np.ndarray:
+    "RPG (draws,) of the means over seeds, weighted by ws (draws, seeds)."
+    t, r = ((ws * s.weighted(w).T).sum(1) / ws.sum(1) for s in (pair.tuned, pair.reference))
+    return rpg(t, r, pair.direction)
+
 
 # %% ../../nbs/84_prediction.ipynb #90c66276
 def outcome_draws(pair: Pair, outcome: str, draws: int, seed: int, cell: int) -> np.ndarray:
