@@ -14,7 +14,7 @@ import pandas as pd
 from .association import cell_points
 from .convergence import convergence_table, mean_interval
 from .crossed import crossed, crossed_words
-from .gain import gain_table
+from .gain import gain_table, of_learned, unlearned_words
 from .prediction import prediction_finding, prediction_table
 from .tables import CELL, Tables, load_tables
 from ..foundation.options import weightless
@@ -45,8 +45,10 @@ def gain_findings(
     gains: pd.DataFrame,  # from gain_table
 ) -> list[str]:
     "How many cells are clear, and the largest clear gain and loss; an unclear one can change its place by rounding."
-    gains = of_pretrained(gains)
+    every = of_pretrained(gains)
+    gains, out = of_learned(every), unlearned_words(every)
     known = gains[gains.rpg.notna()]
+    if known.empty and out: return [f"Gain: no cell is left to judge. {out}"]
     if known.empty: return [f"Gain: none of the {len(gains)} cells has finished tuned and reference runs to compare, so nothing can be said yet."]
     many = gains.strategy.nunique() > 1
     up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)
@@ -56,7 +58,7 @@ def gain_findings(
     rest = n - up - down
     clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
     counts = f"Of {how_many([n], 'cell', 'cells')}, {clear}; {rest} {'is' if rest == 1 else 'are'} undecided."
-    return [counts + none + missing, *said]
+    return [counts + none + missing + f" {out}" * bool(out), *said]
 
 # %% ../../nbs/85_findings.ipynb #a6feb959
 def of_pretrained(
@@ -105,6 +107,8 @@ def convergence_finding(
 ) -> str:
     "How much sooner tuned runs get there."
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
+    out, t = unlearned_words(t), of_learned(t)
+    if t.empty and out: return f"Convergence: no cell is left to compare. {out}"
     if t.empty: return "Convergence: no tuned run has a reference run whose validation score rose, so nothing can be said yet."
     mean, low, high, of = *sooner_interval(t), f"sooner, rise, against {reference}"
     late, runs, budget = int(t.censored.sum()), int(t.n_seeds.sum()), rounded(t.budget.max(), 0)
@@ -113,7 +117,7 @@ def convergence_finding(
     between = f"95 % interval {told_span(low, high, 'sooner', of)}; " if np.isfinite(low) else ""
     return (f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {sooner_words(mean, of)} on average "
             f"({between}{how_many([len(t)], 'cell', 'cells')}, {runs} runs, {budget} epochs each): sooner in {int((t.sooner > 0).sum())} cells, "
-            f"later in {int((t.sooner < 0).sum())}{soonest_words(t)}{never}{sure}.")
+            f"later in {int((t.sooner < 0).sum())}{soonest_words(t)}{never}{sure}." + f" {out}" * bool(out))
 
 # %% ../../nbs/85_findings.ipynb #391273f2
 def findings(

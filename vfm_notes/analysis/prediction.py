@@ -20,7 +20,7 @@ from scipy.stats import weightedtau
 
 # %% ../../nbs/84_prediction.ipynb #1a2a5d90
 from .association import FEWEST, associate
-from .gain import Pair, holm, match, rpg, study_cells
+from .gain import Pair, has_learned, holm, match, of_learned, rpg, study_cells
 from .tables import Tables
 from ..foundation.quantity import DRAWS, EXACT, SEED, how_many, leaders, told, told_p, told_span
 from ..foundation.registry import VfmError, nearest
@@ -98,10 +98,11 @@ def ended(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict[tuple, np.ndarray]:  # (task, strategy, n_train) → backbone → (1 + draws,) outcome, the estimate first
-    "What each tuned cell brought."
+    "What each tuned cell that has learned brought."
     if outcome not in OUTCOMES: raise VfmError(f"Unknown outcome '{outcome}'.{nearest(outcome, OUTCOMES)} Known: {', '.join(OUTCOMES)}.")
     runs, cases, found = tables.done(), dict(list(tables.cases.groupby("id"))), {}
     for i, cell in enumerate(study_cells(tables, reference=reference)):
+        if not has_learned(tables, cell.key, reference): continue
         own = runs[(runs[list(cell.key)] == pd.Series(cell.key)).all(axis=1)]
         pair = cell.pair if outcome == "gain" else match(cases, own, own, cell.metric, cell.direction) if len(own) else "no finished run"
         if isinstance(pair, str): continue
@@ -238,7 +239,7 @@ def points(
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy, n_train, value, place, rpg, low, high: for a figure
     "What was known beside what came out; `place` is the value in standard deviations within its question, better to the right."
-    known, ends = predictors(tables), gains[["task", "backbone", "strategy", "n_train", "rpg", "low", "high", "n_seeds", "n_cases"]]
+    known, ends = predictors(tables), of_learned(gains)[["task", "backbone", "strategy", "n_train", "rpg", "low", "high", "n_seeds", "n_cases"]]
     known = known[known.layer.isin(FIRST) & known.value.notna()].assign(n_train=lambda t: t.n_train.astype(ends.n_train.dtype))
     some, any_ = known[known.strategy.notna()], known[known.strategy.isna()].drop(columns="strategy")
     out = pd.concat([any_.merge(ends, on=["task", "backbone", "n_train"]), some.merge(ends, on=["task", "backbone", "strategy", "n_train"])], ignore_index=True).dropna(subset="rpg")

@@ -35,7 +35,7 @@ from ..pretrain.trainer import Keeper
 from ..shift.features import collect, distance, distance_to_pretraining
 from ..shift.transferability import transferability
 from .fit import OVERLAP, fit, middle, predict, smaller, training_batches
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import CONTROL, METRICS
 from .probe import Cached, cached
 from .strategy import apply_strategy, drop_blocks, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
@@ -238,10 +238,10 @@ def weights_files(
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
     return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
 
-def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
+def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, control: pd.DataFrame) -> dict:
     "Metrics of a run beside those of the trivial control."
     return {"metrics": task.summary(cases), "primary": task.primary,
-            "controls": task.summary(task.control(data["train"], data["test"])),
+            "controls": task.summary(control),
             "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
             "n": {k: len(v) for k, v in data.items()}}
 
@@ -284,8 +284,10 @@ def transfer(
     files = weights_files(spec, model, state)
     flops = forward_flops(lambda: predict(model, data["test"].inputs[:1], window=spec.window))
     cost = meter.cost(float(curves.seconds.max()) + encoded, train.waited, epoch_seconds(curves.epoch, curves.seconds), tuning.parameters, flops, {"features": encoded, "scores": looked[0]}, evaluation=watch.seconds)
-    summary = summarise(task, data, cases) | {
+    control = task.control(data["train"], data["test"])
+    summary = summarise(task, data, cases, control) | {
         "d2p": d2p.to_dict("records"), "d2p_moments": later, "scores": scores, "cost": cost,
         "notes": notes, "normalisation": task.scale.keywords, "cohort_hash": cohort.hash(), "excluded": cohort.excluded, "weights_hash": weights_hash, "weights_files": files, "licences": list(dict.fromkeys([cohort.card.licence, *start.licences, *(f["licence"] for f in files)]))}
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after)) for layer, f in table.items()}
+    cases = pd.concat([cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
     return Outcome(summary, curves, cases, features, {k: v.cpu().numpy() for k, v in model.state_dict().items()})
