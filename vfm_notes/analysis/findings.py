@@ -15,6 +15,7 @@ from .association import cell_points
 from .convergence import convergence_table, mean_interval
 from .crossed import crossed, crossed_words
 from .gain import gain_table, of_learned, unlearned_words
+from .interval import smallest_shift
 from .prediction import prediction_finding, prediction_table
 from .tables import CELL, Tables, load_tables
 from ..foundation.options import weightless
@@ -58,7 +59,9 @@ def gain_findings(
     rest = n - up - down
     clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
     counts = f"Of {how_many([n], 'cell', 'cells')}, {clear}; {rest} {'is' if rest == 1 else 'are'} undecided."
-    return [counts + none + missing + f" {out}" * bool(out), *said]
+    open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
+    could = f" There, gains from {told(open_.min(), 'gain', unit=True)} (cell with the narrowest interval) to {told(open_.max(), 'gain', unit=True)} on would have been seen in 80 of 100 such studies." if len(open_) else ""
+    return [counts + could + none + missing + f" {out}" * bool(out), *said]
 
 # %% ../../nbs/85_findings.ipynb #a6feb959
 def of_pretrained(
@@ -114,6 +117,8 @@ def convergence_finding(
     late, runs, budget = int(t.censored.sum()), int(t.n_seeds.sum()), rounded(t.budget.max(), 0)
     never = f"; {late} of {runs} tuned runs did not get there within {budget} epochs and count as if they just had" if late else ""
     sure = "" if low > 0 or high < 0 else "; neither sooner nor later is shown" + ", because the interval includes 0" * bool(low <= 0 <= high)
+    least = smallest_shift(float(t.sooner.std()), len(t)) if sure else np.nan
+    if np.isfinite(least): sure += f"; {rounded(least, 1)} epochs would have been seen in 80 of 100 such studies"
     between = f"95 % interval {told_span(low, high, 'sooner', of)}; " if np.isfinite(low) else ""
     return (f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {sooner_words(mean, of)} on average "
             f"({between}{how_many([len(t)], 'cell', 'cells')}, {runs} runs, {budget} epochs each): sooner in {int((t.sooner > 0).sum())} cells, "
