@@ -36,7 +36,7 @@ class Squares:
 def mean_squares(
     value: np.ndarray,  # (seeds, cases), without NaN
 ) -> Squares:
-    "Two-way analysis of variance."
+    "Compute the two-way analysis of variance."
     s, c = value.shape
     rows, columns = value.mean(1, keepdims=True), value.mean(0, keepdims=True)
     case = s * float(columns.var(ddof=1)) if c > 1 else np.nan
@@ -49,7 +49,7 @@ def half_width(
     squares: Squares,
     level: float = 0.95,  # share of intervals that hold the truth
 ) -> float:  # NaN where there is one case only
-    "Half the width of the interval of the mean."
+    "Compute half the width of the interval of the mean."
     parts = [(squares.seed, squares.seeds - 1)] if squares.seeds > 1 else []
     parts.append((max(0.0, squares.case - squares.rest), squares.cases - 1))
     if squares.cases < 2: return float("nan")
@@ -59,7 +59,7 @@ def p_value(
     mean: float,
     squares: Squares,
 ) -> float:  # two-sided; NaN where there is no interval
-    "The level at which the interval of a mean reaches zero."
+    "Compute the level at which the interval of a mean reaches zero."
     if not np.isfinite(mean) or not np.isfinite(half_width(squares)): return float("nan")
     if half_width(squares) <= 1e-12 * abs(mean): return 0.0 if mean else 1.0
     over = lambda logarithm: half_width(squares, 1 - np.exp(logarithm)) - abs(mean)
@@ -72,7 +72,7 @@ def pseudo_values(
     patients: np.ndarray,  # (cases,) number of the patient
     counts: np.ndarray | None = None,  # (cases,) bool: where the metric is known; default: everywhere
 ) -> tuple[np.ndarray, np.ndarray]:  # (seeds,) scores; (seeds, patients) pseudo-values, NaN where the metric is undefined
-    "What each patient carries of a score."
+    "Compute what each patient carries of a score."
     who = np.unique(patients if counts is None else patients[counts])
     every = score(np.concatenate([np.ones((1, len(patients))), (who[:, None] != patients).astype(float)]))
     return every[:, 0], len(who) * every[:, :1] - (len(who) - 1) * every[:, 1:]
@@ -85,7 +85,7 @@ def smallest_effect(
     squares: Squares,  # as expected
     power: float = POWER,
 ) -> float:  # NaN where there is no interval
-    "The smallest mean whose interval leaves out zero in that share of studies."
+    "Compute the smallest mean whose interval leaves out zero in that share of studies."
     s, c, rng = squares.seeds, squares.cases, np.random.default_rng(SEED)
     if c < 2 or not np.isfinite(squares.case): return float("nan")
     drawn = lambda mean, free: mean * rng.chisquare(free, STUDIES) / free
@@ -102,7 +102,7 @@ def smallest_shift(
     n: int,  # values
     power: float = POWER,
 ) -> float:  # NaN where there are fewer than two values
-    "The smallest mean that a t-test against zero sees in that share of studies."
+    "Compute the smallest mean that a t-test against zero sees in that share of studies."
     return smallest_effect(Squares(np.nan, sd**2, 0.0, 1, n), power) if n > 1 and sd > 0 else float("nan")
 
 
@@ -119,12 +119,12 @@ class Interval:
 
     @property
     def smallest(self) -> float:  # NaN where there is no interval
-        "The effect that such a study sees with power .8."
+        "Return the effect that such a study sees with power .8."
         return smallest_effect(self.squares) if self.squares else np.nan
 
     @property
     def case_error(self) -> float:  # NaN where there is no interval
-        "The standard error that cases alone give, these trainings being as they are."
+        "Return the standard error that cases alone give, these trainings being as they are."
         return float(np.sqrt(self.squares.case / self.squares.seeds / self.squares.cases)) if self.squares else np.nan
 
 def interval_of(
@@ -132,7 +132,7 @@ def interval_of(
     carried: np.ndarray,  # (seeds, patients) what each carries of it; their mean need not be the estimate
     bounds: tuple[float, float] = (-np.inf, np.inf),  # what it can be at all
 ) -> Interval:
-    "An estimate with interval, p-value and the smallest effect that could have been seen."
+    "Return an estimate with interval, p-value and the smallest effect that could have been seen."
     lost = float(np.isnan(carried).any(0).mean()) if carried.size else 0.0
     if lost or not np.isfinite(value) or carried.shape[1] < 2: return Interval(value, np.nan, np.nan, np.nan, None, lost)
     squares = mean_squares(carried)

@@ -35,7 +35,7 @@ class Variances:
     cells: int = 0  # of a finished study; 0: tried beforehand
 
     def squares(self, seeds: int, cases: int) -> Squares:
-        "The mean squares to be expected."
+        "Return the mean squares to be expected."
         rest = self.rest**2
         return Squares(rest + cases * self.seed**2, rest + seeds * self.case**2, rest, seeds, cases)
 
@@ -72,13 +72,13 @@ def smallest_rho(
     tasks: int,
     backbones: int,
 ) -> float:  # NaN where there are too few to see any
-    "The smallest rank correlation of distance and gain that is seen with power .8."
+    "Compute the smallest rank correlation of distance and gain that is seen with power .8."
     n = (tasks - 1) * (backbones - 1) + 1
     return float(np.tanh(BOTH * np.sqrt(1.06 / (n - 3)))) if min(tasks, backbones) > 2 and n > 4 else float("nan")
 
 # %% ../../nbs/88_power.ipynb #4a02ffd6
 def unit_of(metric: str) -> tuple[str, float]:  # e.g. ("Dice points", 0.01) or ("dB", 1)
-    "In what gains of a metric are counted: hundredths of what ends at 1."
+    "Return in what gains of a metric are counted: hundredths of what ends at 1."
     card = metric_card(metric)
     return (f"{card.title} points", 0.01) if card.high == 1 else (card.unit or card.title, 1.0)
 
@@ -86,13 +86,13 @@ def fewest(
     seen: list[tuple[int, float]],  # number → smallest effect, in the order of numbers
     wanted: float,
 ) -> int | None:
-    "The first number with which the effect wanted is seen."
+    "Return the first number with which the effect wanted is seen."
     return next((n for n, smallest in seen if smallest <= wanted), None)
 
 SEEDS, CASES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50), (10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
 
 def gains_seen(v: Variances, seeds: int, cases: int) -> pd.DataFrame:  # more, n, smallest (in units of unit_of)
-    "The smallest gain along both ways of taking more."
+    "Compute the smallest gain along both ways of taking more."
     _, unit = unit_of(v.metric)
     rows = [("seeds", s, smallest_effect(v.squares(s, cases)) / unit) for s in sorted({*SEEDS, max(2, seeds)})]
     rows += [("cases", c, smallest_effect(v.squares(max(2, seeds), c)) / unit) for c in sorted({*CASES, cases})]
@@ -103,11 +103,11 @@ def study_hours(
     study: StudySpec,
     known: Speeds,  # from runs.estimate.speeds
 ) -> float:
-    "How long all runs of a study take, one after the other."
+    "Compute how long all runs of a study take, one after the other."
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
 def variances_of(task: str, options: Mapping, own: Mapping[str, Variances], metric: str) -> tuple[Variances | None, str]:
-    "The variances of a task, and where they are from."
+    "Return the variances of a task, and where they are from."
     if task in own: return own[task], "this study"
     return TRIED.get(metric), "tried on the phantom" if metric in TRIED else f"no variances of {metric or 'its metric'} are known"
 
@@ -127,7 +127,7 @@ class Plan:
     curves: pd.DataFrame  # task, unit, more, n, smallest
 
     def plain(self) -> dict:  # of numbers, texts and None
-        "The plan as JSON takes it."
+        "Return the plan as JSON takes it."
         bare = lambda v: {k: bare(w) for k, w in v.items()} if isinstance(v, dict) else [bare(w) for w in v] if isinstance(v, list) else None if v != v else v
         return bare({k: getattr(self, k) for k in self.__dataclass_fields__} | {"curves": self.curves.to_dict("records")})
 
@@ -140,7 +140,7 @@ def plan(
     gains: Mapping[str, float] | None = None,  # task, metric, or "" for all → the gain wanted, in the unit of unit_of
     rho: float = 0.57,  # the correlation wanted
 ) -> Plan:
-    "Say what a study can see."
+    "Compute what a study can see."
     gains, known, seeds, cases = gains or {}, known or {}, len(study.seeds), study.cases["test"]
     again = lambda **more: study_hours(replace(study, **more), known)
     rows, curves, hours = [], [], {seeds: study_hours(study, known)}
@@ -169,7 +169,7 @@ def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: 
 
 # %% ../../nbs/88_power.ipynb #6e0a3467
 def plan_lines(made: Plan) -> list[str]:  # within 100 columns
-    "A plan for the terminal."
+    "Return a plan for the terminal."
     number = lambda v, places=1: "-" if v is None or v != v else f"{v:.{places}f}"
     time = lambda h: "" if h is None or h != h else f" ({h:.1f} h)" if h >= 0.1 else f" ({60 * h:.0f} min)"
     said = [f"Study {made.study}: {made.backbones} backbones, {made.tasks} tasks, {made.seeds} seeds, {made.cases} test cases; runs one by one:{time(made.hours)}."]
