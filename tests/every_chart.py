@@ -16,7 +16,7 @@ PARTS = {"titled", "curve_panel"}  # of other charts
 
 def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
     "Name of the function → its chart."
-    gains, done, moved = gain_table(tables, draws=100), tables.done(), tables.curves[tables.curves.name == "d2p_embed"]
+    gains, done, moved = gain_table(tables), tables.done(), tables.curves[tables.curves.name == "d2p_embed"]
     cells, metrics = cell_points(tables, gains), done.drop_duplicates("task").set_index("task").metric.to_dict()
     first = convergence_table(tables).query("rule == 'rise'")
     first = first.assign(value=first.epochs, low=first.epochs_low, high=first.epochs_high)

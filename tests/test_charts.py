@@ -61,7 +61,7 @@ def test_six_strategies_are_told_apart():
 
 
 def test_matrix_puts_many_strategies_below_each_other(tables):
-    gains = gain_table(tables, draws=100)
+    gains = gain_table(tables)
     cells = figures.gain_cells(gains)
     assert cells["column"].nunique() == 2 and cells.groupby(["row", "column"]).size().eq(1).all() and cells["row"].nunique() == 2 * 5
     svg = drawn(figures.gain_matrix(gains))
@@ -109,7 +109,7 @@ def test_charts_hold_what_the_tables_hold(tables):
     assert row.loc["at the end"].value == pytest.approx(own.mean()) and row.loc["after 5 % of training"].value == pytest.approx(0.2 * own.mean()) and row.loc["random weights"].value == pytest.approx(2 * own.mean())
     old = evidence.distances_at(tables.d2p, tables.moments[:0])
     assert set(old.when) == {"at the end"} and evidence.distances_at(tables.d2p[:0], tables.moments[:0]).empty
-    data = pd.DataFrame(evidence.score_panels(prediction_points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
+    data = pd.DataFrame(evidence.score_panels(prediction_points(tables, gain_table(tables)), "t", "s").to_dict()["datasets"].popitem()[1])
     assert np.allclose(data.groupby(["panel", "question"]).more.sum(), 0, atol=0.05) and set(data.panel) == {"LogME", "nearest neighbours", "GBC", "early distance"}
 
 

@@ -201,7 +201,7 @@ def test_words_say_what_the_cells_share():
 
 
 def test_table_of_distances_and_outcomes():
-    rows = points().assign(seed=0, id=lambda t: t.task + t.backbone)
+    rows = points().assign(seed=0, learned=True, id=lambda t: t.task + t.backbone)
     runs = rows.assign(kind="transfer", status="done", metric="dice", direction=1, seconds_training=np.arange(10.0))
     moved = rows.assign(layer="embed", mmd2=rows.d2p)
     tables = Tables("s", runs, runs, pd.DataFrame(), pd.DataFrame(columns=[*CELL, "id", "seed", "epoch", "seconds", "name", "value"]), moved, moved.assign(when="early", mmd2=-rows.d2p))

@@ -29,9 +29,9 @@ NAMES = ("cka_linear", "energy", "mean_shift")
 
 # --- the study file
 
-def test_off_by_default_and_in_no_name():
+def test_off_by_default_and_part_of_the_name():
     assert RunSpec().divergences == () and run_id(RunSpec()) == run_id(replace(RunSpec(), divergences=()))
-    assert run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-86169ad3" != run_id(replace(RunSpec(), divergences=("energy",)))
+    assert run_id(RunSpec()) != run_id(replace(RunSpec(), divergences=("energy",)))
 
 
 def test_a_study_hands_them_to_its_runs():

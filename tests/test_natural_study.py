@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import norm, t as student
 from sklearn.metrics import roc_auc_score
 
-from vfm_notes.analysis.contrasts import cell_scores, contrast_table, contrast_words, drawn
-from vfm_notes.analysis.gain import Pair, Ranking, exchange_test
+from vfm_notes.analysis.contrasts import cell_scores, contrast_table, contrast_words
+from vfm_notes.analysis.gain import Pair, Ranking, difference_interval, exchange_test, score_interval
 from vfm_notes.analysis.tables import load_tables
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.backbones.weights import converted_file, weights
@@ -165,8 +165,8 @@ def test_every_cell_trains_on_made_up_pictures(small, name):
         write_record(run_folder("tiny", run_id(spec)), new_record(spec, "tiny", **out.summary), out.curves, out.cases, out.features, out.weights)
     if name != TINY[0]: return
     tables = load_tables("tiny")
-    found = contrast_table(tables, {"tuned or frozen": ({"strategy": "full"}, {"strategy": "decoder"}), "head": ({"task": "deit_head"}, {"task": "linear_head"})}, 50)
-    assert len(found) == 2 + 4 and found.difference.notna().all() and len(cell_scores(tables, 50)) == 8
+    found = contrast_table(tables, {"tuned or frozen": ({"strategy": "full"}, {"strategy": "decoder"}), "head": ({"task": "deit_head"}, {"task": "linear_head"})})
+    assert len(found) == 2 + 4 and found.difference.notna().all() and len(cell_scores(tables)) == 8
 
 
 def test_a_random_encoder_differs_from_seed_to_seed(small):
@@ -224,21 +224,20 @@ def two_cells():
 def test_difference_and_interval_agree_with_delong(two_cells):
     label, one, two = two_cells
     pair = Pair(Ranking(one[:1], label), Ranking(two[:1], label), [0], np.arange(240))
-    a, b = drawn(pair, 4000)
+    found = difference_interval(pair, "auc")
     wanted, error = delong(label, one[0], two[0])
-    assert abs(a[0] - roc_auc_score(label, one[0])) < 1e-12 and abs((a - b)[0] - wanted) < 1e-12
-    low, high = np.percentile((a - b)[1:], [2.5, 97.5])
-    assert abs((high - low) / (2 * 1.96 * error) - 1) < 0.1
+    assert abs(score_interval(pair, "auc").value - roc_auc_score(label, one[0])) < 1e-12 and abs(found.value - wanted) < 1e-12
+    assert abs((found.high - found.low) / (2 * student.ppf(0.975, 239) * error) - 1) < 0.02
     p = 2 * norm.sf(abs(wanted) / error)
-    assert abs(np.log10(max(exchange_test(pair, 4000), 1e-3)) - np.log10(max(p, 1e-3))) < 0.5, p
+    assert abs(np.log10(max(exchange_test(pair, 4000), 1e-3)) - np.log10(max(p, 1e-3))) < 0.5 and abs(np.log10(found.p) - np.log10(p)) < 0.2, p
 
 
 def test_seeds_widen_the_interval(two_cells):
     label, one, two = two_cells
-    width = lambda rows: np.ptp(np.percentile(drawn(Pair(Ranking(one[rows], label), Ranking(two[rows], label), list(range(len(rows))), np.arange(240)), 2000)[0][1:], [2.5, 97.5]))
-    spread = np.stack([one[0], one[1] - 2.0 * label, one[2]])
-    wide = np.ptp(np.percentile(drawn(Pair(Ranking(spread, label), Ranking(two, label), [0, 1, 2], np.arange(240)), 2000)[0][1:], [2.5, 97.5]))
-    assert wide > 1.5 * width([0, 1, 2])
+    def width(scores):
+        found = score_interval(Pair(Ranking(scores, label), Ranking(two, label), [0, 1, 2], np.arange(240)), "auc")
+        return found.high - found.low
+    assert width(np.stack([one[0], one[1] - 2.0 * label, one[2]])) > 1.5 * width(one)
 
 
 def test_words_count_what_the_table_has():

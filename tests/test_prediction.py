@@ -143,7 +143,7 @@ def test_a_study_where_the_score_knows(runs_root):
         for b, v in brought.items(): assert v[0] == pytest.approx(gains.loc[(key[0], b)].rpg) and abs(np.percentile(v[1:], 97.5) - gains.loc[(key[0], b)].high) < 1
     by = answers(tables, draws=50)
     assert len(by) == 3 * (2 * 2 + 1) and (by.picked == "c.x").all() and (by.best == "c.x").all()
-    shown = prediction_points(tables, gain_table(tables, draws=50))
+    shown = prediction_points(tables, gain_table(tables))
     assert len(shown) == 3 * 3 * 3 and shown.groupby(["predictor", "task"]).place.mean().abs().max() < 1e-9 and (shown[shown.backbone == "c.x"].place > 0.9).all()
     assert any(f.startswith("Known before fine-tuning") for f in findings(tables))
     with pytest.raises(VfmError, match="Did you mean 'score'"): prediction_table(tables, outcome="scor")

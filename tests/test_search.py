@@ -123,7 +123,7 @@ def test_gains_compare_chosen_with_chosen():
     study = StudySpec(**STUDY)
     known = fill(study, np.random.default_rng(4))
     best = brute(known, study)
-    for row in gain_table(load_tables("s"), draws=50).itertuples():
+    for row in gain_table(load_tables("s")).itertuples():
         mean = lambda strategy: np.mean([t + 0.025 for s, _, t in known if (s.task, s.backbone, s.strategy, s.lr) == (row.task, row.backbone, strategy, best[row.task, row.backbone, strategy])])
         m, ref = mean("full"), mean("scratch")
         assert row.rpg == pytest.approx(100 * row.direction * (m - ref) / abs(ref))

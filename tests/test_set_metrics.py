@@ -9,7 +9,7 @@ from sklearn.metrics import recall_score
 from test_tasks import SPEC
 
 from vfm_notes.analysis import set_metrics
-from vfm_notes.analysis.gain import Pair, _scores, bootstrap, exchange_test, pair_cases
+from vfm_notes.analysis.gain import Pair, _scores, exchange_test, gain_interval, pair_cases
 from vfm_notes.analysis.set_metrics import SET_METRICS, columns_of, exchanged, set_metric, weighted_auc
 from vfm_notes.foundation.registry import tasks
 from vfm_notes.tune import catalog  # fills the registries
@@ -83,8 +83,8 @@ def test_a_registered_metric_has_gain_interval_and_test(metric):
     table = lambda side: pd.DataFrame({"id": [f"{side}0", f"{side}1"], "seed": [0, 1], "positive": np.nan})
     pair = pair_cases(cases, table("t"), table("r"), metric, -1 if metric == "rmse" else 1)
     assert isinstance(pair, Pair) and pair.n_cases == 40
-    found = bootstrap(pair, 300)
-    assert found["low"] < found["rpg"] < found["high"] and found["rpg"] > 0 and found["undefined"] < 0.05
+    found = gain_interval(pair, metric)
+    assert found.low < found.value < found.high and found.value > 0 and found.undefined == 0 and found.smallest > 0
     assert exchange_test(pair, 300) < 0.05 and exchange_test(Pair(pair.tuned, pair.tuned, pair.seeds, pair.patients), 300) == 1
 
 

@@ -110,7 +110,7 @@ def test_scratch_of_random_weights_is_the_reference_of_pretrained_ones(tiny):
     from vfm_notes.analysis.convergence import convergence_table
     from vfm_notes.analysis.gain import gain_table
     _, _, tables = tiny
-    gains = gain_table(tables, draws=50)
+    gains = gain_table(tables)
     own = tables.done().set_index(["backbone", "strategy", "seed"]).value
     row = gains[(gains.backbone == "unet_toy.reconstruction") & (gains.strategy == "full")].iloc[0]
     assert row.reason == "" and row.reference == pytest.approx(own["unet_toy.random", "scratch"].mean()) and row.tuned == pytest.approx(own["unet_toy.reconstruction", "full"].mean())
@@ -134,11 +134,11 @@ def test_pairs_of_the_grid(tiny):
     brought, less = contrasts(runs, "pretraining"), contrasts(runs, "tuning")
     assert len(brought) == 4 and len(less) == 6
     assert brought["unet_toy/reconstruction/full"] == ({"backbone": "unet_toy.reconstruction", "strategy": "full"}, {"backbone": "unet_toy.random", "strategy": "scratch"})
-    table = compared(tables, "pretraining", "auc", draws=50)
+    table = compared(tables, "pretraining", "auc")
     scores = tables.metrics[tables.metrics.metric == "auc"].set_index(["backbone", "strategy", "seed"]).value
     row = table[table.tuning == "full"].iloc[0]
     assert row.metric == "auc" and row.difference == pytest.approx(scores["unet_toy.reconstruction", "full"].mean() - scores["unet_toy.random", "scratch"].mean())
-    assert compared(tables, "tuning", "kappa", draws=50).reason.str.contains("no metric 'kappa'").all()
+    assert compared(tables, "tuning", "kappa").reason.str.contains("no metric 'kappa'").all()
 
 
 def run_page(study_file, root):

@@ -26,7 +26,7 @@ def gains(cells, **more):
     for i, (sign, clear, p) in enumerate(cells):
         value, far = sign * (10.0 + i), 5.0 if clear else 15.0 + i
         rows.append(dict(task=f"task_{i}", backbone="net.made", strategy="full", n_train=8, metric="dice", direction=1, versus="scratch", rpg=value, low=value - far,
-                         high=value + far, p=p / 70, p_holm=p, n_seeds=3, n_cases=40, reason="", note="") | more)
+                         high=value + far, p=p / 70, p_holm=p, n_seeds=3, n_cases=40, smallest=12.5, learned=True, reason="", note="") | more)
     return pd.DataFrame(rows)
 
 
@@ -37,7 +37,7 @@ EVERY = [(s, c, p) for s, c, p in product((1, -1), CERTAIN, (0.014, 0.49))]
 def test_a_gain_in_words(sign, clear, p):
     said = gain_words(gains([(sign, clear, p)]).iloc[0], "Lead")
     assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}10.0 % Dice against scratch")
-    assert f"p = {p:g} over cases, corrected" in said and f"{p / 70:.2g}" not in said
+    assert f"p = {p:g} over seeds and cases, corrected" in said and f"{p / 70:.2g}" not in said
     assert "95 % interval " + {(1, True): "+5.0 to +15.0 %", (1, False): "−5.0 to +25.0 %", (-1, True): "−15.0 to −5.0 %", (-1, False): "−25.0 to +5.0 %"}[sign, clear] in said
 
 
@@ -169,7 +169,7 @@ def test_the_best_score_is_the_same_everywhere_also_in_a_tie():
 @pytest.mark.parametrize(("sign", "clear"), list(product((1, -1), CERTAIN)))
 def test_convergence_in_words(sign, clear):
     sooner = sign * np.array([2.0, 3.0, 4.0]) if clear else sign * np.array([-2.0, 1.0, 4.0])
-    cells = [dict(task=f"task_{i}", backbone="net.made", strategy="full", n_train=8, rule="rise", sooner=v, sooner_low=v - (1 if clear else 5), censored=int(late), n_seeds=2, budget=8.0) for i, (v, late) in enumerate(zip(sooner, (True, False, False)))]
+    cells = [dict(task=f"task_{i}", backbone="net.made", strategy="full", n_train=8, rule="rise", sooner=v, sooner_low=v - (1 if clear else 5), censored=int(late), n_seeds=2, budget=8.0, learned=True) for i, (v, late) in enumerate(zip(sooner, (True, False, False)))]
     said = convergence_finding(pd.DataFrame(cells))
     way = "sooner" if sign > 0 else "later"
     assert f"{'3.0' if clear else '1.0'} epochs {way} on average" in said

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 # %% ../../nbs/83_association.ipynb #fd359851
-from .gain import run_gains
+from .gain import has_learned, of_learned, run_gains
 from .tables import CELL, Tables
 from ..foundation.quantity import DRAWS, EXACT, SEED, told, told_p
 from ..foundation.registry import VfmError, nearest
@@ -163,9 +163,11 @@ def run_points(
     distance: str = "mmd2",  # column of the d2p table
     gained: pd.DataFrame | None = None,  # from run_gains; default: against scratch
 ) -> pd.DataFrame:  # a row per tuned run with a reference: cell, seed, rpg, d2p
-    "Return the gain and distance of every tuned run."
+    "Return the gain and distance of every tuned run of a cell that has learned."
     runs = tables.done().merge(_layer(tables, layer, distance), on="id", how="left")
-    return (run_gains(tables) if gained is None else gained).merge(runs[[*CELL, "seed", "d2p"]], on=[*CELL, "seed"], how="left").assign(layer=layer)
+    gained = run_gains(tables) if gained is None else gained
+    counts = [has_learned(tables, key) for key in gained[CELL].to_dict("records")]
+    return gained[np.array(counts, bool)].merge(runs[[*CELL, "seed", "d2p"]], on=[*CELL, "seed"], how="left").assign(layer=layer)
 
 # %% ../../nbs/83_association.ipynb #b41c2ff8
 def cell_points(
@@ -174,8 +176,8 @@ def cell_points(
     layer: str = "embed",
     distance: str = "mmd2",  # column of the d2p table
 ) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer
-    "Return gain and distance of every cell in one fixed order, so that draws agree; missing ones are NaN."
+    "Return gain and distance of every cell that has learned in one fixed order, so that draws agree; missing ones are NaN."
     runs = tables.done().merge(_layer(tables, layer, distance), on="id")
     moved = runs.groupby(CELL)["d2p"].agg(d2p="mean", d2p_sd="std", d2p_seeds="count").reset_index()
-    kept = gains[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases"]]
+    kept = of_learned(gains)[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases"]]
     return kept.merge(moved.astype({"n_train": kept["n_train"].dtype}), on=CELL, how="left").assign(layer=layer, when="end").sort_values(CELL, ignore_index=True)

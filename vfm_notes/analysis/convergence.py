@@ -14,6 +14,7 @@ from scipy.stats import t as student
 
 # %% ../../nbs/82_convergence.ipynb #9d4b5431
 from .censored import half_time, log_rank, reached_by
+from .gain import has_learned
 from .tables import CELL, RUN, Tables, serving
 from ..foundation.quantity import metric_card, told
 from ..foundation.registry import VfmError
@@ -133,11 +134,11 @@ def convergence_table(
     runs = runs.assign(seconds_budget=[ends[i] for i in runs.id], sooner=runs.epochs_ref - runs.epochs, seconds_sooner=runs.seconds_ref - runs.seconds, area_more=(runs.area - runs.area_ref) * runs.direction)
     rows = []
     for key, g in runs.groupby([*CELL, "rule"], sort=False):
-        row = dict(zip([*CELL, "rule"], key)) | {"metric": g.metric.iloc[0], "versus": reference, "n_seeds": int(g.epochs.notna().sum()), "censored": int(g.censored.sum()), "censored_reference": int(g.censored_ref.eq(True).sum()),
+        row = dict(zip([*CELL, "rule"], key)) | {"metric": g.metric.iloc[0], "versus": reference, "learned": has_learned(tables, dict(zip(CELL, key)), reference), "n_seeds": int(g.epochs.notna().sum()), "censored": int(g.censored.sum()), "censored_reference": int(g.censored_ref.eq(True).sum()),
               "budget": g.budget.max(), "seconds_budget": g.seconds_budget.max()}
         for m, ends in _bounds(g).items(): row |= dict(zip((m, f"{m}_low", f"{m}_high"), mean_interval(g[m].to_numpy(float), *ends)))
         rows.append(row | _open(row) | {"reason": "; ".join(dict.fromkeys(g.reason[g.reason != ""]))})
-    names = [*CELL, "rule", "metric", "versus", "n_seeds", "censored", "censored_reference", "budget", "seconds_budget", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high")), "reason"]
+    names = [*CELL, "rule", "metric", "versus", "learned", "n_seeds", "censored", "censored_reference", "budget", "seconds_budget", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high")), "reason"]
     return pd.DataFrame(rows, columns=names)
 
 # %% ../../nbs/82_convergence.ipynb #45e981ee

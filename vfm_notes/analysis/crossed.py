@@ -19,7 +19,7 @@ import pandas as pd
 from .association import Association, associate, cell_points, correlation, association_words, run_points, visible
 from .convergence import convergence_table
 from .mixed import Mixed, mixed_slope
-from .gain import run_gains
+from .gain import of_learned, run_gains
 from .tables import CELL, Tables
 from ..foundation.quantity import DRAWS, SEED, rounded, told, told_p, told_span
 
@@ -205,11 +205,11 @@ def outcomes(
     tables: Tables,
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # the cells with rpg, sooner, seconds
-    "Return what each cell brought, how soon and for how much."
+    "Return what each cell that has learned brought, how soon and for how much."
     sooner = convergence_table(tables)
     sooner = sooner.loc[sooner.rule == "rise", [*CELL, "sooner"]]
     seconds = tables.done().groupby(CELL, dropna=False)["seconds_training"].mean().rename("seconds").reset_index()
-    out = gains[[*CELL, "rpg"]]
+    out = of_learned(gains)[[*CELL, "rpg"]]
     for t in (sooner, seconds): out = out.merge(t.astype({"n_train": out.n_train.dtype}), on=CELL, how="left")
     return out
 

@@ -14,7 +14,8 @@ import pandas as pd
 from .association import cell_points
 from .convergence import convergence_table, mean_interval
 from .crossed import crossed, crossed_words
-from .gain import gain_table
+from .gain import gain_table, of_learned, unlearned_words
+from .interval import smallest_shift
 from .prediction import prediction_finding, prediction_table
 from .tables import CELL, Tables, load_tables
 from ..foundation.options import weightless
@@ -39,14 +40,16 @@ def gain_words(
     of = meaning("rpg", row)
     n = f"{how_many([row.n_seeds], 'seed', 'seeds')}, {how_many([row.n_cases], 'test case', 'test cases')}"
     said = f"{lead}: {cell_words(row, many)}, {told(row.rpg, 'gain', of, unit=True)} {metric_card(row.metric).title} against {row.versus}"
-    return f"{said} (95 % interval {told_span(row.low, row.high, 'gain', of, unit=True)}; {n}; {told_p(row.p_holm, of)} over cases, corrected)."
+    return f"{said} (95 % interval {told_span(row.low, row.high, 'gain', of, unit=True)}; {n}; {told_p(row.p_holm, of)} over seeds and cases, corrected)."
 
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table
 ) -> list[str]:
     "Return how many cells are clear, and the largest clear gain and loss."
-    gains = of_pretrained(gains)
+    every = of_pretrained(gains)
+    gains, out = of_learned(every), unlearned_words(every)
     known = gains[gains.rpg.notna()]
+    if known.empty and out: return [f"Gain: no cell is left to judge. {out}"]
     if known.empty: return [f"Gain: none of the {len(gains)} cells has finished tuned and reference runs to compare, so there is no result yet."]
     many = gains.strategy.nunique() > 1
     up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)
@@ -56,7 +59,9 @@ def gain_findings(
     rest = n - up - down
     clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
     counts = f"Of {how_many([n], 'cell', 'cells')}, {clear}; {rest} {'is' if rest == 1 else 'are'} undecided."
-    return [counts + none + missing, *said]
+    open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
+    could = f" There, gains from {told(open_.min(), 'gain', unit=True)} (cell with the narrowest interval) to {told(open_.max(), 'gain', unit=True)} on would have been seen in 80 of 100 such studies." if len(open_) else ""
+    return [counts + could + none + missing + f" {out}" * bool(out), *said]
 
 # %% ../../nbs/85_findings.ipynb #a6feb959
 def of_pretrained(
@@ -105,15 +110,19 @@ def convergence_finding(
 ) -> str:
     "Return how much sooner tuned runs get there."
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
+    out, t = unlearned_words(t), of_learned(t)
+    if t.empty and out: return f"Convergence: no cell is left to compare. {out}"
     if t.empty: return "Convergence: no tuned run has a reference run whose validation score rose, so there is no result yet."
     mean, low, high, of = *sooner_interval(t), f"sooner, rise, against {reference}"
     late, runs, budget = int(t.censored.sum()), int(t.n_seeds.sum()), rounded(t.budget.max(), 0)
     never = f"; {late} of {runs} tuned runs did not get there within {budget} epochs and count as if they just had" if late else ""
     sure = "" if low > 0 or high < 0 else "; no clear difference" + ", because the interval includes 0" * bool(low <= 0 <= high)
+    least = smallest_shift(float(t.sooner.std()), len(t)) if sure else np.nan
+    if np.isfinite(least): sure += f"; {rounded(least, 1)} epochs would have been seen in 80 of 100 such studies"
     between = f"95 % interval {told_span(low, high, 'sooner', of)}; " if np.isfinite(low) else ""
     return (f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {sooner_words(mean, of)} on average "
             f"({between}{how_many([len(t)], 'cell', 'cells')}, {runs} runs, {budget} epochs each): sooner in {int((t.sooner > 0).sum())} cells, "
-            f"later in {int((t.sooner < 0).sum())}{soonest_words(t)}{never}{sure}.")
+            f"later in {int((t.sooner < 0).sum())}{soonest_words(t)}{never}{sure}." + f" {out}" * bool(out))
 
 # %% ../../nbs/85_findings.ipynb #391273f2
 def findings(

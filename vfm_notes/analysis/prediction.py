@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'TITLES', 'QUESTION', 'OUTCOMES', 'ROW', 'NUMBER_COLUMNS', 'REGRETS', 'regret', 'random_regret',
-           'right_pairs', 'task_rights', 'rights_test', 'predictors', 'ended', 'outcome_draws', 'Question',
-           'judge_predictor', 'answer', 'pooled', 'prediction_table', 'answers', 'prediction_points', 'picked_of',
-           'best_predictors', 'score_title', 'prediction_words', 'prediction_verdict', 'judged', 'beats_chance',
-           'prediction_finding']
+           'right_pairs', 'task_rights', 'rights_test', 'predictors', 'ended', 'case_weights', 'over_seeds',
+           'outcome_draws', 'Question', 'judge_predictor', 'answer', 'pooled', 'prediction_table', 'answers',
+           'prediction_points', 'picked_of', 'best_predictors', 'score_title', 'prediction_words', 'prediction_verdict',
+           'judged', 'beats_chance', 'prediction_finding']
 
 # %% ../../nbs/84_prediction.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from scipy.stats import weightedtau
 
 # %% ../../nbs/84_prediction.ipynb #1a2a5d90
 from .association import FEWEST_CELLS, associate
-from .gain import Pair, case_weights, holm, pair_cases, over_seeds, study_cells
+from .gain import Pair, has_learned, holm, pair_cases, of_learned, rpg, study_cells
 from .tables import Tables
 from ..foundation.quantity import DRAWS, EXACT, SEED, how_many, leaders, told, told_p, told_span
 from ..foundation.registry import VfmError, nearest
@@ -98,16 +98,33 @@ def ended(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict[tuple, np.ndarray]:  # (task, strategy, n_train) → backbone → (1 + draws,) outcome, the estimate first
-    "Return what each tuned cell brought."
+    "Return what each tuned cell that has learned brought."
     if outcome not in OUTCOMES: raise VfmError(f"Unknown outcome '{outcome}'.{nearest(outcome, OUTCOMES)} Known: {', '.join(OUTCOMES)}.")
     runs, cases, found = tables.done(), dict(list(tables.cases.groupby("id"))), {}
     for i, cell in enumerate(study_cells(tables, reference=reference)):
+        if not has_learned(tables, cell.key, reference): continue
         own = runs[(runs[list(cell.key)] == pd.Series(cell.key)).all(axis=1)]
         pair = cell.pair if outcome == "gain" else pair_cases(cases, own, own, cell.metric, cell.direction) if len(own) else "no finished run"
         if isinstance(pair, str): continue
         values = outcome_draws(pair, outcome, draws, seed, i)
         if np.isfinite(values[0]): found.setdefault(tuple(cell.key[k] for k in QUESTION), {})[cell.key["backbone"]] = values
     return found
+
+# %% ../../nbs/84_prediction.ipynb #81804514
+def case_weights(
+    patients: np.ndarray,  # (cases,) number of the patient, from 0
+    draws: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # (draws, cases): how often each case was drawn with its patient
+    "Draw patients with replacement."
+    n = int(patients.max()) + 1
+    return rng.multinomial(n, np.full(n, 1 / n), size=draws)[:, patients].astype(float)
+
+def over_seeds(pair: Pair, w: np.ndarray, ws: np.ndarray) -> np.ndarray:
+    "Return RPG (draws,) of the means over seeds, weighted by ws (draws, seeds)."
+    t, r = ((ws * s.weighted(w).T).sum(1) / ws.sum(1) for s in (pair.tuned, pair.reference))
+    return rpg(t, r, pair.direction)
+
 
 # %% ../../nbs/84_prediction.ipynb #90c66276
 def outcome_draws(pair: Pair, outcome: str, draws: int, seed: int, cell: int) -> np.ndarray:
@@ -222,7 +239,7 @@ def prediction_points(
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy, n_train, value, place, rpg, low, high: for a figure
     "Return what was known beside what came out; `place` is the standardised value within its question."
-    known, ends = predictors(tables), gains[["task", "backbone", "strategy", "n_train", "rpg", "low", "high", "n_seeds", "n_cases"]]
+    known, ends = predictors(tables), of_learned(gains)[["task", "backbone", "strategy", "n_train", "rpg", "low", "high", "n_seeds", "n_cases"]]
     known = known[known.layer.isin(FIRST) & known.value.notna()].assign(n_train=lambda t: t.n_train.astype(ends.n_train.dtype))
     some, any_ = known[known.strategy.notna()], known[known.strategy.isna()].drop(columns="strategy")
     out = pd.concat([any_.merge(ends, on=["task", "backbone", "n_train"]), some.merge(ends, on=["task", "backbone", "strategy", "n_train"])], ignore_index=True).dropna(subset="rpg")

@@ -20,6 +20,7 @@ import pandas as pd
 # %% ../../nbs/80_tables.ipynb #03b2baca
 from ..foundation.disk import damage
 from ..foundation.options import DRAWN, RANDOM
+from ..foundation.quantity import CONTROL
 from ..foundation.registry import VfmError
 from ..foundation.spec import SEARCHABLE
 from ..foundation.places import run_folder
@@ -233,6 +234,8 @@ class Tables:
     moments: pd.DataFrame = field(default_factory=lambda: moments_table([]))
     scores: pd.DataFrame = field(default_factory=lambda: scores_table([]))
     search: pd.DataFrame = field(default_factory=pd.DataFrame)  # from candidates
+    controls: pd.DataFrame = field(default_factory=lambda: cases_table("", []))  # the trivial control on every test case
+    memory: dict = field(default_factory=dict, init=False, repr=False)  # what was computed of these tables and is asked for often
 
     def done(self, kind: str = "transfer") -> pd.DataFrame:
         "Return the finished runs of a kind; of a search the chosen ones."
@@ -253,8 +256,10 @@ def load_tables(
     count = set(runs.id[runs.chosen])
     records = [r for r in records if r["id"] in count]
     curves, cases = (t[t.id.isin(count)].reset_index(drop=True) for t in (curves, cases))
-    return Tables(study, runs, metrics_table(records), cases, curves, d2p_table(records), moments_table(records),
-                  scores_table(records), tried)
+    trivial = cases.metric.astype(str).str.startswith(CONTROL)
+    controls = cases[trivial].assign(metric=lambda t: t.metric.str.removeprefix(CONTROL)).reset_index(drop=True)
+    return Tables(study, runs, metrics_table(records), cases[~trivial].reset_index(drop=True), curves, d2p_table(records), moments_table(records),
+                  scores_table(records), tried, controls)
 
 # %% ../../nbs/80_tables.ipynb #0c74d6b2
 def serving(

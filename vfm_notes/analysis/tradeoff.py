@@ -53,11 +53,10 @@ def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy
 
 def tradeoff_table(
     tables: Tables,
-    draws: int = DRAWS,
 ) -> pd.DataFrame:  # GRID, what, direction, unit, value, low, high, n
     "Return the mean and interval of everything in every cell of the grid, the missing ones included."
     rows = long_runs(tables)
-    scores = {m: cell_scores(tables, draws, metric=m).set_index(["backbone", "strategy", *GRID[:2]]) for m in dict.fromkeys(tables.metrics.metric)}
+    scores = {m: cell_scores(tables, metric=m).set_index(["backbone", "strategy", *GRID[:2]]) for m in dict.fromkeys(tables.metrics.metric)}
     def ends(what: str, g: pd.DataFrame) -> tuple:
         "A score has the interval that all pages show; a cost is never below 0."
         if what not in scores: return mean_interval(g["value"], 0)
@@ -129,11 +128,10 @@ def compared(
     tables: Tables,
     axis: str,  # pretraining or tuning
     metric: str = "primary",  # that of the first task, and of all tasks that share it
-    draws: int = DRAWS,
 ) -> pd.DataFrame:  # rows of contrast_table with network, pretraining, tuning
     "Return what one axis of the grid changes."
     runs = grid_runs(tables)
-    table = contrast_table(tables, contrasts(runs, axis), draws, metric=metric)
+    table = contrast_table(tables, contrasts(runs, axis), metric=metric)
     if metric == "primary" and runs.metric.nunique() > 1:  # differences of two metrics have no mean
         table = table[table.task.isin(runs.task[runs.metric == runs.metric.iloc[0]])].reset_index(drop=True)
         table = table.assign(p_holm=holm(table.p.to_numpy(float)))

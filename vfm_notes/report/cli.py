@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'weights_app', 'Study', 'TABLE_COLUMNS', 'Accept', 'show_version', 'options', 'main', 'run', 'print_summary',
-           'failures', 'show_plan', 'job_line', 'status_lines', 'status', 'write_metrics', 'is_table', 'table', 'site',
-           'weights_list', 'weights_fetch', 'weights_check', 'weights_export', 'init', 'doctor']
+           'failures', 'show_plan', 'job_line', 'status_lines', 'status', 'wanted_gains', 'primary_metrics',
+           'plan_study', 'write_metrics', 'is_table', 'table', 'site', 'weights_list', 'weights_fetch', 'weights_check',
+           'weights_export', 'init', 'doctor']
 
 # %% ../../nbs/99_cli.ipynb #734378de
 import gc
@@ -207,6 +208,46 @@ def status(
     except KeyboardInterrupt: pass
     if not live: print(*lines, sep="\n")
     raise typer.Exit(code)
+
+# %% ../../nbs/99_cli.ipynb #d8d92ecf
+def wanted_gains(words: list[str]) -> dict[str, float]:  # task or metric → gain; "" for all
+    "Read what --gain says."
+    found = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        try: found[name] = float(value)
+        except ValueError: raise VfmError(f"--gain {word}: expected a number, or NAME=NUMBER with the name of a task or metric.") from None
+    return found
+
+def primary_metrics(spec) -> dict[str, str]:  # spec: of the study; task → metric
+    "Return the metric that each task's gains are computed on."
+    from vfm_notes.tune.task import task_kind, tasks
+    return {name: getattr(tasks[task_kind(name, options)], "primary", "") for name, options in spec.tasks.items()}
+
+
+# %% ../../nbs/99_cli.ipynb #e16065f4
+@app.command("plan")
+def plan_study(
+    study: Study,
+    gain: Annotated[list[str] | None, typer.Option(help="The gain to be seen: 2, or for a task or metric, e.g. dice=2 (points), psnr=0.3 (dB).")] = None,
+    rho: Annotated[float, typer.Option(min=0.01, max=0.99, help="The rank correlation of distance and gain to be seen.")] = 0.57,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    "Show the smallest effects that a study can see, and what it takes to see smaller ones."
+    import json
+
+    import vfm_notes.tune.catalog  # noqa: F401
+    from vfm_notes.analysis.power import plan, plan_lines, study_variances
+    from vfm_notes.analysis.tables import load_tables
+    from vfm_notes.foundation.spec import load_study
+    from vfm_notes.runs.estimate import speeds
+    from vfm_notes.runs.grid import study_records
+    spec = load_study(study)
+    records = study_records(spec)
+    own = study_variances(load_tables(spec)) if any(r["status"] == "done" for r in records) else {}
+    made = plan(spec, primary_metrics(spec), own, speeds(records), wanted_gains(gain or []), rho)
+    print(json.dumps(made.plain(), ensure_ascii=False, indent=1) if as_json else "\n".join(plan_lines(made)))
+
 
 # %% ../../nbs/99_cli.ipynb #1cdd3527
 def write_metrics(runs):  # runs: from analysis.tables.runs_table; the same with numbers as all pages write them

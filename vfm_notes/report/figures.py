@@ -17,6 +17,8 @@ import pandas as pd
 
 # %% ../../nbs/90_figures.ipynb #fdca7e22
 from ..analysis.findings import of_pretrained
+from ..analysis.gain import of_learned
+from ..foundation.chart import use_charts
 from ..foundation.quantity import how_many, meaning, metric_card, rounded, told, told_p
 from ..foundation.show import PALETTE, colours
 
@@ -146,8 +148,9 @@ def gain_cells(
     ends = [[told(v, "gain", f"{o}, {end}") for end, v in (("low", a), ("high", b))] for a, b, o in zip(out.low, out.high, of)]
     out["interval"] = [f"[{', '.join(e)}]" if np.isfinite(a) else "" for e, a in zip(ends, out.low)]
     out["p_words"] = [told(v, "p", o) for v, o in zip(out.p_holm, of)]
-    out["clear"] = [bool(a > 0 or b < 0) for a, b in zip(out.low, out.high)]
-    out["sign"] = np.select([out.rpg > 0, out.rpg < 0], ["gain", "loss"], "none")
+    out["clear"] = [bool(ok and (a > 0 or b < 0)) for a, b, ok in zip(out.low, out.high, out.learned)]
+    out["sign"] = np.select([out.learned & (out.rpg > 0), out.learned & (out.rpg < 0)], ["gain", "loss"], "none")
+    out["interval"] = np.where(out.learned, out.interval, "not learned")
     out["size"] = out.rpg.abs().fillna(0)
     return out
 
@@ -156,9 +159,9 @@ def gain_finding(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> str:  # a sentence
     "State how many cells gain, and for how many the interval leaves out zero."
-    known = of_pretrained(gains)
+    known = of_learned(of_pretrained(gains))
     known = known[known.rpg.notna()]
-    if known.empty: return "No cell has a gain yet"
+    if known.empty: return "No cell has a gain yet" if gains.learned.all() else "No cell beats the trivial control"
     clear = int((known.low > 0).sum())
     worse = int((known.high < 0).sum())
     tail = f"; {worse} clearly lose" if worse > 1 else "; one clearly loses" if worse else ""
@@ -169,8 +172,9 @@ def gain_caption(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> str:  # for a subtitle
     "State n and interval of gains."
-    known = gains[gains.rpg.notna()]
-    if known.empty: return "no finished pair of runs"
+    known = of_learned(gains)
+    known = known[known.rpg.notna()]
+    if known.empty: return "no finished pair of runs" if gains.learned.all() else "not learned: neither tuned nor reference runs beat the trivial control"
     n = f"{how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')}"
     return f"gain in % over {known.versus.iloc[0]}, [95 % interval over seeds and cases]; {n} per cell"
 

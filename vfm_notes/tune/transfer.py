@@ -39,7 +39,7 @@ from ..shift.divergences import layer_divergences
 from ..shift.features import collect, distance, distance_to_pretraining
 from ..shift.transferability import transferability
 from .fit import OVERLAP, fit, middle, predict, smaller, training_batches
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import CONTROL, METRICS
 from .probe import Cached, cached
 from .strategy import Tuning, apply_strategy, drop_blocks, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
@@ -386,10 +386,10 @@ def weights_files(
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
     return [{"part": part, **weights_origin(name)} for part, name in parts.items() if name]
 
-def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
+def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, control: pd.DataFrame) -> dict:
     "Compute metrics of a run beside those of the trivial control."
     return {"metrics": task.summary(cases), "primary": task.primary,
-            "controls": task.summary(task.control(data["train"], data["test"])),
+            "controls": task.summary(control),
             "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
             "n": {k: len(v) for k, v in data.items()}}
 
@@ -400,13 +400,15 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> Outcome:
     licences = [run.cohort.card.licence, *run.start.licences, *(f["licence"] for f in files)]
     origin = {"normalisation": run.task.scale.keywords, "cohort_hash": run.cohort.hash(), "excluded": run.cohort.excluded,
               "weights_hash": run.weights_hash, "weights_files": files, "licences": list(dict.fromkeys(licences))}
-    summary = beside_control(run.task, run.data, measured.cases) | {
+    control = run.task.control(run.data["train"], run.data["test"])
+    summary = beside_control(run.task, run.data, measured.cases, control) | {
         "d2p": measured.d2p, "d2p_moments": measured.moments, "scores": run.scores, "cost": measured.cost,
         "notes": [*run.start.notes, *trained.notes, *measured.undefined]} | origin
     features = {f"{when}.{layer}": f.numpy() for when, table in (("before", watch.before), ("after", watch.after))
                 for layer, f in table.items()}
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
-    return Outcome(summary, trained.curves, measured.cases, features, weights)
+    cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
+    return Outcome(summary, trained.curves, cases, features, weights)
 
 # %% ../../nbs/66_transfer.ipynb #b616971a
 def transfer(
