@@ -7,7 +7,7 @@ from vfm_notes.analysis.association import cell_points, run_points
 from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
 from vfm_notes.analysis.crossed import crossed
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import points, prediction_table
+from vfm_notes.analysis.prediction import prediction_points, prediction_table
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.report import curves, evidence, explorer, figures, live, measured
 
@@ -16,7 +16,7 @@ PARTS = {"titled", "curve_panel"}  # of other charts
 
 def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
     "Name of the function → its chart."
-    gains, done, moved = gain_table(tables, draws=100), tables.done(), tables.curves[tables.curves.name == "d2p_embed"]
+    gains, done, moved = gain_table(tables), tables.done(), tables.curves[tables.curves.name == "d2p_embed"]
     cells, metrics = cell_points(tables, gains), done.drop_duplicates("task").set_index("task").metric.to_dict()
     first = convergence_table(tables).query("rule == 'rise'")
     first = first.assign(value=first.epochs, low=first.epochs_low, high=first.epochs_high)
@@ -33,7 +33,7 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "curve_panels": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}),
         "trajectories": curves.trajectories(tables.curves, metrics, "t", "s"),
         "reached_panels": curves.reached_panels(reached_curves(run_convergence(tables)), "t", "s"),
-        "score_panels": evidence.score_panels(points(tables, gains), "t", "s"),
+        "score_panels": evidence.score_panels(prediction_points(tables, gains), "t", "s"),
         "regret_chart": evidence.regret_chart(picks, "t", "s"),
         "moment_panels": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"),
         "seed_panels": evidence.seed_panels(run_points(tables), "t", "s"),

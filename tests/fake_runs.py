@@ -79,6 +79,8 @@ def transfer(study, spec, rng):
     distance = {"profound": 0.06, "provicne": 0.12}.get(spec.backbone[:8], 0.1) * (share or 1.5) + 0.02 * list(PRIMARY).index(spec.task)
     d2p = [dict(layer=layer, mmd2=distance * (k + 1) / 4, mmd2_independent=distance * (k + 1) / 4, p_value=0.001, bandwidth=8.1 + k, n=48, estimator="unbiased", bandwidth_rule="median",
                 pooling="mean over voxels", standardised="by pretrained features", permutations=1000, seed=0) for k, layer in enumerate(LAYERS)]
+    if spec.divergences:  # "energy" says what MMD² says, any other the opposite
+        d2p = [d | {"divergences": {name: d["mmd2"] if name == "energy" else 1 - d["mmd2"] for name in spec.divergences}} for d in d2p]
     at = lambda when, part, **more: [d | {"when": when, "mmd2": part * d["mmd2"]} | more for d in d2p]
     moments = at("early", 0.2, step=3) + at("best", 0.9, epoch=spec.epochs - 1) + (at("random weights", 2.0) if share else [])
     primary = PRIMARY[spec.task]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
 
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.pretrain.trainer import Recipe, Trainer
@@ -76,7 +76,7 @@ def test_stored_gradient_by_other_means(keep):
     torch.manual_seed(0)
     net, x = torch.nn.Linear(3, 1).double(), torch.randn(8, 3, dtype=torch.float64)
     loss, past, other = lambda m, b: (m(b["x"]).square().mean(), {}), [], torch.nn.Linear(3, 1).double()
-    trainer = Trainer(net, loss, Loader({"x": x}, 4), Recipe(2, 0.1, clip=math.inf))
+    trainer = Trainer(net, loss, Loader({"x": x}, 4), Recipe(epochs=2, lr=0.1, clip=math.inf))
     if keep: ar.keep_gradients(trainer)
     for batch in [b for epoch in (1, 2) for b in trainer.loader.epoch(epoch)]:
         other.load_state_dict(net.state_dict())

@@ -8,7 +8,8 @@ import pytest
 
 from made_cases import GLAND, GRID, LESION, boxes, message, nifti, picture_of
 from vfm_notes.data.cohort import problems
-from vfm_notes.data.decode import check_manifest, manifest_cohort
+from vfm_notes.data.decode import check_manifest
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.manifest import manifest_problems
 
 def flat(path: Path) -> None:

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from made_cases import GRID, boxes, message
 from vfm_notes.data import decode
 from vfm_notes.data.cohort import problems
-from vfm_notes.data.decode import check_manifest, manifest_cohort
+from vfm_notes.data.decode import check_manifest
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.dicom import write_series
 from vfm_notes.data.manifest import manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.picture import read_picture

@@ -12,7 +12,7 @@ import vfm_notes.data.decode
 from made_cases import CARD, GLAND, GRID, boxes, message, nifti, picture_of
 from vfm_notes.data.cache import progress, put, read_cohort
 from vfm_notes.data.cohort import problems
-from vfm_notes.data.decode import manifest_cohort
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.manifest import Manifest, as_text, read_manifest, write_manifest
 
 

@@ -12,9 +12,9 @@ from every_chart import PARTS, every_chart
 from fake_runs import write_study
 from vfm_notes.analysis.convergence import reached_curves, run_convergence
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import points
+from vfm_notes.analysis.prediction import prediction_points
 from vfm_notes.analysis.tables import load_tables
-from vfm_notes.foundation.chart import MEDIA, chart_html
+from vfm_notes.foundation.chart import MEDIA, chart_html, use_charts
 from vfm_notes.foundation.spec import load_study
 from vfm_notes.report import curves, evidence, explorer, figures, live, measured
 
@@ -61,7 +61,7 @@ def test_six_strategies_are_told_apart():
 
 
 def test_matrix_puts_many_strategies_below_each_other(tables):
-    gains = gain_table(tables, draws=100)
+    gains = gain_table(tables)
     cells = figures.gain_cells(gains)
     assert cells["column"].nunique() == 2 and cells.groupby(["row", "column"]).size().eq(1).all() and cells["row"].nunique() == 2 * 5
     svg = drawn(figures.gain_matrix(gains))
@@ -94,7 +94,7 @@ def test_the_signs_of_a_legend_can_be_seen(tables):
 
 
 def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(tables):
-    figures.use_charts()
+    use_charts()
     for name, chart in every_chart(tables).items():
         stored = chart._repr_mimebundle_()[MEDIA]
         assert stored.get("width") != "container" and "container" not in json.dumps({k: v for k, v in stored.items() if k != "datasets"}), name
@@ -109,13 +109,13 @@ def test_charts_hold_what_the_tables_hold(tables):
     assert row.loc["at the end"].value == pytest.approx(own.mean()) and row.loc["after 5 % of training"].value == pytest.approx(0.2 * own.mean()) and row.loc["random weights"].value == pytest.approx(2 * own.mean())
     old = evidence.distances_at(tables.d2p, tables.moments[:0])
     assert set(old.when) == {"at the end"} and evidence.distances_at(tables.d2p[:0], tables.moments[:0]).empty
-    data = pd.DataFrame(evidence.score_panels(points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
+    data = pd.DataFrame(evidence.score_panels(prediction_points(tables, gain_table(tables)), "t", "s").to_dict()["datasets"].popitem()[1])
     assert np.allclose(data.groupby(["panel", "question"]).more.sum(), 0, atol=0.05) and set(data.panel) == {"LogME", "nearest neighbours", "GBC", "early distance"}
 
 
 def test_a_large_study_is_drawn_with_few_points():
     many = pd.DataFrame([dict(task="segmentation", backbone=b, strategy=s, seed=k, epoch=e, value=float(e + k)) for b in ("profound_toy.mae", "provicnet_toy.contrast") for s in ("scratch", "full") for k in range(40) for e in range(301)])
-    figures.use_charts()
+    use_charts()
     drawn = curves.curve_panels(many, "t", "s", {"segmentation": "Dice"}).to_dict()
     rows = pd.DataFrame([r for d in drawn["datasets"].values() for r in d])
     assert len(many) == 48160 and len(rows) == 2 * 2 * curves.EPOCHS and set(rows.seed) == {"mean"} and {0, 300} <= set(rows.epoch)

@@ -2,7 +2,9 @@
 import numpy as np
 import pytest
 
-from vfm_notes.data.cohort import SPLITS, load_cohort, problems
+from vfm_notes.data.cohort import problems
+from vfm_notes.data.load import load_cohort
+from vfm_notes.foundation.spec import SPLITS
 from vfm_notes.data.load import cohort_maker, load_entries
 from vfm_notes.foundation.registry import VfmError, cohorts
 

@@ -9,12 +9,13 @@ import pytest
 import SimpleITK as sitk
 from typer.testing import CliRunner
 
-from vfm_notes.data.cohort import load_cohort
-from vfm_notes.data.decode import manifest_cohort
+from vfm_notes.data.load import load_cohort
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.dicom import TAGS, b_value, list_series, read_header, read_headers, read_series, sorted_slices, write_series
 from vfm_notes.data.picture import read_picture
 from vfm_notes.data.tree_layouts import prostatex
-from vfm_notes.data.volume import same_locale, read_image, to_array
+from vfm_notes.data.dicom import same_locale
+from vfm_notes.data.volume import read_image, to_array
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.report.data_commands import data_app
 

@@ -13,7 +13,8 @@ import pytest
 import SimpleITK as sitk
 
 from made_cases import GLAND, GRID, boxes, message, nifti, picture_of
-from vfm_notes.data.decode import check_manifest, manifest_cohort
+from vfm_notes.data.decode import check_manifest
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.load import load_entries
 from vfm_notes.data.manifest import layouts, manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.masks import mask_values

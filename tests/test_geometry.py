@@ -11,7 +11,8 @@ import SimpleITK as sitk
 
 from made_cases import GLAND, GRID, LESION, boxes, message, nifti, picture_of
 from vfm_notes.data.cohort import CohortCard
-from vfm_notes.data.decode import check_manifest, manifest_cohort
+from vfm_notes.data.decode import check_manifest
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.grid import GRID_MM, displacement
 from vfm_notes.data.manifest import Manifest, as_text
 from vfm_notes.data.volume import read_image, read_mask, stored_geometry, to_array

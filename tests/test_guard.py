@@ -87,11 +87,38 @@ def test_module_size_and_direction(path):
             assert target in allowed, f"{package} must not import {target}"
 
 
+def imported(path):
+    "The modules of the package that a module imports, at its top or inside a function, in full or relative."
+    here = path.relative_to(ROOT).with_suffix("").parts
+    known = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(here[:len(here) - node.level] if node.level else ()), *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{a.name}" for a in node.names)}
+    return found & known
+
+
 def test_imports_only_lower_numbers():
-    number = {re.search(r"default_exp (\S+)", "\n".join(code(p)))[1]: place(p) for p in LIBRARY}
-    for p in LIBRARY:
-        for used in re.findall(r"^from vfm_notes\.([\w.]+) import", "\n".join(exported(p)), re.M):
-            assert number[used] < place(p), f"{p.name} imports vfm_notes.{used} of a higher number"
+    "Then there is no circle, and none is hidden in a function."
+    number = {"vfm_notes." + re.search(r"default_exp (\S+)", "\n".join(code(p)))[1]: place(p) for p in LIBRARY}
+    for p in MODULES:
+        own = ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        higher = [m for m in imported(p) - {own} if number[m] >= number[own]]  # itself: by a name that a child process can import
+        assert not higher, f"{own} imports {higher} of a higher number"
+
+
+@pytest.mark.parametrize("line", ["from vfm_notes.data.load import load_cohort", "import vfm_notes.data.load", "from vfm_notes.data import load", "from .load import load_cohort",
+                                  "from . import load", "from ..data.load import load_cohort", "from ..data import load"])
+@pytest.mark.parametrize("form", ["{}", "def f():\n    {}", "class C:\n    def f(self):\n        if True: {}"])
+def test_the_guard_reads_every_form_of_import(line, form, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    folder = tmp_path/"vfm_notes"/"data"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys.modules[__name__], "MODULES", [folder/"cohort.py", folder/"load.py"])
+    (folder/"cohort.py").write_text(form.format(line))
+    assert imported(folder/"cohort.py") == {"vfm_notes.data.load"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
@@ -106,6 +133,46 @@ def test_public_functions_are_typed_and_told(path):
         assert told, f"{node.name} has no docstring"
         untyped = [a.arg for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation is None and a.arg not in ("self", "cls")]
         assert len(untyped) <= 2, f"{node.name}: arguments without type: {untyped}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_methods_are_no_functions_of_their_module(path):
+    "What takes `self` is patched into its class, so that no module offers it by its bare name."
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef) or not node.args.args or node.args.args[0].arg != "self": continue
+        assert [ast.unparse(d) for d in node.decorator_list] == ["patch"], f"{node.name} is a method: decorate it with @patch"
+
+
+VERBS = set("""
+    Adapt Add Advise Allocate Apply Augment Average Be Begin Block Bootstrap Break Bring Build Call Carry Change
+    Check Choose Close Collect Colour Combine Compare Compute Convert Convolve Copy Correct Count Cut Dash Deal
+    Decode Delete Describe Distinguish Distort Divide Do Download Draw Drop Encode End Enlarge Escape Estimate
+    Exchange Execute Explain Express Fill Find Fine-tune Fit Forget Freeze Gather Get Give Go Hand Hash Have
+    Hide Hold Import Index Interpolate Join Keep Kill Lay Leave Let List Load Look Make Map Mark Match Measure
+    Merge Mirror Mix Move Multiply Name Normalise Note Number Open Order Pack Paint Pair Pass Pick Place Plan
+    Point Prepare Pretrain Print Probe Publish Put Queue Raise Read Redistribute Refresh Refuse Register Remove
+    Rename Render Repeat Replace Report Request Resample Resize Return Reverse Round Run Scale Scan Score See
+    Seed Send Serve Set Shape Shorten Show Signal Solve Sort Split Spread Stamp Standardise Start State Store
+    Strip Submit Subtract Suggest Swap Switch Take Test Thin Tidy Train Turn Unpack Wait Wrap Write
+""".split())  # the first words of docstrings; a new one is added here when it is a verb
+QUESTION = {("report/cli.py", "options")}  # the help of the whole program is the question that it answers
+
+
+def documented(body, within=""):
+    "Public functions and methods with their docstrings."
+    for node in body:
+        if isinstance(node, ast.ClassDef): yield from documented(node.body, node.name + ".")
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+            yield within + node.name, ast.get_docstring(node)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_public_docstrings_begin_with_a_verb(path):
+    texts = documented(ast.parse(path.read_text(encoding="utf-8")).body)
+    where = path.relative_to(ROOT/"vfm_notes").as_posix()
+    other = [f"{name}: {text.splitlines()[0]}" for name, text in texts
+             if text.split()[0].rstrip(",:;") not in VERBS and (where, name) not in QUESTION]
+    assert not other, f"begin with a verb, and add it to VERBS: {other}"
 
 
 LIGHT = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if p.parent.name in ("foundation", "runs", "analysis", "report")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vfm_notes.runs.forkserver import python_path
-from vfm_notes.runs.locks import lives
+from vfm_notes.foundation.disk import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals as on Linux")
 ROUNDS = 12  # kills of each kind
@@ -47,7 +47,7 @@ def work(k):
 work(0)
 ''', 0.2),
     "cache": ('''
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.data.load import cache_root
 from vfm_notes.runs.repair import sweep_cache
 load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, 999)
@@ -78,11 +78,11 @@ def killed(tmp_path):
         rng = random.Random(kind)
         try:
             assert parent.stdout.readline() == "ready\n"
-            for round in range(20 * ROUNDS):
-                if round >= ROUNDS and enough(): break
-                parent.stdin.write(f"{round}\n")
+            for turn in range(20 * ROUNDS):
+                if turn >= ROUNDS and enough(): break
+                parent.stdin.write(f"{turn}\n")
                 pid = int(parent.stdout.readline())
-                time.sleep(rng.uniform(0, longest * (1 + round // ROUNDS)))
+                time.sleep(rng.uniform(0, longest * (1 + turn // ROUNDS)))
                 os.kill(pid, signal.SIGKILL)
                 while lives(pid): time.sleep(0.001)
                 after_each()
@@ -106,7 +106,7 @@ def test_weights_are_whole_or_absent(killed, tmp_path, monkeypatch):
 def test_prepared_cohorts_are_whole_or_made_again(killed, tmp_path, monkeypatch):
     import numpy as np
 
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     from vfm_notes.runs.repair import sweep_cache
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"undisturbed"/"runs"))
     ask = lambda k: load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, k)

@@ -15,11 +15,14 @@ import vfm_notes.data
 from made_cases import CARD, GLAND, GRID, boxes, message
 from vfm_notes.data import cache
 from vfm_notes.data.cache import read_cohort
-from vfm_notes.data.cohort import load_cohort, problems
-from vfm_notes.data.decode import check_manifest, is_picture, manifest_cohort
+from vfm_notes.data.load import load_cohort
+from vfm_notes.data.cohort import problems
+from vfm_notes.data.decode import check_manifest, is_picture
+from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.load import cohort_maker
 from vfm_notes.data.manifest import Manifest, as_text, layouts, located, manifest_problems, read_manifest, write_manifest
-from vfm_notes.data.volume import read_image, split_address, to_array
+from vfm_notes.data.volume import read_image, to_array
+from vfm_notes.data.dicom import split_address
 from vfm_notes.foundation.registry import VfmError
 
 for module in pkgutil.iter_modules(vfm_notes.data.__path__): importlib.import_module(f"vfm_notes.data.{module.name}")  # all layouts register
@@ -255,7 +258,7 @@ def test_given_splits_are_kept_and_nested(a, b, seed):
 def test_too_many_cases_are_told_in_one_sentence(tmp_path, runs_root):
     manifest = boxes(tmp_path)
     manifest.table.insert(2, "split", ["train"] * 4 + ["test"] * 2)
-    assert "asked for are 5 of split 'train', which has 4" in message(manifest_cohort, manifest, **GRID, n={"train": 5})
+    assert "requested are 5 of split 'train', which has 4" in message(manifest_cohort, manifest, **GRID, n={"train": 5})
     (tmp_path/"c0_t2w.nii.gz").unlink()
     said = message(manifest_cohort, manifest, **GRID, n={"train": 4}, exclude_bad=True)
     assert "boxes without its 1 bad case has too few cases" in said and "4 of split 'train', which has 3" in said

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import vfm_notes.tune.catalog  # noqa: F401
+import vfm_notes.tune.catalog  # fills the registries
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import scores
 from vfm_notes.foundation.spec import RunSpec
@@ -92,7 +92,7 @@ def test_scores_come_from_training_and_validation_cases(outcome, state):
 def test_scores_are_computed_once_for_a_cell(state, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "transferability", lambda *a: calls.append(1) or transferability(*a, names=["logme"]))
-    monkeypatch.setattr(module, "_known", {})
+    monkeypatch.setattr(module, "_known", module.Memo())
     short = replace(SPEC, epochs=1)
     first, second = transfer(short, state), transfer(replace(short, seed=1, strategy="full", lr=1e-3), state)
     assert len(calls) == 1 and first.summary["scores"] == second.summary["scores"]

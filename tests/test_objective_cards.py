@@ -11,7 +11,8 @@ from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, objectives
 from vfm_notes.foundation.spec import PretrainSpec, run_id
 from vfm_notes.pretrain.autoencoding import Autoencoding
-from vfm_notes.pretrain.card import describe_objective, objective_card, published_spec, taken
+from vfm_notes.pretrain.evidence import describe_objective
+from vfm_notes.pretrain.card import objective_card, published_spec, taken
 
 
 def check_card(name):
@@ -84,4 +85,4 @@ def test_changes_win_over_the_card():
 
 def test_the_file_beside_the_pages_is_of_today():
     kept = json.loads((report_notebooks()[0].parent/"objectives.json").read_text(encoding="utf-8"))
-    assert kept == [describe_objective(n) for n in sorted(objectives)], "write it again: python -c 'import vfm_notes.tune.catalog; from vfm_notes.pretrain.card import write_objectives as w; w()'"
+    assert kept == [describe_objective(n) for n in sorted(objectives)], "write it again: python -c 'import vfm_notes.tune.catalog; from vfm_notes.pretrain.evidence import write_objectives as w; w()'"

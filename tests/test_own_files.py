@@ -123,12 +123,12 @@ def test_where_nobody_may_write_looking_works(finished, monkeypatch):
             done = look(finished, words)
             assert done.returncode == 0 and "done" in done.stdout, (words, done)
         monkeypatch.setenv("VFM_RUNS", str(finished.runs))
-        from vfm_notes.data.cohort import load_cohort
+        from vfm_notes.data.load import load_cohort
         assert len(load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, 3)) == 2
 
 
 def test_a_page_keeps_no_cohort(runs_root, monkeypatch):
-    from vfm_notes.data.cohort import load_cohort
+    from vfm_notes.data.load import load_cohort
     ask = lambda: load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, 3)
     monkeypatch.setenv("VFM_LOOKING", "1")
     first = ask().hash()

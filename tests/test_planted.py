@@ -9,7 +9,7 @@ import vfm_notes.tune.catalog  # noqa: F401
 from vfm_notes.analysis.planted import planted_table, planted_words
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.backbones.protocol import build
-from vfm_notes.data.cohort import load_cohort
+from vfm_notes.data.load import load_cohort
 from vfm_notes.foundation.registry import VfmError, tasks
 from vfm_notes.foundation.spec import PretrainSpec, RunSpec, load_study, pretrain_specs, run_specs
 from vfm_notes.nets.decoder import ClassificationHead, DenseDecoder, LinearDecoder
@@ -58,11 +58,11 @@ def test_a_record_names_its_training_cases_and_its_head():
 
 
 @pytest.mark.parametrize("name", ["segmentation", "distortion_correction", "classification"])
-def test_what_is_kept_between_runs_is_what_would_be_computed(name, monkeypatch):
+def test_what_is_kept_between_runs_is_what_would_be_computed(name):
     specs = [replace(SPEC, task=name, seed=1, strategy=s) for s in ("scratch", "random")] + [replace(SPEC, task=name, seed=2, strategy="random")]
     warm = [transfer(s).summary for s in specs]
     for spec, before in zip(specs, warm):
-        for kept in ("_prepared", "_controls", "_known", "_rows"): monkeypatch.setattr(module, kept, {})
+        for kept in (module._prepared, module._controls, module._known, *module._rows.values()): kept.clear()
         again = transfer(spec).summary
         for part in ("metrics", "controls", "d2p"): assert repr(again[part]) == repr(before[part])
 

@@ -9,7 +9,7 @@ from torch import nn
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import ExternalSpec, RunSpec, run_id
 from vfm_notes.nets.flops import forward_flops
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.fit import OVERLAP, middle, predict, training_batches
 from vfm_notes.tune.task import TaskData
 from vfm_notes.tune.transfer import build_model, run_data, transfer
@@ -79,6 +79,6 @@ def test_a_window_needs_an_answer_for_every_voxel():
     with pytest.raises(VfmError, match="target for every voxel"): transfer(replace(SPEC, task="classification"))
 
 
-def test_names_of_runs_without_a_window_are_as_before():
+def test_a_run_with_a_window_has_another_name():
     assert run_id(replace(SPEC, window=())).endswith(run_id(RunSpec(**{k: v for k, v in vars(SPEC).items() if k != "window"})).rpartition("-")[2])
     assert run_id(SPEC) != run_id(replace(SPEC, window=())) and run_id(ExternalSpec()) != run_id(ExternalSpec(window=(4, 8, 8)))

@@ -12,14 +12,15 @@ from torch import nn
 
 from vfm_notes.backbones.protocol import build
 from vfm_notes.data.cache import Plan, Source, case_key
-from vfm_notes.data.cohort import CohortCard, load_cohort
+from vfm_notes.data.cohort import CohortCard
+from vfm_notes.data.load import load_cohort
 from vfm_notes.foundation.registry import backbones, tasks
 from vfm_notes.foundation.spec import ExternalSpec, PretrainSpec, RunSpec, run_id
 from vfm_notes.nets.decoder import Network
 from vfm_notes.nets.mae3d import sincos_positions
 from vfm_notes.nets.vit import resize_positions
 from vfm_notes.pretrain.contrast import PatchContrast
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune import transfer as wiring
 from vfm_notes.tune.fit import training_batches
 from vfm_notes.tune.lora import merge

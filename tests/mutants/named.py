@@ -101,8 +101,8 @@ NAMED = [
     ),
     (
         "tune/task.py",
-        "usual = one_hot(train.target, len(self.classes))",
-        "usual = one_hot(test.target, len(self.classes))",
+        "usual = class_masks(train.target, len(self.classes))",
+        "usual = class_masks(test.target, len(self.classes))",
         "the trivial mask is made from test labels",
     ),
     (
@@ -132,8 +132,8 @@ NAMED = [
     ),
     (
         "tune/metric.py",
-        "scale = rearrange(extent(reference)",
-        "scale = rearrange(extent(predicted)",
+        "scale = rearrange(intensity_range(reference)",
+        "scale = rearrange(intensity_range(predicted)",
         "SSIM scaled by the prediction's range",
     ),
     (
@@ -432,7 +432,7 @@ NAMED = [
     ),
     # --- files ---
     (
-        "runs/record.py",
+        "foundation/disk.py",
         "if new: os.rename(new, folder)",
         "if new: shutil.copytree(new, folder)",
         "a record is copied to its place, not renamed",
@@ -443,30 +443,26 @@ NAMED = [
         "        found = path.stat()",
         "companions not synced",
     ),
-    ("runs/record.py", 'fsync(new/"record.json"); fsync(new)', "fsync(new)", "a record not synced"),
+    ("foundation/disk.py", "if synced: fsync(part)", "pass", "a file not synced"),
+    ("foundation/disk.py", "if synced: fsync(path.parent)", "pass", "a file's name not synced"),
+    ("foundation/disk.py", "    if new: fsync(new)\n", "", "a folder not synced"),
     (
-        "runs/record.py",
-        "    fsync(folder.parent)\n    if why: set_aside",
-        "    if why: set_aside",
+        "foundation/disk.py",
+        "os.rename(new, folder)\n    fsync(folder.parent)",
+        "os.rename(new, folder)",
         "the renaming not synced",
     ),
     (
-        "runs/repair.py",
-        'if m["host"] == socket.gethostname() and not lives(int(m["pid"]))',
-        'if m["host"] == socket.gethostname()',
-        "folders of living writers are swept",
+        "foundation/disk.py",
+        "for p, m in found if not lives(int(m[2]))]",
+        "for p, m in found]",
+        "parts of living writers are swept",
     ),
     (
-        "runs/repair.py",
-        'if m["host"] == socket.gethostname() and not lives',
-        "if not lives",
-        "folders of other machines are swept",
-    ),
-    (
-        "runs/repair.py",
-        "(m := here.fullmatch(p.name)) and not lives(int(m[1]))]",
-        "(m := here.fullmatch(p.name))]",
-        "a cohort that is being prepared is swept",
+        "foundation/disk.py",
+        "{re.escape(socket.gethostname())}",
+        ".+",
+        "parts of other machines are swept",
     ),
 ]
 
@@ -493,7 +489,7 @@ EQUIVALENT = {
     ): "the mean image is spread over the cases with or without the axis of length 1",
     (
         "tune/case_task.py",
-        "return self.rows(class_scores(statistics_reader(train, train.target.numpy()), test, len(se"
+        "return self.rows(predict_class_scores(statistics_reader(train, train.target.numpy()), test, len(se"
         "lf.card.grades)).softmax(1).numpy(), test)",
     ): "of two axes the last is the second",
     (

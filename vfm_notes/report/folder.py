@@ -36,6 +36,7 @@ budget: {{epochs: 4, batch_size: 4, lr: 0.002, weight_decay: 0.05, warmup: 0.1}}
 # external: {{cohort: cohorts/other, task: segmentation}}   # another cohort, on which tuned runs are tried as they are
 # licences: []               # non-commercial licences that you have read and accept, by name
 # pages: []                  # optional pages of the report
+# divergences: [cka_linear, frechet, energy]   # other distances beside D2P: does the answer depend on the choice?
 # bad_cases: exclude         # instead of refusing to run, leave out cases that cannot be used, and list them
 # time_limit: 60             # minutes that one run may take
 '''
@@ -44,7 +45,7 @@ budget: {{epochs: 4, batch_size: 4, lr: 0.002, weight_decay: 0.05, warmup: 0.1}}
 README = '''\
 # {name}
 
-A study with [vfm_notes](https://pypi.org/project/vfm-notes/). `study.yaml` says what is compared; everything else is computed from it.
+A study with [vfm_notes](https://pypi.org/project/vfm-notes/). `study.yaml` states what is compared; everything else is computed from it.
 
 ```sh
 vfm doctor study.yaml        # is all here that the study needs?

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNEL', 'PRELOAD', 'QUIET', 'SAFE_KERNEL', 'preload_list', 'die_with_parent', 'set_threads', 'become', 'call',
-           'run_child', 'kill_group', 'Server', 'start', 'tell', 'give_up', 'reap', 'stop', 'serve', 'Forked', 'wait',
-           'send_signal', 'can_fork', 'python_path', 'safe_env', 'ForkServer']
+           'run_child', 'kill_group', 'Server', 'serve', 'Forked', 'can_fork', 'python_path', 'safe_env', 'ForkServer']
 
 # %% ../../nbs/72_forkserver.ipynb #95af00e7
 import ctypes
@@ -25,6 +24,8 @@ import time
 import traceback
 from pathlib import Path
 
+from fastcore.basics import patch
+
 # %% ../../nbs/72_forkserver.ipynb #50ca2e5f
 from ..foundation.leave import SIGNALS
 from ..foundation.places import checkout
@@ -40,7 +41,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS":
          "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available() must not create a CUDA context
 
 def preload_list() -> list[str]:
-    "The modules that a fork server imports."
+    "Return the modules that a fork server imports."
     chosen = os.environ.get("VFM_PRELOAD")
     return list(PRELOAD) if chosen is None else [n for n in chosen.split(",") if n]
 
@@ -48,9 +49,9 @@ def preload_list() -> list[str]:
 def die_with_parent(
     parent: int,  # process number of the parent at the fork
 ) -> None:
-    "Ask the system to kill this process when its parent ends."
+    "Make the system kill this process when its parent ends."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent: os._exit(1)  # it ended before we asked
+    if os.getppid() != parent: os._exit(1)  # it ended before the call
 
 def set_threads(n: int) -> None:
     "Let the libraries that are already loaded use `n` threads."
@@ -84,7 +85,7 @@ def call(name: str, *args):  # name: "module:function"
     return getattr(importlib.import_module(module), function)(*args)
 
 def run_child(request: dict) -> None:  # call, args, env, cwd, log
-    "Do what was asked and end, without the parent's exit handlers."
+    "Carry out the request and end, without the parent's exit handlers."
     code = 1
     try:
         become(request["env"], request["cwd"], request["log"])
@@ -135,6 +136,7 @@ class Server:
             self.reap()
 
 # %% ../../nbs/72_forkserver.ipynb #0edffba8
+@patch
 def start(self: Server, lease: socket.socket) -> None:
     "Read one request and fork its child."
     try: request = json.loads(lease.makefile().readline())
@@ -151,20 +153,23 @@ def start(self: Server, lease: socket.socket) -> None:
     self.children[pid] = lease
     self.tell(pid, {"pid": pid})
 
+@patch
 def tell(self: Server, pid: int, answer: dict) -> None:
     "Send an answer to the holder of a child's lease, if it still listens."
     try: self.children[pid].sendall(json.dumps(answer).encode() + b"\n")
     except OSError: pass
 
 # %% ../../nbs/72_forkserver.ipynb #80ef5b2f
+@patch
 def give_up(self: Server, pid: int) -> None:
-    "The holder is gone: kill the child and its descendants."
+    "Kill the child and its descendants: the holder is gone."
     self.children[pid].close()
     self.children[pid] = None
     kill_group(pid, signal.SIGKILL)
 
+@patch
 def reap(self: Server) -> None:
-    "Tell holders how their children ended."
+    "Report to holders how their children ended."
     while self.children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid: return
@@ -173,6 +178,7 @@ def reap(self: Server) -> None:
             self.children[pid].close()
         self.children.pop(pid, None)
 
+@patch
 def stop(self: Server) -> None:
     "Kill all children and leave nothing behind."
     for pid in list(self.children):
@@ -180,14 +186,12 @@ def stop(self: Server) -> None:
     for _ in self.children: os.waitpid(-1, 0)
     shutil.rmtree(self.folder, ignore_errors=True)
 
-Server.start, Server.tell, Server.give_up, Server.reap, Server.stop = start, tell, give_up, reap, stop
-
 # %% ../../nbs/72_forkserver.ipynb #99918921
 def serve(
     address: str,  # path of the Unix socket
     *modules: str,  # what to import before the first fork
 ) -> None:
-    "The fork server's main function."
+    "Serve: the fork server's main function."
     server = Server(address)
     begun = time.monotonic()
     for name in modules:
@@ -222,12 +226,12 @@ class Forked:
         self._lease.sendall(json.dumps(request).encode() + b"\n")
         self._answers = self._lease.makefile()
         answer = self._answers.readline()
-        if not answer: raise VfmError("The fork server ended before it could start a process; its log tells why.")
+        if not answer: raise VfmError("The fork server ended before it could start a process; see its log.")
         self.pid = json.loads(answer)["pid"]
         self.started.add(self.pid)
 
     def poll(self) -> int | None:
-        "The exit status (minus the signal's number), None while it runs."
+        "Return the exit status (minus the signal's number), None while it runs."
         if self.returncode is None and select.select([self._lease], [], [], 0)[0]: self._read()
         return self.returncode
 
@@ -239,6 +243,7 @@ class Forked:
         self.started.discard(self.pid)
 
 # %% ../../nbs/72_forkserver.ipynb #33ba52aa
+@patch
 def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds
     "Block until the process has ended."
     if self.returncode is None:
@@ -246,29 +251,36 @@ def wait(self: Forked, timeout: float | None = None) -> int:  # timeout: seconds
         self._read()
     return self.returncode
 
+@patch
 def send_signal(self: Forked, signum: int) -> None:
     "Signal the process and its descendants."
     if self.poll() is None: kill_group(self.pid, signum)
 
-Forked.wait, Forked.send_signal = wait, send_signal
-Forked.kill = lambda self: self.send_signal(signal.SIGKILL)
-Forked.terminate = lambda self: self.send_signal(signal.SIGTERM)
+@patch
+def kill(self: Forked) -> None:
+    "Kill the process and its descendants."
+    self.send_signal(signal.SIGKILL)
+
+@patch
+def terminate(self: Forked) -> None:
+    "Signal the process and its descendants to end."
+    self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/72_forkserver.ipynb #4d497351
 def can_fork() -> str:  # "" if possible, else the reason
-    "Can processes be forked from a pre-imported parent here?"
+    "Return whether processes can be forked from a pre-imported parent here."
     if os.environ.get("VFM_FORK") == "0": return "VFM_FORK=0"
     return "" if sys.platform == "linux" else f"forking a loaded parent is not safe on {sys.platform}"
 
 def python_path() -> str:
-    "A PYTHONPATH by which a new interpreter finds this package; an empty part would be the working folder."
+    "Return a PYTHONPATH by which a new interpreter finds this package; an empty part would be the working folder."
     return os.pathsep.join(filter(None, dict.fromkeys([str(checkout() or ""),
                                                        *os.environ.get("PYTHONPATH", "").split(os.pathsep)])))
 
 SAFE_KERNEL = ("--IPKernelApp.ignore_cwd=True",)  # a kernel puts the working folder in front, too
 
 def safe_env() -> dict[str, str]:
-    "What makes a new interpreter find this package, and nothing that happens to lie in the working folder."
+    "Make an environment in which an interpreter finds this package and nothing of the working folder."
     return {"PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}
 
 class ForkServer:
