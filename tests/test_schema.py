@@ -43,7 +43,7 @@ def changed(path: str, value) -> dict:
 
 
 WRONG = [("budget.lr", v, "above 0, at most 10") for v in ("1e-3", 0, -1, math.inf, math.nan, None, True, [0.1], 11)]
-WRONG += [(f"{b}.epochs", v, "a whole number from 1 to 100000") for b in ("budget", "pretrain.mae") for v in (-3, 0, 1.5, True, "8", None)]
+WRONG += [(f"{b}.epochs", v, f"a whole number from {least} to 100000") for b, least in (("budget", 1), ("pretrain.mae", 0)) for v in (-3, least - 1, 1.5, True, "8", None)]
 WRONG += [("budget.epochs", 10**30, "from 1 to 100000"), ("budget.epochs", -10**30, "from 1 to 100000"), ("pretrain.mae.epochs", 10**30, "at most 19 digits")]
 WRONG += [("budget.patience", -1, "from 0"), ("budget.warmup", 5, "from 0 to 1"), ("budget.warmup", -0.1, "from 0 to 1"), ("budget.weight_decay", -1, "from 0"), ("budget.batch_size", True, "whole number"),
           ("budget.batch_size", 0, "from 1"), ("budget.accumulate", 0, "from 1"), ("budget.schedule", "linear", "constant or cosine"), ("budget.precision", False, "no"), ("budget.keep", "bets", "Did you mean 'best'"),

@@ -19,7 +19,7 @@ COLUMNS = [*CELL, "expected", "metric", "versus", "rpg", "low", "high", "tuned",
 def verdict(
     low: float, high: float,  # ends of an interval, NaN where there is none
 ) -> str:
-    "What an interval says."
+    "Return what an interval shows."
     if np.isnan(low) or np.isnan(high): return "missing"
     return "gain" if low > 0 else "loss" if high < 0 else "not clear"
 
@@ -27,7 +27,7 @@ def agrees(
     expected: str,  # gain or none
     found: str,  # from `verdict`
 ) -> bool | None:  # None where nothing is known yet
-    "Is it what was told beforehand?"
+    "Compare with what was told beforehand."
     if found == "missing": return None
     return found == "gain" if expected == "gain" else found == "not clear"
 
@@ -38,7 +38,7 @@ def planted_table(
     tables: Tables,
     gains: pd.DataFrame | None = None,  # from gain_table against scratch, where somebody has it already
 ) -> pd.DataFrame:  # a row per cell with an expectation, in the order of the runs
-    "Cells of known truth, and what was found of them."
+    "Return cells of known truth, and what was found of them."
     runs = tables.runs[(tables.runs.kind == "transfer") & tables.runs.expected.isin(["gain", "none"])]
     told = runs.drop_duplicates(CELL)[[*CELL, "expected"]]
     if told.empty: return pd.DataFrame(columns=COLUMNS)
@@ -53,14 +53,14 @@ def cells_of(
     rows: pd.DataFrame,  # of planted_table
     most: int = 4,  # cells that are named
 ) -> str:
-    "Cells by name."
+    "Write cells by name."
     names = [f"{t.replace('_', ' ')} with {b} ({s})" for t, b, s in zip(rows.task, rows.backbone, rows.strategy)]
     return "; ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 def planted_words(
     table: pd.DataFrame,  # from planted_table
 ) -> list[str]:  # a sentence each, what is wrong first
-    "What was planted and whether it was found."
+    "Write what was planted and whether it was found."
     said = []
     for kind, lead, told in (("none", "weights that were only drawn", "no"), ("gain", "pretraining on the task itself", "yes")):
         own = table[(table.expected == kind) & (table.found != "missing")]

@@ -286,7 +286,7 @@ def expectations(
     study: StudySpec,
     weights: str,  # a name of its `pretrain`
 ) -> dict[str, str]:  # task → gain or none
-    "What is expected of weights, checked."
+    "Return what is expected of weights, checked."
     told = study.pretrain.get(weights, {}).get("expected", {})
     found = told if isinstance(told, dict) else dict.fromkeys(study.tasks, told)
     for task, value in found.items():

@@ -126,7 +126,7 @@ def filled(
     x: Tensor, # b c d h w
     cell: tuple[int, int, int], # (d, h, w) voxels
 ) -> Tensor: # the same, at least as large, of whole cells
-    "Copies of the last voxels where cells do not divide a volume."
+    "Add copies of the last voxels where cells do not divide a volume."
     more = [-s % f for s, f in zip(x.shape[2:], cell)]
     return F.pad(x, (0, more[2], 0, more[1], 0, more[0]), mode="replicate") if any(more) else x
 
@@ -136,7 +136,7 @@ def answer(
     x: Tensor, # b c d h w, the volume
     residual_channel: int | None, # channel that the result is added to
 ) -> Tensor: # b k d h w
-    "A result of the size of the volume, on top of a first guess where there is one."
+    "Return a result of the size of the volume, on top of a first guess where there is one."
     y = y[..., :x.shape[2], :x.shape[3], :x.shape[4]]
     return y if residual_channel is None else y + x[:, residual_channel, None]
 

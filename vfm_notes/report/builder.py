@@ -41,7 +41,7 @@ def still_left_out(
     rules: list[dict],  # `leave_out` of the first study
     axes: dict,  # axis → what the new study has
 ) -> list[dict]:
-    "The rules that still say something."
+    "Return the rules that still say something."
     kept = [{k: [v for v in (vs if isinstance(vs, list) else [vs]) if v in axes[k]] for k, vs in rule.items()} for rule in rules]
     return [rule for rule in kept if all(rule.values())]
 
@@ -49,7 +49,7 @@ def still_expected(
     values: dict,  # of one of its weights
     tasks: dict,  # that the new study has
 ) -> dict:
-    "The same weights, with what is expected of them on these tasks."
+    "Return the same weights, with what is expected of them on these tasks."
     told = values.get("expected")
     return values | {"expected": {t: v for t, v in told.items() if t in tasks}} if isinstance(told, dict) else values
 

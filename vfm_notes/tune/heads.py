@@ -119,7 +119,7 @@ def check_dense(
     task: str,  # for the message
     known: tuple = DENSE_HEADS,  # those of this kind of task
 ) -> dict:  # name and skip, for `dense_head`
-    "A dense head that there is, with the skip from raw voxels where it has one."
+    "Check a dense head, with the skip from raw voxels where it has one."
     check_head(name, known, task)
     if not skip and name != "decoder": raise VfmError(f"Task '{task}': skip is false, but only the head 'decoder' has a skip from raw voxels that can be left out; leave skip out for '{name}'.")
     return {"name": name, "skip": skip}

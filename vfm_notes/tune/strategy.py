@@ -85,7 +85,7 @@ _orders = {}  # what a network is → its call order
 def call_order(
     backbone: Backbone,
 ) -> list[str]:  # names of modules, once for every call
-    "Which module runs when; a network that was asked before is not run again."
+    "Return which module runs when; a network that was asked before is not run again."
     key = type(backbone), repr(backbone)
     if key not in _orders:
         called = []

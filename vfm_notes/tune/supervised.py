@@ -27,7 +27,7 @@ def linear_task(
     card: CohortCard,
     settings: dict,  # of the task; a head of one's own wins
 ) -> Task:
-    "A task with the head that is linear in what the encoder gives, where it has a choice."
+    "Build a task with the head that is linear in what the encoder gives, where it has a choice."
     try: return build_task(name, card, {"head": "linear"} | settings)
     except VfmError:
         if "head" in settings: raise
@@ -65,7 +65,7 @@ class Supervised(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w) of the first case
-        "What went in, what should come out, what came out."
+        "Return what went in, what should come out, what came out."
         x, y = batch["volumes"][:1], batch["labels"][:1]
         shown = self.task.pictures(self.answer(x).cpu(), TaskData(x.cpu(), y.cpu(), ["first"], ["first"], self.task.card.spacing))
         return {k: np.asarray(v[0] if v[0].ndim == 3 else v[0][0], np.float32) for k, v in shown.items()}
@@ -75,7 +75,7 @@ def dealt_anew(
     n: int,  # cases
     seed: int,
 ) -> np.ndarray:  # (n,) whose labels each case gets; nobody's own
-    "A random ring: everybody gets what belongs to the next."
+    "Draw a random ring: everybody gets what belongs to the next."
     if n < 2: raise VfmError("Shuffled labels need at least two cases.")
     order = np.random.default_rng((seed, 23)).permutation(n)
     given = np.empty(n, int)
@@ -87,7 +87,7 @@ def pretraining_cases(
     seen: Cohort,  # the cases of its split
     scale: dict,  # arguments of data.loader.normalise
 ) -> tuple[Tensor, Tensor]:  # volumes n c d h w, labels or targets n …
-    "What an objective is trained on."
+    "Return what an objective is trained on."
     if spec.objective != "task": return torch.from_numpy(normalise(seen.volumes, **scale)), torch.from_numpy(seen.labels).long()
     options = {"task": "segmentation", "shuffled": False, "settings": {}} | spec.options
     task = linear_task(options["task"], seen.card, dict(options["settings"]))

@@ -59,8 +59,7 @@ class Outcome:
 JUDGED = ("val", "test")  # splits that all seeds share
 _prepared = {}  # the last answer of each
 
-def asked_of(spec: RunSpec) -> str: return canonical(RunSpec(options=spec.options))  # the options of a task as a key
-
+def asked_of(spec: RunSpec) -> str: return canonical(RunSpec(options=spec.options))  # options of a task as a key
 def prepared(
     asked: tuple,  # what the answer depends on, besides the cohort
     task: Task,  # that has learned what it needs
@@ -133,7 +132,6 @@ def tuned_model(
 
 # %% ../../nbs/66_transfer.ipynb #d204fb5e
 LOOKED_AT = 48  # test cases whose features are compared, at most
-
 class Watch:
     "Scores validation cases and measures the distance to pretraining after every epoch."
     def __init__(
@@ -182,9 +180,7 @@ def early(self: Watch, step: int) -> None:  # step: how many were taken
     self.seconds += time.perf_counter() - start
 
 # %% ../../nbs/66_transfer.ipynb #ad08f6c9
-SATURATED = 0.9  # share of the ceiling
-ANOTHER = 1_000_003  # added to a seed for a draw that nothing else uses
-
+SATURATED, ANOTHER = 0.9, 1_000_003  # share of the ceiling; added to a seed for a draw that nothing else uses
 def random_features(
     spec: RunSpec,
     watch: Watch,
@@ -438,9 +434,8 @@ def head_facts(head: torch.nn.Module) -> dict:
     return {"name": type(head).__name__, "reads_voxels": getattr(head, "reads_voxels", False), "parameters": sum(p.numel() for p in head.parameters())}
 
 _controls = Memo(16)  # rows of trivial controls
-
 def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
-    "Evaluate the trivial control, once for all runs with the same cases."
+    "Compute the trivial control, once for all runs with the same cases."
     data = run.data
     key = type(run.task), asked_of(run.spec), *data["train"].names, *data["test"].names, float(data["test"].inputs.double().mean())
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
