@@ -9,11 +9,11 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from scipy import stats
 from counting import calls
 from vfm_notes.analysis import gain
-from vfm_notes.analysis.association import associate, cell_points, in_words, orders, run_points
+from vfm_notes.analysis.association import associate, cell_points, association_words, orders, run_points
 from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_curves, reached_table, run_convergence, time_words
 from vfm_notes.analysis.crossed import association_table
 from vfm_notes.analysis.findings import findings
-from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
+from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, pair_cases, rpg, run_gains
 from vfm_notes.analysis.tables import class_scores, load_tables, positive_score
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
@@ -471,7 +471,7 @@ def test_orders_stay_in_their_block():
 def test_too_few_or_nothing():
     for x, y in (([], []), ([1], [2]), ([1, 2, 3], [3, 2, 1]), ([1, 2, np.nan, 4], [1, 2, 3, 4]), ([1, 1, 1, 1, 1], [1, 2, 3, 4, 5])):
         a = associate(x, y)
-        assert not a.tested and np.isnan(a.p) and "not tested" in in_words(a)
+        assert not a.tested and np.isnan(a.p) and "not tested" in association_words(a)
     assert associate([1, 2, 3], [3, 2, 1]).rho == -1
 
 

@@ -11,10 +11,10 @@ pytest.importorskip("transformers")
 from vfm_notes.backbones.protocol import backbone_card, build, check_backbone, load
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.backbones.weights import normalisation, weights
-from vfm_notes.data.loader import RULES
+from vfm_notes.data.loader import NORMALISATIONS
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, backbones
-from vfm_notes.tune import catalog # fills the registries
+from vfm_notes.tune import catalog  # fills the registries
 
 NAMES = list(backbones)
 
@@ -40,7 +40,7 @@ def test_shapes_names_and_dtype(model):
 def test_card(model):
     card = model.card
     assert card.name == model.name and card.title and card.source and card.licence and card.sequences
-    assert card.normalisation in RULES and len(card.size) == len(card.spacing) == 3
+    assert card.normalisation in NORMALISATIONS and len(card.size) == len(card.spacing) == 3
     assert card == backbone_card(model.name)
 
 
@@ -123,7 +123,7 @@ def test_the_costs_of_the_report_are_measured_or_say_why_not():
 
 
 def test_the_weights_own_rule_comes_before_the_backbones():
-    for name in weights: assert normalisation(name) in RULES, name
+    for name in weights: assert normalisation(name) in NORMALISATIONS, name
     assert [normalisation(n) for n in ("swin_unetr_48", "swin_unetr_48.ssl", "dinov2_base.rad_dino", "profound_toy.mae")] == ["zscore_nonzero", "unit_range", "cohort", "zscore_nonzero"]
 
 

@@ -18,7 +18,7 @@ from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec, load_study, run_id
 from vfm_notes.runs import batch, calls, forkserver, notebook, preflight
-from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, summarise, to_do
+from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, count_records, to_do
 from vfm_notes.runs.executors import Cancelled, Died, LocalExecutor, Lost
 from vfm_notes.runs.grid import Job, known_records, plan
 from vfm_notes.runs.locks import job_lock, lives, progress_file
@@ -117,7 +117,7 @@ def test_a_batch_does_what_is_needed_first_and_counts(toy):
         and f"done    {others[0].name}: 6 runs, 2 s" in show
         and show.updates[0][:2] == (1, 0)
     )
-    total = summarise("toy", toy.jobs, 5.0, made.ran)
+    total = count_records("toy", toy.jobs, 5.0, made.ran)
     assert (total.done, total.failed, total.missing, total.skipped, total.problems, total.others, total.status) == (
         7,
         {},
@@ -136,7 +136,7 @@ def test_what_stands_in_a_summary(toy):
     keep(job.specs[0])
     keep(job.specs[1], "no")
     keep(RunSpec(seed=77))
-    total = summarise("toy", toy.jobs)
+    total = count_records("toy", toy.jobs)
     assert (
         total.done == 2
         and total.failed == {job.runs[1]: "ValueError: no"}
@@ -373,11 +373,11 @@ def test_the_disk_must_hold_what_is_missing(toy, monkeypatch):
 def test_a_call_and_its_answer_travel_whole(tmp_path):
     spec = RunSpec(seed=3, size=(4, 8, 8), cases={"train": 2})
     values = [None, True, 2, 0.5, "x", tmp_path, (1, (2, "a")), {"k": [1], 2: (3,)}, spec]
-    assert calls.unpacked(json.loads(json.dumps(calls.packed(values)))) == values
+    assert calls.unpack_value(json.loads(json.dumps(calls.packed(values)))) == values
     with pytest.raises(VfmError, match="A set cannot be handed"):
         calls.packed({1})
     with pytest.raises(VfmError, match="none of vfm_notes"):
-        calls.unpacked({"class": "os:system", "fields": {}})
+        calls.unpack_value({"class": "os:system", "fields": {}})
     call, result = tmp_path / "c", tmp_path / "r"
 
     def answered(function, *args):
@@ -393,7 +393,7 @@ def test_a_call_and_its_answer_travel_whole(tmp_path):
         (ValueError(1, 2), ValueError, "(1, 2)"),
         (Odd("o"), RuntimeError, "Odd: o"),
     ):
-        result.write_text(json.dumps(calls.told(error)))
+        result.write_text(json.dumps(calls.pack_error(error)))
         fine, back = calls.read_answer(result)
         assert not fine and type(back) is kind and str(back) == text
     fine, error = answered(load_study, "nowhere.yaml")
@@ -531,7 +531,7 @@ def test_kernels_are_those_forked_and_those_started_plainly(monkeypatch):
     children.append(SimpleNamespace(pid=12, cmdline=lambda: ["sleep"]))
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: children))
     monkeypatch.setattr(forkserver.Forked, "started", {os.getpid(), 2**22 + 1})
-    assert notebook.kernels() == [os.getpid(), 11]
+    assert notebook.kernel_processes() == [os.getpid(), 11]
 
 
 def test_a_look_extrapolates_when_a_twentieth_is_done():

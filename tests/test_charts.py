@@ -12,7 +12,7 @@ from every_chart import PARTS, every_chart
 from fake_runs import write_study
 from vfm_notes.analysis.convergence import reached_curves, run_convergence
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import points
+from vfm_notes.analysis.prediction import prediction_points
 from vfm_notes.analysis.tables import load_tables
 from vfm_notes.foundation.chart import MEDIA, chart_html
 from vfm_notes.foundation.spec import load_study
@@ -109,7 +109,7 @@ def test_charts_hold_what_the_tables_hold(tables):
     assert row.loc["at the end"].value == pytest.approx(own.mean()) and row.loc["after 5 % of training"].value == pytest.approx(0.2 * own.mean()) and row.loc["random weights"].value == pytest.approx(2 * own.mean())
     old = evidence.distances_at(tables.d2p, tables.moments[:0])
     assert set(old.when) == {"at the end"} and evidence.distances_at(tables.d2p[:0], tables.moments[:0]).empty
-    data = pd.DataFrame(evidence.score_panels(points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
+    data = pd.DataFrame(evidence.score_panels(prediction_points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
     assert np.allclose(data.groupby(["panel", "question"]).more.sum(), 0, atol=0.05) and set(data.panel) == {"LogME", "nearest neighbours", "GBC", "early distance"}
 
 

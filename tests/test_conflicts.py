@@ -14,7 +14,7 @@ from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
 from vfm_notes.report.cli import main
 from vfm_notes.foundation.spec import RunSpec, StudySpec, pretrain_specs, run_specs
-from vfm_notes.runs.preflight import conflicts as of_jobs
+from vfm_notes.runs.preflight import known_conflicts as of_jobs
 from vfm_notes.runs.preflight import preflight
 from vfm_notes.runs.grid import plan
 from vfm_notes.tune.conflicts import cohort_facts, conflicts, empty_network, next_size, read_empty, size_conflicts, strategy_conflicts

@@ -19,7 +19,7 @@ from vfm_notes.data.picture_sets import medmnist_example
 from vfm_notes.foundation.places import run_folder, studies
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
-from vfm_notes.runs.preflight import conflicts
+from vfm_notes.runs.preflight import known_conflicts
 from vfm_notes.report.pages import report_pages
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import new_record, write_record
@@ -46,7 +46,7 @@ def test_full_studies_plan_and_say_what_is_missing(name, monkeypatch, tmp_path):
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path))
     study = load_study(name)
     assert len(plan(study)) == 16 and sum(len(j.specs) for j in plan(study)) == 8 * 2 * 4 * 3
-    said = [*conflicts(study, plan(study)), *catalog.weights_problems(study)]
+    said = [*known_conflicts(study, plan(study)), *catalog.weights_problems(study)]
     assert "vfm data import" in said[0] and str(tmp_path) in said[0]
     for weight in study.backbones: assert any(f"'{weight}'" in s for s in said[1:]), weight
     assert len(FULL) == 4 and "nall" in plan(study)[0].name
@@ -97,7 +97,7 @@ def test_real_pictures_without_hand_work(real_data, monkeypatch, tmp_path):
     monkeypatch.setenv("VFM_DATA", str(real_data))
     monkeypatch.setenv("VFM_RUNS", str(tmp_path))
     study = load_study("natural")
-    assert not [s for s in conflicts(study, plan(study)) if "VFM_DATA" in s]
+    assert not [s for s in known_conflicts(study, plan(study)) if "VFM_DATA" in s]
     cohort = load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
     assert [e["case"] for e in cohort.excluded] == ["breastmnist-test-0076"] and "train-0115" in cohort.excluded[0]["reason"]
     assert cohort.split.count("train") == 256 and cohort.split.count("test") == 155
@@ -251,4 +251,4 @@ def test_words_count_what_the_table_has():
 def test_what_a_study_lacks_is_not_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setenv("VFM_DATA", str(tmp_path))
     study = load_study("natural")
-    assert not [l for l in conflicts(study, plan(study)) if "leave_out" in l]
+    assert not [l for l in known_conflicts(study, plan(study)) if "leave_out" in l]

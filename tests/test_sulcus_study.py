@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import vfm_notes.tune.catalog as catalog
 from vfm_notes.analysis.tables import Tables, load_tables, serving
-from vfm_notes.analysis.tradeoff import COSTS, compared, contrasts, front_table, grid_runs, pareto_front, placed, tradeoff_findings, tradeoff_table
+from vfm_notes.analysis.tradeoff import COST_TITLES, compared, contrasts, front_table, grid_runs, pareto_front, placed, tradeoff_findings, tradeoff_table
 from vfm_notes.backbones.protocol import build
 from vfm_notes.data.brainvisa import brainvisa, brainvisa_example
 from vfm_notes.data.loader import normalise
@@ -82,10 +82,10 @@ def tiny(tmp_path_factory):
 def test_a_tiny_study_fills_its_grid_and_tells_what_is_missing(tiny):
     _, study, tables = tiny
     whole = tradeoff_table(tables)
-    assert {"dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity", *COSTS} == set(whole.what)
+    assert {"dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity", *COST_TITLES} == set(whole.what)
     assert len(whole) == 8 * 11 and (whole[whole.pretraining == "none"].n[whole.what == "dice"] == 2).all()
     gone = whole[(whole.pretraining == "reconstruction") & whole.tuning.str.startswith("lora")]
-    costs = gone[gone.what.isin(COSTS)]
+    costs = gone[gone.what.isin(COST_TITLES)]
     assert set(costs.n) == {1} and costs.low.isna().all()  # one seed of two; scores are drawn over cases, too
     runs = grid_runs(tables)
     for r in whole[(whole.what == "dice") & (whole.n == 2)].itertuples():

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vfm_notes.analysis.association import Association, in_words
+from vfm_notes.analysis.association import Association, association_words
 from vfm_notes.analysis.contrasts import contrast_words
-from vfm_notes.analysis.crossed import Crossed, crossed_words, verdict
+from vfm_notes.analysis.crossed import Crossed, crossed_words, crossed_verdict
 from vfm_notes.analysis.findings import convergence_finding, extremes, gain_findings, gain_words
 from vfm_notes.analysis.mixed import Mixed
 from vfm_notes.analysis.prediction import prediction_finding, prediction_verdict
@@ -118,7 +118,7 @@ def crossing(rho, p, low, high, tested=True):
 def test_an_association_needs_test_and_interval(rho, p, out):
     c = crossing(rho, p, *sorted((rho - np.sign(rho) * (0.3 if out else 0.9), rho + np.sign(rho) * 0.2)))
     shown = p <= 0.05 and out
-    assert c.shown == shown and ("show an association, but not a cause" in verdict(c)) == shown == ("show neither" not in verdict(c))
+    assert c.shown == shown and ("show an association, but not a cause" in crossed_verdict(c)) == shown == ("show neither" not in crossed_verdict(c))
     more = "more" if rho > 0 else "less"
     assert alignment_title(c) == (f"Cells whose features moved further gained {more}" if shown else "No clear association of distance and gain over 20 cells")
     said = crossed_words(c)
@@ -128,9 +128,9 @@ def test_an_association_needs_test_and_interval(rho, p, out):
 @pytest.mark.parametrize(("rho", "p"), list(product((0.7, -0.7), (0.01, 0.2))))
 def test_one_rank_correlation_in_words(rho, p):
     a = Association(rho, -0.9, 0.9, p, 20, 0, True, 100, 0.5, True)
-    said = in_words(a)
+    said = association_words(a)
     assert (f"{'more' if rho > 0 else 'less'} gain goes with more distance" in said) == (p <= 0.05) == ("show neither" not in said)
-    assert "too few; not tested" in in_words(replace(a, tested=False, why="too few"))
+    assert "too few; not tested" in association_words(replace(a, tested=False, why="too few"))
 
 
 @pytest.mark.parametrize(("sign", "clear", "p"), EVERY)
