@@ -1,4 +1,4 @@
-"""Sites from what studies leave behind when things went wrong: the report is built, and says so."""
+"""Sites from what studies leave behind when things went wrong: the report is built, and states it."""
 import json
 import math
 import re

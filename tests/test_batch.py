@@ -221,7 +221,7 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     assert (
         states(toy.jobs[0]) == [None]
         and made.ran == 0
-        and f"lost    {toy.jobs[0].name}: gone The same command goes on." in show
+        and f"lost    {toy.jobs[0].name}: gone The same command continues." in show
     )
 
 
@@ -229,7 +229,7 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     ("end", "said"),
     [
         (Cancelled("by hand"), "cancelled {}: by hand"),
-        ("left", "left    {}: it was asked to; the same command goes on where it stopped"),
+        ("left", "paused  {}: as requested; the same command continues where it stopped"),
     ],
 )
 def test_who_leaves_leaves_nothing_behind(toy, end, said):
@@ -254,7 +254,7 @@ def test_a_batch_that_is_asked_to_leave_starts_nothing_more(toy, monkeypatch):
     monkeypatch.setattr(batch, "asked", lambda: signal.SIGTERM)
     made, show = run(toy, pool := Pool("toy"))
     assert (
-        pool.asked == [] and made.stopped == "Asked to leave (SIGTERM); the same command goes on." and not made.pending
+        pool.asked == [] and made.stopped == "Stop requested (SIGTERM); the same command continues." and not made.pending
     )
 
 

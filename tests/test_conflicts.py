@@ -1,4 +1,4 @@
-"""What cannot work is told before anything is computed, by one function, with the smallest change that helps; and what `vfm init` writes runs."""
+"""What cannot work is reported before anything is computed, by one function, with the smallest change that helps; and what `vfm init` writes runs."""
 import gc
 import json
 import os

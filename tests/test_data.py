@@ -85,7 +85,7 @@ def test_every_prefix_of_the_order_is_stratified(grade, seed):
 
 
 def test_too_many_cases_are_refused():
-    assert "30 cases are asked for" in message(split_by_patient, ["a"] * 5, [0] * 5, dict(train=30), 0)
+    assert "30 cases are requested" in message(split_by_patient, ["a"] * 5, [0] * 5, dict(train=30), 0)
     assert "has 2" in message(toy().subset, "train", 9)
     assert "Did you mean 'train'" in message(toy().subset, "trian")
 

@@ -99,7 +99,7 @@ def test_verdicts_hold_after_correction():
     assert np.allclose(table.p, p) and np.allclose(table.p_holm, corrected)
     assert list(table.verdict) == ["raises", "undecided", "lowers", "undecided"] and table.low[1] > 0 and table.p[1] < 0.05 < table.p_holm[1]
     assert headline(table) == "On a 1 of 2 objectives raises a probe and 1 lowers one and on b none of 2 objectives raises a probe"
-    assert objective_verdict("good", "good one", table) == "Good one: on a it raises AUC (+0.200 [+0.180, +0.220]); on b it shows no gain in 5 seeds, uncorrected intervals alone would say a rise of AUC (+0.021 [+0.001, +0.041])."
+    assert objective_verdict("good", "good one", table) == "Good one: on a it raises AUC (+0.200 [+0.180, +0.220]); on b it shows no gain in 5 seeds, uncorrected intervals alone would suggest a rise of AUC (+0.021 [+0.001, +0.041])."
     assert "lowers AUC (−0.20" in objective_verdict("bad", "bad", table) and objective_verdict("other", "other", table) == "Other: not measured."
 
 

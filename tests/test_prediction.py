@@ -180,7 +180,7 @@ def test_records_without_scores(runs_root):
     tables = load_tables("s")
     tables.scores = tables.scores[:0]
     assert prediction_table(tables).empty and answers(tables).empty and prediction_points(tables, gain_table(tables)).empty
-    assert "nothing can be said yet" in prediction_finding(prediction_table(tables)) and not any("Known" in f for f in findings(tables))
+    assert "there is no result yet" in prediction_finding(prediction_table(tables)) and not any("Known" in f for f in findings(tables))
     empty = load_tables("nothing")
     assert prediction_table(empty).empty and empty.scores.empty and empty.moments.empty
 
@@ -188,7 +188,7 @@ def test_records_without_scores(runs_root):
 def test_one_backbone_has_nothing_to_choose(runs_root):
     for s in ("scratch", "full"): write("task", "a.x", s, 0, 1.0, 0.7)
     t = prediction_table(load_tables("s"), draws=20)
-    assert (t.pairs == 0).all() and t.why.str.contains("two backbones").all() and "two backbones" in prediction_words(t.iloc[0]) and "nothing can be said" in prediction_finding(t)
+    assert (t.pairs == 0).all() and t.why.str.contains("two backbones").all() and "two backbones" in prediction_words(t.iloc[0]) and "there is no result yet" in prediction_finding(t)
 
 
 def test_tables_of_records(runs_root):

@@ -156,7 +156,7 @@ def test_picai_folds(tmp_path):
     assert "patient 10003 is in the splits" in told(picai, folder, splits=folds(tmp_path/"a.json", [*cases[:2], ["10003_1000003"], ["10003_1000004", "10002_1000002"]]), fold=2)
     assert "10002_1000002 is in no fold" in told(picai, folder, splits=folds(tmp_path/"b.json", [*cases[:2], cases[3]]))
     assert "in two folds" in told(picai, folder, splits=folds(tmp_path/"c.json", [*cases, cases[0]]))
-    assert "4 folds, 4 is asked for" in told(picai, folder, splits=path, fold=4)
+    assert "4 folds, but fold 4 is requested" in told(picai, folder, splits=path, fold=4)
     (tmp_path/"d.json").write_text("[1, 2]")
     assert "no list of folds" in told(picai, folder, splits=tmp_path/"d.json")
 

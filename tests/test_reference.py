@@ -78,7 +78,7 @@ def test_what_is_left_out_of_a_page_says_why():
     def page(data): return "".join(join_lines(v) for o in convert_output({"output_type": "display_data", "metadata": {}, "data": data}, "k", "see there") for v in o["data"].values()).removeprefix("```{=html}\n").removesuffix("\n```")
     long, asks = "x" * (LIMIT["html"] + 1), '<img src="https://example.org/a.png">'
     assert page({"text/html": long}).endswith(f"Here an output of {len(long):,} characters is left out; see there.</p>")
-    assert page({"text/html": asks}).endswith("Here an output that asks the network is left out; see there.</p>")
+    assert page({"text/html": asks}).endswith("Here an output that loads from the network is left out; see there.</p>")
     assert page({"text/html": "<b>kept</b>"}) == "<b>kept</b>" and page({"text/html": " ", "text/plain": "p"}) == "" and page({"text/plain": "p"}) == "p"
 
 

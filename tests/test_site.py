@@ -155,7 +155,7 @@ def test_definitions_are_one_click_away(project):
 
 def test_huge_and_remote_outputs_are_cut_with_a_link(project):
     text = (project["root"] / "_site" / "run-pretrain-profound_toy.mae_of_a_long_name.html").read_text(encoding="utf-8")
-    assert "characters left out here" in text and "asks the network is left out" in text and "cdn.example.org" not in text
+    assert "characters left out here" in text and "loads from the network is left out" in text and "cdn.example.org" not in text
     assert 'href="notebooks/pretrain-profound_toy.mae_of_a_long_name.ipynb"' in text and len(text) < 200_000
 
 

@@ -52,7 +52,7 @@ def test_random_weights_have_one_name_for_every_strategy():
     both = replace(study, strategies=["scratch", "full", "random", "decoder"], backbones=["unet_toy.random"])
     assert [r.strategy for r in run_specs(both) if r.seed == 0] == ["scratch", "random"]
     assert parse_only("strategy=scratch", study) == {"strategy": {"scratch"}}
-    with pytest.raises(VfmError, match="those that nobody trained"): pretrain_specs(replace(study, pretrain={"random": {"backbone": "unet_toy"}}, backbones=["unet_toy.random"]))
+    with pytest.raises(VfmError, match="reserved for untrained weights"): pretrain_specs(replace(study, pretrain={"random": {"backbone": "unet_toy"}}, backbones=["unet_toy.random"]))
     with pytest.raises(VfmError, match="'swin_mt.diffusion' does not use the weights of its own architecture"): replace(study, backbones=["swin_mt.diffusion"])
 
 
@@ -168,7 +168,7 @@ def test_the_page_of_nothing(tmp_path, runs_root):
     values = run_page(tmp_path/"none.yaml", tmp_path)
     assert "No finished run of study" in "".join(v.html for v in values) and not any(hasattr(v, "to_dict") for v in values)
     empty = load_tables("none")
-    assert tradeoff_findings(empty, {}, {}) == ["No run of the grid is finished, so nothing can be said yet."] and front_table(empty, "dice", "seconds_training").empty
+    assert tradeoff_findings(empty, {}, {}) == ["No run of the grid is finished, so there is no result yet."] and front_table(empty, "dice", "seconds_training").empty
 
 
 def test_the_study_on_a_cohort_in_the_layout_of_brainvisa(tmp_path, runs_root):

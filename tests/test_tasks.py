@@ -372,7 +372,7 @@ def test_a_cohort_with_another_spacing_is_refused(monkeypatch):
     from vfm_notes.tune import transfer as module
     made = load_cohort("everything", SPEC.size, SPEC.spacing, CASES)
     monkeypatch.setattr(module, "run_cohort", lambda spec: replace(made, card=replace(made.card, spacing=(4.0, 3.0, 3.0))))
-    with pytest.raises(VfmError, match="voxels of .4.0, 3.0, 3.0. mm, but the study asks for"): run_data(SPEC)
+    with pytest.raises(VfmError, match="voxels of .4.0, 3.0, 3.0. mm, but the study requires"): run_data(SPEC)
     for off, fine in ((0.0009, True), (0.0015, False)):  # a thousandth of a millimetre is rounding
         monkeypatch.setattr(module, "run_cohort", lambda spec: replace(made, card=replace(made.card, spacing=(8.0, 3.0, 3.0 + off))))
         try: assert run_data(SPEC) and fine

@@ -193,7 +193,7 @@ def test_a_request_that_comes_between_two_epochs_loses_none(tmp_path):
             asked.append(epochs)
     asked, seen = [], []
     keeper = Late(tmp_path/"c.pt", "run", stop=lambda: bool(asked))
-    with pytest.raises(Stopped, match="after epoch 1 of 6.*goes on from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
+    with pytest.raises(Stopped, match="after epoch 1 of 6.*continues from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
     assert seen == [1] and (tmp_path/"c.pt").is_file()
     train(toy(), lambda e, l: seen.append(e) or {}, [], Keeper(tmp_path/"c.pt", "run"))
     assert seen == [1, 2, 3, 4, 5, 6]
@@ -202,7 +202,7 @@ def test_a_request_that_comes_between_two_epochs_loses_none(tmp_path):
 def test_asked_to_stop_it_leaves_after_the_epoch_and_goes_on_later(tmp_path):
     seen = []
     keeper = Keeper(tmp_path/"c.pt", "run", stop=lambda: len(seen) == 2)
-    with pytest.raises(Stopped, match="after epoch 2 of 6.*goes on from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
+    with pytest.raises(Stopped, match="after epoch 2 of 6.*continues from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
     later, rows = toy(), []
     train(later, lambda e, l: {}, rows, Keeper(tmp_path/"c.pt", "run"))
     whole = toy()

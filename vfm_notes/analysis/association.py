@@ -26,7 +26,7 @@ def centred_ranks(
     x: np.ndarray,  # (n,)
     blocks: np.ndarray,  # (n,) number of the block; all 0: one block
 ) -> np.ndarray:  # (n,), sums to 0 in every block
-    "Ranks within blocks, without the blocks' means."
+    "Return ranks within blocks, without the blocks' means."
     out = np.empty(len(x))
     for b in np.unique(blocks):
         r = rankdata(x[blocks == b])
@@ -37,7 +37,7 @@ def correlation(
     u: np.ndarray,  # (..., n) centred
     v: np.ndarray,  # (..., n) centred
 ) -> np.ndarray:  # NaN where one does not vary
-    "Correlation along the last axis."
+    "Return the correlation along the last axis."
     size = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
     with np.errstate(invalid="ignore", divide="ignore"): return np.where(size > 0, (u * v).sum(-1) / size, np.nan)
 
@@ -47,7 +47,7 @@ def orders(
     draws: int,
     seed: int,
 ) -> tuple[np.ndarray, bool]:  # (orders, n) indices, the first is 0 1 2 …; are these all?
-    "Re-orderings within blocks."
+    "Return re-orderings within blocks: all, or many random ones."
     sizes = np.unique(blocks, return_counts=True)[1]
     if prod(factorial(s) for s in sizes) <= EXACT:
         starts = np.cumsum([0, *sizes[:-1]])
@@ -63,7 +63,7 @@ def redraw(
     draws: int,
     seed: int,
 ) -> np.ndarray:  # (draws,) rho, NaN where a draw does not vary
-    "Bootstrap values of rho."
+    "Return the bootstrap values of rho."
     rng, n = np.random.default_rng(seed), len(x)
     if blocks is None:
         pick = rng.integers(0, n, (draws, n))
@@ -96,7 +96,7 @@ class Association:
 def visible(
     null: np.ndarray,  # rho of every order
 ) -> float:  # NaN where even the strongest is reached too often
-    "The smallest |rho| that at most 5 % of the orders reach."
+    "Return the smallest |rho| that at most 5 % of the orders reach."
     values = np.unique(np.round(np.abs(null), 12))
     rare = values[np.array([(np.abs(null) >= v - 1e-9).mean() for v in values]) <= 0.05] if len(values) < 2000 else values[values > np.quantile(np.abs(null), 0.95)]
     return float(rare[0]) if len(rare) else float("nan")
@@ -115,7 +115,7 @@ def associate(
     draws: int = DRAWS,  # of bootstrap and permutation
     seed: int = SEED,
 ) -> Association:
-    "Spearman's rho with a bootstrap interval and a permutation p-value."
+    "Compute Spearman's rho with a bootstrap interval and a permutation p-value."
     x, y = np.asarray(x, float), np.asarray(y, float)
     keep = np.isfinite(x) & np.isfinite(y)
     label = np.zeros(len(x), int) if blocks is None else np.unique(np.asarray(blocks, str), return_inverse=True)[1]
@@ -139,14 +139,14 @@ def association_words(
     unit: str = "cells (task x backbone x strategy)",  # what was counted
     block: str = "blocks",  # what a block was
 ) -> str:
-    "What the data can and cannot say, in one or two sentences."
-    if not a.tested: return f"{first.capitalize()} and {second}: {a.n} {unit}, {a.why}; shown, not tested."
+    "State what the data can and cannot show, in one or two sentences."
+    if not a.tested: return f"{first.capitalize()} and {second}: {a.n} {unit}, {a.why}; not tested."
     how = f"all {a.orders} orders" if a.exact else f"{a.orders} orders"
     inside = f" inside {a.blocks} {block}" if a.blocks else ""
     start = f"Over {a.n} {unit}{inside}, {first} and {second} have a rank correlation of {told(a.rho, 'rho')} (95 % interval {told(a.low, 'rho')} to {told(a.high, 'rho')}; {told_p(a.p)} from {how})"
-    if a.p <= 0.05: return f"{start}: {'more' if a.rho > 0 else 'less'} {second} goes with more {first}, though cells that share a backbone or a task are not independent and this shows no cause."
+    if a.p <= 0.05: return f"{start}: {'more' if a.rho > 0 else 'less'} {second} goes with more {first}; but cells that share a backbone or a task are not independent, and an association is not a cause."
     can = f"an association would have had to reach {told(a.visible, 'rho')[1:]} to stand out" if np.isfinite(a.visible) else "no association, however strong, could have stood out"
-    return f"{start}: this does not show an association, nor that there is none, because with this many {can}."
+    return f"{start}: the data show neither an association nor its absence, because with this many {can}."
 
 # %% ../../nbs/83_association.ipynb #29aa50b3
 def _layer(tables: Tables, layer: str, distance: str) -> pd.DataFrame:
@@ -163,7 +163,7 @@ def run_points(
     distance: str = "mmd2",  # column of the d2p table
     gained: pd.DataFrame | None = None,  # from run_gains; default: against scratch
 ) -> pd.DataFrame:  # a row per tuned run with a reference: cell, seed, rpg, d2p
-    "Gain and distance of every tuned run."
+    "Return the gain and distance of every tuned run."
     runs = tables.done().merge(_layer(tables, layer, distance), on="id", how="left")
     return (run_gains(tables) if gained is None else gained).merge(runs[[*CELL, "seed", "d2p"]], on=[*CELL, "seed"], how="left").assign(layer=layer)
 
@@ -174,7 +174,7 @@ def cell_points(
     layer: str = "embed",
     distance: str = "mmd2",  # column of the d2p table
 ) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer
-    "Gain and distance of every cell, always in one order so that random draws agree everywhere; what is missing stays NaN."
+    "Return gain and distance of every cell in one fixed order, so that draws agree; missing ones are NaN."
     runs = tables.done().merge(_layer(tables, layer, distance), on="id")
     moved = runs.groupby(CELL)["d2p"].agg(d2p="mean", d2p_sd="std", d2p_seeds="count").reset_index()
     kept = gains[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases"]]

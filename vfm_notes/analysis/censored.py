@@ -20,7 +20,7 @@ def product_limit(
     censored: np.ndarray,  # (n,) bool: it did not arrive
     weight: np.ndarray,  # (draws, n) how often each run counts
 ) -> tuple[np.ndarray, np.ndarray]:  # (times,) ascending; (draws, times) share that has arrived
-    "Kaplan and Meier's estimate under weights."
+    "Return Kaplan and Meier's estimate under weights."
     at = np.unique(time)
     waiting, now = weight @ (time[:, None] >= at), weight @ ((time[:, None] == at) & ~censored[:, None])
     return at, 1 - np.cumprod(1 - now / np.maximum(waiting, 1e-300), axis=1)
@@ -33,7 +33,7 @@ def redrawn(
     draws: int,
     seed: int,
 ) -> np.ndarray:  # (draws, n) how often each run was drawn with its block
-    "Blocks re-drawn with replacement."
+    "Draw blocks with replacement."
     label = np.unique(np.asarray(blocks, str), return_inverse=True)[1]
     k = label.max() + 1
     return np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), draws)[:, label].astype(float)
@@ -45,7 +45,7 @@ def reached_by(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> pd.DataFrame:  # at, share that has arrived, its 95 % interval, runs on the way before, how many arrived then
-    "The share of runs that have reached their target by a time."
+    "Return the share of runs that have reached their target by a time."
     time, censored = np.asarray(time, float), np.asarray(censored, bool)
     if not len(time): return pd.DataFrame(columns=CENSORED_COLUMNS, dtype=float)
     at, share = product_limit(time, censored, np.ones((1, len(time))))
@@ -62,7 +62,7 @@ def half_time(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> tuple[float, float, float]:  # median and its 95 % interval; infinity: later than the budget, NaN: no runs
-    "The time by which half of the runs have reached their target."
+    "Return the time by which half of the runs have reached their target."
     time, censored = np.asarray(time, float), np.asarray(censored, bool)
     if not len(time): return np.nan, np.nan, np.nan
     weight = np.concatenate([np.ones((1, len(time))), redrawn(np.arange(len(time)) if blocks is None else blocks, draws, seed)])
@@ -78,7 +78,7 @@ def excess(
     censored: np.ndarray,  # (n,)
     first: np.ndarray,  # (draws, n) bool: belongs to the first group
 ) -> tuple[np.ndarray, np.ndarray]:  # (draws,) o − e of the first group, and its variance
-    "Arrivals of the first group beyond what was expected."
+    "Return arrivals of the first group beyond what was expected."
     at = np.unique(time[~censored])
     risk, now = (time[:, None] >= at).astype(float), ((time[:, None] == at) & ~censored[:, None]).astype(float)
     n, d, n1 = risk.sum(0), now.sum(0), first @ risk
@@ -92,7 +92,7 @@ def swaps(
     draws: int,
     seed: int,
 ) -> np.ndarray:  # (ways, pairs) bool; the first swaps nothing
-    "All ways to swap pairs, up to 12 of them, or many random ones."
+    "Return all ways to swap pairs, up to 12 of them, or many random ones."
     if pairs <= 12: return np.array(list(product([False, True], repeat=pairs)), bool).reshape(2**pairs, pairs)
     return np.concatenate([np.zeros((1, pairs), bool), np.random.default_rng(seed).random((draws, pairs)) < 0.5])
 
@@ -103,7 +103,7 @@ def log_rank(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> tuple[float, float]:  # z (positive: the first is sooner), two-sided p; NaN without pairs or arrivals
-    "Stratified log-rank test of paired runs."
+    "Test paired runs by a stratified log-rank test."
     time, censored, strata = np.asarray(time, float).reshape(-1, 2), np.asarray(censored, bool).reshape(-1, 2), np.asarray(strata, str)
     swap = swaps(len(time), draws, seed)
     more, spread = np.zeros(len(swap)), np.zeros(len(swap))

@@ -22,7 +22,7 @@ def drawn(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> tuple[np.ndarray, np.ndarray]:  # (1 + draws,) each: mean score over seeds, as observed and then as re-drawn
-    "Scores of a cell and its reference under the same re-drawn seeds and patients."
+    "Return scores of a cell and its reference under the same re-drawn seeds and patients."
     rng, s, n = np.random.default_rng(seed), len(pair.seeds), len(pair.patients)
     w = np.concatenate([np.ones((1, n)), case_weights(pair.patients, draws, rng)])
     ws = np.concatenate([np.ones((1, s)), rng.multinomial(s, np.full(s, 1 / s), size=draws)])
@@ -33,7 +33,7 @@ def interval(
     name: str,  # of the first column
     low: str, high: str,  # of the others
 ) -> dict[str, float]:
-    "A value and its 95 % interval as columns."
+    "Return a value and its 95 % interval as columns."
     ends = np.nanpercentile(values[1:], [2.5, 97.5]) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
     return {name: float(values[0]), low: float(ends[0]), high: float(ends[1])}
 
@@ -42,7 +42,7 @@ def runs_of(
     tables: Tables,
     values: Mapping,  # column → value, of task, backbone, strategy, n_train
 ) -> pd.DataFrame:  # finished runs
-    "The runs of one cell."
+    "Return the runs of one cell."
     runs = tables.done()
     for k, v in values.items(): runs = runs[runs[k] == v]
     return runs
@@ -53,7 +53,7 @@ def cell_scores(
     seed: int = SEED,
     metric: str = "primary",  # of each task, or the name of one; tasks without it are left out
 ) -> pd.DataFrame:  # a row per cell: score, low, high, seed_sd, control, n_seeds, n_cases, metric, direction, unit
-    "A metric of every cell, with an interval over seeds and patients: the one that every page shows."
+    "Return a metric of every cell, with an interval over seeds and patients: the one that every page shows."
     cases, rows = dict(list(tables.cases.groupby("id"))), []
     if metric == "primary": known = tables.done()
     else: known = tables.done().drop(columns=["metric", "value", "control", "direction", "unit"], errors="ignore").merge(
@@ -77,7 +77,7 @@ def contrast_row(
     draws: int, seed: int,
     metric: str = "primary",  # or the name of one
 ) -> dict:
-    "How much better the first cell is than the second."
+    "Return how much better the first cell is than the second."
     one, two = runs_of(tables, first), runs_of(tables, second)
     if one.empty or two.empty: return {"reason": "no finished run of " + " and ".join(w for w, r in (("the first", one), ("the second", two)) if r.empty)}
     known = one if metric == "primary" else tables.metrics[tables.metrics.id.isin(one.id) & (tables.metrics.metric == metric)]
@@ -97,7 +97,7 @@ def contrast_table(
     seed: int = SEED,
     metric: str = "primary",  # of each task, or the name of one
 ) -> pd.DataFrame:  # a row per contrast and values of what it leaves open; positive: the first is better
-    "Every contrast wherever both of its cells might be."
+    "Return every contrast wherever both of its cells might be."
     cases, rows, runs = dict(list(tables.cases.groupby("id"))), [], tables.runs[tables.runs.kind == "transfer"]
     for name, (first, second) in contrasts.items():
         both = runs[np.logical_or.reduce([np.logical_and.reduce([runs[k] == v for k, v in side.items()]) for side in (first, second)])]
@@ -112,9 +112,9 @@ def contrast_words(
     table: pd.DataFrame,  # rows of one contrast
     better: str, worse: str,  # the two sides, e.g. "published weights", "random ones"
 ) -> str:
-    "What one contrast shows, and how often."
+    "Return what one contrast shows, and how often."
     known = table[table.difference.notna()]
-    if known.empty: return f"{better[0].upper() + better[1:]} and {worse}: no pair of cells is finished, so nothing can be said yet."
+    if known.empty: return f"{better[0].upper() + better[1:]} and {worse}: no pair of cells is finished, so there is no result yet."
     up, down, n, kept = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known), int((known.p_holm <= 0.05).sum())
     metric, of = known.metric.iloc[0], f"difference, {known.contrast.iloc[0]}"
     says = lambda v, which: told(float(v), "difference", f"{of}, {which}", metric)
@@ -122,7 +122,7 @@ def contrast_words(
     better_by = metric_card(metric).title + (" (positive: less, which is better)" if known.direction.iloc[0] < 0 else "")
     said = f"{better[0].upper() + better[1:]} against {worse}: {says(d.mean(), 'mean')} {better_by} on average over "
     said += f"{how_many([n], 'cell', 'cells')} ({says(d.min(), 'smallest')} to {says(d.max(), 'largest')}); "
-    said += f"{up} {'is' if up == 1 else 'are'} better and {down} worse with a 95 % interval that leaves out 0 ({runs})"
+    said += f"{up} {'is' if up == 1 else 'are'} better and {down} worse with a 95 % interval that excludes 0 ({runs})"
     said += f", {kept} with p ≤ 0.05 after Holm's correction over all contrasts"
     missing = f" {len(table) - n} of {len(table)} pairs are missing." if n < len(table) else ""
     return said + "." + missing

@@ -28,7 +28,7 @@ def best(
     value: np.ndarray,  # validation score per epoch, without NaN
     direction: int,  # 1: higher is better, −1: lower is better
 ) -> float:
-    "The best score of a curve."
+    "Return the best score of a curve."
     return float(direction * np.max(direction * value)) if len(value) else float("nan")
 
 def target_score(
@@ -36,10 +36,10 @@ def target_score(
     start: float | None,  # score at epoch 0 for 'rise', None for a share of the best itself
     direction: int,
 ) -> tuple[float, str]:  # the score to reach, or NaN and the reason
-    "95 % of a best score, or of the rise to it."
+    "Return 95 % of a best score, or of the rise to it."
     if not np.isfinite(top): return float("nan"), "no validation score"
     if start is None:
-        if top <= 0: return float("nan"), "95 % of a best score that is not positive means nothing"
+        if top <= 0: return float("nan"), "95 % of a best score that is not positive is meaningless"
         return (SHARE * top if direction > 0 else top / SHARE), ""
     if not direction * (top - start) > 0: return float("nan"), "the scratch run never got better than at epoch 0"
     return start + SHARE * (top - start), ""
@@ -50,7 +50,7 @@ def reach(
     target: float,  # score to reach
     direction: int,
 ) -> tuple[float, float, bool]:  # epochs, seconds of training, censored
-    "The first epoch at which the target is reached, or the whole budget and True."
+    "Return the first epoch at which the target is reached, or the whole budget and True."
     there = direction * (curve["value"].to_numpy() - target) >= -1e-12 * abs(target)
     at = int(np.argmax(there)) if there.any() else -1
     return float(curve["epoch"].iloc[at]), float(curve["seconds"].iloc[at]), not there.any()
@@ -58,7 +58,7 @@ def reach(
 def area(
     curve: pd.DataFrame,  # epoch, value
 ) -> float:  # in units of the metric
-    "Area under the curve divided by the number of epochs: the mean height."
+    "Return the area under the curve divided by the number of epochs: the mean height."
     e, v = curve["epoch"].to_numpy(float), curve["value"].to_numpy(float)
     return float(np.trapezoid(v, e) / (e[-1] - e[0])) if len(e) > 1 else float("nan")
 
@@ -85,7 +85,7 @@ def run_convergence(
     tables: Tables,
     reference: str = "scratch",  # a strategy
 ) -> pd.DataFrame:  # a row per run (the reference's own included) and rule
-    "Epochs and seconds of training until each run reached its targets."
+    "Return epochs and seconds of training until each run reached its targets."
     curves, done, rows = _validation(tables), tables.done(), []
     refs = serving(done, reference).set_index(["task", "backbone", "n_train", "seed"])["id"].to_dict()
     for run in done.to_dict("records"):
@@ -103,7 +103,7 @@ def mean_interval(
     x: np.ndarray,  # values, NaN ignored
     low: float = -np.inf, high: float = np.inf,  # what a value can be at all
 ) -> tuple[float, float, float]:  # mean, low, high; NaN where fewer than 1 or 2 values
-    "Mean with Student's 95 % interval, between the bounds where there are any."
+    "Return the mean with Student's 95 % interval, between the bounds where there are any."
     x = np.asarray(x, float)
     x = x[np.isfinite(x)]
     if len(x) < 2: return (float(x[0]) if len(x) else np.nan), np.nan, np.nan
@@ -125,7 +125,7 @@ def convergence_table(
     tables: Tables,
     reference: str = "scratch",  # a strategy
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) and rule; <measure>, _low, _high over seeds
-    "Convergence of every cell: mean over seeds, interval, difference to the reference, and how many were censored."
+    "Return the convergence of every cell: mean over seeds, interval, difference, number censored."
     runs, ends = run_convergence(tables, reference), {k: float(c.seconds.max()) for k, c in tables.curves.groupby("id")}
     by = ["task", "backbone", "n_train", "seed", "rule"]
     refs = serving(runs, reference)[[*by, "epochs", "seconds", "area", "censored"]]
@@ -164,7 +164,7 @@ def time_words(
     measure: str,  # of UNITS, sooner or seconds_sooner
     of: str = "",  # what the number is of
 ) -> tuple[str, str]:  # "> 6.3", "[3.1, > 8.0]"; "" where there is no interval
-    "A mean time and its interval; what lies beyond the budget is said so."
+    "State a mean time and its interval, or that it lies beyond the budget."
     kind = "sooner" if "sooner" in measure else "epochs" if measure == "epochs" else "seconds"
     value, low, high = (float(row[measure + e]) for e in ("", "_low", "_high"))
     late, ref = row["censored"] > 0, row["censored_reference"] > 0 and kind == "sooner"
@@ -194,7 +194,7 @@ def reached_curves(
     rule: str = "rise",
     unit: str = "epochs",  # or seconds, gpu_hours
 ) -> pd.DataFrame:  # task (or "all tasks"), strategy, at, share, low, high, waiting, n_runs; from 0 to the longest budget
-    "The share of runs that have reached their target, over time."
+    "Return the share of runs that have reached their target, over time."
     rows = [pd.DataFrame(columns=["task", "strategy", "at", "share", "low", "high", "waiting", "n_runs"])]
     for task, own in _scopes(runs, rule, unit):
         for strategy, g in own.groupby("strategy", sort=False):
@@ -211,7 +211,7 @@ def paired_times(
     reference: str,
     unit: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (pairs, 2) times, censored; (pairs,) strata
-    "Runs of a strategy beside those of the reference with the same seed."
+    "Return runs of a strategy beside those of the reference with the same seed."
     a, b = (t.set_index(["task", "backbone", "n_train", "seed"]).sort_index() for t in (runs[runs.strategy == strategy], serving(runs, reference)))
     both = a.index.intersection(b.index)
     a, b = a.loc[both], b.loc[both]
@@ -223,7 +223,7 @@ def reached_table(
     reference: str = "scratch",  # a strategy
     unit: str = "epochs",
 ) -> pd.DataFrame:  # a row per rule, task (or "all tasks") and strategy: half, low, high, n_runs, censored, drawn, z, p, pairs
-    "When half of the runs had reached their target, and whether that is sooner than the reference."
+    "Return when half of the runs had reached their target, and whether that is sooner than the reference."
     rows = []
     for rule in TARGET_RULES:
         for task, own in _scopes(runs, rule, unit):

@@ -31,7 +31,7 @@ def weighted_rho(
     y: np.ndarray,  # (n,)
     weight: np.ndarray,  # (draws, n) how often each point counts
 ) -> np.ndarray:  # (draws,) NaN where one of the two does not vary
-    "Spearman's rho under weights."
+    "Return Spearman's rho under weights."
     total, u = weight.sum(1, keepdims=True), []
     for v in (x, y):
         rank = weight @ (v[:, None] < v) + (weight @ (v[:, None] == v) + 1) / 2
@@ -47,7 +47,7 @@ def two_way(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> tuple[float, float]:  # 95 % interval of rho; NaN where there is one row or one column only
-    "Interval by re-drawing rows and columns."
+    "Compute an interval by re-drawing rows and columns."
     rng, weight = np.random.default_rng(seed), 1
     for label in map(numbers, (rows, columns)):
         k = label.max() + 1
@@ -58,7 +58,7 @@ def two_way(
 
 # %% ../../nbs/835_crossed.ipynb #a34376a9
 def ways(sizes: tuple[int, int], draws: int, seed: int) -> list:
-    "Exchanges of rows and of columns: all, or many random ones; nothing exchanged comes first."
+    "Return exchanges of rows and of columns: all, or many random ones; nothing exchanged comes first."
     if factorial(sizes[0]) * factorial(sizes[1]) <= draws: return list(product(*(map(np.array, permutations(range(k))) for k in sizes)))
     rng = np.random.default_rng(seed)
     return [tuple(map(np.arange, sizes))] + [tuple(rng.permutation(k) for k in sizes) for _ in range(draws)]
@@ -89,7 +89,7 @@ def weighted_rho_of(
     y: np.ndarray,  # (n,)
     there: np.ndarray,  # (ways, n) bool: whether the pair exists
 ) -> np.ndarray:  # (ways,)
-    "Spearman's rho of each re-ordering over the pairs that exist."
+    "Return Spearman's rho of each re-ordering over the pairs that exist."
     u = []
     for v in (x, np.broadcast_to(y, x.shape)):
         less = (v[:, None, :] < v[:, :, None]) & there[:, None, :]
@@ -104,7 +104,7 @@ def leave_out(
     y: np.ndarray,  # (n,)
     labels: np.ndarray,  # (n,)
 ) -> dict[str, float]:  # label that was left out → rho of the others; labels that leave fewer than 3 points are not there
-    "Rho without each level."
+    "Return the rho without each level."
     labels = np.asarray(labels, str)
     keep = {k: labels != k for k in np.unique(labels)}
     return {k: float(weighted_rho(x, y, w[None].astype(float))[0]) for k, w in keep.items() if w.sum() >= 3}
@@ -128,7 +128,7 @@ class Crossed:
 
     @property
     def shown(self) -> bool:
-        "Do test and interval both say that there is an association?"
+        "Return whether both test and interval show an association."
         return bool(self.p <= 0.05 and (self.low > 0 or self.high < 0))
 
 # %% ../../nbs/835_crossed.ipynb #5a400df0
@@ -139,7 +139,7 @@ def crossed(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> Crossed:
-    "Every view of one association."
+    "Return every view of one association."
     t = points[points[first].notna() & points[second].notna()].sort_values(CELL).drop_duplicates(CELL)
     x, y = t[first].to_numpy(float), t[second].to_numpy(float)
     simple = associate(x, y, draws=draws, seed=seed)
@@ -154,7 +154,7 @@ def crossed(
 
 # %% ../../nbs/835_crossed.ipynb #73bad709
 def span(values: dict) -> str:
-    "Smallest and largest, as words."
+    "Return the smallest and largest, as words."
     known = sorted(v for v in values.values() if np.isfinite(v))
     return " to ".join(dict.fromkeys(told(v, "rho") for v in known[:1] + known[-1:]))
 
@@ -164,7 +164,7 @@ def crossed_words(
     second: str = "gain",
     unit: str = " %",  # of the second variable
 ) -> str:
-    "What the data can and cannot say, given what the cells share."
+    "State what the data can and cannot show, given what the cells share."
     a, of = c.simple, f"rho, {c.of}"
     if not a.tested: return association_words(a, first, second)
     said = f"{first[0].upper() + first[1:]} and {second} over {a.n} cells of {c.tasks} {'task' if c.tasks == 1 else 'tasks'} and {c.backbones} {'backbone' if c.backbones == 1 else 'backbones'}: rank correlation {told(a.rho, 'rho', of)}"
@@ -177,13 +177,13 @@ def crossed_words(
 
 # %% ../../nbs/835_crossed.ipynb #aabab9bc
 def crossed_verdict(c: Crossed) -> str:
-    "The last sentence: shown or not, and for whom."
-    if c.shown: said = "The ranks show an association, and it shows no cause"
+    "Return the last sentence: shown or not, and for whom."
+    if c.shown: said = "The ranks show an association, but not a cause"
     else:
         can = f"an association would have had to reach {rounded(c.visible, 2)} to stand out" if np.isfinite(c.visible) else "no association, however strong, could have stood out"
-        said = f"The ranks do not show an association, nor that there is none: with these tasks and backbones {can}"
+        said = f"The ranks show neither an association nor its absence: with these tasks and backbones {can}"
     few = [f"{n} {name if n == 1 else name + 's'}" for n, name in ((c.backbones, "backbone"), (c.tasks, "task")) if n < 5]
-    return said + (f"; {' and '.join(few)} cannot say what holds for others." if few else ".")
+    return said + (f"; {' and '.join(few)} cannot show what holds for others." if few else ".")
 
 # %% ../../nbs/835_crossed.ipynb #06482e9d
 OUTCOME_TITLES = {"rpg": ("gain", " %"), "sooner": ("epochs sooner than scratch", " epochs"), "seconds": ("seconds of training", " s")}
@@ -195,7 +195,7 @@ def moved(
     when: str = "end",  # end, or a moment: early, best, random weights
     distance: str = "mmd2",
 ) -> pd.DataFrame:  # task, backbone, strategy, n_train, d2p: mean over seeds
-    "The distance of every cell at one moment."
+    "Return the distance of every cell at one moment."
     t = tables.d2p if when == "end" else tables.moments[tables.moments["when"] == when]
     t = t[t.layer == layer].astype({distance: float})
     return t.groupby(CELL, dropna=False)[distance].mean().rename("d2p").reset_index().assign(layer=layer, when=when)
@@ -205,7 +205,7 @@ def outcomes(
     tables: Tables,
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # the cells with rpg, sooner, seconds
-    "What each cell brought, how soon and for how much."
+    "Return what each cell brought, how soon and for how much."
     sooner = convergence_table(tables)
     sooner = sooner.loc[sooner.rule == "rise", [*CELL, "sooner"]]
     seconds = tables.done().groupby(CELL, dropna=False)["seconds_training"].mean().rename("seconds").reset_index()
@@ -218,8 +218,8 @@ def crossed_table(
     gains: pd.DataFrame,  # from gain_table
     layer: str = "embed",
     draws: int = DRAWS,
-) -> pd.DataFrame:  # a row per distance and outcome; `says`: a sentence
-    "Every distance against every outcome."
+) -> pd.DataFrame:  # a row per distance and outcome; `says`: the finding as a sentence
+    "Return every distance against every outcome."
     cells, rows = outcomes(tables, gains), []
     for when, first in MOMENT_TITLES.items():
         own = moved(tables, layer, when)
@@ -238,7 +238,7 @@ def association_table(
     distance: str = "mmd2",  # column of the d2p table
     draws: int = DRAWS,
 ) -> pd.DataFrame:  # a row per layer and view (cells; cells inside tasks; runs inside cells)
-    "The association of distance and gain, layer by layer, in three views."
+    "Return the association of distance and gain, layer by layer, in three views."
     rows, gained = [], run_gains(tables) if len(tables.d2p) else None
     for layer in dict.fromkeys(tables.d2p.layer):
         cells, runs = cell_points(tables, gains, layer, distance), run_points(tables, layer, distance, gained)

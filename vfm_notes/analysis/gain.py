@@ -26,7 +26,7 @@ def rpg(
     m_ref,  # score of the reference, same shape
     direction: int = 1,  # 1: higher is better, −1: lower is better
 ):  # %, NaN where the reference is 0 or missing
-    "Relative performance gain."
+    "Compute the relative performance gain."
     m, m_ref = np.asarray(m, float), np.asarray(m_ref, float)
     with np.errstate(divide="ignore", invalid="ignore"): gain = 100 * direction * (m - m_ref) / np.abs(m_ref)
     gain = np.where(m_ref == 0, np.nan, gain)
@@ -39,7 +39,7 @@ class Means:
     value: np.ndarray  # (seeds, cases), NaN where undefined
 
     def weighted(self, w: np.ndarray) -> np.ndarray:
-        "Scores (seeds, draws) under case weights w (draws, cases)."
+        "Return scores (seeds, draws) under case weights w (draws, cases)."
         seen = np.isfinite(self.value)
         with np.errstate(invalid="ignore", divide="ignore"): return (np.where(seen, self.value, 0) @ w.T) / (seen.astype(float) @ w.T)
 
@@ -51,7 +51,7 @@ class Ranking:
     label: np.ndarray  # (cases,) bool
 
     def weighted(self, w: np.ndarray) -> np.ndarray:
-        "AUC (seeds, draws) under case weights w (draws, cases)."
+        "Return AUC (seeds, draws) under case weights w (draws, cases)."
         up, down = w[:, self.label], w[:, ~self.label]
         pairs = up.sum(1) * down.sum(1)
         order = (np.sign(self.value[:, self.label, None] - self.value[:, None, ~self.label]) + 1) / 2
@@ -61,7 +61,7 @@ class Ranking:
 def kappa(
     table: np.ndarray,  # (draws, classes, classes) weight of (true, predicted)
 ) -> np.ndarray:  # (draws,), NaN where there is one true class only
-    "Quadratically weighted kappa of each table."
+    "Compute the quadratically weighted kappa of each table."
     k = np.arange(table.shape[1])
     far, true, predicted = (k[:, None] - k) ** 2, table.sum(2), table.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -76,7 +76,7 @@ class Agreement:
     classes: int
 
     def weighted(self, w: np.ndarray) -> np.ndarray:
-        "Kappa (seeds, draws) under case weights w (draws, cases)."
+        "Return kappa (seeds, draws) under case weights w (draws, cases)."
         k = np.arange(self.classes)
         both = (self.label[:, None] == k)[None, :, :, None] & (self.value[:, :, None] == k)[:, :, None, :]
         return np.stack([kappa(rearrange(w @ rearrange(b, "n i j -> n (i j)"), "b (i j) -> b i j", i=len(k))) for b in both])
@@ -93,11 +93,11 @@ class Pair:
 
     @property
     def n_cases(self) -> int:
-        "Cases that count: defined for at least one seed."
+        "Return cases that count: defined for at least one seed."
         return int(np.isfinite(self.tuned.value).any(0).sum())
 
     def gains(self, w: np.ndarray) -> np.ndarray:
-        "RPG (seeds, draws) of each seed alone."
+        "Return RPG (seeds, draws) of each seed alone."
         return rpg(self.tuned.weighted(w), self.reference.weighted(w), self.direction)
 
 # %% ../../nbs/81_gain.ipynb #cfe26355
@@ -141,13 +141,13 @@ def case_weights(
     draws: int,
     rng: np.random.Generator,
 ) -> np.ndarray:  # (draws, cases): how often each case was drawn with its patient
-    "Patients re-drawn with replacement."
+    "Draw patients with replacement."
     n = int(patients.max()) + 1
     return rng.multinomial(n, np.full(n, 1 / n), size=draws)[:, patients].astype(float)
 
 # %% ../../nbs/81_gain.ipynb #0e53c86b
 def over_seeds(pair: Pair, w: np.ndarray, ws: np.ndarray) -> np.ndarray:
-    "RPG (draws,) of the means over seeds, weighted by ws (draws, seeds)."
+    "Return RPG (draws,) of the means over seeds, weighted by ws (draws, seeds)."
     t, r = ((ws * s.weighted(w).T).sum(1) / ws.sum(1) for s in (pair.tuned, pair.reference))
     return rpg(t, r, pair.direction)
 
@@ -156,7 +156,7 @@ def bootstrap(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict:  # rpg, low, high, seed_sd, case_sd, means, share of draws where the metric was undefined
-    "The gain of a cell with its 95 % interval."
+    "Compute the gain of a cell with its 95 % interval."
     rng, s = np.random.default_rng(seed), len(pair.seeds)
     w = case_weights(pair.patients, draws, rng)
     one, flat = np.ones((1, w.shape[1])), np.ones((1, s))
@@ -190,7 +190,7 @@ def exchange_test(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> float:  # two-sided p, NaN where the difference is undefined
-    "Paired permutation test over patients of tuned against reference, seeds averaged."
+    "Test tuned against reference by paired permutation over patients, seeds averaged."
     flip = _exchanges(pair.patients, draws, np.random.default_rng(seed))
     x, y = pair.tuned.value, pair.reference.value
     if isinstance(pair.tuned, Means):
@@ -207,7 +207,7 @@ def exchange_test(
 def holm(
     p: np.ndarray,  # (cells,), NaN where there was no test
 ) -> np.ndarray:  # corrected, never smaller than p, at most 1
-    "Holm's correction."
+    "Correct p-values by Holm's method."
     p = np.asarray(p, float)
     out, order = np.full(len(p), np.nan), [i for i in np.argsort(p) if np.isfinite(p[i])]
     if order: out[order] = np.minimum(1, np.maximum.accumulate([p[i] * (len(order) - k) for k, i in enumerate(order)]))
@@ -240,7 +240,7 @@ def study_cells(
     metric: str = "primary",  # of each task, or the name of a metric; tasks without it are left out
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> list[Cell]:
-    "Every cell other than the reference."
+    "Return every cell other than the reference."
     known = tables.metrics.drop_duplicates(["task", "metric"])
     if metric != "primary" and metric not in set(known.metric):
         raise VfmError(f"No finished run of study '{tables.study}' has the metric '{metric}'.{nearest(metric, set(known.metric))}")
@@ -278,7 +278,7 @@ def gain_table(
     draws: int = DRAWS,  # of bootstrap and test
     seed: int = SEED,
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) other than the reference
-    "The gain of every cell over the reference, with interval, n and corrected p-value."
+    "Return the gain of every cell over the reference, with interval, n and corrected p-value."
     cells = study_cells(tables, metric, reference)
     rows = [c.key | {"metric": c.metric, "direction": c.direction, "versus": reference} | _row(c, draws, seed) for c in cells]
     table = pd.DataFrame(rows, columns=GAIN_COLUMNS)
@@ -290,7 +290,7 @@ def run_gains(
     metric: str = "primary",  # of each task, or the name of a metric
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> pd.DataFrame:  # a row per tuned run with a reference: the cell, seed, tuned, reference, rpg
-    "The gain of every seed alone, over the same cases."
+    "Return the gain of every seed alone, over the same cases."
     rows = []
     for c in study_cells(tables, metric, reference):
         if isinstance(c.pair, str): continue

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 def indicators(
     labels: np.ndarray,  # (n,) any labels
 ) -> np.ndarray:  # (n, levels) of 0 and 1
-    "Which level each row belongs to."
+    "Return which level each row belongs to."
     values, index = np.unique(np.asarray(labels, str), return_inverse=True)
     return np.eye(len(values))[index]
 
@@ -29,7 +29,7 @@ def profile(
     y: np.ndarray,  # (n,)
     z: list[np.ndarray],  # indicators of each group
 ) -> tuple[float, np.ndarray, np.ndarray, float]:  # −2 log restricted likelihood, coefficients, their covariance, residual variance
-    "The restricted likelihood at given variance ratios, at its best line."
+    "Return the restricted likelihood at given variance ratios, at its best line."
     v = np.eye(len(y)) + sum(l * zi @ zi.T for l, zi in zip(lam, z))
     factor = cho_factor(v, lower=True)
     vx, free = cho_solve(factor, x), len(y) - x.shape[1]
@@ -48,7 +48,7 @@ def best_ratios(
     y: np.ndarray,  # (n,)
     z: list[np.ndarray],  # indicators of each group
 ) -> np.ndarray:  # (groups,) variance ratios
-    "The variance ratios of the highest restricted likelihood."
+    "Return the variance ratios of the highest restricted likelihood."
     def search(free: tuple) -> tuple[float, np.ndarray]:
         "The best ratios of some groups, the others at 0."
         def full(r): return np.minimum(np.square(np.bincount(free, r, len(z))), LARGEST_RATIO)
@@ -82,7 +82,7 @@ def mixed_slope(
     y: np.ndarray,  # (n,)
     groups: dict[str, np.ndarray],  # name → (n,) labels, e.g. task and backbone
 ) -> Mixed:
-    "The slope of y on x with a random intercept per level of each group, by restricted maximum likelihood."
+    "Fit the slope of y on x with a random intercept per level of each group, by restricted maximum likelihood."
     x, y = np.asarray(x, float), np.asarray(y, float)
     keep = np.isfinite(x) & np.isfinite(y)
     x, y, n = x[keep], y[keep], int(keep.sum())

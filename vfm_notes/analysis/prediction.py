@@ -30,20 +30,20 @@ def regret(
     value: np.ndarray,  # (k,) score of each backbone, the higher the better
     outcome: np.ndarray,  # (..., k) what each backbone brought, the higher the better
 ) -> np.ndarray:  # (...)
-    "What the best has more than the picked one."
+    "Return what the best has more than the picked one."
     return outcome.max(-1) - outcome[..., value == value.max()].mean(-1)
 
 def random_regret(
     outcome: np.ndarray,  # (..., k)
 ) -> np.ndarray:  # (...)
-    "The regret to be expected of a blind choice."
+    "Return the regret to be expected of a blind choice."
     return outcome.max(-1) - outcome.mean(-1)
 
 def right_pairs(
     value: np.ndarray,  # (..., k)
     outcome: np.ndarray,  # (..., k)
 ) -> np.ndarray:  # (...) of k (k − 1) / 2
-    "Pairs of backbones in the right order; ties count one half."
+    "Return pairs of backbones in the right order; ties count one half."
     i, j = np.triu_indices(value.shape[-1], 1)
     return ((np.sign(value[..., i] - value[..., j]) * np.sign(outcome[..., i] - outcome[..., j]) + 1) / 2).sum(-1)
 
@@ -54,7 +54,7 @@ def task_rights(
     draws: int = DRAWS,  # where there are more than EXACT orders
     seed: int = SEED,
 ) -> np.ndarray:  # (orders,) twice the right pairs under each order of the backbones, the observed first
-    "How many pairs are right under every order, or many."
+    "Return how many pairs are right under every order, or many."
     k = value.shape[1]
     if factorial(k) <= EXACT: orders = np.array(list(permutations(range(k))))
     else: orders = np.concatenate([np.arange(k)[None], np.random.default_rng(seed).permuted(np.tile(np.arange(k), (draws, 1)), axis=1)])
@@ -64,7 +64,7 @@ def rights_test(
     tasks: list[np.ndarray],  # from task_rights
     pairs: int,  # of all questions
 ) -> tuple[float, float]:  # two-sided p; the smallest p that could have come out
-    "Test of the number of right pairs of all tasks."
+    "Test the number of right pairs of all tasks."
     null = np.ones(1)
     for t in tasks: null = np.convolve(null, np.bincount(t) / len(t))
     far = np.abs(np.arange(len(null)) - pairs)
@@ -80,7 +80,7 @@ def predictors(
     tables: Tables,
     distance: str = "mmd2",  # column of the distance
 ) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy (None: any), n_train, value (NaN: not defined), direction, reason
-    "All that was known early about each backbone and task."
+    "Return all that was known early about each backbone and task."
     keys, names = ["layer", "task", "backbone"], ["predictor", "layer", "task", "backbone", "strategy", "n_train", "value", "direction", "reason"]
     known = tables.scores.groupby(["score", *keys, "n_train"], sort=False, dropna=False).agg(value=("value", "mean"), direction=("direction", "first"), reason=("reason", "first")).reset_index()
     early = tables.moments[tables.moments["when"] == "early"].astype({distance: float})
@@ -98,7 +98,7 @@ def ended(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> dict[tuple, np.ndarray]:  # (task, strategy, n_train) → backbone → (1 + draws,) outcome, the estimate first
-    "What each tuned cell brought."
+    "Return what each tuned cell brought."
     if outcome not in OUTCOMES: raise VfmError(f"Unknown outcome '{outcome}'.{nearest(outcome, OUTCOMES)} Known: {', '.join(OUTCOMES)}.")
     runs, cases, found = tables.done(), dict(list(tables.cases.groupby("id"))), {}
     for i, cell in enumerate(study_cells(tables, reference=reference)):
@@ -111,7 +111,7 @@ def ended(
 
 # %% ../../nbs/84_prediction.ipynb #90c66276
 def outcome_draws(pair: Pair, outcome: str, draws: int, seed: int, cell: int) -> np.ndarray:
-    "The outcome of a cell and its bootstrap values (1 + draws,)."
+    "Return the outcome of a cell and its bootstrap values (1 + draws,)."
     s = len(pair.seeds)
     w = np.concatenate([np.ones((1, len(pair.patients))), case_weights(pair.patients, draws, np.random.default_rng(seed))])
     ws = np.concatenate([np.ones((1, s)), np.random.default_rng([seed, cell]).multinomial(s, np.full(s, 1 / s), draws)]).astype(float)
@@ -147,7 +147,7 @@ def judge_predictor(
 ROW = [*QUESTION, "backbones", "pairs", "right", "tau", "rho", "p", "tested", "picked", "best", "regret", "low", "high", "random", "missing", "why"]
 
 def answer(q: Question) -> dict:
-    "How good one pick was; intervals over seeds and cases."
+    "Measure how good one pick was, with intervals over seeds and cases."
     k, row = len(q.backbones), dict(zip(QUESTION, q.key)) | {"backbones": len(q.backbones), "missing": "; ".join(f"{b}: {w}" for b, w in q.missing.items()), "tested": False}
     if k < 2: return row | {"pairs": 0, "why": "fewer than two backbones to choose from"}
     now, top = q.outcome[0], q.value == q.value.max()
@@ -162,7 +162,7 @@ def pooled(
     asked: list[Question],
     seed: int = SEED,
 ) -> dict:  # tasks, questions, backbones, pairs, right, tau, regret, random, saved with _low and _high; p, least_p, tested, why
-    "How good the picks of one predictor were over all questions."
+    "Measure how good the picks of one predictor were over all questions."
     use = [q for q in asked if len(q.backbones) > 1]
     row = {"questions": len(use), "tasks": len({q.key[0] for q in use}), "backbones": len({b for q in use for b in q.backbones}), "cells": sum(len(q.backbones) for q in use), "tested": False, "missing": sum(len(q.missing) for q in asked)}
     if not use: return row | {"pairs": 0, "why": "no task has two backbones to choose from"}
@@ -194,7 +194,7 @@ def prediction_table(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> pd.DataFrame:  # a row per predictor and layer; `counts`: the layer fixed beforehand, "" as layer: that of each task
-    "How well each early number would have picked the best backbone."
+    "Return how well each early number would have picked the best backbone."
     known, end, rows = predictors(tables), ended(tables, outcome, reference, draws, seed), []
     for name, own in known.groupby("predictor", sort=False):
         parts = [("", own[own.layer.isin(FIRST)])] + list(own.groupby("layer", sort=False))
@@ -211,7 +211,7 @@ def answers(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> pd.DataFrame:  # a row per predictor, layer and question
-    "Every pick by itself."
+    "Return every pick by itself."
     end = ended(tables, outcome, reference, draws, seed)
     rows = [{"predictor": name, "layer": layer} | answer(q) for (name, layer), own in predictors(tables).groupby(["predictor", "layer"], sort=False) for q in judge_predictor(own, end)]
     return pd.DataFrame(rows, columns=["predictor", "layer", *ROW])
@@ -221,7 +221,7 @@ def prediction_points(
     tables: Tables,
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy, n_train, value, place, rpg, low, high: for a figure
-    "What was known beside what came out; `place` is the value in standard deviations within its question, better to the right."
+    "Return what was known beside what came out; `place` is the standardised value within its question."
     known, ends = predictors(tables), gains[["task", "backbone", "strategy", "n_train", "rpg", "low", "high", "n_seeds", "n_cases"]]
     known = known[known.layer.isin(FIRST) & known.value.notna()].assign(n_train=lambda t: t.n_train.astype(ends.n_train.dtype))
     some, any_ = known[known.strategy.notna()], known[known.strategy.isna()].drop(columns="strategy")
@@ -235,13 +235,13 @@ def prediction_points(
 REGRETS = {"gain": ("regret", "saved"), "score": ("spread", "difference")}  # outcome → kinds of its regret and of what was saved
 
 def picked_of(row: pd.Series) -> str:  # row: of prediction_table
-    "What the numbers of a predictor are of."
+    "Return what the numbers of a predictor are of."
     return f"picks by {row.predictor}, layer {row.layer or 'that counts'}, outcome {row.outcome}"
 
 def best_predictors(
     table: pd.DataFrame,  # from prediction_table
 ) -> pd.DataFrame:  # the rows that saved most, ties included; empty where nothing is judged
-    "Which early number did best, with hindsight?"
+    "Find the early numbers that did best, with hindsight."
     t = judged(table)
     return t[t.index.isin(leaders(t.saved.to_dict()))]
 
@@ -251,7 +251,7 @@ def score_title(name: str) -> str: return TITLES.get(name, name.replace("_", " "
 def prediction_words(
     row: pd.Series,  # of prediction_table
 ) -> str:
-    "What one predictor's picks were worth, in one or two sentences."
+    "Return what one predictor's picks were worth, in one or two sentences."
     called = score_title(row.predictor)
     name, unit = called[0].upper() + called[1:], " percentage points of gain" if row.outcome == "gain" else " of the score"
     of, (regret_kind, saved_kind) = picked_of(row), REGRETS[row.outcome]
@@ -260,36 +260,36 @@ def prediction_words(
     if np.isfinite(row.right_low): said += f" ({told(100 * row.right, 'percent', of, unit=True)}, 95 % interval {told_span(100 * row.right_low, 100 * row.right_high, 'percent', of, unit=True)})"
     said += f"; its pick is {told(row.regret, regret_kind, of)}{unit} below the best on average, a random pick {told(row.random, regret_kind, of + ', random')}"
     if np.isfinite(row.saved_low): said += f" (saved {told(row.saved, saved_kind, of)}, 95 % interval {told_span(row.saved_low, row.saved_high, saved_kind, of)})"
-    if not row.tested: return f"{said}. Shown, not tested: {row.why}."
-    return f"{said}; {told_p(row.p, of)}" + (f", and no result of so few tasks and backbones could have been below {told(row.least_p, 'p')}." if row.least_p > 0.05 else ".")
+    if not row.tested: return f"{said}. Not tested: {row.why}."
+    return f"{said}; {told_p(row.p, of)}" + (f"; with so few tasks and backbones it could not have been below {told(row.least_p, 'p')}." if row.least_p > 0.05 else ".")
 
 # %% ../../nbs/84_prediction.ipynb #9e1bab4d
 def prediction_verdict(
     table: pd.DataFrame,  # from prediction_table
 ) -> str:
-    "Whether one could have known, as far as the data can say."
+    "State whether one could have known, as far as the data can show."
     start, t = "Known before fine-tuning: ", judged(table)
-    if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so nothing can be said yet."
+    if t.empty: return start + "no finished cell has both a score and a gain of two backbones, so there is no result yet."
     clear = t[beats_chance(t)]
-    verdict = f"{', '.join(map(score_title, clear.predictor))} picked better than chance" if len(clear) else "none is shown to pick better than chance"
-    few = " With two backbones a rank correlation is +1 or −1 in each task, so a task says no more than a coin." if t.backbones.max() == 2 else ""
+    verdict = f"{', '.join(map(score_title, clear.predictor))} picked better than chance" if len(clear) else "none clearly picked better than chance"
+    few = " With two backbones a rank correlation is +1 or −1 in each task, so a single task is no more informative than a coin toss." if t.backbones.max() == 2 else ""
     asked = f"{how_many(t.backbones, 'backbone', 'backbones')} in {how_many(t.tasks, 'task', 'tasks')}"
-    return f"{start}of {len(t)} early numbers, asked for the best of {asked}, {verdict}.{few}"
+    return f"{start}of {len(t)} early measures, used to pick the best of {asked}, {verdict}.{few}"
 
 # %% ../../nbs/84_prediction.ipynb #f3f58387
 def judged(table: pd.DataFrame) -> pd.DataFrame:
-    "The rows that count and have two backbones to choose from."
+    "Return the rows that count and have two backbones to choose from."
     return table[table.counts.astype(bool) & (table.pairs > 0)] if len(table) else table
 
 def beats_chance(t: pd.DataFrame) -> pd.Series:  # t: rows that are judged
-    "Which rows picked better than chance, by interval and by corrected test."
+    "Return which rows picked better than chance, by interval and by corrected test."
     return (t.saved_low > 0) & (t.p_holm <= 0.05) if len(t) else pd.Series(dtype=bool)
 
 def prediction_finding(
     table: pd.DataFrame,  # from prediction_table
 ) -> str:
-    "The verdict, and the one that did best where one is better than chance."
+    "Return the verdict, and the one that did best where one is better than chance."
     if not any(beats_chance(judged(table))): return prediction_verdict(table)
     best = best_predictors(table)
-    also = f" As good: {', '.join(score_title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
+    also = f" Equally good: {', '.join(score_title(p) for p in best.predictor[1:])}." if len(best) > 1 else ""
     return f"{prediction_verdict(table)} Best here, with hindsight: {prediction_words(best.iloc[0])}{also}"

@@ -22,15 +22,15 @@ GROUP = ["task", "strategy", "n_train"]  # backbones are ranked within these
 OWN = "chosen for each"  # the setting that validation chose for each backbone
 
 def searched(tables: Tables) -> list[str]:
-    "The fields that were searched."
+    "Return the fields that were searched."
     return [k for k in SEARCHABLE if k in tables.search]
 
 def setting_of(row: dict, names: list[str]) -> str:  # row: of the table of runs or of the search
-    "A setting in words, e.g. lr 0.002."
+    "Return a setting in words, e.g. lr 0.002."
     return ", ".join(f"{k} {row[k]:g}" if isinstance(row[k], (int, float)) else f"{k} {row[k]}" for k in names)
 
 def scored(tables: Tables) -> pd.DataFrame:  # group, backbone, setting, seed, value, direction; finished runs at every setting, the chosen ones once more as OWN
-    "The score of every run on the test cases."
+    "Return the score of every run on the test cases."
     runs = tables.runs[(tables.runs.kind == "transfer") & (tables.runs.status == "done") & ~tables.runs.strategy.isin([*DRAWN, "specialist"])]  # those rank no weights
     runs = runs.assign(setting=[setting_of(r, searched(tables)) for r in runs.to_dict("records")])
     both = pd.concat([runs, runs[runs.chosen].assign(setting=OWN)])
@@ -39,7 +39,7 @@ def scored(tables: Tables) -> pd.DataFrame:  # group, backbone, setting, seed, v
 def rank_table(
     scores: pd.DataFrame,  # from scored
 ) -> pd.DataFrame:  # group, setting, backbone, mean, least, most (of the seeds), seeds, rank (1 is best)
-    "Backbones in order, at every setting."
+    "Return backbones in order, at every setting."
     rows = [dict(zip([*GROUP, "setting", "backbone"], key)) | {"mean": g["value"].mean(), "least": g["value"].min(), "most": g["value"].max(), "seeds": len(g), "metric": g.metric.iloc[0], "unit": g.unit.iloc[0], "direction": g.direction.iloc[0]}
             for key, g in scores.groupby([*GROUP, "setting", "backbone"], sort=False)]
     table = pd.DataFrame(rows)
@@ -51,7 +51,7 @@ def first_alike(
     a: pd.DataFrame,  # (backbones, draws) score, the higher the better
     b: pd.DataFrame,  # the same at another setting
 ) -> np.ndarray:  # (draws,) bool
-    "Is the same backbone first at both, where those that are equally good share the place?"
+    "Return whether the same backbone is first at both, where equally good ones share the place."
     return np.array([leaders(a[i].to_dict()) == leaders(b[i].to_dict()) for i in a])
 
 # %% ../../nbs/855_search.ipynb #de9e6193
@@ -60,7 +60,7 @@ def compare_settings(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> pd.DataFrame:  # group, setting, tau, low, high, same_best, stays (share of draws), backbones, seeds
-    "Each fixed setting against the chosen ones."
+    "Compare each fixed setting with the chosen ones."
     rows, rng = [], np.random.default_rng(seed)
     for key, g in scores.groupby(GROUP, sort=False):
         wide = g.assign(value=g["value"] * g.direction).pivot_table(index=["setting", "backbone"], columns="seed", values="value", dropna=False).dropna()
@@ -80,8 +80,8 @@ def compare_settings(
 def search_words(
     agreed: pd.DataFrame,  # from agreement
 ) -> str:  # a sentence without its full stop
-    "What became of the ranking."
-    if agreed.empty: return "No search is complete for two backbones yet, so nothing can be said about their ranking"
+    "Return what became of the ranking."
+    if agreed.empty: return "No search is complete for two backbones yet, so their ranking is unknown"
     same, other = int((agreed.tau > 1 - 1e-9).sum()), int((~agreed.same_best).sum())
     first = "never changes" if not other else f"changes in {other} of {len(agreed)}"
     return f"The order of the backbones at a fixed setting is that of the chosen settings in {same} of {len(agreed)} comparisons (mean Kendall's τ {told(float(agreed.tau.mean()), 'tau', 'mean tau of the search')}); the best backbone {first}"
@@ -90,7 +90,7 @@ def search_words(
 def at_edge(
     tried: pd.DataFrame,  # `search` of the tables
 ) -> str:  # a sentence, "" where no field has three numbers to choose from
-    "How many choices lie at the end of what was tried."
+    "Return how many choices lie at the end of what was tried."
     fields = [k for k in SEARCHABLE if k in tried and pd.api.types.is_numeric_dtype(tried[k]) and tried[k].nunique() > 2]
     chosen = tried[tried.chosen]
     if not fields or chosen.empty: return ""

@@ -37,18 +37,18 @@ def set_metric(
 
 # %% ../../nbs/807_set_metrics.ipynb #b8627644
 def safe_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    "a / b, NaN where b is 0."
+    "Divide a by b; NaN where b is 0."
     with np.errstate(invalid="ignore", divide="ignore"): return np.where(b == 0, np.nan, a / b)
 
 def sort_rows(by: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    "Everything in ascending order of the first, row by row."
+    "Sort everything by the first, in ascending order, row by row."
     shape, at = np.broadcast_shapes(*(a.shape for a in (by, *others))), np.argsort(by, axis=1, kind="stable")
     return [np.take_along_axis(np.broadcast_to(a, shape), np.broadcast_to(at, shape), 1) for a in (by, *others)]
 
 def ties(
     score: np.ndarray,  # (draws, n), in order
 ) -> tuple[np.ndarray, np.ndarray]:  # (draws, n) first and last of those with the same score
-    "Groups of equal scores."
+    "Return groups of equal scores."
     n, new = score.shape[1], np.ones(score.shape, bool)
     new[:, 1:] = score[:, 1:] != score[:, :-1]
     ends = np.concatenate([new[:, 1:], np.ones((len(score), 1), bool)], 1)
@@ -60,7 +60,7 @@ def weighted_auc(
     score: np.ndarray,  # (draws, n)
     w: np.ndarray,  # (draws, n)
 ) -> np.ndarray:  # (draws,)
-    "Area under the ROC curve; ties count half."
+    "Return the area under the ROC curve; ties count half."
     score, label, w = sort_rows(score, label, w)
     (first, last), up, down = ties(score), w * label, w * (1 - label)
     below, upto = np.take_along_axis(down.cumsum(1) - down, first, 1), np.take_along_axis(down.cumsum(1), last, 1)
@@ -73,7 +73,7 @@ def weighted_precision(
     w: np.ndarray,  # (draws, n)
     lesions: np.ndarray,  # (draws,) all that there are to find, weighted
 ) -> np.ndarray:  # (draws,)
-    "Area under the precision-recall curve of candidates, where some lesions have none."
+    "Return the area under the precision-recall curve of candidates, where some lesions have none."
     there = np.isfinite(hit)
     order, hit, w = sort_rows(-np.where(there, confidence, -np.inf), np.where(there, hit, 0), np.where(there, w, 0))
     _, last = ties(order)
@@ -82,13 +82,13 @@ def weighted_precision(
 
 # %% ../../nbs/807_set_metrics.ipynb #3d15cae2
 def group(columns: Columns, prefix: str) -> np.ndarray:  # (k, draws or 1, cases), in order of the names
-    "All columns that begin so."
+    "Return all columns that begin so."
     names = sorted((c for c in columns if c.startswith(prefix)), key=lambda c: (len(c), c))
     return np.stack([columns[c] for c in names])
 
 @set_metric("mean_auc", "label_", "score_")
 def mean_auc(c: Columns, w: np.ndarray) -> np.ndarray:
-    "Mean over the labels that have both kinds of cases."
+    "Return the mean over the labels that have both kinds of cases."
     each = np.stack([weighted_auc(c[name], c["score_" + name.removeprefix("label_")], w) for name in c if name.startswith("label_")])
     seen = np.isfinite(each)
     return safe_ratio(np.where(seen, each, 0).sum(0), seen.sum(0))
@@ -103,19 +103,19 @@ def ap(c: Columns, w: np.ndarray) -> np.ndarray:
 
 @set_metric("picai", "label", "score_1", "lesions", "confidence_", "hit_")
 def picai_score(c: Columns, w: np.ndarray) -> np.ndarray:
-    "Mean of the cases' AUC and the lesions' average precision."
+    "Return the mean of the cases' AUC and the lesions' average precision."
     return (weighted_auc(c["label"], c["score_1"], w) + ap(c, w)) / 2
 
 # %% ../../nbs/807_set_metrics.ipynb #90408923
 @set_metric("f1", "label", "score_1")
 def f1(c: Columns, w: np.ndarray) -> np.ndarray:
-    "Harmonic mean of precision and sensitivity at a probability of one half."
+    "Return the harmonic mean of precision and sensitivity at a probability of one half."
     said, true = c["score_1"] >= 0.5, c["label"] == 1
     return np.where((w * true).sum(1) > 0, safe_ratio(2 * (w * (said & true)).sum(1), (w * said).sum(1) + (w * true).sum(1)), np.nan)
 
 @set_metric("macro_recall", "label", "score_")
 def macro_recall(c: Columns, w: np.ndarray) -> np.ndarray:
-    "Mean over the classes that are there of the share that is found."
+    "Return the mean over the classes that are there of the share that is found."
     said = group(c, "score_").argmax(0)
     each = np.stack([safe_ratio((w * ((c["label"] == k) & (said == k))).sum(1), (w * (c["label"] == k)).sum(1)) for k in range(len(group(c, "score_")))])
     seen = np.isfinite(each)
@@ -123,12 +123,12 @@ def macro_recall(c: Columns, w: np.ndarray) -> np.ndarray:
 
 @set_metric("rmse", "mae")
 def rmse(c: Columns, w: np.ndarray) -> np.ndarray:
-    "Root of the mean squared error."
+    "Return the root of the mean squared error."
     return np.sqrt(safe_ratio((w * c["mae"] ** 2).sum(1), w.sum(1)))
 
 @set_metric("r2", "truth", "predicted")
 def r2(c: Columns, w: np.ndarray) -> np.ndarray:
-    "Share of the variance that is explained."
+    "Return the share of the variance that is explained."
     mean = safe_ratio((w * c["truth"]).sum(1), w.sum(1))[:, None]
     return 1 - safe_ratio((w * (c["truth"] - c["predicted"]) ** 2).sum(1), (w * (c["truth"] - mean) ** 2).sum(1))
 
@@ -138,7 +138,7 @@ def columns_of(
     metric: str,  # a registered one
     names: list | None = None,  # cases, in this order; default: all
 ) -> Columns:  # each (1, cases)
-    "What a metric reads of a run."
+    "Return what a metric reads of a run."
     wide = cases.pivot(index="case", columns="metric", values="value")
     wide = wide if names is None else wide.reindex(names)
     wanted = [c for c in wide if any(c == r or (r.endswith("_") and str(c).startswith(r)) for r in SET_METRICS[metric].reads)]
@@ -159,17 +159,17 @@ class OfSet:
     def of(self, columns: Columns, w: np.ndarray) -> np.ndarray: return SET_METRICS[self.metric].value(columns, w)
 
     def weighted(self, w: np.ndarray) -> np.ndarray:
-        "The metric (seeds, draws) under case weights w (draws, cases)."
+        "Return the metric (seeds, draws) under case weights w (draws, cases)."
         return np.stack([self.of({k: v[[s]] for k, v in self.columns.items()}, w) for s in range(len(self.value))])
 
 # %% ../../nbs/807_set_metrics.ipynb #dca3d169
 def stack_seeds(runs: list[Columns]) -> Columns:  # each (1, cases); the result (seeds, cases), NaN where a run has no such column
-    "The columns of several seeds."
+    "Return the columns of several seeds."
     shape = next(iter(runs[0].values())).shape
     return {k: np.concatenate([r.get(k, np.full(shape, np.nan)) for r in runs]) for k in dict.fromkeys(k for r in runs for k in r)}
 
 def exchanged(tuned: OfSet, reference: OfSet, flip: np.ndarray) -> np.ndarray:  # (draws,); flip: (draws, cases)
-    "The difference of the metric, seeds averaged, with cases exchanged."
+    "Return the difference of the metric, seeds averaged, with cases exchanged."
     names, one = dict.fromkeys([*tuned.columns, *reference.columns]), np.ones((1, flip.shape[1]))
     gone = np.full(tuned.value.shape, np.nan)
     def side(a: OfSet, b: OfSet, s: int) -> np.ndarray:

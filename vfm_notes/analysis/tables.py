@@ -33,7 +33,7 @@ RUN = ["id", *CELL, "seed"]
 def run_key(
     record: dict,  # as read_records gives it
 ) -> dict:  # id, task, backbone, strategy, n_train, seed; None where the kind has no such field
-    "What names a run."
+    "Return what names a run."
     return {"id": record["id"]} | {k: record["spec"].get(k) for k in RUN[1:]}
 
 def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
@@ -51,7 +51,7 @@ COST = {"seconds": ("total", "training", "waiting", "evaluation"), "parameters":
 def cost_columns(
     cost: dict,  # of a record
 ) -> dict[str, float]:  # NaN where a run did not measure it
-    "What a run cost, in a row."
+    "Return what a run cost, in a row."
     memory, epochs = cost.get("memory_mib", {}), cost.get("seconds", {}).get("per_epoch")
     columns = {f"{part}_{k}": _number(cost.get(part, {}).get(k)) for part, keys in COST.items() for k in keys}
     columns |= {"seconds_epoch": float(median(epochs)) if epochs else np.nan}
@@ -65,7 +65,7 @@ def _number(x) -> float: return np.nan if x is None else float(x)
 def runs_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run, done or failed
-    "What each run was, how it ended, what it scored and cost."
+    "Return what each run was, how it ended, what it scored and cost."
     rows = []
     for r in records:
         row = run_key(r) | {"kind": r["kind"], "status": r["status"], "cohort": r["spec"].get("cohort"), "objective": r["spec"].get("objective")}
@@ -82,7 +82,7 @@ def runs_table(
 def metrics_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run and metric
-    "All metrics of each run, beside the trivial control on the same cases."
+    "Return all metrics of each run, beside the trivial control on the same cases."
     rows = [run_key(r) | {"metric": m, "value": _number(v), "control": _number(r["controls"].get(m)), "direction": r["directions"].get(m, 1), "unit": r["units"].get(m, ""), "primary": m == r["primary"]}
             for r in records if r["status"] == "done" for m, v in r["metrics"].items()]
     return _frame(rows, [*RUN, "metric", "value", "control", "direction", "unit", "primary"])
@@ -92,7 +92,7 @@ def list_records(
     name: str,  # a field that is a list of rows: d2p, d2p_moments, scores
     columns: list[str],  # that the table has even without rows
 ) -> pd.DataFrame:  # a row per run and row of the field; the run's seed is `seed`, that of a permutation `permutation_seed`
-    "A list of every finished run, under each other; records of an older form have none."
+    "Return a list of every finished run, under each other; records of an older form have none."
     rows = [run_key(r) | d | ({"permutation_seed": d["seed"]} if "seed" in d else {}) | {"seed": r["spec"].get("seed")}
             for r in records if r["status"] == "done" for d in r.get(name) or []]
     return _frame(rows, [*RUN, *columns])
@@ -103,19 +103,19 @@ D2P = ["layer", "mmd2", "mmd2_independent", "p_value", "bandwidth", "n"]
 def d2p_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run and layer
-    "Distance to pretraining of each run at its end, early to late layers."
+    "Return the distance to pretraining of each run at its end, early to late layers."
     return list_records(records, "d2p", D2P)
 
 def moments_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run, moment (`when`) and layer
-    "The same early in training, at the best epoch, and of random weights."
+    "Return the same early in training, at the best epoch, and of random weights."
     return list_records(records, "d2p_moments", ["when", *D2P])
 
 def scores_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run, score and layer
-    "Transferability scores; NaN with the reason where one is not defined."
+    "Return transferability scores; NaN with the reason where one is not defined."
     return list_records(records, "scores", ["score", "layer", "value", "n", "features", "direction", "reason"]).astype({"value": float})
 
 # %% ../../nbs/80_tables.ipynb #269ec154
@@ -160,14 +160,14 @@ def curves_table(
     study: str,  # name of the study
     records: list[dict] | None = None,  # default: all of the study
 ) -> pd.DataFrame:  # epoch (0 = before training), seconds of training so far, name, value
-    "Every curve of every run."
+    "Return every curve of every run."
     return _joined(study, read_records(study) if records is None else records, "curves", ["epoch", "seconds", "name", "value"])
 
 def cases_table(
     study: str,  # name of the study
     records: list[dict] | None = None,  # default: all of the study
 ) -> pd.DataFrame:  # case, patient, metric, value (NaN = undefined)
-    "Every test case of every run."
+    "Return every test case of every run."
     return _joined(study, read_records(study) if records is None else records, "cases", ["case", "patient", "metric", "value"])
 
 # %% ../../nbs/80_tables.ipynb #d13704f2
@@ -175,7 +175,7 @@ def search_candidates(
     runs: pd.DataFrame,  # from runs_table
     curves: pd.DataFrame,  # from curves_table
 ) -> pd.DataFrame:  # a row per cell and setting: the searched fields, seeds, failed, validation, chosen; empty where nothing was searched
-    "What was searched, what validation said of it, and what is chosen."
+    "List what was searched, its validation score, and what is chosen."
     runs = runs[runs.kind == "transfer"]
     names = [k for k in SEARCHABLE if runs.groupby([*CELL, "seed"], dropna=False)[k].nunique().gt(1).any()]
     if not names: return pd.DataFrame(columns=[*CELL, *SEARCHABLE, "seeds", "failed", "validation", "chosen"])
@@ -196,7 +196,7 @@ def validation(
     runs: pd.DataFrame,  # from runs_table: id, metric, direction, keep
     curves: pd.DataFrame,  # from curves_table
 ) -> dict[str, float]:  # run id → the validation score of the weights that were tested
-    "The last validation score, or the best one where the best weights were kept."
+    "Return the last validation score, or the best one where the best weights were kept."
     own = curves.merge(runs.assign(name="val_" + runs.metric.astype(str))[["id", "name", "direction", "keep"]], on=["id", "name"]).sort_values("epoch")
     best = own.assign(score=own["value"] * own["direction"]).dropna(subset="score").sort_values("score", kind="stable").groupby("id").last()
     last = own.groupby("id").tail(1).set_index("id")
@@ -206,7 +206,7 @@ def mark(
     runs: pd.DataFrame,  # from runs_table
     tried: pd.DataFrame,  # from candidates
 ) -> pd.DataFrame:  # the same with `chosen`: True for every run of the chosen setting, and everywhere when nothing was searched
-    "Which runs count."
+    "Mark the runs that count."
     if tried.empty: return runs
     names = [*CELL, *(k for k in SEARCHABLE if k in tried)]
     wanted = {tuple(map(str, row)) for row in tried.loc[tried.chosen, names].itertuples(index=False)}
@@ -227,7 +227,7 @@ class Tables:
     search: pd.DataFrame = field(default_factory=pd.DataFrame)  # from candidates
 
     def done(self, kind: str = "transfer") -> pd.DataFrame:
-        "The finished runs of a kind; of a search the chosen ones."
+        "Return the finished runs of a kind; of a search the chosen ones."
         chosen = self.runs["chosen"] if "chosen" in self.runs else True
         return self.runs[(self.runs.kind == kind) & (self.runs.status == "done") & chosen]
 
@@ -253,7 +253,7 @@ def serving(
     runs: pd.DataFrame,  # with backbone and strategy
     strategy: str,  # of the reference
 ) -> pd.DataFrame:  # its runs, once for every backbone that they serve
-    "The runs of a reference; those of a network's random weights stand in for weights that have none of their own."
+    "Return the runs of a reference; those of random weights stand in for weights that have none of their own."
     own = runs[runs.strategy == strategy]
     lacking = sorted(set(runs.backbone) - set(own.backbone)) if strategy in DRAWN else []
     shared = [own[own.backbone == f"{b.partition('.')[0]}.{RANDOM}"].assign(backbone=b) for b in lacking]
@@ -264,7 +264,7 @@ def class_scores(
     cases: pd.DataFrame,  # rows label, score_0, score_1, … of one run
     index: str | list = "case",  # columns that name a case; of several runs the run's first
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) true class, (n, classes) score; cases in alphabetical order
-    "The labels and scores of a classification run."
+    "Return the labels and scores of a classification run."
     wide = cases.pivot(index=index, columns="metric", values="value")
     names = sorted((c for c in wide if str(c).startswith("score_")), key=lambda c: int(c[6:]))
     if "label" not in wide or not names: raise VfmError(f"AUC and kappa need the rows 'label' and 'score_0' … of each case, but there are only: {', '.join(map(str, wide))}.")
@@ -274,5 +274,5 @@ def positive_score(
     score: np.ndarray,  # (n, classes)
     positive: int | None = None,  # lowest class that counts as positive; default: the last class
 ) -> np.ndarray:  # (n,)
-    "The score of 'positive': that of all positive classes together."
+    "Return the score of 'positive': that of all positive classes together."
     return score[:, -1:].sum(1) if positive is None or pd.isna(positive) else score[:, int(positive):].sum(1)

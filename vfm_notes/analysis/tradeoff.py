@@ -28,13 +28,13 @@ def placed(
     backbone: str,  # architecture.weights
     strategy: str,
 ) -> dict[str, str]:  # network, pretraining, tuning
-    "Where a run stands in the grid."
+    "Return where a run stands in the grid."
     network, _, weights = backbone.partition(".")
     none = weightless(backbone, strategy)
     return {"network": network, "pretraining": "none" if none else weights, "tuning": CALLED.get(strategy, strategy)}
 
 def grid_runs(tables: Tables) -> pd.DataFrame:
-    "The finished runs with their place; specialists stand outside."
+    "Return the finished runs with their place; specialists stand outside."
     runs = tables.done()
     runs = runs[runs.strategy != "specialist"].reset_index(drop=True)
     where = pd.DataFrame([placed(b, s) for b, s in zip(runs.backbone, runs.strategy)], columns=GRID[2:], index=runs.index)
@@ -44,7 +44,7 @@ def grid_runs(tables: Tables) -> pd.DataFrame:
 COST_TITLES = {"seconds_training": "training, s", "seconds_epoch": "an epoch, s", "peak_memory_mib": "peak memory, MiB", "parameters_trainable": "trainable parameters"}
 
 def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy, id, what, value, direction
-    "A row for each run and each thing that was measured of it."
+    "Return a row for each run and each thing that was measured of it."
     runs = grid_runs(tables)
     keys = [*GRID, "seed", "backbone", "strategy", "id"]
     scores = tables.metrics[["id", "metric", "value", "direction", "unit"]].rename(columns={"metric": "what"}).merge(runs[keys], on="id")
@@ -55,7 +55,7 @@ def tradeoff_table(
     tables: Tables,
     draws: int = DRAWS,
 ) -> pd.DataFrame:  # GRID, what, direction, unit, value, low, high, n
-    "Mean and interval of everything in every cell of the grid, the missing ones included."
+    "Return the mean and interval of everything in every cell of the grid, the missing ones included."
     rows = long_runs(tables)
     scores = {m: cell_scores(tables, draws, metric=m).set_index(["backbone", "strategy", *GRID[:2]]) for m in dict.fromkeys(tables.metrics.metric)}
     def ends(what: str, g: pd.DataFrame) -> tuple:
@@ -76,7 +76,7 @@ def pareto_front(
     cost: np.ndarray,  # (n,) the lower the better
     score: np.ndarray,  # (n,) the higher the better
 ) -> np.ndarray:  # (n,) bool; cells with NaN are never on it
-    "Which cells no other one beats?"
+    "Return which cells no other one beats."
     cost, score = np.asarray(cost, float), np.asarray(score, float)
     on, best, at = np.zeros(len(cost), bool), -np.inf, -np.inf
     for i in np.lexsort((-score, cost)):
@@ -113,7 +113,7 @@ def contrasts(
     runs: pd.DataFrame,  # from grid_runs
     axis: str,  # pretraining or tuning
 ) -> dict[str, tuple[Mapping, Mapping]]:  # name → the cell, and what it is compared with
-    "All pairs along one axis of the grid."
+    "Return all pairs along one axis of the grid."
     base, rest = {"pretraining": ("none", "tuning"), "tuning": ("full", "pretraining")}[axis]
     cells = {(r.network, r.pretraining, r.tuning): {"backbone": r.backbone, "strategy": r.strategy} for r in runs.drop_duplicates(GRID[2:]).itertuples()}
     found = {}
@@ -131,7 +131,7 @@ def compared(
     metric: str = "primary",  # that of the first task, and of all tasks that share it
     draws: int = DRAWS,
 ) -> pd.DataFrame:  # rows of contrast_table with network, pretraining, tuning
-    "What one axis of the grid changes."
+    "Return what one axis of the grid changes."
     runs = grid_runs(tables)
     table = contrast_table(tables, contrasts(runs, axis), draws, metric=metric)
     if metric == "primary" and runs.metric.nunique() > 1:  # differences of two metrics have no mean
@@ -143,7 +143,7 @@ def compared(
 def cell_name(
     row,  # of a table with network, pretraining, tuning
 ) -> str:
-    "A cell of the grid in words."
+    "Return a cell of the grid in words."
     return f"{row.network}, {row.pretraining} pretraining, {row.tuning}" if row.pretraining != "none" else f"{row.network}, no pretraining, {row.tuning}"
 
 # %% ../../nbs/87_tradeoff.ipynb #c2b964b1
@@ -152,10 +152,10 @@ def axis_words(
     axis: str,  # pretraining or tuning
     metric: str,  # name of the metric
 ) -> list[str]:
-    "What one axis brings: how often it is clear, and each of its steps on average."
+    "Return what one axis brings: how often it is clear, and each of its steps on average."
     known = table[table.difference.notna()]
     lead = {"pretraining": "Pretraining against none, under the same tuning", "tuning": "Tuning less than everything, after the same pretraining"}[axis]
-    if known.empty: return [f"{lead}: no pair of cells is finished, so nothing can be said yet."]
+    if known.empty: return [f"{lead}: no pair of cells is finished, so there is no result yet."]
     clear = known[(known.p_holm <= 0.05) & ((known.low > 0) | (known.high < 0))]
     up, down = int((clear.difference > 0).sum()), int((clear.difference < 0).sum())
     steps = known.groupby(axis, sort=False).difference.agg(["mean", "min", "max"])
@@ -163,7 +163,7 @@ def axis_words(
     each = "; ".join(f"{k} {says(k, r['mean'], 'mean')} ({says(k, r['min'], 'smallest')} to {says(k, r['max'], 'largest')})" for k, r in steps.iterrows())
     name = metric_card(metric).title
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
-    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that leaves out 0 "
+    return [f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that excludes 0 "
             f"({how_many(known.n_seeds, 'seed', 'seeds')}, {how_many(known.n_cases, 'test case', 'test cases')} each).{missing}",
             f"Mean difference in {name}, positive: better (smallest to largest cell): {each}."]
 
@@ -173,13 +173,13 @@ def front_words(
     metric: str,  # name of the metric
     cost: str,  # its name for readers
 ) -> str:
-    "Which cells nothing beats, and how sure that is."
+    "Return which cells nothing beats, and how sure that is."
     on = front[front.front].sort_values("cost")
     name = metric_card(metric).title
     if on.empty: return f"{name} against {cost}: no cell has both, so there is no front yet."
     sure = int((on.share >= 0.95).sum())
     cells = "; ".join(f"{cell_name(r)} ({told(r.score, 'score', meaning(f'{metric} in the grid', {}, cell_name(r)), metric)} for {rounded(r.cost)})" for r in on.itertuples())
-    return f"{name} against {cost}: {len(on)} of {len(front)} cells are beaten by no other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
+    return f"{name} against {cost}: {len(on)} of {len(front)} cells are not beaten by any other: {cells}. With seeds drawn again, {'none' if not sure else sure} of them {'stays' if sure == 1 else 'stay'} on the front in 95 % of the draws or more."
 
 # %% ../../nbs/87_tradeoff.ipynb #9db3988b
 def tradeoff_findings(
@@ -188,9 +188,9 @@ def tradeoff_findings(
     families: Mapping[str, pd.DataFrame],  # axis → compared
     table: pd.DataFrame | None = None,  # from tradeoff_table, if it is there already
 ) -> list[str]:
-    "What the grid shows, in sentences."
+    "Return what the grid shows, in sentences."
     runs = grid_runs(tables)
-    if runs.empty: return ["No run of the grid is finished, so nothing can be said yet."]
+    if runs.empty: return ["No run of the grid is finished, so there is no result yet."]
     metric, sign = runs.metric.iloc[0], int(runs.direction.iloc[0])
     table = tradeoff_table(tables) if table is None else table
     own = table[(table.what == metric) & table["value"].notna()].reset_index(drop=True)

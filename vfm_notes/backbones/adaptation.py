@@ -24,13 +24,13 @@ def input_axes(
     architecture: str,  # registered backbone
     n: int,  # input channels
 ) -> dict[str, int]:  # tensor → its axis that runs over the input channels
-    "Where a network knows how many channels come in."
+    "Return where a network knows how many channels come in."
     few, more = ({k: tuple(v.shape) for k, v in skeleton(architecture, c).state_dict().items()} for c in (n, n + 1))
     axes = {}
     for key in few.keys() & more.keys():
         differ = [i for i, (a, b) in enumerate(zip(few[key], more[key])) if a != b]
         if len(differ) == 1 and few[key][differ[0]] % n == 0 and few[key][differ[0]] // n * (n + 1) == more[key][differ[0]]: axes[key] = differ[0]
-        elif differ: raise VfmError(f"Backbone '{architecture}' does not tell its input channels apart ('{key}' is {few[key]} for {n} of them and {more[key]} for {n + 1}).")
+        elif differ: raise VfmError(f"Backbone '{architecture}' does not distinguish its input channels ('{key}' is {few[key]} for {n} of them and {more[key]} for {n + 1}).")
     return axes
 
 # %% ../../nbs/312_adaptation.ipynb #1b56827d
@@ -71,7 +71,7 @@ def pick_channels(
     n: int,
     chosen: list[int],  # channels to keep, in their new order
 ) -> dict[str, Tensor] | None:  # None: this network cannot be taken apart so
-    "The weights for some of the input channels, or for another order."
+    "Return the weights for some of the input channels, or for another order."
     try: axes = input_axes(architecture, n)
     except VfmError: return None
     if skeleton(architecture, len(chosen)).state_dict().keys() != state.keys(): return None
@@ -94,7 +94,7 @@ def channels(
     state: dict[str, Tensor],  # by the plan
     sequences: tuple[str, ...],  # of the run
 ) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
-    "Input channels in the run's order."
+    "Choose input channels in the run's order."
     if tuple(sequences) == plan.sequences: return state, []
     told = f"weights '{plan.name}' were made from {', '.join(plan.sequences)}, in this order, and this cohort has {', '.join(sequences)}"
     if unknown := [s for s in sequences if s not in plan.sequences]: raise VfmError(f"{told[0].upper()}{told[1:]}: nothing was learned about {', '.join(unknown)}; choose other weights, or name the channels on the cohort's card as the plan does.")
@@ -108,7 +108,7 @@ def scales(
     size: tuple,  # of the run, voxels
     spacing: tuple,  # of the run, mm
 ) -> list[str]:  # what differs
-    "Say where a run's voxels are others."
+    "State where a run's voxels are others."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)
     notes = []
     if any(abs(a / b - 1) > 0.01 for a, b in zip(spacing, plan.spacing)):
@@ -127,10 +127,10 @@ def adapt(
     normalisation: str,  # of the run: a rule of data.loader.normalise
     judged: tuple[str, Iterable[str]] = ("", ()),  # name on the cohort's card, and the patients that the run is judged on
 ) -> Start:
-    "Weights for a run, as their plan allows."
+    "Adapt weights to a run, as their plan allows."
     if name.partition(".")[0] != plan.architecture: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}', and the run builds '{name.partition('.')[0]}': name {plan.architecture}.{name.partition('.')[2]} as its backbone.")
-    if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can ask for: register that network under a name of its own.")
-    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan says.")
+    if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can request: register that network under a name of its own.")
+    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan states.")
     overlap, both = patient_overlap(plan, *judged)
     if both: raise VfmError(f"{both} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))

@@ -65,7 +65,7 @@ def build_tiny(
     name: str,  # registered backbone
     in_channels: int = 1,  # input sequences
 ) -> Backbone:  # its smallest version: `tiny=True` where the factory knows it
-    "A backbone for tests and look-ups."
+    "Build a backbone for tests and look-ups."
     factory = backbones[name]
     return factory(in_channels=in_channels, **({"tiny": True} if "tiny" in inspect.signature(factory).parameters else {}))
 
@@ -76,7 +76,7 @@ def tiny_pattern(
     name: str,  # registered backbone
     factory,  # what is registered under the name
 ) -> frozenset[str]:  # its names without numbers
-    "The kinds of keys that a backbone has."
+    "Return the kinds of keys that a backbone has."
     try:
         with torch.device("meta"): return pattern(build_tiny(name).state_dict())
     except RuntimeError: return pattern(build_tiny(name).state_dict())  # some networks need real numbers while they are built
@@ -86,7 +86,7 @@ def readings(
     state: dict[str, Tensor],  # of a file
     arch: str,  # "architecture" or "architecture.weights"
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:  # name, state by the model's names
-    "A state as it is, and through the maps of an architecture's cards."
+    "Return a state as it is, and through the maps of an architecture's cards."
     if "." not in arch: yield arch, state
     for name in maps_of(arch):
         if not getattr(weights[name], "fits", lambda s: True)(state): continue
@@ -96,14 +96,14 @@ def readings(
 def head_of(
     names: Iterable[str],  # of a model
 ) -> str:  # "" where they have none
-    "What the names of a model have in common, e.g. encoder: a file may hold the encoder alone."
+    "Return what the names of a model have in common, e.g. encoder: a file may hold the encoder alone."
     heads = {n.partition(".")[0] if "." in n else "" for n in names}
     return heads.pop() if len(heads) == 1 else ""
 
 def maps_of(
     arch: str,  # "architecture" or "architecture.weights"
 ) -> list[str]:  # weights, one for each map
-    "The cards whose maps an architecture may be read through."
+    "Return the cards whose maps an architecture may be read through."
     return [arch] if "." in arch else list({weights[n]: n for n in reversed(list(weights))
         if n.split(".")[0] == arch}.values())[::-1]
 
@@ -112,7 +112,7 @@ def layouts_of(
     state: dict[str, Tensor],  # part of a file, without numbers
     name: str,  # registered backbone
 ) -> Iterator[float]:  # share of kinds of keys that both have, 0 to 1, in each layout
-    "How much the names of a state are those of a backbone."
+    "Return how much the names of a state are those of a backbone."
     own = tiny_pattern(name, backbones[name])
     share = lambda seen: len(own & seen) / len(own | seen)
     yield share(pattern(state))
@@ -127,7 +127,7 @@ def similarity(
     states: list[dict[str, Tensor]],  # parts of a file, by published or own names
     names: Iterable[str],  # registered backbones
 ) -> dict[str, float]:  # architecture → share of kinds of keys that both have, 0 to 1
-    "How much a file is like each backbone, in any layout; a bar where it takes long."
+    "Measure how much a file is like each backbone, in any layout; show a bar where it takes long."
     from vfm_notes.data.cache import progress
     bare = [{k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in s.items()} for s in states]
     return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0)
@@ -138,14 +138,14 @@ def best_of(
     near: float = 1.0,  # share of the best likeness that is still taken
     least: float = 0.3,  # of the best
 ) -> list[str]:  # several when they differ in size alone; none when nothing is similar
-    "The most similar backbones."
+    "Return the most similar backbones."
     best = max(scores.values(), default=0)
     return [name for name, score in scores.items() if score >= near * best and best >= least]
 
 def similar(
     state: dict[str, Tensor],  # of an unknown network
 ) -> list[str]:  # architectures
-    "The registered backbones with the most similar keys."
+    "Return the registered backbones with the most similar keys."
     return best_of(similarity([p.state for p in parts_of(state)], backbones))
 
 # %% ../../nbs/311_keys.ipynb #75d52161
@@ -153,7 +153,7 @@ def advice(
     report: KeyReport,  # below the wanted share
     state: dict[str, Tensor],  # the file
 ) -> str:  # a sentence, or ""
-    "What to do about a state that does not fit."
+    "Advise what to do about a state that does not fit."
     stems = [(a, b) for _, a, b in report.reshaped if len(a) == len(b) > 1 and a[0] == b[0] and a[1] != b[1] and a[2:] == b[2:]]
     if stems: return f" The file was made for {stems[0][0][1]} input channels and the model has {stems[0][1][1]}: pass in_channels={stems[0][0][1]}."
     if report.reshaped: return f" '{report.reshaped[0][0]}' is {report.reshaped[0][1]} in the file and {report.reshaped[0][2]} in the model: another size of the same network."
@@ -191,7 +191,7 @@ def best_match(
     matches: list[Match],
     path: str,  # of the file, for messages
 ) -> Match:
-    "The part that fits best; two networks that fit as well and differ in their numbers are an error."
+    "Return the part that fits best; two networks that fit as well and differ in their numbers are an error."
     best = max(m.report.share for m in matches)
     first, *others = [m for m in matches if m.report.share == best]
     differ = lambda m: any(not torch.equal(m.state[k], first.state[k]) for k in first.report.matched if k in m.state)
@@ -213,7 +213,7 @@ def fitting(
     share: float | None = None,  # least share that is filled
     accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
 ) -> tuple[dict[str, Tensor], KeyReport]:
-    "The state of weights with its report; raise VfmError below the share."
+    "Return the state of weights with its report; raise VfmError below the share."
     if isinstance(source, str) and source in weights:
         state = read_state(fetch(source, accepted))
         report, share = compare_keys(state, model, source), weights_card(source).share if share is None else share
@@ -244,7 +244,7 @@ def load_backbone(
     in_channels: int,  # input sequences
     accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
 ) -> Backbone:  # with its published weights
-    "A backbone with its published weights."
+    "Load a backbone with its published weights."
     weights_card(name)
     model = backbones[name.split(".")[0]](in_channels=in_channels)
     load_weights(model, name, accepted=accepted)
@@ -255,7 +255,7 @@ def skeleton(
     name: str,  # registered backbone
     in_channels: int | None = None,  # input sequences; None is what the backbone was published with
 ) -> Backbone:  # without numbers where its class allows that
-    "A backbone for its names and shapes."
+    "Return a backbone for its names and shapes."
     given = {} if in_channels is None else {"in_channels": in_channels}
     try:
         with torch.device("meta"): return backbones[name](**given)
@@ -265,7 +265,7 @@ def of_this_size(
     names: list[str],  # backbones of one kind
     parts: list[Part],  # of a file
 ) -> list[str]:  # those whose tensors have shapes that occur in the file
-    "Of backbones that differ in size, those that a file can be for."
+    "Return, of backbones that differ in size, those that a file can be for."
     if len(names) < 2: return names
     seen = {tuple(v.shape) for p in parts for v in p.state.values()}
     def share(name: str) -> float:
@@ -281,7 +281,7 @@ def read_as(
     names: list[str],  # "architecture" or "architecture.weights"
     in_channels: int | None,  # input sequences; None is what the backbone was published with
 ) -> list[Match]:
-    "Every part of a file, read as each architecture in each of its layouts."
+    "Read every part of a file as each architecture in each of its layouts."
     found = []
     for a in names:
         net = skeleton(a.split(".")[0], in_channels)
@@ -301,7 +301,7 @@ def search(
     parts: list[Part],  # of it
     in_channels: int | None,  # input sequences; None is what the backbone was published with
 ) -> list[Match]:
-    "The architectures that a file is most like; raise VfmError when it is like none."
+    "Find the architectures that a file is most like; raise VfmError when it is like none."
     foreign, scores = lambda n: backbones[n].__module__.endswith(OTHERS), {}
     for names in ([n for n in backbones if not foreign(n)], [n for n in backbones if foreign(n)]):
         scores |= similarity([p.state for p in parts], names)

@@ -52,7 +52,7 @@ class SliceAttention(nn.Module):
 def with_neighbours(
     x: Tensor,  # b 1 d h w
 ) -> Tensor:  # (b d) 3 h w
-    "Every slice with its two neighbours as channels."
+    "Return every slice with its two neighbours as channels."
     return rearrange(x[:, 0, triplet_index(x.shape[2]).to(x.device)], "b d three h w -> (b d) three h w")
 
 # %% ../../nbs/36_lifted.ipynb #21ad1ed9
@@ -60,7 +60,7 @@ def inflated_layer(
     layer: nn.Module,  # a 2D layer
     depth: int = 3,  # length of the kernels along the slices, odd
 ) -> nn.Module:  # its 3D version, or the same when it does not depend on the dimension
-    "One layer for volumes that starts as the given one on every slice."
+    "Make one layer for volumes that starts as the given one on every slice."
     three = lambda v: (1, *((v, v) if isinstance(v, int) else v))
     if isinstance(layer, nn.Conv2d):
         k = depth if max(layer.kernel_size) > 1 else 1
@@ -138,19 +138,19 @@ class Lifted(ReadBackbone):
         self.ragged = getattr(encoder, "ragged", False)  # fills up at the edge by itself
 
     def images(self, x: Tensor) -> Tensor:  # b c d h w → (b d) 3 h w
-        "The slices as the encoder sees them."
+        "Return the slices as the encoder sees them."
         x = self.channels(self.check_input(x))
         return with_neighbours(x) if self.lift == "triplets" else rearrange(x, "b c d h w -> (b d) c h w")
 
     def tokens(self, x: Tensor) -> Tensor:  # b c d h w → b (d n) e
-        "What a transformer head reads: an encoder's own patch tokens, or the cells of its last map."
+        "Return what a transformer head reads: an encoder's own patch tokens, or the cells of its last map."
         if not hasattr(self.encoder, "patches"): return rearrange(self.read(x)[0][-1], "b e d h w -> b (d h w) e")
         return rearrange(self.encoder.patches(self.images(x)), "(b d) n e -> b (d n) e", b=len(x))
 
     def read(self,
              x: Tensor,  # b c d h w
             ) -> tuple[list[Tensor], Tensor]:  # every map b e d h w, and the vector b e
-        "All maps of the encoder as volumes, and the pooled vector."
+        "Return all maps of the encoder as volumes, and the pooled vector."
         b = len(x)
         if self.lift == "inflated": return self.encoder(self.channels(self.check_input(x)))
         maps, vectors = self.encoder(self.images(x))
@@ -161,7 +161,7 @@ class Lifted(ReadBackbone):
 def spread(
     n: int,  # blocks
 ) -> list[int]:  # at most four of them, evenly spread, the last one included
-    "The blocks that make a pyramid."
+    "Return the blocks that make a pyramid."
     return sorted({max(round(n * i / 4) - 1, 0) for i in (1, 2, 3, 4)})
 
 # %% ../../nbs/36_lifted.ipynb #604e1311
@@ -180,7 +180,7 @@ class Tokens(nn.Module):
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters else {}
 
     def patches(self, images: Tensor) -> Tensor:  # b 3 h w → b n e
-        "Patch tokens of the last block, for a transformer head."
+        "Return patch tokens of the last block, for a transformer head."
         out = self.model(pixel_values=images, output_hidden_states=True, **self.options)
         tokens = out.hidden_states[-1] if self.prenorm else out.last_hidden_state
         return tokens[:, -(images.shape[2] // self.patch) * (images.shape[3] // self.patch):]

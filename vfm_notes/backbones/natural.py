@@ -69,7 +69,7 @@ def network_config(
     name: str,  # of NETS
     tiny: bool = False,  # a version for tests
 ):  # a configuration of transformers
-    "The configuration of a network."
+    "Return the configuration of a network."
     import transformers
     kind, values, reading, _, _ = NETS[name]
     config = getattr(transformers, kind).config_class
@@ -84,7 +84,7 @@ def wrapped(
     name: str,  # of NETS
     model: nn.Module,  # of the class that NETS names
 ) -> nn.Module:  # an encoder of images
-    "A model of transformers with its reader."
+    "Wrap a model of transformers with the function that reads its maps."
     if NETS[name][0] in ("ViTModel", "DeiTModel"): model.pooler = None
     if NETS[name][0] == "SamVisionModel": return SamMaps(model)
     if NETS[name][0] == "Sam2VisionModel": return Stages(model.backbone)
@@ -97,7 +97,7 @@ def natural(
     lift: str = "slices",  # of backbones.lifted.LIFTS
     tiny: bool = False,  # a version for tests
 ) -> Lifted:
-    "A natural-domain backbone with random weights."
+    "Build a natural-domain backbone with random weights."
     import transformers
     net = name.removesuffix(f"_{lift}")
     model = getattr(transformers, NETS[net][0])(network_config(net, tiny))
@@ -128,10 +128,10 @@ def open_model(
     name: str,  # of NETS
     folder: str | Path,  # local folder with config.json and weights, or a hub name
 ) -> tuple[nn.Module, KeyReport]:  # the model, and what fitted
-    "A model of transformers from a folder or the hub."
+    "Open a model of transformers from a folder or the hub."
     import transformers
     told = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the key report says it better
+    transformers.logging.set_verbosity_error()  # the key report is more precise
     transformers.logging.disable_progress_bar()
     try: model, info = getattr(transformers, NETS[name][0]).from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError) as e:
@@ -149,7 +149,7 @@ def hub_state(
     name: str,  # of NETS
     config=None,  # of transformers; None is the published size
 ) -> dict[str, Tensor]:  # the lifted backbone's names
-    "A published state with the names that the installed transformers uses."
+    "Return a published state with the names that the installed transformers uses."
     with tempfile.TemporaryDirectory() as folder:
         (config or network_config(name)).save_pretrained(folder)
         save_file({k: v.clone().contiguous() for k, v in state.items()}, Path(folder) / "model.safetensors", metadata={"format": "pt"})
@@ -164,7 +164,7 @@ def hub_state(
 def hub_names(
     name: str,  # of NETS
 ) -> frozenset[str]:  # without numbers
-    "The kinds of names in the hub's file of a network."
+    "Return the kinds of names in the hub's file of a network."
     import transformers
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
@@ -175,19 +175,19 @@ def like_hub(
     state: dict[str, Tensor],  # of a file
     name: str,  # of NETS
 ) -> bool:  # at least half of the kinds of names are there
-    "Tell whether a file may be the hub's of a network."
+    "Return whether a file may be the hub's of a network."
     ends = {end for key in pattern(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
 
 def key_ends(key: str) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
-    "A name and all that is left when it loses its beginnings."
+    "Return a name and all that is left when it loses its beginnings."
     return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]
 
 def hub_likeness(
     state: dict[str, Tensor],  # of a file
     name: str,  # of NETS
 ) -> float:  # share of kinds of names that both have, 0 to 1
-    "How much a file is like the hub's of a network, whatever its names begin with."
+    "Return how much a file is like the hub's of a network, whatever its names begin with."
     wanted, seen = hub_names(name), pattern(state)
     met = {key: wanted.intersection(key_ends(key)) for key in seen}
     both = set().union(*met.values())
@@ -201,7 +201,7 @@ VIT_WHOLE = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.posit
 def original_vit(
     state: dict[str, Tensor],  # of an original ViT, DeiT or DINO file
 ) -> dict[str, Tensor]:  # as the hub has it
-    "The original ViT names as the hub's."
+    "Return the original ViT names as the hub's."
     out = {}
     for key, value in state.items():
         name = VIT_WHOLE.get(key, key)
@@ -214,7 +214,7 @@ def original_vit(
 def onnx_dinov2(
     state: dict[str, Tensor],  # of an ONNX export of Dinov2Model, below "backbone."
 ) -> dict[str, Tensor]:  # as the hub has it
-    "An ONNX export's tensors as the hub's."
+    "Return an ONNX export's tensors as the hub's."
     state = strip(state, "backbone.")
     place = torch.cat([state.pop("embeddings.Concat_6"), state.pop("embeddings.Reshape_1")], 1)  # class token's and patches'
     whole = {k.removesuffix("MatMul") + "weight": v.T for k, v in state.items() if k.endswith(".MatMul")}
@@ -297,7 +297,7 @@ def seem_focal_t(
     tiny: bool = False,  # a version for tests
     lift: str = "slices",  # of LIFTS
 ) -> Lifted:
-    "SEEM's image encoder with random weights."
+    "Build SEEM's image encoder with random weights."
     return Lifted("seem_focal_t", FocalNet(8, (1, 1, 1, 1)) if tiny else FocalNet(), in_channels, lift)
 
 # %% ../../nbs/37_natural.ipynb #3b77a3a0
@@ -313,7 +313,7 @@ def efficientnet_lite0(
     tiny: bool = False,  # a version for tests
     lift: str = "slices",  # of LIFTS
 ) -> Lifted:
-    "EfficientNet-Lite0 with random weights."
+    "Build EfficientNet-Lite0 with random weights."
     small = dict(stages=((1, 3, 1, 1, 4), (1, 3, 2, 2, 8), (1, 3, 2, 2, 12), (1, 3, 2, 2, 16)), stem=4, head=24)
     return Lifted("efficientnet_lite0", EfficientNetLite(**(small if tiny else {})), in_channels, lift)
 
@@ -331,6 +331,6 @@ def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.
 def efficientnet_toy(
     in_channels: int = 3,  # input sequences
 ) -> Lifted:
-    "A convolutional encoder of slices, small enough for a CPU."
+    "Build a convolutional encoder of slices, small enough for a CPU."
     stages = ((1, 3, 1, 1, 8), (1, 3, 2, 3, 16), (1, 3, 2, 3, 24), (1, 3, 2, 3, 48))
     return Lifted("efficientnet_toy", EfficientNetLite(stages, stem=8, head=96), in_channels)

@@ -45,7 +45,7 @@ def profound_tiny(
     in_channels: int = 3,  # input sequences
     tiny: bool = False,  # a version for tests
 ) -> ProFound:  # 29,311,680 parameters with three sequences
-    "ProFound's published encoder with random weights."
+    "Build ProFound's published encoder with random weights."
     return ProFound("profound_tiny", in_channels, **(dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64), kernel=3) if tiny else {}))
 
 # %% ../../nbs/32_profound.ipynb #9dbf922f
@@ -56,6 +56,6 @@ def profound_tiny(
 def profound_toy(
     in_channels: int = 3,  # input sequences
 ) -> ProFound:
-    "ProFound small enough to pretrain on a CPU in half a minute."
+    "Build ProFound small enough to pretrain on a CPU in half a minute."
     return ProFound("profound_toy", in_channels, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128), kernel=3,
                     stem=(2, 4, 4), downs=((2, 2, 2), (1, 2, 2), (1, 1, 1)))

@@ -30,7 +30,7 @@ def sized(
     in_channels: int,  # input sequences
     tiny: bool = False,  # a version for tests
 ) -> ProFound:
-    "ProFound's encoder in another size."
+    "Return ProFound's encoder in another size."
     depths, width = ((1, 1, 1, 1), 8) if tiny else SIZES[size]
     return ProFound(f"profound_{size}", in_channels, depths=depths, dims=tuple(width * 2 ** i for i in range(4)), kernel=3 if tiny else 7)
 
@@ -50,7 +50,7 @@ def dense_kernel(
     kernel: Tensor,  # (offset, in, out), (in, out), or (offset, channels) for a depthwise one
     depthwise: bool,  # which of the two-axis cases
 ) -> Tensor:  # out in d h w
-    "A sparse convolution's kernel as a dense one."
+    "Return a sparse convolution's kernel as a dense one."
     if kernel.ndim == 2: kernel = rearrange(kernel, "v c -> v 1 c") if depthwise else rearrange(kernel, "i o -> 1 i o")
     k = round(kernel.shape[0] ** (1 / 3))
     return rearrange(kernel, "(w h d) i o -> o i d h w", w=k, h=k)
@@ -59,7 +59,7 @@ def dense_kernel(
 def dense_state(
     state: dict[str, Tensor],  # published keys of the pretraining, or already dense ones, below "encoder."
 ) -> dict[str, Tensor]:  # ConvNeXt3d's keys; the final norm has no pretrained values and stays away
-    "The encoder of a pretraining checkpoint as a dense one."
+    "Return the encoder of a pretraining checkpoint as a dense one."
     out = {}
     for key, value in strip(state, "encoder.").items():
         sparse_conv = key.endswith(".kernel") or (key.endswith(".bias") and f"encoder.{key[:-5]}.kernel" in state)
@@ -77,7 +77,7 @@ BY_HAND = dict(licence="Apache-2.0", source="github.com/pipiwang/ProFound (branc
          note="fills 196 of 198 tensors: the final norm has no pretrained values and stays the identity", **BY_HAND)
 @weights("profound_tiny.finetuned", title="ProFound, encoder of a fine-tuned checkpoint", file="profound_finetuned.pth", **BY_HAND)
 def profound_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "The encoder's part of any ProFound checkpoint."
+    "Return the encoder's part of any ProFound checkpoint."
     return {f"encoder.{k}": v for k, v in dense_state(state).items()}
 
 # %% ../../nbs/34_profound_layouts.ipynb #a03d39f3
@@ -85,7 +85,7 @@ def token_map(
     tokens: Tensor,  # b (1 + d·h·w) e, class token first
     grid: list[int],  # (d, h, w)
 ) -> Tensor:  # b e d h w
-    "Patch tokens as a volume."
+    "Return patch tokens as a volume."
     return rearrange(tokens[:, 1:], "b (d h w) e -> b e d h w", d=grid[0], h=grid[1])
 
 class MAEBackbone(Backbone):
@@ -109,7 +109,7 @@ class MAEBackbone(Backbone):
         for owner, key in unused + [(s, "down") for s in (net.enc_down["conv_blocks"] if self.convolutional else [])]: delattr(owner, key)
 
     def maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        "Convolutional maps, and the tokens of every block as maps."
+        "Return convolutional maps, and the tokens of every block as maps."
         grid = [s // p for s, p in zip(self.check_input(x).shape[2:], self.net.patch)]
         convs, tokens = self.net.encode(x) if self.convolutional else ([], self.net.encode(x))
         return convs, [token_map(t, grid) for t in tokens]
@@ -134,7 +134,7 @@ def profound_vit(
     in_channels: int = 3,  # input sequences
     tiny: bool = False,  # a version for tests
 ) -> MAEBackbone:
-    "ProFound's ViT variant with random weights."
+    "Build ProFound's ViT variant with random weights."
     return MAEBackbone("profound_vit", MAE3d(in_channels, **(dict(size=(4, 16, 16), patch=(2, 4, 4), **TINY_PROFOUND) if tiny else {})), in_channels)
 
 @backbones("profound_convmae", title="ProFound-ConvMAE 3D", note="order of steps after arXiv 2205.03892; without the decoder and conv_blocks.*.down, which that order does not use", **MAE_CARD)
@@ -142,12 +142,12 @@ def profound_convmae(
     in_channels: int = 3,  # input sequences
     tiny: bool = False,  # a version for tests
 ) -> MAEBackbone:
-    "ProFound's ConvMAE variant with random weights."
+    "Build ProFound's ConvMAE variant with random weights."
     return MAEBackbone("profound_convmae", ConvMAE3d(in_channels, **(dict(size=(4, 32, 32), first=(2, 2, 2), widths=(6, 8), **TINY_PROFOUND) if tiny else {})), in_channels)
 
 # %% ../../nbs/34_profound_layouts.ipynb #5724c6ef
 @weights("profound_vit.alpha", title="ProFound-ViT, pretrained", file="profound_vit_alpha.pth", **BY_HAND)
 @weights("profound_convmae.alpha", title="ProFound-ConvMAE, pretrained", file="profound_convmae_alpha.pth", **BY_HAND)
 def profound_mae_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "A masked auto-encoder's checkpoint; its decoder is reported as unexpected."
+    "Return a masked auto-encoder's checkpoint; its decoder is reported as unexpected."
     return {f"net.{k}": v for k, v in state.items()}

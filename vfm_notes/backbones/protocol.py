@@ -44,7 +44,7 @@ class BackboneCard:
 def backbone_card(
     name: str,  # registered backbone
 ) -> BackboneCard:  # its card
-    "The card of a registered backbone."
+    "Return the card of a registered backbone."
     card, known = backbones.card(name), [f.name for f in fields(BackboneCard)]
     for key in card:
         if key not in known: raise VfmError(f"Card of backbone '{name}' has an unknown field '{key}'.{nearest(key, known)}")
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
                        x: Tensor,  # b c d h w
                        keep: Tensor,  # b 1 d h w on the grid of the coarsest stride: 1 kept, 0 hidden
                       ) -> list[Tensor]:
-        "The pyramid of the kept voxels; the default sets the hidden ones to zero."
+        "Return the pyramid of the kept voxels; the default sets the hidden ones to zero."
         return self.pyramid(x * enlarge(keep, x.shape[2:]))
 
     def check_input(self,
@@ -96,7 +96,7 @@ def build(
     in_channels: int,  # input sequences
     state: dict[str, Tensor] | None = None,  # weights to load; None leaves the random ones
 ) -> Backbone:
-    "A backbone with random weights, or with `state`, every key of which must fit."
+    "Build a backbone with random weights, or with `state`, every key of which must fit."
     model = backbones[name.split(".")[0]](in_channels=in_channels)
     if state is not None: load(model, state)
     return model
@@ -119,7 +119,7 @@ def load(
 def blocks(
     net: nn.Module,  # any
 ) -> list[nn.Module]:  # in the order that the network has them
-    "The repeated parts of a network."
+    "Return the repeated parts of a network."
     listed = {m for owner in net.modules() if isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) for m in owner.children() if list(m.children())}
     def count(m): return sum(isinstance(c, (nn.Linear, nn.Conv2d, nn.Conv3d)) for c in m.modules())
     for least in (2, 1):
@@ -146,7 +146,7 @@ def recomputed(
     forward,  # its own forward
     *args, **kwargs,  # of its forward
 ):  # what its forward gives
-    "A block's forward that remembers its inputs alone."
+    "Return a block's forward that remembers its inputs alone."
     if not torch.is_grad_enabled(): return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), still_statistics(block)), **kwargs)
 
@@ -155,7 +155,7 @@ def checkpoint_blocks(
     model: Backbone,  # changed in place; names of its parameters stay
 ) -> int:  # number of blocks
     "Switch gradient checkpointing on."
-    if not model.card.checkpointing: raise VfmError(f"Backbone '{model.name}' does not support gradient checkpointing (its card says so).")
+    if not model.card.checkpointing: raise VfmError(f"Backbone '{model.name}' does not support gradient checkpointing (see its card).")
     chosen = blocks(model)
     if not chosen: raise VfmError(f"Backbone '{model.name}' has no repeated blocks to checkpoint.")
     for block in chosen:

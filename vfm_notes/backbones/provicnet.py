@@ -36,7 +36,7 @@ class ProViCNet(Backbone):
         self.strides = [(1, self.backbone.patch, self.backbone.patch)] * len(levels)
 
     def images(self, x: Tensor) -> tuple[Tensor, Tensor]:  # b c d h w → (b d) 3 h w, and the slice tokens (b d) 2 e
-        "The slices as the transformer sees them."
+        "Return the slices as the transformer sees them."
         images = slice_triplets(self.check_input(x))
         j, n = slice_numbers(len(x), x.shape[2], x)
         return self.ChannelReducer(images) if self.in_channels > 1 else images, torch.cat([self.axis_pos(j), self.axis_max(n)], 1)
@@ -45,7 +45,7 @@ class ProViCNet(Backbone):
              x: Tensor,  # b c d h w
              keep: Tensor | None = None,  # b 1 d h w on the patch grid: 1 kept, 0 hidden
             ) -> list[Tensor]:  # b e d h w after every block; the last block's is normalised
-        "Patch tokens of every block as volumes."
+        "Return patch tokens of every block as volumes."
         images, place = self.images(x if keep is None else x * enlarge(keep, x.shape[2:]))
         seen = None if keep is None else rearrange(keep.to(x.dtype), "b 1 d h w -> (b d) 1 h w")
         *tokens, _, last = self.backbone(images, place, seen)
@@ -71,7 +71,7 @@ def provicnet_small(
     in_channels: int = 1,  # input sequences
     tiny: bool = False,  # a version for tests
 ) -> ProViCNet:
-    "ProViCNet's published encoder with random weights."
+    "Build ProViCNet's published encoder with random weights."
     return ProViCNet("provicnet_small", in_channels, **(dict(levels=(1, 2), patch=4, dim=24, depth=2, heads=2, registers=2, grid=4) if tiny else {}))
 
 # %% ../../nbs/33_provicnet.ipynb #2991dcc0
@@ -82,5 +82,5 @@ def provicnet_small(
 def provicnet_toy(
     in_channels: int = 3,  # input sequences
 ) -> ProViCNet:
-    "ProViCNet small enough to pretrain on a CPU in half a minute."
+    "Build ProViCNet small enough to pretrain on a CPU in half a minute."
     return ProViCNet("provicnet_toy", in_channels, levels=(1, 2, 3), patch=8, dim=64, depth=3, heads=4, registers=2, grid=8)

@@ -48,7 +48,7 @@ def slice_window(
     x: Tensor,  # b 1 d h w
     slices: int,  # odd
 ) -> Tensor:  # (b d) slices h w
-    "Every slice with its neighbours; windows at the ends move inwards."
+    "Return every slice with its neighbours; windows at the ends move inwards."
     d = x.shape[2]
     half = slices // 2
     centre = torch.arange(d).clamp(min(half, d - 1), max(d - 1 - half, 0))
@@ -70,7 +70,7 @@ class ProViCNetSegmenter(ProViCNet):
         if contrast is not None: self.CL_Head = ContrastHead(self.embed_dim, **contrast)
 
     def maps(self, x: Tensor, keep: Tensor | None = None) -> list[Tensor]:
-        "Patch tokens of every block as volumes."
+        "Return patch tokens of every block as volumes."
         if self.slices == 3: return super().maps(x, keep)
         b, _, d, *size = self.check_input(x).shape
         place = torch.cat([f(v) for f, v in zip((self.axis_pos, self.axis_max), slice_numbers(b, d, x))], 1)
@@ -78,7 +78,7 @@ class ProViCNetSegmenter(ProViCNet):
         return [stack_slices(patch_map(t, [s // self.backbone.patch for s in size]), b) for t in [*tokens, last]]
 
     def forward(self, x: Tensor) -> Tensor:
-        "Class scores `b k d h w`, 8 cells per patch in the plane."
+        "Return class scores `b k d h w`, 8 cells per patch in the plane."
         tokens = self.maps(x)[-1]
         scores = self.head.segmentation_conv(rearrange(tokens, "b e d h w -> (b d) e h w"))
         return rearrange(scores, "(b d) k h w -> b k d h w", b=len(tokens))
@@ -112,7 +112,7 @@ class Fusion(nn.Module):
 def provicnet_keys(
     state: dict[str, Tensor],  # a published file
 ) -> dict[str, Tensor]:  # what the backbone has; the heads stay out
-    "The backbone's part of a ProViCNet file."
+    "Return the backbone's part of a ProViCNet file."
     return {k: v for k, v in state.items() if not k.startswith(("head.", "CL_Head."))}
 
 PROVICNET_CARD = dict(licence="MIT", source="arXiv 2502.00366, huggingface.co/pimed/ProViCNet", hub="pimed/ProViCNet")
@@ -128,7 +128,7 @@ def provicnet_trus(
     in_channels: int = 1,  # input sequences
     tiny: bool = False,  # a version for tests
 ) -> "TRUSBackbone":
-    "ProViCNet's ultrasound encoder with random weights."
+    "Build ProViCNet's ultrasound encoder with random weights."
     return TRUSBackbone("provicnet_trus", in_channels, **(dict(levels=(1, 2), patch=4, dim=24, depth=2, heads=2, registers=2, grid=4) if tiny else {}))
 
 weights("provicnet_trus.trus", title="ProViCNet, ultrasound", file="TRUS_best.pth", **PROVICNET_CARD)(provicnet_keys)
@@ -146,7 +146,7 @@ class TRUSBackbone(ProViCNetSegmenter):
         del self.head
 
     def maps(self, x: Tensor, keep: Tensor | None = None) -> list[Tensor]:
-        "Patch tokens of every block as volumes."
+        "Return patch tokens of every block as volumes."
         self.check_input(x)
         wanted, self.in_channels = self.in_channels, 1
         try: return super().maps(x.mean(1, keepdim=True), keep)

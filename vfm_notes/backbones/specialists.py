@@ -21,7 +21,7 @@ def conv_level(
     stride: tuple[int, int, int],  # of the first convolution (d, h, w)
     flat: bool,  # kernels of one slice
 ) -> nn.Sequential:
-    "Two convolutions with norm and activation."
+    "Build two convolutions with norm and activation."
     kernel = (1, 3, 3) if flat else (3, 3, 3)
     step = lambda a, b, s: [nn.Conv3d(a, b, kernel, s, tuple(k // 2 for k in kernel)), nn.InstanceNorm3d(b, affine=True), nn.LeakyReLU(0.01)]
     return nn.Sequential(*step(channels, out, stride), *step(out, out, (1, 1, 1)))
@@ -120,7 +120,7 @@ class SRResNet(Backbone):
         self.blocks, self.last = nn.ModuleList(SRBlock(width) for _ in range(depth)), nn.Conv3d(width, width, 3, padding=1)
 
     def steps(self, x: Tensor) -> list[Tensor]:
-        "The stem, every block, and what they give together."
+        "Return the stem, every block, and what they give together."
         found = [self.stem(space_to_depth(self.check_input(x), self.CELL))]
         for block in self.blocks: found.append(block(found[-1]))
         return [*found, found[0] + self.last(found[-1])]

@@ -23,7 +23,7 @@ def conv_stages(
     widths: list[int],  # channels after every stage
     norm: bool = False,  # batch norm after pooling
 ) -> nn.ModuleList:  # of stages, each halves the volume
-    "A trunk of convolution, ReLU, pooling."
+    "Build a trunk of convolution, ReLU, pooling."
     return nn.ModuleList(nn.Sequential(nn.Conv3d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), *([nn.BatchNorm3d(b)] if norm else []))
                          for a, b in zip([1, *widths], widths))
 
@@ -54,7 +54,7 @@ PADDED_NOTE = NOTE + "; convolutions padded; no published weights"
 def dense(
     width: int, out: int,  # channels of the map, length of the vector
 ) -> nn.Sequential:
-    "Mean over the volume, dense layer, ReLU, dropout."
+    "Build mean over the volume, dense layer, ReLU, dropout."
     return nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(width, out), nn.ReLU(), nn.Dropout(0.3))
 
 @backbones("simple_3d", title="Simple 3D CNN (sulcus study)", note=PADDED_NOTE + "; feature: mean through a dense layer of 512", **SULCUS)
@@ -62,7 +62,7 @@ def simple_3d(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "Four times convolution, ReLU, pooling."
+    "Build a trunk of four times convolution, ReLU, pooling."
     widths, out = trunk_widths(tiny), 12 if tiny else 512
     return Volumetric("simple_3d", Headed(conv_stages(widths), run_stages, widths, [2, 4, 8, 16], dense(widths[-1], out), out), in_channels)
 
@@ -103,7 +103,7 @@ def simple_mhl(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "The simple trunk with batch norm, and self-attention on its vector."
+    "Build the simple trunk with batch norm, and self-attention on its vector."
     widths, sizes = trunk_widths(tiny), (12, 6, 4, 16) if tiny else (512, 124, 90, 1024)
     return Volumetric("simple_mhl", Headed(conv_stages(widths, True), run_stages, widths, [2, 4, 8, 16], SquareHead(widths[-1], *sizes), sizes[-1]), in_channels)
 
@@ -135,7 +135,7 @@ def double_3d(
     in_channels: int = 2,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "Two trunks with cross-attention after every stage."
+    "Build two trunks with cross-attention after every stage."
     model = Volumetric("double_3d", TwoStreams(trunk_widths(tiny)), in_channels)
     model.channels = Channels(in_channels, 2)
     return model
@@ -146,10 +146,10 @@ class EightCells(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return F.adaptive_max_pool3d(x, 2).flatten(1)  # b c d h w → b (8 c)
 
 def diffusion_maps(
-    model: nn.Module,  # DiffusionModelUNet without its way up; `time` is the step that it is asked at
+    model: nn.Module,  # DiffusionModelUNet without its way up; `time` is the diffusion step of the pass
     x: Tensor,  # b 1 w h d
 ) -> list[Tensor]:
-    "The last map of every level, the middle's for the coarsest."
+    "Return the last map of every level, the middle's for the coarsest."
     from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
     time = model.time_embed(get_timestep_embedding(model.time.expand(len(x)), model.block_out_channels[0]).to(x.dtype))
     x, maps = model.conv_in(x), []
@@ -166,7 +166,7 @@ def diffusion_unet(
     tiny: bool = False,  # a version for tests
     time: int = 0,  # step of 1000 that the features belong to
 ) -> Volumetric:
-    "The encoder of MONAI's diffusion U-Net."
+    "Build the encoder of MONAI's diffusion U-Net."
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
     widths, head, groups = ([8, 8, 16], 8, 4) if tiny else ([32, 32, 64], 64, 32)
     net = DiffusionModelUNet(3, 1, 1, 2, widths, (False, False, True), norm_num_groups=groups, num_head_channels=head)
@@ -176,7 +176,7 @@ def diffusion_unet(
 
 # %% ../../nbs/381_sulcal.ipynb #33708606
 def swin_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    "The normalised maps of a Swin encoder without its last level, or its last levels."
+    "Return the normalised maps of a Swin encoder without its last level, or its last levels."
     x, maps = model.pos_drop(model.patch_embed(x)), []
     for level in (None, *(getattr(model, n) for n in ("layers1", "layers2", "layers3") if hasattr(model, n))):
         if level is not None: x = level[0](x.contiguous())
@@ -189,7 +189,7 @@ def swin_mt(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "Swin UNETR's encoder to stride 16."
+    "Build Swin UNETR's encoder to stride 16."
     from monai.networks.nets.swin_unetr import SwinTransformer
     width, heads, window, depths = (4, (1, 2, 2, 4), 3, (1,) * 4) if tiny else (24, (3, 6, 12, 24), 7, (2,) * 4)
     net = SwinTransformer(1, width, (window,) * 3, (2, 2, 2), depths, heads, spatial_dims=3)

@@ -33,7 +33,7 @@ def swin_toy(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # it is tiny
 ) -> Volumetric:
-    "Swin UNETR's encoder with two levels of attention."
+    "Build Swin UNETR's encoder with two levels of attention."
     from monai.networks.nets.swin_unetr import SwinTransformer
     net = SwinTransformer(1, 12, (4,) * 3, HALVING, (1, 2, 1, 1), (2, 4, 8, 8), spatial_dims=3)
     del net.layers3, net.layers4
@@ -47,7 +47,7 @@ def diffusion_toy(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # it is tiny
 ) -> Volumetric:
-    "The way down and the middle of MONAI's diffusion U-Net, on folded cells."
+    "Build the way down and the middle of MONAI's diffusion U-Net, on folded cells."
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
     net = DiffusionModelUNet(3, 8, 8, 1, [8, 16, 32], (False, False, True), norm_num_groups=4, num_head_channels=8)
     del net.up_blocks, net.out

@@ -34,7 +34,7 @@ class Volumetric(ReadBackbone):
         self.strides = [(encoder.strides[i],) * 3 for i in encoder.levels]
 
     def read(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "All maps `b e d h w` of the encoder, and its vector `b e`."
+        "Return all maps `b e d h w` of the encoder, and its vector `b e`."
         maps, vector = self.encoder(turned(self.channels(self.check_input(x))))
         return [turned(m) for m in maps], vector
 
@@ -67,7 +67,7 @@ VOLUMETRIC_CARD = dict(spacing=(1.0, 1.0, 1.0), sequences=("one",), licence="Apa
 NOTE = "input turned to x y z; several sequences are mixed to one channel by a learned 1x1x1 convolution that starts as the mean"
 
 def dense_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    "DenseNet's map before every transition, and the last."
+    "Return DenseNet's map before every transition, and the last."
     maps = []
     for name, layer in model.named_children():
         if name.startswith("transition"): maps.append(x)
@@ -76,7 +76,7 @@ def dense_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 # %% ../../nbs/38_volumetric.ipynb #4f2a1c8b
 def resnet_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    "ResNet's map after every stage."
+    "Return ResNet's map after every stage."
     x, maps = model.maxpool(model.act(model.bn1(model.conv1(x)))), []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4): maps.append(x := stage(x))
     return maps
@@ -88,7 +88,7 @@ def segresnet_ds(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "The encoder of MONAI's SegResNetDS as TAPS was trained."
+    "Build the encoder of MONAI's SegResNetDS as TAPS was trained."
     from monai.networks.nets.segresnet_ds import SegResEncoder
     width = 8 if tiny else 32
     net = SegResEncoder(3, width, 1, act=("MISH", {"inplace": True}), norm=("GROUP", {"num_groups": 8}))
@@ -100,7 +100,7 @@ def segresnet_ctfm(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "The five-level encoder that CT-FM was pretrained with."
+    "Build the five-level encoder that CT-FM was pretrained with."
     from monai.networks.nets.segresnet_ds import SegResEncoder
     width, depth = (4, (1, 1, 1, 1, 1)) if tiny else (32, (1, 2, 2, 4, 4))
     return Volumetric("segresnet_ctfm", Steps(SegResEncoder(3, width, 1, blocks_down=depth), lambda m, x: m(x), [width * 2 ** i for i in range(5)], [1, 2, 4, 8, 16], 1), in_channels)
@@ -111,7 +111,7 @@ def segresnet(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "The encoder of MONAI's SegResNet."
+    "Build the encoder of MONAI's SegResNet."
     from monai.networks.nets.segresnet import SegResNet
     width, net = 8 if tiny else 32, SegResNet(3, 8 if tiny else 32, 1)
     for unused in [n for n, _ in net.named_children() if n.startswith(("up_", "conv_final"))]: delattr(net, unused)
@@ -123,7 +123,7 @@ def densenet121_3d(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "The features of MONAI's DenseNet-121."
+    "Build the features of MONAI's DenseNet-121."
     from monai.networks.nets.densenet import DenseNet
     start, growth, blocks = (8, 4, (1, 1, 1, 1)) if tiny else (64, 32, (6, 12, 24, 16))
     widths, c = [], start
@@ -139,7 +139,7 @@ def resnet_3d(
     in_channels: int,  # sequences
     tiny: bool,  # a version for tests
 ) -> Volumetric:
-    "A 3D ResNet with MedicalNet's layout."
+    "Build a 3D ResNet with MedicalNet's layout."
     from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
     block, blocks = (ResNetBlock, [2, 2, 2, 2]) if depth == 18 else (ResNetBottleneck, [3, 4, 6, 3])
     planes = [4, 8, 12, 16] if tiny else [64, 128, 256, 512]
@@ -164,7 +164,7 @@ def swin(
     in_channels: int,  # sequences
     tiny: bool,  # a version for tests
 ) -> Volumetric:
-    "Swin UNETR's encoder."
+    "Build Swin UNETR's encoder."
     from monai.networks.nets.swin_unetr import SwinTransformer
     width, heads, window = (4, (1, 2, 2, 4), 3) if tiny else (width, (3, 6, 12, 24), 7)
     net = SwinTransformer(1, width, (window,) * 3, (2, 2, 2), (2,) * 4 if not tiny else (1,) * 4, heads, spatial_dims=3, use_v2=second)
@@ -194,7 +194,7 @@ class FirstPatch(nn.Module):
         self.widths, self.strides, self.levels, self.names, self.embed_dim = [e] * n, [patch] * n, spread(n), [f"block{i + 1}" for i in range(n)], e
 
     def enter(self, x: Tensor) -> Tensor:  # b 1 w h d → b (w h d) e
-        "The tokens that enter the first block."
+        "Return the tokens that enter the first block."
         x = self.model.patch_embedding.patch_embeddings(x)
         g = self.grid
         table = rearrange(self.model.patch_embedding.position_embeddings, "1 (a b c) e -> 1 e a b c", a=g, b=g)
@@ -215,7 +215,7 @@ def vit_3d(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # a version for tests
 ) -> Volumetric:
-    "MONAI's ViT with 16³ patches of 96³ voxels."
+    "Build MONAI's ViT with 16³ patches of 96³ voxels."
     from monai.networks.nets.vit import ViT
     sizes = dict(img_size=(16,) * 3, patch_size=(8,) * 3, hidden_size=24, mlp_dim=48, num_layers=2, num_heads=2) if tiny else dict(img_size=(96,) * 3, patch_size=(16,) * 3)
     return Volumetric("vit_3d", FirstPatch(ViT(1, **sizes), sizes["patch_size"][0], sizes["img_size"][0] // sizes["patch_size"][0]), in_channels)
@@ -224,7 +224,7 @@ def vit_3d(
 def swin_keys(
     state: dict[str, Tensor],  # any of the three layouts
 ) -> dict[str, Tensor]:  # the backbone's names
-    "A Swin UNETR file's encoder."
+    "Return a Swin UNETR file's encoder."
     out = {}
     for key, value in state.items():
         key = re.sub(r"^(backbone|student|network)\.", "", key)
@@ -253,7 +253,7 @@ weights("vit_3d.brainiac", title="BrainIAC (2026)", licence="BrainIAC-NonCommerc
          wheel_sha256="e938361febacadbfd70995bee23c4a56219de6cb302eff3b24f34ff4b9bd790a", member="taps/resources/model_v1.onnx",
          file="model_v1.onnx", sha256="1e39be9d19f6f71810cb0931a7fe895441cfd318d6002730c918ee99b9d79b91", note="T2w; the encoder of a whole network")
 def taps_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "TAPS's ONNX tensors with SegResNetDS's names, the encoder's below `encoder.model.`."
+    "Return TAPS's ONNX tensors with SegResNetDS's names, the encoder's below `encoder.model.`."
     named = {k: v for k, v in state.items() if not k.endswith((".Mul", ".Add"))}
     norms = [re.sub(r"conv(\d)\.weight$", r"norm\1", k) for k in named if re.search(r"\.conv\d\.weight$", k)]
     for end, operation in (("weight", ".Mul"), ("bias", ".Add")):

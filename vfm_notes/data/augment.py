@@ -25,7 +25,7 @@ IMAGES = ("inputs", "volumes")  # names whose intensities may be changed
 def tensors(
     batch: dict,  # name → tensor or array
 ) -> TensorBatch:
-    "A batch with tensors for arrays."
+    "Turn the arrays of a batch into tensors."
     return {k: v if isinstance(v, Tensor) else torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
 
 def spatial(
@@ -49,7 +49,7 @@ def draw_parameter(
     values: np.ndarray,  # (b, …) parameters of the samples
     like: Tensor,  # b c d h w
 ) -> Tensor:  # b (c) 1 1 1 on its device
-    "One parameter per sample, or per sample and channel, that broadcasts over a batch."
+    "Return one parameter per sample, or per sample and channel, that broadcasts over a batch."
     t = torch.as_tensor(values, dtype=torch.bool if values.dtype == bool else torch.float32, device=like.device)
     return t.reshape(*t.shape, *[1] * (like.dim() - t.dim()))
 
@@ -128,7 +128,7 @@ def affine_matrices(
     scale: float,  # ± share of the size
     shift: float,  # ± voxels along h and w
 ) -> np.ndarray:  # (n, 3, 4): A and t in voxels, axes d h w
-    "Random maps from voxels of the result to voxels of the image."
+    "Draw random maps from voxels of the result to voxels of the image."
     a, s = np.deg2rad(rng.uniform(-degrees, degrees, n)), 1 / rng.uniform(1 - scale, 1 + scale, n)
     out = np.zeros((n, 3, 4))
     out[:, 0, 0] = 1
@@ -164,7 +164,7 @@ AUGMENTATIONS = {f.__name__: f for f in (flip, quarter_turns, intensity, gamma, 
 def augment(
     names: dict[str, dict] | Iterable[str] = ("flip",),  # in this order; a mapping gives each one's options
 ) -> Callable[[dict, np.random.Generator], TensorBatch]:  # the `change` of a loader
-    "Named augmentations as one function of a batch."
+    "Join named augmentations to one function of a batch."
     options = names if isinstance(names, dict) else {n: {} for n in names}
     for n in options:
         if n not in AUGMENTATIONS: raise VfmError(f"Unknown augmentation '{n}'.{nearest(n, AUGMENTATIONS)} Known: {', '.join(AUGMENTATIONS)}.")

@@ -24,7 +24,7 @@ def sulcus_labels(
     column: int = 2,  # that has the labels, counted from 1
     classes: int = 3,  # 3: absent, prominent, present; 2: absent, present
 ) -> tuple[dict[str, int], list[str]]:  # name → grade, problems
-    "Grades of some names in a label file."
+    "Return grades of some names in a label file."
     if classes not in (2, 3): raise VfmError(f"A sulcus cohort has 2 or 3 classes, not {classes}.")
     check_fetched(path)
     if not path.is_file():
@@ -43,7 +43,7 @@ CENTRES = {"top": {"L": (45, 122, 171), "R": (115, 35, 171)}, "benemin": {"L": (
 def sequential_split(
     n: int,  # subjects, sorted by name
 ) -> list[str]:  # split of each
-    "60/20/20 in order, rounded down."
+    "Split 60/20/20 in order, rounded down."
     a, b = int(n * 0.6), int(n * 0.2)
     return ["train"] * a + ["val"] * b + ["test"] * (n - a - b)
 
@@ -51,7 +51,7 @@ def sequential_split(
 ANALYSIS = "t1mri/default_acquisition/default_analysis/segmentation"
 
 def brainvisa_example(folder: Path) -> None:
-    "Ten subjects of the sulcus phantom in BrainVISA's tree."
+    "Write ten subjects of the sulcus phantom in BrainVISA's tree."
     lines = []
     for i in range(10):
         case, subject = sulcus_case(0, i, (16, 16, 16), (4.0, 4.0, 4.0)), f"sub{i:02d}_T1"
@@ -66,7 +66,7 @@ def brainvisa_example(folder: Path) -> None:
 def mask_file(
     folder: Path, name: str,  # without ending
 ) -> Path:
-    "The .nii or .nii.gz of a name."
+    "Return the .nii or .nii.gz of a name."
     plain = folder/f"{name}.nii"
     return plain if plain.is_file() else folder/f"{name}.nii.gz"
 
@@ -84,7 +84,7 @@ def brainvisa(
     crop: str = "volume",  # the file's middle; top, benemin: the published centre of that cohort; or "voxel x y z"
     licence: str = "not stated: ask the owner of the cohort",
 ) -> Manifest:
-    "Sulcal skeletons, PCS masks and labels of one hemisphere."
+    "Build the manifest of sulcal skeletons, PCS masks and labels of one hemisphere."
     src = Path(src).resolve()
     check_choice("hemisphere", hemisphere, ("L", "R"))
     check_choice("split", split, ("study", "sequential"))

@@ -55,14 +55,14 @@ def deal(
     plan: Plan,
     out: dict[str, str],  # bad cases that are left out
 ) -> list[tuple[Source, str]]:  # case and its split
-    "The cases that are used, sorted by split."
+    "Return the cases that are used, sorted by split."
     cases, grade = [s for s in plan.sources if s.name not in out], lambda of: [s.grade for s in of]
     without = f" without its {len(out)} bad case{'s' * (len(out) > 1)}" if out else ""
     if not plan.n: chosen = [(s, s.split or "test") for s in cases]
     elif any(s.split for s in plan.sources):
         homes = {k: [s for s in cases if s.split == k] for k in SPLITS}
         short = [f"{k} of split '{s}', which has {len(homes[s])}" for s, k in plan.n.items() if k > len(homes[s])]
-        if short: raise VfmError(f"Cohort {plan.card.name}{without} has too few cases: asked for are {' and '.join(short)}; ask for fewer.")
+        if short: raise VfmError(f"Cohort {plan.card.name}{without} has too few cases: requested are {' and '.join(short)}; request fewer.")
         chosen = [(homes[k][i], k) for k, m in plan.n.items() for i in sorted(stratified_order(grade(homes[k]), plan.seed)[:m])]
     else:
         try: chosen = list(zip(cases, split_by_patient([s.patient for s in cases], grade(cases), plan.n, plan.seed)))
@@ -73,7 +73,7 @@ def deal(
 def code_hash(
     *modules: str,  # dotted names
 ) -> str | None:  # None where one has no file, e.g. a function of a notebook
-    "Hash of source code, found without importing it."
+    "Hash source code, found without importing it."
     def file(module: str) -> str | None:
         try: return importlib.util.find_spec(module).origin
         except (AttributeError, ImportError, ValueError): return None
@@ -83,25 +83,25 @@ def code_hash(
 def stamps(
     path: Path,  # a file or a folder of files
 ) -> list:  # [path, bytes, time] of each
-    "What changes when a file does."
+    "Return what changes when a file does."
     try:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding tells
+    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding reports
 
 def case_key(
     plan: Plan,
     source: Source,
     code: str,  # hash of the code that decodes
 ) -> str:
-    "Under which the voxels of a case are found again."
+    "Return the key under which the voxels of a case are found again."
     return content_hash([source.name, [stamps(p) for p in source.files], source.recipe, plan.size, plan.card.spacing, plan.card.sequences, plan.card.classes, code])
 
 # %% ../../nbs/125_cache.ipynb #4069d133
 ARRAYS = ("volumes", "labels", "zones")
 
 def marks_of(cohort: Cohort, i: int) -> list[str]:  # sequences, label, zones
-    "Fingerprints of the voxels of one case."
+    "Return fingerprints of the voxels of one case."
     return voxel_fingerprints([*cohort.volumes[i], cohort.labels[i], *([] if cohort.zones is None else [cohort.zones[i]])])
 
 def write_text(
@@ -200,7 +200,7 @@ class Known:
         if len(cohort.volumes) == len(keys) == len(marks): self.at |= {k: (cohort, i, marks[i]) for i, k in enumerate(keys)}
 
     def get(self, key: str) -> tuple | None:  # volume, label, zones; None where it is not known, or damaged
-        "The voxels of a case."
+        "Return the voxels of a case."
         cohort, i, marks = self.at.get(key, (None, 0, []))
         if cohort is None or marks_of(cohort, i) != marks: return None
         return cohort.volumes[i], cohort.labels[i], None if cohort.zones is None else cohort.zones[i]
@@ -211,7 +211,7 @@ def check_decoded(
     source: Source,
     parts: tuple | None,  # volume, label, zones of a known case; None to decode it
 ) -> tuple[tuple | None, str]:  # volume, label, zones; what is wrong
-    "A decoded case, or what is wrong with it."
+    "Return a decoded case, or what is wrong with it."
     try:
         parts = parts or source.decode()
         return parts, "; ".join(case_problems(plan.card, *parts[:2], source.grade))
@@ -251,7 +251,7 @@ def decoded(
     code: str,  # hash of the code that decodes
     exclude: bool,  # leave bad cases out
 ) -> Path:  # a complete folder in `work`
-    "Decode what a plan asks for."
+    "Decode the cases of a plan."
     out, refused = (dict(plan.bad), {}) if exclude else ({}, plan.bad)
     for turn in range(len(plan.sources) + 1):
         used = [u for u in deal(plan, out) if u[0].name not in refused]
@@ -269,7 +269,7 @@ def decoded(
 def plan_problems(
     plan: Plan,
 ) -> list[str]:  # one sentence each, that begins with the case
-    "Everything that is wrong with the cases of a plan."
+    "List everything that is wrong with the cases of a plan."
     bad, marks = {k: [v] for k, v in plan.bad.items()}, []
     for source in progress(plan.sources, f"checking {plan.card.name}"):
         parts, wrong = check_decoded(plan, source, None) if source.name not in bad else (None, "")

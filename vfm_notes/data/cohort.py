@@ -28,7 +28,7 @@ def stratified_order(
     grade: Iterable[int],  # (n,) stratum of each item
     seed: int,
 ) -> np.ndarray:  # (n,) permutation of 0..n-1
-    "Random order whose every prefix has nearly the strata's proportions."
+    "Draw a random order whose every prefix has nearly the strata's proportions."
     grade, rng = np.asarray(grade), np.random.default_rng(np.random.SeedSequence((seed, 11)))
     place = np.empty(len(grade))
     for value in np.unique(grade):
@@ -48,12 +48,12 @@ def split_by_patient(
     who, of = np.unique(patients, return_inverse=True)
     cases, worst = np.bincount(of), np.array([grade[of == i].max() for i in range(len(who))])
     room = {**n, "": len(patients) - sum(n.values())}
-    if room[""] < 0: raise VfmError(f"{sum(n.values())} cases are asked for ({n}) but there are {len(patients)}: ask for fewer.")
+    if room[""] < 0: raise VfmError(f"{sum(n.values())} cases are requested ({n}) but there are {len(patients)}: request fewer.")
     want = {(s, g): k * cases[worst == g].sum() / len(patients) for s, k in room.items() for g in np.unique(worst)}
     home = [""] * len(who)
     for i in sorted(stratified_order(worst, seed), key=lambda i: -cases[i]):
         fits = [s for s in room if room[s] >= cases[i]]
-        if not fits: raise VfmError(f"Patient {who[i]} has {cases[i]} cases and fits into no split of {n}: ask for fewer cases.")
+        if not fits: raise VfmError(f"Patient {who[i]} has {cases[i]} cases and fits into no split of {n}: request fewer cases.")
         best = max(fits, key=lambda s: want[s, worst[i]])
         home[i], room[best] = best, room[best] - cases[i]
         want[best, worst[i]] -= cases[i]
@@ -64,7 +64,7 @@ def check_classes(
     names: tuple,
     what: str,  # the field
 ) -> None:
-    "Class 0 is the background."
+    "Refuse names of classes of which the first is not the background."
     if not names or names[0] != "background": raise VfmError(f"{what} is {shown(list(names))}, expected 'background' and the names of the other classes.")
 
 Words = Annotated[tuple[Word, ...], Meta(description="a list of texts (in quotes where YAML reads something else)"), check_distinct]
@@ -108,7 +108,7 @@ class Cohort:
     def __len__(self) -> int: return len(self.names)
 
     def pick(self, index: Iterable[int]) -> "Cohort":  # index: cases to keep, in this order
-        "The cohort of some of the cases."
+        "Return the cohort of some of the cases."
         index = [int(i) for i in index]
         rows = slice(index[0], index[-1] + 1) if isinstance(self.volumes, np.memmap) and index == list(range(index[0], index[0] + len(index))) else index  # neighbours stay on disk
         at = lambda values: values if values is None else values[rows] if isinstance(values, np.ndarray) else [values[i] for i in index]
@@ -120,26 +120,26 @@ class Cohort:
         n: int | None = None,  # cases; None is all
         seed: int = 0,  # another seed, another choice
     ) -> "Cohort":
-        "Cases of one split, nested in n and stratified by grade."
+        "Return cases of one split, nested in n and stratified by grade."
         if split not in SPLITS: raise VfmError(f"Unknown split '{split}'.{nearest(split, SPLITS)} Known: {', '.join(SPLITS)}.")
         of = np.flatnonzero(np.array(self.split, str) == split)
         if n is None: return self.pick(of)
-        if not 0 < n <= len(of): raise VfmError(f"{n} cases of split '{split}' of cohort {self.card.name} are asked for, it has {len(of)}: ask for 1 to {len(of)}.")
+        if not 0 < n <= len(of): raise VfmError(f"{n} cases of split '{split}' of cohort {self.card.name} are requested, it has {len(of)}: request 1 to {len(of)}.")
         return self.pick(sorted(of[stratified_order(self.grade[of], seed)[:n]]))
 
     def hash(self) -> str:  # sha256, hexadecimal
-        "Hash of the content: volumes, labels, zones, grades, targets, names, patients, splits."
+        "Hash the content: volumes, labels, zones, grades, targets, names, patients, splits."
         return self.known_hash or content_hash(self.volumes, self.labels, self.zones, self.grade, *[self.targets] * (self.targets is not None), [self.names, self.patients, self.split])
 
     def describe(self) -> pd.DataFrame:  # one row per split
-        "Cases, patients, grades and mean volume of each class, by split."
+        "Count cases, patients and grades, and average the volume of each class, by split."
         return describe_cohort(self)
 
 # %% ../../nbs/12_cohort.ipynb #74742cd2
 def content_hash(
     *parts: np.ndarray | list | None,  # arrays, or anything JSON can write
 ) -> str:  # sha256, hexadecimal
-    "Hash of arrays (with shape and type) and of plain values."
+    "Hash arrays (with shape and type) and plain values."
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -152,7 +152,7 @@ def content_hash(
 def describe_cohort(
     cohort: Cohort,
 ) -> pd.DataFrame:  # one row per split
-    "Cases, patients, grades and mean volume of each class, by split."
+    "Count cases, patients and grades, and average the volume of each class, by split."
     ml = float(np.prod(cohort.card.spacing)) / 1000
     def row(split: str) -> dict:
         of = [i for i, s in enumerate(cohort.split) if s == split]
@@ -168,7 +168,7 @@ def case_problems(
     label: np.ndarray,  # (d, h, w)
     grade: int,
 ) -> list[str]:  # one sentence each
-    "What is wrong inside one case."
+    "Describe what is wrong inside one case."
     found = []
     for sequence, values in zip(card.sequences, volume):
         bad = int(values.size - np.isfinite(values).sum())
@@ -183,7 +183,7 @@ def case_problems(
 def bad_cases(
     cohort: Cohort,
 ) -> list[str]:  # one sentence each
-    "What is wrong inside single cases."
+    "Describe what is wrong inside single cases."
     found = [f"{name}: {p}" for i, name in enumerate(cohort.names) for p in case_problems(cohort.card, cohort.volumes[i], cohort.labels[i], cohort.grade[i])]
     return found + [f"{name}: unknown split '{s}'.{nearest(s, SPLITS)}" for name, s in zip(cohort.names, cohort.split) if s not in SPLITS]
 
@@ -191,13 +191,13 @@ def bad_cases(
 def voxel_fingerprints(
     arrays: Iterable[np.ndarray],  # e.g. the sequences of a case
 ) -> list[str]:  # one each, hexadecimal
-    "Short hashes of voxels, to find the same content again."
+    "Return short hashes of voxels, to find the same content again."
     return [hashlib.blake2b(np.ascontiguousarray(a).data, digest_size=16).hexdigest() for a in arrays]
 
 def copies(
     marks: list[list[str]],  # per case the fingerprints of its sequences
 ) -> list[tuple[int, int, int]]:  # later case, earlier case, channel
-    "Cases with the same voxels in the same sequence."
+    "Find cases with the same voxels in the same sequence."
     seen, found = {}, []
     for i, case in enumerate(marks):
         for c, mark in enumerate(case):
@@ -208,7 +208,7 @@ def copies(
 def twins(
     cohort: Cohort,
 ) -> list[str]:  # one sentence each
-    "Names, patients or image content that occur where they must not."
+    "Find names, patients or image content that occur where they must not."
     names, split = cohort.names, cohort.split
     found = [f"{name}: {names.count(name)} cases have this name" for name in sorted({n for n in names if names.count(n) > 1})]
     for patient in sorted(set(cohort.patients)):
@@ -220,7 +220,7 @@ def twins(
 def problems(
     cohort: Cohort,
 ) -> list[str]:  # one sentence each, empty when all is well
-    "Everything that is wrong with a cohort."
+    "List everything that is wrong with a cohort."
     n, c, *grid = cohort.volumes.shape if cohort.volumes.ndim == 5 else (-1, -1)
     lengths = {"volumes": n, "labels": len(cohort.labels), "grade": len(cohort.grade), "patients": len(cohort.patients), "split": len(cohort.split)}
     found = [f"{what}: {k} entries, expected {len(cohort)} as there are names" for what, k in lengths.items() if k != len(cohort)]
@@ -280,7 +280,7 @@ def phantom_cohort(
     n: dict[str, int],  # split → cases
     seed: int,
 ) -> Cohort:
-    "The synthetic prostate mpMRI cohort."
+    "Build the synthetic prostate mpMRI cohort."
     if not n: raise VfmError(f"The phantom cohort needs a number of cases in n, e.g. {{'train': 24}}; splits: {', '.join(SPLITS)}.")
     index = [(s, i) for s in n for i in range(n[s])]
     cases = [phantom_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]

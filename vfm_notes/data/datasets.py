@@ -24,7 +24,7 @@ from .volume import centre_of, crop_or_pad, grid_around, read_image, read_mask, 
 def cohort_folder(
     *names: str,  # sub-folders of VFM_DATA that a cohort needs
 ) -> list[Path]:
-    "The folders of a cohort, or one sentence on what VFM_DATA should be."
+    "Return the folders of a cohort, or one sentence on what VFM_DATA should be."
     root = data_root()
     missing = [n for n in names if not (root/n).is_dir()]
     if missing: raise VfmError(f"VFM_DATA ({root}) has no folder {' and no '.join(missing)}: set VFM_DATA to the folder that holds {', '.join(names)}.")
@@ -34,7 +34,7 @@ def cohort_folder(
 def files_fingerprint(
     *names: str,  # sub-folders of VFM_DATA
 ) -> Callable[[], str]:  # gives a hash of the files' names, sizes and dates
-    "Part of the cache key: other files, another cohort."
+    "Hash the files of a cohort for the cache key: other files, another cohort."
     def now() -> str:
         return content_hash([stamps(folder) for folder in cohort_folder(*names)])
     return now
@@ -46,7 +46,7 @@ HIPPOCAMPUS = "msd_hippocampus_100"  # sub-folder of VFM_DATA
 def manifest(
     folder: Path,
 ) -> list[str]:  # case names
-    "Names in cases.csv, each with its image and its label file."
+    "List the names in cases.csv, each with its image and its label file."
     path = folder/"cases.csv"
     names = [row["case"] for row in read_sheet(path, ("case",))]
     doubled = sorted({n for n in names if names.count(n) > 1})
@@ -63,7 +63,7 @@ def on_grid(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray]:  # (d, h, w) float32 and uint8
-    "An image and its label around the image's centre: cut out if the spacing is right, else resampled."
+    "Put an image and its label on a grid around the image's centre: cut out if the spacing is right, else resampled."
     volume, mask = read_image(image), read_mask(label, values)
     check_fit(str(label), mask, {str(image): volume})
     if np.allclose(spacing_of(volume), spacing, atol=1e-3): return crop_or_pad(to_array(volume), size), crop_or_pad(to_array(mask), size).astype(np.uint8)
@@ -78,7 +78,7 @@ def hippocampus_cohort(
     n: dict[str, int],  # split → cases; {} is all of them, to test
     seed: int,
 ) -> Plan:
-    "T1-weighted MRI crops with the anterior and the posterior hippocampus."
+    "Build the cohort of T1-weighted MRI crops with the anterior and the posterior hippocampus."
     folder, = cohort_folder(HIPPOCAMPUS)
     card = CohortCard("hippocampus", "MSD Task04 Hippocampus, 100 cases", "CC BY-SA 4.0", "Medical Segmentation Decathlon Task04, every second case", "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022", ("t1w",), ("background", "anterior", "posterior"), (), spacing,
         f"Crops of 31-42 x 40-57 x 26-45 mm at 1 mm, cut or padded to {' x '.join(map(str, size))} voxels around the volume's centre; at (32, 48, 32) and 1 mm this loses 0.03 % of the label voxels.")
@@ -102,7 +102,7 @@ def read_prostate(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # volume (3, d, h, w), label and zones (d, h, w) uint8
-    "One case: three sequences and its masks on one grid around the gland."
+    "Read one case: three sequences and its masks on one grid around the gland."
     t2, dwi, adc, gland, zones, lesion, _ = PROSTATES[folder.name]
     path = lambda name: folder/f"{name}.nii.gz"
     organ = read_mask(path(gland), (0, 1))
@@ -128,7 +128,7 @@ def prostate_cohort(
     n: dict[str, int],  # {} or {"test": 1 to 3}
     seed: int,
 ) -> Plan:
-    "Three real prostate mpMRI cases with gland and lesion masks."
+    "Build the cohort of three real prostate mpMRI cases with gland and lesion masks."
     card = CohortCard("prostate_cases", "Three real prostate MRI", "PROSTATEx images CC BY 3.0; PI-CAI image and all masks CC BY-NC 4.0", "PROSTATEx (TCIA) by DIAGNijmegen/picai_prep, masks of DIAGNijmegen/picai_labels; PI-CAI sample of pimed/ProViCNet", "Litjens et al. 2017, doi 10.7937/K9TCIA.2017.MURS5CL; Saha et al., PI-CAI, Lancet Oncology 2024", ("t2w", "dwi", "adc"), ("background", "gland", "lesion"), GRADES, spacing,
         "DWI is calculated at b = 1000 s/mm2 (PROSTATEx) or as shipped (PI-CAI); gland and zone masks are made by AI; the grade comes from the ISUP grade of the public label.", non_commercial=True)
     sources = [Source(f.name, f.name, lambda f=f: read_prostate(f, size, spacing), (f,), split="test", grade=PROSTATES[f.name][-1]) for f in cohort_folder(*PROSTATES)]

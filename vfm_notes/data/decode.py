@@ -26,7 +26,7 @@ from ..foundation.registry import VfmError
 
 # %% ../../nbs/175_decode.ipynb #eef58fd0
 def is_picture(address: str) -> bool:
-    "Whether it is a picture, in contrast to a volume."
+    "Return whether an address names a picture, in contrast to a volume."
     path, _ = split_address(address)
     return path.suffix.lower() in PICTURE_ENDINGS and not path.is_dir()
 
@@ -52,7 +52,7 @@ def grid_of(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> sitk.Image:
-    "The grid of a case, on the image's own voxels where the spacing allows."
+    "Return the grid of a case, on the image's own voxels where the spacing allows."
     if np.allclose(image.GetSpacing()[::-1], spacing, atol=1e-3):
         half = (np.array(size[::-1]) - 1) / 2
         first = np.floor(np.array(image.TransformPhysicalPointToContinuousIndex(centre)) - half + 0.5)
@@ -65,7 +65,7 @@ def allowed_values(
     manifest: Manifest,
     column: str,  # of a mask
 ) -> tuple[range | None, float | None]:  # values that may occur (None: one structure), threshold
-    "What the card says about the values of a mask."
+    "Return the values of a mask that the card allows."
     if column == "zones": return range(256), None
     return range(len(manifest.card.classes)) if column == "label" else None, manifest.threshold
 
@@ -75,7 +75,7 @@ def read_masks(
     row: dict[str, str],
     images: dict[str, sitk.Image],  # sequence → image
 ) -> dict[str, tuple[str, sitk.Image]]:  # column → file, mask
-    "The masks of a row that has some, read and checked."
+    "Read the masks of a row that has some, and check them."
     found = {}
     for column in (*mask_columns(manifest), "zones"):
         if row.get(column, "") in ("", "none"): continue
@@ -91,7 +91,7 @@ def voxel_point(
     image: sitk.Image,  # from `read_image`
     index: tuple[int, int, int],  # voxel (x, y, z) in the file's own order of axes
 ) -> tuple[float, float, float]:  # physical point (x, y, z) mm of the corner before that voxel
-    "Where a voxel of a file lies."
+    "Return where a voxel of a file lies."
     affine, size = stored_geometry(image)
     if not all(i < s for i, s in zip(index, size)):
         raise VfmError(f"{file} has {times(size)} voxels, the crop is centred on voxel {times(index)}; "
@@ -104,7 +104,7 @@ def crop_centre(
     masks: dict[str, tuple[str, sitk.Image]],  # column → file, mask
     first: sitk.Image,  # of the case
 ) -> tuple[float, float, float]:  # physical point (x, y, z) mm
-    "What the grid of a case is centred on."
+    "Return what the grid of a case is centred on."
     crop = manifest.crop
     if crop == "volume": return centre_of(first)
     if VOXEL_MESSAGE.fullmatch(crop):
@@ -121,7 +121,7 @@ def decode_row(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # volume (c, d, h, w), label and zones (d, h, w)
-    "The images and masks of a case on one grid."
+    "Decode the images and masks of a case on one grid."
     places = {s: located(manifest.root, row[s]) for s in manifest.card.sequences}
     if any(map(is_picture, places.values())): return decode_pictures(manifest, row, size)
     images = {s: read_image(file) for s, file in places.items()}
@@ -137,7 +137,7 @@ def painted(
     masks: dict[str, np.ndarray],  # column → (d, h, w)
     size: tuple[int, int, int],  # (d, h, w) voxels
 ) -> np.ndarray:  # (d, h, w) uint8
-    "One label volume; later classes win."
+    "Merge masks into one label volume; later classes win."
     label = masks["label"].astype(np.uint8) if "label" in masks else np.zeros(size, np.uint8)
     for k, name in enumerate(manifest.card.classes[1:], 1): label[masks.get(f"mask_{name}", np.zeros(size)) != 0] = k
     return label
@@ -148,7 +148,7 @@ def picture_masks(
     row: dict[str, str],
     shapes: dict[str, tuple[int, int]],  # sequence → (h, w) of its picture
 ) -> dict[str, np.ndarray]:  # column → (h, w) uint8
-    "The masks of a case of pictures, checked as those of volumes are."
+    "Return the masks of a case of pictures, checked as those of volumes are."
     found = {}
     for column in mask_columns(manifest):
         if row[column] == "none": continue
@@ -166,7 +166,7 @@ def nearest_pixels(
     mask: np.ndarray,  # (h, w)
     size: tuple[int, int],  # (h, w) wanted
 ) -> np.ndarray:  # (1, *size)
-    "A mask resized: each pixel takes the value at its centre."
+    "Resize a mask: each pixel takes the value at its centre."
     rows, columns = (((np.arange(k) + 0.5) * m / k).astype(int) for k, m in zip(size, mask.shape))
     return mask[rows][:, columns][None]
 
@@ -176,7 +176,7 @@ def decode_pictures(
     row: dict[str, str],
     size: tuple[int, int, int],  # (1, h, w) pixels
 ) -> tuple[np.ndarray, np.ndarray, None]:  # volume (c, 1, h, w), label (1, h, w), no zones
-    "The pictures of a case, resized."
+    "Decode the pictures of a case, resized."
     place = lambda column: located(manifest.root, row[column])
     if size[0] != 1: raise VfmError(f"{place(manifest.card.sequences[0])} is a picture, the study's size is {list(size)}; expected [1, h, w].")
     whole = tuple(round(s * 256 / 224) for s in size[1:])
@@ -203,7 +203,7 @@ def manifest_plan(
     seed: int,
     strict: bool = True,  # refuse a table that is wrong as a whole
 ) -> Plan:
-    "How to decode the cases of a manifest."
+    "Plan how to decode the cases of a manifest."
     found, card, bad = found_problems(manifest), manifest.card, {}
     if strict and any(not case for case, _ in found): raise VfmError(f"The manifest of {card.name} has {len(found)} problem{'s' * (len(found) > 1)}: {'; '.join(f'{c}: {p}' if c else p for c, p in found)}.")
     for case, p in found: bad[case] = f"{bad[case]}; {p}" if case in bad else p
@@ -227,27 +227,27 @@ def manifest_cohort(
     seed: int = 0,
     exclude_bad: bool = False,  # leave bad cases out and list them in `excluded`
 ) -> Cohort:  # validated
-    "The cohort of a manifest, from the cache where it is known."
+    "Make the cohort of a manifest, from the cache where it is known."
     return kept_cohort(manifest.card.name, (partial(manifest_plan, manifest), {"plan": True}), {**check_arguments(size, spacing, n), "seed": int(seed)}, exclude_bad)
 
 # %% ../../nbs/175_decode.ipynb #51d2d27b
 def natural_grid(
     manifest: Manifest,
 ) -> tuple[tuple, tuple]:  # size (d, h, w) voxels, spacing (d, h, w) mm
-    "A grid like that of the first image that can be read."
+    "Return a grid like that of the first image that can be read."
     for row in manifest.table.to_dict("records"):
         file = located(manifest.root, row[manifest.card.sequences[0]])
         try:
             if is_picture(file): return (1, *read_picture(file).shape[2:]), manifest.card.spacing
             image = read_image(file)
             return image.GetSize()[::-1], image.GetSpacing()[::-1]
-        except Exception: continue  # it is told when the case is checked
+        except Exception: continue  # it is reported when the case is checked
     return (16, 64, 64), manifest.card.spacing
 
 def check_manifest(
     manifest: Manifest,
 ) -> list[str]:  # one sentence each, empty when all is well
-    "Everything that is wrong with a table and its files."
+    "List everything that is wrong with a table and its files."
     found = [f"{c}: {p}" if c else p for c, p in found_problems(manifest)]
     if set(known_columns(manifest)[0]) - set(manifest.table) or crop_problem(manifest): return found  # nothing can be decoded
     return plan_problems(manifest_plan(manifest, *natural_grid(manifest), {}, 0, strict=False))

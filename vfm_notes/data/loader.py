@@ -19,7 +19,7 @@ def moments(
     volumes: np.ndarray,  # (n, c, d, h, w) raw intensities
     nonzero: bool = True,  # leave zeros out
 ) -> tuple[np.ndarray, np.ndarray]:  # mean and sd, each (n, c, 1, 1, 1) float32; sd of a constant is 1
-    "Mean and standard deviation per case and channel."
+    "Return the mean and standard deviation per case and channel."
     axes, mask = (-3, -2, -1), volumes != 0 if nonzero else np.ones_like(volumes, bool)
     count = np.maximum(mask.sum(axes, keepdims=True), 1)
     mean = volumes.sum(axes, keepdims=True, dtype=np.float64) / count if nonzero else volumes.mean(axes, keepdims=True, dtype=np.float64)
@@ -50,7 +50,7 @@ def to_unit_range(
 def cohort_moments(
     volumes: np.ndarray,  # (n, c, d, h, w) raw intensities of the training cases
 ) -> tuple[list[float], list[float]]:  # mean and sd of every channel; sd of a constant is 1
-    "Mean and standard deviation per channel over all cases, one case at a time."
+    "Return the mean and standard deviation per channel over all cases, one case at a time."
     if not len(volumes): raise VfmError("The rule 'cohort' needs training cases to take mean and standard deviation from; found none.")
     axes = (-3, -2, -1)
     mean = np.mean([v.mean(axes, dtype=np.float64) for v in volumes], 0)
@@ -90,7 +90,7 @@ def batches(
     epoch: int,  # another order in every epoch
     last: str = "short",  # one of LAST
 ) -> list[np.ndarray]:  # index arrays
-    "Shuffled batches of one epoch."
+    "Return shuffled batches of one epoch."
     if last not in LAST: raise VfmError(f"Unknown rule '{last}' for the last batch.{nearest(last, LAST)} Known: {', '.join(LAST)}.")
     if n < 1 or batch_size < 1: raise VfmError(f"An epoch needs cases and a batch size of at least 1; found {n} cases and a batch size of {batch_size}.")
     order = np.random.default_rng((seed, epoch)).permutation(n)
@@ -124,7 +124,7 @@ class Loader:
         self,
         number: int,  # which one; the same number gives the same batches
     ) -> Iterator[dict]:  # name → (b, …)
-        "The batches of one epoch."
+        "Return the batches of one epoch."
         for step, index in enumerate(batches(self.n, self.batch_size, self.seed, number, self.last)):
             start = time.perf_counter()
             batch = self.change({k: v[index] for k, v in self.arrays.items()}, np.random.default_rng((self.seed, number, step)))

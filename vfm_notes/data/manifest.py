@@ -53,7 +53,7 @@ layouts = Registry("layout")  # how others keep their data: (src: Path, **option
 def as_text(
     table: pd.DataFrame,
 ) -> pd.DataFrame:  # every cell text, "" where there was no value
-    "A table as a CSV file would have it: 1.0 is written 1."
+    "Write a table as a CSV file would have it: 1.0 is written 1."
     def word(v) -> str:
         if v is None or v is pd.NA or v != v: return ""
         return str(int(v)) if isinstance(v, (float, np.floating)) and float(v).is_integer() else str(v).strip()
@@ -96,14 +96,14 @@ def read_parquet(
 def sheet_table(
     path: Path,  # manifest.csv
 ) -> pd.DataFrame:  # text
-    "A table of cases as people write it; see `sheets`."
+    "Read a table of cases as people write it; see `sheets`."
     names, rows = read_cells(path)
     return pd.DataFrame(rows, columns=names, dtype=object)
 
 def read_manifest(
     path: str | Path,  # the folder, or the table or the card in it
 ) -> Manifest:
-    "Read a table and its card; what is wrong inside them is told by `manifest_problems`."
+    "Read a table and its card; `manifest_problems` reports what is wrong inside them."
     folder = Path(path).parent if Path(path).name in ("card.yaml", "manifest.csv", "manifest.parquet") else Path(path)
     tables = [p for p in (folder/"manifest.csv", folder/"manifest.parquet") if p.is_file()]
     if len(tables) != 1: raise VfmError(f"{folder} has {'both manifest.csv and manifest.parquet' if tables else 'no manifest.csv or manifest.parquet'}; expected one table of cases beside card.yaml.")
@@ -160,12 +160,12 @@ FREE = ("site", "scanner", "age")  # columns for people, like note_*
 def mask_columns(
     manifest: Manifest,
 ) -> list[str]:  # those that the table has or should have
-    "The columns of masks: `label`, or one per class."
+    "Return the columns of masks: `label`, or one per class."
     classes = manifest.card.classes[1:]
     return [] if not classes else ["label"] if "label" in manifest.table else [f"mask_{c}" for c in classes]
 
 def known_columns(manifest: Manifest) -> tuple[list[str], list[str]]:  # needed, optional
-    "The columns that a table must have, and those that it may have."
+    "Return the columns that a table must have, and those that it may have."
     needed = ["case", "patient", *manifest.card.sequences, *mask_columns(manifest), *["grade"] * bool(manifest.card.grades), *[f"target_{t}" for t in manifest.targets]]
     return needed, ["split", "zones", *["grade"] * (not manifest.card.grades), *FREE]
 
@@ -175,7 +175,7 @@ VOXEL_MESSAGE = re.compile(r"voxel (\d+) (\d+) (\d+)")
 def crop_problem(
     manifest: Manifest,
 ) -> str:  # "" when all is well
-    "What is wrong with the card's crop."
+    "Describe what is wrong with the card's crop."
     masks = mask_columns(manifest)
     if manifest.crop in ("volume", *masks, *["middle"] * (not masks)) or VOXEL_MESSAGE.fullmatch(manifest.crop): return ""
     return f"crop is '{manifest.crop}', expected 'volume' or a mask column ({', '.join(masks) or 'there is none'}), or 'voxel x y z', or 'middle' for pictures without masks"
@@ -184,7 +184,7 @@ def crop_problem(
 def mask_problems(
     manifest: Manifest,
 ) -> list[str]:  # one sentence each
-    "What is wrong with the card where it speaks of masks."
+    "Describe what is wrong with the card where it speaks of masks."
     masks, classes, found = mask_columns(manifest), manifest.card.classes[1:], []
     if "label" in manifest.table and not classes:
         found.append("column 'label' is there, but the card names no classes; expected 'background' and a name for "
@@ -192,16 +192,16 @@ def mask_problems(
     if manifest.threshold is None: return found
     if not masks: found.append(f"threshold is {manifest.threshold:g}, but there is no column of masks; remove it")
     if masks == ["label"] and len(classes) > 1:
-        found.append(f"threshold is {manifest.threshold:g}, but the column label tells {len(classes)} classes apart "
+        found.append(f"threshold is {manifest.threshold:g}, but the column label distinguishes {len(classes)} classes "
             f"by its values; remove it, or give each class a mask column")
     return found
 
 def table_problems(
     manifest: Manifest,
 ) -> list[str]:  # one sentence each
-    "What is wrong with the table as a whole."
+    "Describe what is wrong with the table as a whole."
     table, (needed, optional) = manifest.table, known_columns(manifest)
-    found = [f"column '{c}' is missing; the card asks for {', '.join(needed)}" for c in needed if c not in table]
+    found = [f"column '{c}' is missing; the card requires {', '.join(needed)}" for c in needed if c not in table]
     known = [*needed, *optional, "label", "note_*"]
     found += [f"unknown column '{c}'.{nearest(c, known)} Known: {', '.join(known)}" for c in table if c not in known and not c.startswith("note_")]
     found += [p for p in [crop_problem(manifest), *mask_problems(manifest)] if p]
@@ -217,11 +217,11 @@ def located(
     root: Path,
     cell: str,  # path, or path#part
 ) -> str:  # the same from the root on
-    "Where a cell of the table points to, without following links."
+    "Find where a cell of the table points to, without following links."
     return os.path.normpath(root/cell)
 
 def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when all is well
-    "What is wrong with one path, told without opening the file."
+    "Describe what is wrong with one path, without opening the file."
     if not cell: return f"{column} is missing, expected a path" + " (or 'none' where the structure is known to be absent)" * column.startswith("mask_")
     if cell == "none" and column.startswith("mask_"): return ""
     path, _ = split_address(located(manifest.root, cell))
@@ -235,13 +235,13 @@ def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when 
 def number_of(
     text: str,
 ) -> float | None:  # None where it is no number
-    "What a cell says as a number; 1 and 1.0 are the same."
+    "Read a cell as a number; 1 and 1.0 are the same."
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+", text) else None
 
 def grade_order(
     names: Iterable[str],  # as they occur
 ) -> tuple[str, ...]:  # each once; 1.0 is written 1
-    "Grades in order: numbers as numbers, words by the alphabet with the numbers in them as numbers."
+    "Sort grades: numbers as numbers, words by the alphabet with the numbers in them as numbers."
     plain = lambda n: str(int(n)) if n.is_integer() else str(n)
     short = {plain(n) if (n := number_of(name)) is not None else name for name in names}
     if all(number_of(name) is not None for name in short): return tuple(sorted(short, key=float))
@@ -251,7 +251,7 @@ def grade_index(
     card: CohortCard,
     cell: str,  # a name of card.grades, or unknown
 ) -> int | None:  # -1 unknown, None where it is neither
-    "The index of a grade: the cell is its name, never the index itself."
+    "Return the index of a grade: the cell is its name, never the index itself."
     if cell == "unknown": return -1
     if cell in card.grades: return card.grades.index(cell)
     same = [k for k, name in enumerate(card.grades) if number_of(cell) is not None
@@ -263,7 +263,7 @@ def row_problems(
     manifest: Manifest,
     row: dict[str, str],  # one row of the table
 ) -> list[str]:
-    "What is wrong with one row."
+    "Describe what is wrong with one row."
     card, found = manifest.card, [f"{c} is missing, expected a name" for c in ("case", "patient") if not row.get(c)]
     files = [c for c in (*card.sequences, *mask_columns(manifest)) if c in row] + ["zones"] * bool(row.get("zones"))
     found += [p for c in files if (p := file_problem(manifest, c, row[c]))]
@@ -278,7 +278,7 @@ def row_problems(
 def doubled(
     manifest: Manifest,
 ) -> list[tuple[str, str]]:  # later case, sentence
-    "Images that stand in two rows."
+    "Find images that stand in two rows."
     seen, found = {}, []
     for row in manifest.table.to_dict("records"):
         for c in manifest.card.sequences:
@@ -289,7 +289,7 @@ def doubled(
 def found_problems(
     manifest: Manifest,
 ) -> list[tuple[str, str]]:  # case ("" for the table as a whole), sentence
-    "Everything that can be told without decoding an image."
+    "Find everything that can be reported without decoding an image."
     rows = manifest.table.to_dict("records")
     found = [("", p) for p in table_problems(manifest)] + [(row.get("case") or f"row {i + 2}", p) for i, row in enumerate(rows) for p in row_problems(manifest, row)]
     return found + (doubled(manifest) if "case" in manifest.table else [])
@@ -297,14 +297,14 @@ def found_problems(
 def manifest_problems(
     manifest: Manifest,
 ) -> list[str]:  # one sentence each, empty when all is well
-    "The same as sentences that name the case."
+    "Describe the same in sentences that name the case."
     return [f"{case}: {p}" if case else p for case, p in found_problems(manifest)]
 
 # %% ../../nbs/17_manifest.ipynb #aeaafcd0
 def count_cases(
     manifest: Manifest,
 ) -> pd.DataFrame:  # one row per split
-    "Cases, patients and grades by split, counted in the table."
+    "Count cases, patients and grades by split, in the table."
     table, card = manifest.table, manifest.card
     def row(split: str, of: pd.DataFrame) -> dict:
         grades = [grade_index(card, g) for g in of["grade"]] if card.grades and "grade" in of else []

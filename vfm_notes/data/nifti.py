@@ -30,7 +30,7 @@ from ..foundation.registry import VfmError
 def opened(
     path: Path,  # compressed where its name ends in .gz
 ) -> Iterator[BinaryIO]:
-    "The content of a file, unpacked on the way."
+    "Open the content of a file, unpacked on the way."
     packed = path.name.lower().endswith(".gz")
     try:
         with gzip.open(path) if packed else path.open("rb") as f: yield f
@@ -64,7 +64,7 @@ QUIET_LOGGER = logging.Logger("nifti", logging.CRITICAL)  # what nibabel repairs
 def header_problem(
     start: bytes,  # of a file
 ) -> str:  # "" when it may be a NIfTI header
-    "What another kind of file is, and how it becomes one that can be read."
+    "Describe what another kind of file is, and how it becomes one that can be read."
     magic = start[4:8] if start[:4] in length(540) else start[344:348]
     if start[:2] == b"\x1f\x8b": return "is compressed, though its name does not end in .gz; rename it"
     if start[:4] not in {*length(348), *length(540)}:
@@ -84,7 +84,7 @@ def read_nifti_header(
     path: Path,  # for messages
     f: BinaryIO,  # at its start
 ) -> nib.Nifti1Header:  # or Nifti2Header
-    "The header at the start of a file."
+    "Read the header at the start of a file."
     start = f.read(540)
     if problem := header_problem(start): raise VfmError(f"{path} {problem}.")
     n = 348 if start[:4] in length(348) else 540
@@ -101,7 +101,7 @@ def volume_shape(
     path: Path,  # for messages
     header: nib.Nifti1Header,
 ) -> tuple[int, ...]:  # (x, y, z) or (x, y, z, n) voxels
-    "The size that a header declares, without empty dimensions behind the third."
+    "Return the size that a header declares, without empty dimensions behind the third."
     shape, code = [int(n) for n in header.get_data_shape()], int(header["intent_code"])
     times = "x".join(map(str, shape))
     if code in CIFTI:
@@ -124,7 +124,7 @@ def number_type(
     path: Path,  # for messages
     header: nib.Nifti1Header,
 ) -> np.dtype:
-    "The type of the stored numbers; colours and complex values are refused."
+    "Return the type of the stored numbers; refuse colours and complex values."
     try: kind = header.get_data_dtype()
     except Exception:
         raise VfmError(f"{path} has voxels of the type {int(header['datatype'])}, which is no type of NIfTI; convert "
@@ -143,7 +143,7 @@ def best_affine(
     path: Path,  # for messages
     header: nib.Nifti1Header,
 ) -> np.ndarray:  # (4, 4) float64: voxel (x, y, z) to mm towards right, front and head
-    "The geometry of a file: the sform if it is set, else the qform, else the spacing."
+    "Return the geometry of a file: the sform if it is set, else the qform, else the spacing."
     try: affine = np.asarray(header.get_best_affine(), float)
     except Exception as e:
         raise VfmError(f"{path} has a damaged qform ({(str(e).splitlines() or ['no reason given'])[0]}); repair the "
@@ -188,7 +188,7 @@ def volume_number(
     part: str,  # of the address: number of the volume, or ""
     shape: tuple[int, ...],  # (x, y, z) or (x, y, z, n)
 ) -> int:
-    "Which volume of a file an address names."
+    "Return which volume of a file an address names."
     n = shape[3] if len(shape) == 4 else 1
     if not part and n > 1:
         raise VfmError(f"{path} has 4 dimensions ({'x'.join(map(str, shape))}), expected 3; name one of its volumes "
@@ -205,7 +205,7 @@ def read_voxels(
     shape: tuple[int, ...],  # (x, y, z) or (x, y, z, n)
     which: int,  # volume, from 0
 ) -> np.ndarray:  # (z, y, x) as stored
-    "One volume of a file that is then read to its end."
+    "Read one volume of a file, and the file to its end."
     kind, start = number_type(path, header), int(header.get_data_offset())
     if start < header.sizeof_hdr:
         raise VfmError(f"{path} has voxels that begin at byte {start}, inside its header of {header.sizeof_hdr}; "
@@ -233,7 +233,7 @@ def scaled_values(
     values: np.ndarray,  # as stored
     header: nib.Nifti1Header,
 ) -> np.ndarray:  # the same, or float32 where a slope or an intercept is given
-    "Numbers as they are meant, in this machine's byte order."
+    "Scale stored numbers to what they mean, in this machine's byte order."
     try: slope, intercept = header.get_slope_inter()
     except Exception as e:
         raise VfmError(f"{path} has a slope and an intercept that make no sense ({str(e).splitlines()[0]}); repair the "
@@ -249,7 +249,7 @@ def to_image(
     affine: np.ndarray,  # (4, 4), towards right, front and head
     zooms: tuple[float, ...],  # spacing as the header has it, used where the affine means the same
 ) -> sitk.Image:
-    "An image in the place that an affine says."
+    "Make an image in the place that an affine states."
     image, lps = sitk.GetImageFromArray(values), np.diag([-1.0, -1, 1, 1]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
@@ -262,7 +262,7 @@ def read_nifti(
     path: Path,  # .nii or .nii.gz
     part: str = "",  # number of the volume in a 4D file
 ) -> sitk.Image:  # of the stored type, or float32 where the header has a slope; axes as stored
-    "One volume of a NIfTI file."
+    "Read one volume of a NIfTI file."
     with opened(path) as f:
         header = read_nifti_header(path, f)
         shape, affine = volume_shape(path, header), best_affine(path, header)

@@ -21,14 +21,14 @@ def spin_echo(
     t2: np.ndarray,  # ms
     te: float,  # echo time, ms
 ) -> np.ndarray:  # signal, 0..1
-    "Spin-echo signal at full recovery: pd * exp(-te / t2)."
+    "Compute the spin-echo signal at full recovery: pd * exp(-te / t2)."
     return pd * np.exp(-te / t2)
 
 def diffusion_weighting(
     adc: np.ndarray,  # 1e-6 mm2/s
     b: float,  # s/mm2
 ) -> np.ndarray:  # share of the signal that is left, 0..1
-    "Stejskal-Tanner attenuation exp(-b ADC)."
+    "Compute the Stejskal-Tanner attenuation exp(-b ADC)."
     return np.exp(adc * np.float32(-b * 1e-6))
 
 # %% ../../nbs/11_phantom.ipynb #cd3340d7
@@ -37,7 +37,7 @@ def rician(
     sigma: float | np.ndarray,  # noise of the real and of the imaginary part
     rng: np.random.Generator,
 ) -> np.ndarray:  # noisy magnitude, float32
-    "Magnitude of the signal plus complex Gaussian noise."
+    "Compute the magnitude of the signal plus complex Gaussian noise."
     real, imaginary = rng.standard_normal((2, *signal.shape), dtype=np.float32)
     return np.hypot(signal + sigma * real, sigma * imaginary).astype(np.float32)
 
@@ -46,7 +46,7 @@ def fit_adc(
     signals: np.ndarray,  # (b, ...) magnitudes > 0
     bvalues: tuple[float, ...],  # s/mm2, as many as the first axis
 ) -> np.ndarray:  # 1e-6 mm2/s, 0..4095
-    "Log-linear least-squares fit of the apparent diffusion coefficient."
+    "Fit the apparent diffusion coefficient by log-linear least squares."
     b = np.asarray(bvalues, np.float64) - np.mean(bvalues)
     slope = np.tensordot((b / (b @ b)).astype(np.float32), np.log(np.maximum(signals, 1e-6)), 1)
     return np.clip(-1e6 * slope, 0, 4095).astype(np.float32)
@@ -110,7 +110,7 @@ def tissue_maps(
     table: list,  # rows by id
     textures: tuple[np.ndarray, np.ndarray, np.ndarray],  # three smooth fields (d, h, w)
 ) -> tuple:  # pd, T2, ADC, seen, each (d, h, w) float32
-    "Tissue ids to maps, with texture."
+    "Turn tissue ids into maps, with texture."
     pd, t2, adc, seen, cv_t2, cv_adc = np.asarray(table, np.float32).T[..., tissue]
     fine, middle, other = textures
     t2 *= np.exp(cv_t2 * (np.float32(0.6) * fine + np.float32(0.8) * middle))
@@ -129,7 +129,7 @@ def draw_frame(
     spacing: tuple[float, float, float],  # (d, h, w) mm
     finest: tuple[float, float, float] = FINEST,  # (d, h, w) mm, of the grid to draw on
 ) -> Frame:
-    "Sizes, tissues and space of one patient: the same on every grid."
+    "Draw sizes, tissues and space of one patient: the same on every grid."
     rngs = [np.random.default_rng(s) for s in seed.spawn(3)]
     body, table = draw_body(rngs[0]), tissue_table(rngs[0])
     return Frame(body, table, make_grid(size, spacing, tuple(body[f"shift_{k}"] for k in "zyx"), rngs[1], finest), rngs)
@@ -141,7 +141,7 @@ def draw_patient(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> Patient:
-    "Anatomy and tissue of one patient, before any scanner."
+    "Draw anatomy and tissue of one patient, before any scanner."
     body, table, grid, (shape_rng, field_rng, focus_rng) = draw_frame(seed, size, spacing)
     fine, middle, other = (smooth_field(field_rng, grid, p) for p in (2.2, 6.0, 4.0))
     tissue = np.zeros(grid.z.shape, np.uint8)
@@ -174,7 +174,7 @@ def to_voxels(
     x: np.ndarray,  # (d, h, w) of the fine grid
     fine: tuple[int, int, int],  # fine voxels per voxel
 ) -> np.ndarray:  # (d, h, w) float32
-    "Mean over the fine voxels of each voxel."
+    "Average the fine voxels of each voxel."
     x = x.astype(np.float32, copy=False)
     for axis, k in enumerate(fine): x = sum(x[(slice(None),) * axis + (slice(i, None, k),)] for i in range(k)) / np.float32(k)
     return x
@@ -219,7 +219,7 @@ def case_seeds(
     seed: int,  # of the cohort
     index: int,  # of the case
 ) -> list[np.random.SeedSequence]:  # of the patient and of the scan
-    "Seeds of one case."
+    "Make the seeds of one case."
     return np.random.SeedSequence((seed, index)).spawn(2)
 
 # %% ../../nbs/11_phantom.ipynb #4d38d302

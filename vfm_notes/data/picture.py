@@ -29,7 +29,7 @@ from ..foundation.registry import VfmError, failure, nearest
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".npz")
 
 def png_problem(data: bytes) -> str:  # "" when all is well
-    "What is wrong with the bytes of a PNG."
+    "Describe what is wrong with the bytes of a PNG."
     if data[:8] != b"\x89PNG\r\n\x1a\n": return "is not a PNG picture (its first bytes are another format's)"
     at = 8
     while at + 12 <= len(data):
@@ -43,7 +43,7 @@ def png_problem(data: bytes) -> str:  # "" when all is well
 
 # %% ../../nbs/135_picture.ipynb #9287d0b3
 def jpeg_problem(data: bytes) -> str:  # "" when all is well
-    "What is wrong with the bytes of a JPEG."
+    "Describe what is wrong with the bytes of a JPEG."
     if data[:2] != b"\xff\xd8": return "is not a JPEG picture (its first bytes are another format's)"
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the start of the scan; thumbnails lie before
@@ -53,8 +53,8 @@ def jpeg_problem(data: bytes) -> str:  # "" when all is well
 # %% ../../nbs/135_picture.ipynb #f87ada04
 def exif_orientation(
     table: bytes,  # as a TIFF file begins
-) -> int:  # 1 to 8; 1 is upright, also where it is not said
-    "How a picture has to be turned, by the tag 0x0112."
+) -> int:  # 1 to 8; 1 is upright, also where it is not stated
+    "Return how a picture has to be turned, by the tag 0x0112."
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(table[:4])
     if not order or len(table) < 8: return 1
     at = struct.unpack(order + "I", table[4:8])[0]
@@ -68,7 +68,7 @@ def exif_orientation(
 def orientation_of(
     data: bytes,  # of a PNG or a JPEG
 ) -> int:  # 1 to 8
-    "How the file says that its picture has to be turned."
+    "Return how a picture has to be turned, by what its file states."
     jpeg = data[:2] == b"\xff\xd8"
     at = 2 if jpeg else 8
     while at + 12 <= len(data):
@@ -84,14 +84,14 @@ def upright(
     values: np.ndarray,  # (h, w, c) as stored
     orientation: int,  # 1 to 8
 ) -> np.ndarray:  # as a viewer shows it
-    "Turn a picture as its file says."
+    "Turn a picture as its file requires."
     if orientation > 4: values = values.swapaxes(0, 1)  # the stored rows are columns
     if orientation in (3, 4, 7, 8): values = values[::-1]
     return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 # %% ../../nbs/135_picture.ipynb #6a8f0187
 def tiff_problem(data: bytes) -> str:  # "" when all is well
-    "What is wrong with the bytes of a TIFF; whether it is cut off is seen when it is decoded."
+    "Describe what is wrong with the bytes of a TIFF; whether it is cut off is seen when it is decoded."
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "is not a TIFF picture (its first bytes are another format's)"
     turn = exif_orientation(data)
@@ -101,7 +101,7 @@ def tiff_problem(data: bytes) -> str:  # "" when all is well
 def declared_bits(
     data: bytes,  # of a whole PNG or JPEG
 ) -> tuple[int, int, int]:  # width, height, bits of a pixel
-    "The size that a picture's header declares."
+    "Return the size that a picture's header declares."
     if data[:4] == b"\x89PNG": return *struct.unpack(">II", data[16:24]), data[24] * {2: 3, 4: 2, 6: 4}.get(data[25], 1)
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -172,7 +172,7 @@ def without_alpha(
     values: np.ndarray,  # (h, w, c)
     path: Path,
 ) -> np.ndarray:  # (h, w, 1 or 3)
-    "Drop an alpha channel that says nothing; refuse what is neither grey nor RGB."
+    "Drop an alpha channel that shows nothing; refuse what is neither grey nor RGB."
     if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or values.shape[-1] == 4 and path.suffix.lower() != ".png":
         raise VfmError(f"{path} has an array of shape {values.shape}, expected (h, w) grey or (h, w, 3) RGB.")
     if values.shape[-1] < 4: return values
@@ -203,7 +203,7 @@ def npz_array(
     stamp: tuple,  # its date and size: a changed file is read again
     name: str,  # of the array
 ) -> np.ndarray:
-    "One array of an archive."
+    "Read one array of an archive."
     try:
         if not zipfile.is_zipfile(path): raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as archive:
@@ -225,7 +225,7 @@ def npz_array_of(
     path: Path,
     name: str,
 ) -> np.ndarray:
-    "One array of an archive, from memory where it was read before."
+    "Read one array of an archive, from memory where it was read before."
     check_picture(path)
     return npz_array(str(path), (path.stat().st_mtime_ns, path.stat().st_size), name)
 
@@ -233,7 +233,7 @@ def decode_npz(
     path: Path,
     part: str,  # array/index
 ) -> np.ndarray:  # (h, w, c)
-    "One picture of an archive."
+    "Decode one picture of an archive."
     name, _, index = part.partition("/")
     if not name or not index.isdecimal(): raise VfmError(f"{path}#{part} names no picture; expected file.npz#array/index, e.g. {path.name}#train_images/0.")
     array = npz_array_of(path, name)
@@ -246,7 +246,7 @@ def decode_npz(
 def triangle(
     n_in: int, n_out: int,  # pixels
 ) -> np.ndarray:  # (n_out, n_in), rows sum to 1
-    "Weights of bilinear resizing with antialiasing."
+    "Return weights of bilinear resizing with antialiasing."
     scale = n_in / n_out
     centre = (np.arange(n_out) + 0.5) * scale
     weight = np.maximum(0, 1 - np.abs(np.arange(n_in) + 0.5 - centre[:, None]) / max(1.0, scale))
@@ -256,7 +256,7 @@ def resize_picture(
     picture: np.ndarray,  # (..., h, w)
     size: tuple[int, int],  # (h, w) pixels
 ) -> np.ndarray:  # (..., *size) float32
-    "Bilinear resizing with antialiasing; the aspect ratio is not kept."
+    "Resize bilinearly with antialiasing; the aspect ratio is not kept."
     if len(size) != 2 or not all(isinstance(s, (int, np.integer)) and s > 0 for s in size): raise VfmError(f"A picture's size is {size}, expected two positive whole numbers (h, w).")
     h, w = picture.shape[-2:]
     if (h, w) == tuple(size): return picture.astype(np.float32)
@@ -280,11 +280,11 @@ def pick_channel(
     channel: str,  # one of CHANNELS
     what: str,  # for the message
 ) -> np.ndarray:  # (h, w, 1)
-    "One channel of a picture, or its luma."
-    if channel not in CHANNELS: raise VfmError(f"{what} asks for the channel '{channel}'.{nearest(channel, CHANNELS)} Known: {', '.join(CHANNELS)}.")
+    "Return one channel of a picture, or its luma."
+    if channel not in CHANNELS: raise VfmError(f"{what} names the channel '{channel}'.{nearest(channel, CHANNELS)} Known: {', '.join(CHANNELS)}.")
     if values.shape[-1] == 3: return values @ np.float32([[0.299], [0.587], [0.114]]) if channel == "grey" else values[..., CHANNELS.index(channel), None]
     if channel == "grey": return values
-    raise VfmError(f"{what} asks for the channel '{channel}' of a grey picture; expected an RGB picture, or the channel 'grey'.")
+    raise VfmError(f"{what} names the channel '{channel}' of a grey picture; expected an RGB picture, or the channel 'grey'.")
 
 # %% ../../nbs/135_picture.ipynb #58e5c568
 def raw_picture(
@@ -313,7 +313,7 @@ def decode(
 def picture_address(
     path: str | Path,  # file, file#channel, file.npz#array/index or file.npz#array/index/channel
 ) -> tuple[Path, str, str]:  # the file, part of an archive, channel
-    "What a cell names."
+    "Return what a cell names."
     where, part = split_address(path)
     if where.suffix.lower() == ".npz": return where, "/".join(part.split("/")[:2]), "/".join(part.split("/")[2:])
     return where, "", part
@@ -334,7 +334,7 @@ def read_picture(
 def read_picture_mask(
     path: str | Path,  # an address
 ) -> np.ndarray:  # (h, w) as stored
-    "The numbers of a mask that is kept as a picture."
+    "Read the numbers of a mask that is kept as a picture."
     where, part, channel = picture_address(path)
     values = raw_picture(where, part)
     if channel: return pick_channel(values.astype(np.float32), channel, os.fspath(path))[..., 0]

@@ -29,14 +29,14 @@ def table_of(
     path: Path,
     columns: Sequence[str],  # that are needed
 ) -> pd.DataFrame:  # text, these columns
-    "A table of the published folder."
+    "Read a table of the published folder."
     return pd.DataFrame(read_sheet(path, tuple(columns)), columns=list(columns))
 
 def picture_file(
     src: Path,
     name: str,  # relative path as published
 ) -> str:  # relative path of what is there
-    "A converted .png where there is one."
+    "Return a converted .png where there is one."
     png = str(Path(name).with_suffix(".png"))
     return png if png != name and (src/png).is_file() else name
 
@@ -44,12 +44,12 @@ def colour_columns(
     cell: str,
     mark: str = "#",  # "/" where the cell has a "#" already
 ) -> dict[str, str]:  # column → cell
-    "The three columns of a colour picture."
+    "Return the three columns of a colour picture."
     return {c: f"{cell}{mark}{c}" for c in ("red", "green", "blue")}
 
 # %% ../../nbs/19_picture_sets.ipynb #70559cf1
 def picture_card(name: str, title: str, licence: str, source: str, citation: str, note: str, *, grades: Sequence[str] = (), targets: tuple[str, ...] = (), colour: bool = False, non_commercial: bool = False) -> CohortCard:
-    "A card of a set of pictures: one or three channels, no masks, a pixel counted as a millimetre."
+    "Make the card of a set of pictures: one or three channels, no masks, a pixel counted as a millimetre."
     mean, sd = STATISTICS.get(name, ((), ()))
     return CohortCard(name, title, licence, source, citation, ("red", "green", "blue") if colour else ("grey",), ("background",), tuple(grades), (1.0, 1.0, 1.0),
                       f"{note} The size of a pixel in mm is unknown; 1 stands for a pixel.", non_commercial, targets, mean=tuple(mean), sd=tuple(sd))
@@ -58,8 +58,8 @@ def picture_card(name: str, title: str, licence: str, source: str, citation: str
 def grade_name(
     label: int | str,  # as published: a number from 0
     names: Sequence[str],  # of the grades
-) -> str:  # a name, or the label itself where it has none (which is then told)
-    "The name of a published label."
+) -> str:  # a name, or the label itself where it has none (which is then reported)
+    "Return the name of a published label."
     text = str(label)
     return names[int(text)] if text.isdecimal() and int(text) < len(names) else text
 
@@ -85,7 +85,7 @@ def medmnist_rows(
     name: str,  # of the set
     kinds: int,  # number of grades; of targets when the labels have several columns
 ) -> tuple[list[dict], list[np.ndarray], list[str]]:  # rows, images of each split, problems
-    "The rows of all three splits."
+    "Return the rows of all three splits."
     rows, pictures, bad = [], [], []
     for split in ("train", "val", "test"):
         images, labels = (npz_array_of(path, f"{split}_{what}") for what in ("images", "labels"))
@@ -103,7 +103,7 @@ def medmnist_rows(
 
 # %% ../../nbs/19_picture_sets.ipynb #cbf82391
 def medmnist_example(folder: Path) -> None:
-    "Twelve pictures under the name of BreastMNIST."
+    "Write twelve pictures under the name of BreastMNIST."
     rng = np.random.default_rng(0)
     parts = {f"{s}_images": rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for s, n in (("train", 6), ("val", 2), ("test", 4))}
     np.savez_compressed(folder/"breastmnist.npz", **parts, **{k.replace("images", "labels"): (np.arange(len(v)) % 2).astype(np.uint8)[:, None] for k, v in parts.items()})
@@ -115,7 +115,7 @@ def medmnist(
     licence: str | None = None,  # needed when the file is none of MedMNIST's
     grades: Sequence[str] | None = None,  # names of the labels 0, 1, …; as above
 ) -> Manifest:
-    "A MedMNIST archive with its own split."
+    "Build the manifest of a MedMNIST archive with its own split."
     src = Path(src).resolve()
     found = sorted(src.glob("*.npz")) if src.is_dir() else [src]
     if len(found) != 1: raise VfmError(f"{src} has {len(found)} .npz archives, expected one; name the file.")
@@ -139,7 +139,7 @@ def write_noise(
     rng: np.random.Generator,
     colour: bool,
 ) -> None:
-    "A small picture of noise, for examples."
+    "Write a small picture of noise, for examples."
     values = rng.integers(0, 256, (20, 24, 3) if colour else (20, 24), dtype=np.uint8)
     write_image(sitk.GetImageFromArray(values, isVector=colour), path)
 
@@ -147,7 +147,7 @@ def write_noise(
 APTOS = ("no DR", "mild", "moderate", "severe", "proliferative DR")
 
 def aptos_example(folder: Path) -> None:
-    "Twenty pictures of noise in the layout of APTOS 2019."
+    "Write twenty pictures of noise in the layout of APTOS 2019."
     rng = np.random.default_rng(0)
     for i in range(20): write_noise(folder/"train_images"/f"eye{i:02d}.png", rng, colour=True)
     pd.DataFrame([dict(id_code=f"eye{i:02d}", diagnosis=i % 5) for i in range(20)]).to_csv(folder/"train.csv", index=False)
@@ -157,7 +157,7 @@ def aptos_example(folder: Path) -> None:
 def aptos2019(
     src: Path,  # with train.csv and train_images/
 ) -> Manifest:
-    "Fundus photographs in five grades of diabetic retinopathy."
+    "Build the manifest of fundus photographs in five grades of diabetic retinopathy."
     src = Path(src).resolve()
     table = table_of(src/"train.csv", ("id_code", "diagnosis"))
     split = shuffled_split(len(table), 0.3)
@@ -170,7 +170,7 @@ def aptos2019(
 
 # %% ../../nbs/19_picture_sets.ipynb #a69db1eb
 def isic_example(folder: Path) -> None:
-    "Twenty pictures of noise in the layout of ISIC 2019."
+    "Write twenty pictures of noise in the layout of ISIC 2019."
     rng, names = np.random.default_rng(0), [f"ISIC_{i:07d}" for i in range(20)]
     for name in names: write_noise(folder/"train"/f"{name}.jpg", rng, colour=True)
     pd.DataFrame([dict(image=n) | {k: float(i % 8 == j) for j, k in enumerate(ISIC)} | {"UNK": 0.0} for i, n in enumerate(names)]).to_csv(folder/"ISIC_2019_Training_GroundTruth.csv", index=False)
@@ -182,7 +182,7 @@ def isic2019(
     src: Path,  # with the two tables and train/
     as_released: bool = False,  # split by picture, though pictures show the same lesion
 ) -> Manifest:
-    "Dermatoscopic pictures in eight classes."
+    "Build the manifest of dermatoscopic pictures in eight classes."
     src = Path(src).resolve()
     table, more = table_of(src/"ISIC_2019_Training_GroundTruth.csv", ("image", *ISIC)), table_of(src/"ISIC_2019_Training_Metadata.csv", ("image", "lesion_id"))
     lesion = dict(zip(more["image"], more["lesion_id"]))
@@ -192,7 +192,7 @@ def isic2019(
     rows = [dict(case=i, patient=p, split=s, **colour_columns(picture_file(src, f"train/{i}.jpg")), grade="unknown" if g < 0
         else grade_name(g, tuple(ISIC.values())), note_lesion=lesion.get(i, "")) for i, p, s,
         g in zip(table["image"], group, keep_together(split, group), grade)]
-    rule = "by picture, as released: pictures of one lesion may stand in several splits" if as_released else "as released, then every lesion kept in one split; pictures without a lesion count as their own, and patients are not published"
+    rule = "by picture, as released: pictures of one lesion may be in several splits" if as_released else "as released, then every lesion kept in one split; pictures without a lesion count as their own, and patients are not published"
     card = picture_card("isic2019", "ISIC 2019 skin lesions", "CC BY-NC 4.0", "challenge.isic-archive.com, ISIC 2019 training set", "Tschandl et al. 2018 (HAM10000); Codella et al. 2018; Combalia et al. 2019 (BCN20000)",
         f"Split 80/10/10 (shuffle with seed 42) {rule}. {statistics_note('isic2019')}", grades=tuple(ISIC.values()), colour=True, non_commercial=True)
     return finished("isic2019", src, rows, card, bad, "middle")
@@ -202,7 +202,7 @@ VIEW = r"^(.+?)[._-]*(?:LEFT|RIGHT)[._-]"  # of a file's name; the group is the 
 DDSM_WORDS, DDSM_TWO = ("normal", "benign", "cancer"), ("normal", "abnormal")
 
 def ddsm_example(folder: Path) -> None:
-    "Twelve mammograms of noise in the layout of the DDSM lists."
+    "Write twelve mammograms of noise in the layout of the DDSM lists."
     rng = np.random.default_rng(0)
     for split, of in (("train", range(3)), ("val", range(3, 4)), ("test", range(4, 6))):
         names = [f"{word}s/{word}_0{i}_case{3000 + i}.{side}_CC.png" for i in of for word in (DDSM_WORDS[i % 3],) for side in ("LEFT", "RIGHT")]
@@ -215,7 +215,7 @@ def ddsm_row(
     src: Path, line: str, split: str,  # one line of a list
     classes: int, patient: str | None,  # see cbis_ddsm
 ) -> tuple[dict, list[str]]:  # the row, problems
-    "One mammogram."
+    "Make the row of one mammogram."
     name, word = Path(line).stem, Path(line).stem.split("_")[0]
     match, bad = re.match(patient, name) if patient else None, []
     if word not in DDSM_WORDS: bad.append(f"{line} ({split}.txt): its name begins with '{word}', expected {', '.join(DDSM_WORDS)}")
@@ -232,7 +232,7 @@ def cbis_ddsm(
     patient: str = VIEW,  # pattern whose first group is the patient in a file's name
     as_released: bool = False,  # no check that the lists keep patients apart
 ) -> Manifest:
-    "Mammograms, with the given lists as splits."
+    "Build the manifest of mammograms, with the given lists as splits."
     if classes not in (2, 3): raise VfmError(f"cbis_ddsm has 2 or 3 classes, not {classes}.")
     try: groups = re.compile(patient).groups
     except re.error as e: raise VfmError(f"The option patient is no pattern ({e}): {patient}") from None
@@ -251,7 +251,7 @@ def cbis_ddsm(
 
 # %% ../../nbs/19_picture_sets.ipynb #1b9b02be
 def chexpert_example(folder: Path) -> None:
-    "Forty X-rays of noise in the layout of CheXpert."
+    "Write forty X-rays of noise in the layout of CheXpert."
     rng, rows = np.random.default_rng(0), []
     for i in range(40):
         path = f"CheXpert-v1.0-small/train/patient{i // 2:05d}/study{i % 2 + 1}/view1_frontal.jpg"
@@ -265,7 +265,7 @@ def chexpert(
     src: Path,  # the folder with train.csv and train/, whatever its name
     as_released: bool = False,  # a patient that a boundary cuts stays in both splits
 ) -> Manifest:
-    "Chest X-rays with fourteen labels, uncertain ones as zeros."
+    "Build the manifest of chest X-rays with fourteen labels, uncertain ones as zeros."
     src = Path(src).resolve()
     table = table_of(src/"train.csv", ("Path", *CHEXPERT))
     labels, bad = chexpert_labels(table)

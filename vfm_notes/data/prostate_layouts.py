@@ -34,7 +34,7 @@ def tried(
     function: Callable,
     *args,  # of the function
 ):
-    "What a function gives, or None and one problem more."
+    "Call a function; return its value, or None after noting the problem."
     try: return function(*args)
     except VfmError as e: found.append(str(e).rstrip("."))
 
@@ -44,7 +44,7 @@ def rows_by_name(
     what: str,  # the sheet, for messages
     found: list[str],  # problems so far; grows
 ) -> dict[str, dict[str, str]]:
-    "Rows by name; a name that occurs twice is a problem."
+    "Index rows by name; a name that occurs twice is a problem."
     names = [key(r) for r in rows]
     found += [f"{what} has {names.count(n)} rows for {n}, expected one" for n in dict.fromkeys(names) if names.count(n) > 1]
     return dict(zip(names, rows))
@@ -55,7 +55,7 @@ def check_choice(
     value: str,
     known: dict | tuple,  # what it may be
 ) -> str:
-    "A value of an option that is known."
+    "Check that the value of an option is known."
     if value not in known: raise VfmError(f"{what} is '{value}'.{nearest(value, known)} Expected one of {', '.join(known)}.")
     return value
 
@@ -68,7 +68,7 @@ def finished(
     crop: str = "volume",
     threshold: float | None = None,  # of masks that hold no whole numbers
 ) -> Manifest:
-    "The manifest of a source, or one error that lists everything wrong with it."
+    "Build the manifest of a source, or raise one error that lists everything wrong with it."
     where = f"{src} as a source of the layout {layout}"
     from_values(CohortCard, asdict(card), where)
     from_values(CardMore, {"threshold": threshold}, where)
@@ -86,7 +86,7 @@ def names_in(
     what: str,  # name of the option
     value: Iterable[str | int | float],
 ) -> tuple[str, ...]:
-    "An option that is a list of names; numbers are names too."
+    "Read an option that is a list of names; numbers are names too."
     fine = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool) and v != ""
     if not isinstance(value, (list, tuple)) or not all(map(fine, value)):
         raise VfmError(f"{what} is {value!r}, expected a list of names, e.g. {what}=[low, high] (in quotes where "
@@ -98,7 +98,7 @@ def native_spacing(
     address: str | Path,  # of the first image
     found: list[str],  # problems so far; grows
 ) -> tuple[float, float, float]:  # (d, h, w) mm
-    "The spacing of an image in our orientation; 1 mm where there is a problem to tell."
+    "Return the spacing of an image in our orientation; 1 mm where there is a problem to report."
     if not split_address(address)[0].exists(): return 1.0, 1.0, 1.0  # the manifest's own check will tell
     image = tried(found, read_image, address)
     return tuple(round(s, 4) for s in spacing_of(image)) if image else (1.0, 1.0, 1.0)
@@ -108,7 +108,7 @@ def toy_case(
     seed: int,
     lesion: bool,
 ) -> dict[str, sitk.Image]:  # t2w, dwi, adc, gland, zones, lesion
-    "Eight slices of something like a prostate."
+    "Draw eight slices of something like a prostate."
     rng = np.random.default_rng(seed)
     z, y, x = np.ogrid[-1:1:8j, -1:1:20j, -1:1:20j]
     gland = (z**2 / 0.7 + (y**2 + x**2) / 0.4 < 1)
@@ -146,7 +146,7 @@ def picai_images(
     src: Path,
     found: list[str],  # problems so far; grows
 ) -> dict[str, dict[str, Path]]:  # case → sequence → file
-    "The images of all archives; a case in two of them is a problem, and so is an image of another name."
+    "Return the images of all archives; a case in two of them is a problem, and so is an image of another name."
     images = {}
     for p in sorted(p for p in src.rglob("*") if p.name.endswith((".mha", ".nii.gz"))):
         match = PICAI_NAME.fullmatch(p.name)
@@ -160,7 +160,7 @@ def picai_images(
 def picai_grade(
     row: dict[str, str],  # of the marksheet
 ) -> str:  # of GRADES, or unknown
-    "The grade of a case, on the scale of the phantom."
+    "Return the grade of a case, on the scale of the phantom."
     isup, significant = row["case_ISUP"].removesuffix(".0"), row["case_csPCa"].upper()
     if significant not in ("YES", "NO"): raise VfmError(f"case_csPCa is '{row['case_csPCa']}', expected YES or NO.")
     if isup not in ("", "0", "1", "2", "3", "4", "5"): raise VfmError(f"case_ISUP is '{row['case_ISUP']}', expected 0 to 5.")
@@ -172,11 +172,11 @@ def fold_splits(
     path: Path,  # JSON
     fold: int,  # that is tested on, from 0
 ) -> dict[str, str]:  # case → split
-    "The splits of one fold of a cross-validation."
+    "Return the splits of one fold of a cross-validation."
     check_fetched(path)
     try: parts = [[str(c) for c in f["val"]] for f in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError) as e: raise VfmError(f"{path} is no list of folds ({type(e).__name__}); expected JSON like [{{\"train\": [...], \"val\": [...]}}, ...].") from None
-    if len(parts) < 3 or not 0 <= fold < len(parts): raise VfmError(f"{path} has {len(parts)} folds, {fold} is asked for; expected at least 3 and one of 0 to {len(parts) - 1}.")
+    if len(parts) < 3 or not 0 <= fold < len(parts): raise VfmError(f"{path} has {len(parts)} folds, but fold {fold} is requested; expected at least 3 and one of 0 to {len(parts) - 1}.")
     split = lambda k: {0: "test", 1: "val"}.get((k - fold) % len(parts), "train")
     twice = sorted({c for i, a in enumerate(parts) for b in parts[:i] for c in set(a) & set(b)})
     if twice: raise VfmError(f"{path} has {', '.join(twice[:5])} in two folds, expected each case in one.")
@@ -184,7 +184,7 @@ def fold_splits(
 
 # %% ../../nbs/18_prostate_layouts.ipynb #20039073
 def picai_example(folder: Path) -> None:
-    "Five cases of four patients in two archives, and their labels."
+    "Write five cases of four patients in two archives, and their labels."
     rows = []
     for i, (patient, isup) in enumerate(((10000, 0), (10001, 3), (10002, ""), (10003, 1), (10003, 2))):
         name, case = f"{patient}_{1000000 + i}", toy_case(i, isup in (2, 3))
@@ -201,7 +201,7 @@ def picai_lesion(
     sources: list[str],  # keys of PICAI_LESIONS, the preferred one first
     case: str,
 ) -> tuple[str, Path | None]:  # whose, and the file; None where none has delineated it
-    "The lesion mask of a case."
+    "Return the lesion mask of a case."
     return next(((s, p) for s in sources if (p := labels/PICAI_LESIONS[s]/f"{case}.nii.gz").is_file()), ("", None))
 
 PICAI_CARD = CohortCard("picai", "PI-CAI, public training and development data", "CC BY-NC 4.0", "zenodo.org/records/6517398; labels of github.com/DIAGNijmegen/picai_labels", "Saha et al., Artificial intelligence and radiologists in prostate cancer detection on MRI (PI-CAI), Lancet Oncology 2024; doi 10.5281/zenodo.6522364",
@@ -214,7 +214,7 @@ def picai_row(
     mark: dict[str, str] | None,  # row of the marksheet
     found: list[str],  # problems so far; grows
 ) -> dict[str, str | Path]:  # a row of the manifest, without masks
-    "One case; an image that is not there is named where it should be."
+    "Make the row of one case; an image that is not there is named where it should be."
     scans = {ours: of.get(theirs, next(iter(of.values())).parent/f"{case}_{theirs}.mha") for ours, theirs in (("t2w", "t2w"), ("dwi", "hbv"), ("adc", "adc"))}
     grade = tried(found, picai_grade, mark) if mark else "unknown"
     if grade is None: found[-1] = f"{case}: {found[-1]}"
@@ -232,7 +232,7 @@ def picai(
     splits: Path | str = "",  # JSON with the folds
     fold: int = 0,  # that is tested on
 ) -> Manifest:
-    "The manifest of PI-CAI's public cases."
+    "Build the manifest of PI-CAI's public cases."
     src, labels, found = Path(src).absolute(), Path(labels or Path(src)/"picai_labels").absolute(), []
     sources = [check_choice("lesions", s, PICAI_LESIONS) for s in lesions.split("+")]
     gland, zones = PICAI_GLANDS[check_choice("gland", gland, PICAI_GLANDS)], PICAI_ZONES[check_choice("zones", zones, PICAI_ZONES)]
@@ -259,7 +259,7 @@ def picai(
 PROSTATE158 = {"train.csv": "train", "valid.csv": "val", "test.csv": "test"}
 
 def prostate158_example(folder: Path) -> None:
-    "Four cases: two to train on, one to validate, one to test."
+    "Write four cases: two to train on, one to validate, one to test."
     for sheet, numbers in (("train", (20, 21)), ("valid", (22,)), ("test", (1,))):
         rows = []
         for i in numbers:
@@ -275,7 +275,7 @@ def prostate158(
     src: Path,  # folder with train.csv
     labels: str = "lesions",  # gland and lesion, or "zones": central gland and peripheral zone
 ) -> Manifest:
-    "The manifest of Prostate158, with its own splits."
+    "Build the manifest of Prostate158, with its own splits."
     src, found, rows, seen = Path(src).absolute(), [], [], {}
     zones = check_choice("labels", labels, ("lesions", "zones")) == "zones"
     columns = ("ID", "t2", "dwi", "adc", "t2_anatomy_reader1", "adc_tumor_reader1")

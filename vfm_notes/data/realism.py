@@ -31,7 +31,7 @@ def noise_level(
     volume: np.ndarray,  # (d, h, w)
     mask: np.ndarray,  # (d, h, w) bool: where
 ) -> float:  # standard deviation, units of the volume
-    "Robust noise estimate from neighbouring voxels of a slice."
+    "Estimate the noise robustly from neighbouring voxels of a slice."
     v = np.asarray(volume, np.float64)
     twice = lambda x, axis: np.roll(x, 1, axis) - 2*x + np.roll(x, -1, axis)
     return float(np.median(np.abs(twice(twice(v, 1), 2)[mask])) / 0.6745 / 6)
@@ -40,7 +40,7 @@ def noise_level(
 def otsu(
     values: np.ndarray,  # any shape
 ) -> float:  # threshold
-    "The threshold that parts values into two classes of least variance."
+    "Return the threshold that parts values into two classes of least variance."
     v = np.sort(np.asarray(values, np.float64).ravel())
     n, total = np.arange(1, len(v)), np.cumsum(v)
     between = (total[-1] * n / len(v) - total[:-1])**2 / (n * (len(v) - n))
@@ -52,7 +52,7 @@ def muscle_level(
     gland: np.ndarray,  # (d, h, w) bool
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> float:  # median signal of what is dark beside the gland; nan when the view is too small
-    "T2w signal of muscle, from boxes left and right of the gland."
+    "Measure the T2w signal of muscle, in boxes left and right of the gland."
     low, high = np.argwhere(gland).min(0), np.argwhere(gland).max(0)
     near, far, tall = (round(mm / spacing[2]) for mm in (8, 28, 15))
     if low[2] < far or high[2] + far >= volume.shape[2]: return float("nan")
@@ -68,7 +68,7 @@ def regions(
     label: np.ndarray,  # (d, h, w): 0 background, 1 gland, 2 lesion
     zones: np.ndarray,  # (d, h, w): 1 peripheral, 2 transition, 0 unknown
 ) -> dict[str, np.ndarray]:  # name → (d, h, w) bool, only those large enough
-    "Healthy zones, healthy gland, lesion."
+    "Return healthy zones, healthy gland, lesion."
     masks = {"PZ": (zones == 1) & (label == 1), "TZ": (zones == 2) & (label == 1), "gland": label == 1, "lesion": label == 2}
     return {k: m for k, m in masks.items() if m.sum() >= FEWEST_VOXELS}
 
@@ -79,7 +79,7 @@ def measure_sequence(
     label: np.ndarray, zones: np.ndarray,  # (d, h, w), see `regions`
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> dict[str, float]:  # measure → value, only those that can be measured
-    "What one sequence of one case gives."
+    "Measure one sequence of one case."
     where = regions(label, zones)
     middle = {k: float(np.median(volume[m])) for k, m in where.items()}
     spread = lambda k: float(np.subtract(*np.quantile(volume[where[k]], [0.75, 0.25]))) / middle[k]
@@ -97,14 +97,14 @@ def gland_quantiles(
     volume: np.ndarray,  # (d, h, w)
     label: np.ndarray,  # (d, h, w), lesions included
 ) -> list[float]:  # 32 quantiles over the median
-    "Histogram of the gland, free of units."
+    "Return the histogram of the gland, free of units."
     v = volume[label > 0]
     return (np.quantile(v, QUANTILES) / np.median(v)).tolist()
 
 def histogram_distance(
     a: Iterable[float], b: Iterable[float],  # from gland_quantiles
 ) -> float:
-    "Wasserstein-1 distance between two histograms."
+    "Return Wasserstein-1 distance between two histograms."
     return float(np.mean(np.abs(np.subtract(list(a), list(b)))))
 
 # %% ../../nbs/166_realism.ipynb #74002126
@@ -136,7 +136,7 @@ GRIDS = {  # name → (size, spacing, sequences) of each scan
 def join_measures(
     parts: list[dict],  # of measure_case, of other sequences
 ) -> dict:
-    "Measures of one case from its several grids."
+    "Merge the measures of one case from its several grids."
     return {what: {k: v for p in parts for k, v in p[what].items()} for what in ("measures", "quantiles")}
 
 def measure_phantom(
@@ -153,14 +153,14 @@ def measure_phantom(
 
 # %% ../../nbs/166_realism.ipynb #91e2ae8e
 def measuring_hash() -> str:  # 16 hex digits
-    "Hash of the code that draws the phantom and measures it; comments do not count."
+    "Hash the code that draws the phantom and measures it; comments do not count."
     trees = [ast.dump(ast.parse(Path(inspect.getfile(f)).read_text(encoding="utf-8"))) for f in (make_grid, phantom_case, measuring_hash)]
     return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
 
 def measures_file(
     who: str,  # real or phantom
 ) -> Path:
-    "Where the measures are kept, beside the pages."
+    "Return where the measures are kept, beside the pages."
     return report_notebooks()[0].parent/{"real": "real_prostate.json", "phantom": "phantom_measures.json"}[who]
 
 def write_measures(
@@ -238,7 +238,7 @@ def compare_measures(
     real: list[dict],  # rows of the real cases, of one grid
     drawn: list[dict],  # rows of the phantom, of the same grid
 ) -> list[dict]:  # one per measure: measure, real (case → value), n, mean, low, high, outside (cases)
-    "Real values next to the phantom's mean and 5-95 % range; lesions of significant cancers only."
+    "Compare real values with the phantom's mean and 5-95 % range; lesions of significant cancers only."
     out = []
     for name in dict.fromkeys(k for r in real for k in r["measures"]):
         of = [r["measures"][name] for r in drawn if name in r["measures"] and ("lesion" not in name or r["grade"] == 2)]
@@ -253,12 +253,12 @@ def pair_distances(
     a: list[dict], b: list[dict],  # rows; the same list twice: every pair once
     sequence: str,  # t2w, dwi or adc
 ) -> list[float]:
-    "Histogram distances between the cases of two lists."
+    "Return the histogram distances between the cases of two lists."
     pairs = ((x, y) for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i < j)
     return [histogram_distance(x["quantiles"][sequence], y["quantiles"][sequence]) for x, y in pairs]
 
 # %% ../../nbs/166_realism.ipynb #9f6b8d9b
-PUBLISHED = (  # tissue, quantity, published mean ± sd or range, source; 3 T unless said
+PUBLISHED = (  # tissue, quantity, published mean ± sd or range, source; 3 T unless stated
     ("peripheral", "T2, ms", "149 ± 49", "Simpkin et al., Br J Radiol 2013"), ("peripheral", "T2, ms", "149 ± 32", "Liu et al., Magn Reson Med 2011"),
     ("transition", "T2, ms", "125 ± 26", "Simpkin et al., Br J Radiol 2013"), ("transition", "T2, ms", "74 ± 9, whole prostate", "de Bazelaire et al., Radiology 2004"),
     ("peripheral", "ADC, 1e-6 mm²/s", "1680 ± 215", "Simpkin et al., Br J Radiol 2013"), ("peripheral", "ADC, 1e-6 mm²/s", "1800 ± 270", "Tamada et al., J Magn Reson Imaging 2008"),

@@ -23,7 +23,7 @@ SAVE_AS = "open it in a spreadsheet program and save it as 'CSV UTF-8'"
 def sheet_text(
     path: Path,
 ) -> str:
-    "The text of a sheet; what is no text, or not Unicode, is refused."
+    "Read the text of a sheet; refuse what is not text, or not Unicode."
     check_fetched(path)
     try: data = path.read_bytes()
     except OSError as e:
@@ -46,14 +46,14 @@ def split_rows(
     text: str,
     separator: str,
 ) -> list[tuple[int, list[str]]]:  # number of the line (the last, where a cell has several), cells
-    "Rows of cells, without spaces around them."
+    "Cut a text into rows of cells, without spaces around them."
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     return [(reader.line_num, cells) for row in reader if any(cells := [c.strip() for c in row])]
 
 def sheet_rows(
     path: Path,
 ) -> list[tuple[int, list[str]]]:  # number of the line, cells; without empty rows
-    "All rows of a sheet, cut by the separator that it has."
+    "Read all rows of a sheet, cut by the separator that it has."
     text, given = sheet_text(path), ""
     if text[:4].lower() == "sep=": given, text = text[4:5], text[4:].partition("\n")[2]
     try: rows = {s: split_rows(text, s) for s in ([given] if given in SEPARATORS else SEPARATORS)}
@@ -71,7 +71,7 @@ def named_columns(
     path: Path,  # for messages
     rows: list[tuple[int, list[str]]],  # the heading first
 ) -> list[str]:  # one for each column, "" for those that are empty throughout
-    "The names of the columns; two of one name are refused."
+    "Read the names of the columns; refuse two of one name."
     names = [h or (f"unnamed_{k + 1}" if any(len(c) > k and c[k] for _, c in rows[1:]) else "") for k,
         h in enumerate(rows[0][1])] if rows else []
     twice = sorted({n for n in names if n and names.count(n) > 1})
@@ -83,7 +83,7 @@ def named_columns(
 def read_cells(
     path: Path,
 ) -> tuple[list[str], list[dict[str, str]]]:  # headings, rows
-    "A sheet with a heading, all cells text."
+    "Read a sheet with a heading, all cells as text."
     rows = sheet_rows(path)
     names = named_columns(path, rows)
     for line, cells in rows[1:]:
@@ -97,7 +97,7 @@ def read_sheet(
     path: Path,
     needed: tuple[str, ...] = (),  # columns
 ) -> list[dict[str, str]]:  # one per row
-    "The rows of a sheet that must have some, or one sentence on why not."
+    "Read the rows of a sheet that must have some, or state in one sentence why not."
     check_fetched(path)
     if not path.is_file():
         raise VfmError(f"{path} does not exist; expected a sheet with the columns "

@@ -25,7 +25,7 @@ def fold_distance(
     fold: Fold,
     s: np.ndarray, q: np.ndarray, x: np.ndarray,  # unrolled places (d, h, w), mm
 ) -> np.ndarray:  # (d, h, w) mm, zero on the sheet
-    "Distance from the sheet of a fold, up to its bending."
+    "Return the distance from the sheet of a fold, up to its bending."
     cos, sin = np.float32(np.cos(fold.turn)), np.float32(np.sin(fold.turn))
     a, b = cos*(s - fold.s) + sin*(q - fold.q), cos*(q - fold.q) - sin*(s - fold.s)
     share = np.clip(2*np.abs(a) / fold.length, 0, 1)
@@ -41,14 +41,14 @@ LENGTHS = ((0, 14), (40, 56), (20, 36))  # mm of fold by grade, interruptions no
 BUDGET, ENDS = (76.0, 102.0), 4.0  # mm of small folds, the same for all grades; what two ends, drawn a voxel wide, add to each
 
 def cost(fold: Fold) -> float:  # mm
-    "What a fold takes from the budget: its length without interruptions, and its ends."
+    "Return what a fold takes from the budget: its length without interruptions, and its ends."
     return fold.length - sum(w for _, w in fold.gaps) + ENDS*(1 + len(fold.gaps))
 
 def draw_pcs(
     rng: np.random.Generator,
     grade: int,  # index into GRADES
 ) -> Fold | None:
-    "The paracingulate sulcus, or the fragment that is too short to be one."
+    "Draw the paracingulate sulcus, or the fragment that is too short to be one."
     length = rng.uniform(*LENGTHS[grade])
     if grade == 0 and length < 5: return None
     cuts = int(rng.integers(0, 3)) if grade else 0
@@ -62,7 +62,7 @@ def draw_folds(
     rng: np.random.Generator,
     grade: int,  # index into GRADES
 ) -> tuple[list[Fold], Fold | None]:  # all folds but the PCS; the PCS
-    "The folds of one brain."
+    "Draw the folds of one brain."
     swing = lambda: (float(rng.normal(0, 1.0)), float(rng.normal(0, 0.12)))
     folds = [Fold(0, float(rng.uniform(-12, -10)), 0, 90, float(rng.uniform(5, 7)), *swing()),
              Fold(float(rng.normal(0, 2)), 0, float(rng.normal(0, 0.04)), float(rng.uniform(68, 88)), float(rng.uniform(11, 16)), *swing())]
@@ -84,7 +84,7 @@ def unroll(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Grid]:  # s, q, x, each (d, h, w) mm; the grid
-    "Place along the arch, height above it and depth from the medial wall, of every voxel of one brain."
+    "Return the place along the arch, height above it and depth from the medial wall, of every voxel of one brain."
     axes = tuple(((np.arange(n) - (n - 1) / 2) * m).astype(np.float32) for n, m in zip(size, spacing))
     grid = Grid(axes, (1, 1, 1))
     z, y, x = (p + np.float32(1.2) * smooth_field(rng, grid, 15.0) for p in np.meshgrid(*axes, indexing="ij", sparse=True))
@@ -109,7 +109,7 @@ def draw_sheets(
     place: tuple,  # s, q, x of every voxel
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> np.ndarray:  # (d, h, w) float32, 0 to 1: share of the voxel that the sheets fill
-    "Sheets of at least 1.5 mm, or about a voxel, with soft edges."
+    "Draw sheets of at least 1.5 mm, or about a voxel, with soft edges."
     half, soft = max(0.75, 0.5 * max(spacing)), float(np.mean(spacing))
     out = np.zeros(place[0].shape, np.float32)
     for fold in folds: np.maximum(out, np.clip(0.5 + (half - fold_distance(fold, *place)) / soft, 0, 1), out=out)

@@ -20,10 +20,10 @@ def sulcus_cohort(
     n: dict[str, int],  # split → cases
     seed: int,
 ) -> Cohort:
-    "The synthetic cohort of sulcal skeletons with or without a paracingulate sulcus."
+    "Build the synthetic cohort of sulcal skeletons with or without a paracingulate sulcus."
     if not n: raise VfmError(f"The sulcus phantom needs a number of cases in n, e.g. {{'train': 24}}; splits: {', '.join(SPLITS)}.")
     box = [s * m for s, m in zip(size, spacing)]
-    if min(box) < 48 or max(spacing) > 4: raise VfmError(f"The sulcus phantom is asked for a box of {' x '.join(f'{b:g}' for b in box)} mm with voxels of {' x '.join(f'{m:g}' for m in spacing)} mm; expected at least 48 mm and voxels of at most 4 mm, e.g. size [32, 32, 32] at spacing [2, 2, 2].")
+    if min(box) < 48 or max(spacing) > 4: raise VfmError(f"The sulcus phantom is requested for a box of {' x '.join(f'{b:g}' for b in box)} mm with voxels of {' x '.join(f'{m:g}' for m in spacing)} mm; expected at least 48 mm and voxels of at most 4 mm, e.g. size [32, 32, 32] at spacing [2, 2, 2].")
     index = [(s, i) for s in n for i in range(n[s])]
     cases = [sulcus_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
     names = [f"sulcus-{s}-{i:03d}" for s, i in index]

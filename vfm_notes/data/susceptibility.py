@@ -17,7 +17,7 @@ def susceptibility_field(
     chi: np.ndarray,  # (d, h, w) susceptibility over that of tissue, ppm
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> np.ndarray:  # (d, h, w) ppm of the main field, which points along d
-    "Change of field that a susceptibility makes."
+    "Return the change of field that a susceptibility makes."
     shape = [2 * n for n in chi.shape]
     kz, ky, kx = np.meshgrid(np.fft.fftfreq(shape[0], spacing[0]), np.fft.fftfreq(shape[1], spacing[1]), np.fft.rfftfreq(shape[2], spacing[2]), indexing="ij", sparse=True)
     k2 = kz**2 + ky**2 + kx**2
@@ -59,7 +59,7 @@ def gas_field(
     spacing: tuple[float, float, float],  # (d, h, w) mm
     mm_per_hz: float = MM_PER_HZ,  # shift along h; the sign is the direction of phase encoding
 ) -> np.ndarray:  # (d, h, w) float32: shift along h in voxels, positive to higher index
-    "Displacement that the gas of a phantom case makes."
+    "Return the displacement that the gas of a phantom case makes."
     frame = draw_frame(case_seeds(seed, index)[0], WIDE_GRID, COARSE_SPACING, finest=COARSE_SPACING)
     tissue = np.zeros(WIDE_GRID, np.uint8)
     paint_rectum(tissue, frame.grid, frame.body)

@@ -56,7 +56,7 @@ def check_volume_file(
 def split_address(
     address: str | Path,  # a path, or path#part
 ) -> tuple[Path, str]:  # the path, the part ("" is the whole)
-    "The two halves of an address."
+    "Split an address into its two halves."
     try:
         if Path(address).exists(): return Path(address), ""
     except OSError: pass  # no path at all: too long a name
@@ -134,7 +134,7 @@ def one_volume(
     image: sitk.Image,  # 3D, or 4D with the volumes last, or 3D with several values per voxel
     part: str,  # of the address: number of the volume, or ""
 ) -> sitk.Image:
-    "The volume that an address names."
+    "Return the volume that an address names."
     if image.GetDimension() not in (3, 4): return image
     four = image.GetDimension() == 4
     n = image.GetSize()[3] if four else image.GetNumberOfComponentsPerPixel()
@@ -149,7 +149,7 @@ def read_file(
     path: Path,  # NIfTI, MHA/MHD or NRRD
     part: str = "",  # number of the volume in a 4D file
 ) -> sitk.Image:
-    "One volume of a file, as it is stored."
+    "Read one volume of a file, as it is stored."
     check_volume_file(path)
     if path.name.lower().endswith((".nii", ".nii.gz")): return read_nifti(path, part)
     reader = sitk.ImageFileReader()
@@ -168,7 +168,7 @@ SHEAR = 0.25  # of the smallest spacing: how far straightening may move a corner
 def affine_of(
     image: sitk.Image,
 ) -> np.ndarray:  # (4, 4) voxel (x, y, z) to mm (left, back, head)
-    "Where the voxels lie."
+    "Return where the voxels lie."
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
@@ -178,7 +178,7 @@ def corners(
     affine: np.ndarray,  # (4, 4)
     size: Iterable[int],  # (x, y, z) voxels
 ) -> np.ndarray:  # (8, 3) mm
-    "Centres of the voxels at the corners of a volume."
+    "Return centres of the voxels at the corners of a volume."
     index = np.stack(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij"), -1).reshape(8, 3)
     return index @ affine[:3, :3].T + affine[:3, 3]
 
@@ -206,13 +206,13 @@ STORED = "stored"  # key of the image's meta data
 def stored_geometry(
     image: sitk.Image,  # from `read_image`
 ) -> tuple[np.ndarray, tuple[int, ...]]:  # affine (4, 4), size (x, y, z)
-    "Geometry in the order of axes of the file."
+    "Return the geometry in the order of axes of the file."
     if not image.HasMetaDataKey(STORED): return affine_of(image), image.GetSize()
     affine, size = json.loads(image.GetMetaData(STORED))
     return np.array(affine), tuple(size)
 
 def naming_file(read: Callable) -> Callable:
-    "A reader whose every failure names the file."
+    "Make a reader whose every failure names the file."
     @wraps(read)
     def reader(path, *args, **kwargs):
         try: return read(path, *args, **kwargs)
@@ -259,13 +259,13 @@ def read_mask(
 def to_array(
     image: sitk.Image,
 ) -> np.ndarray:  # (d, h, w) float32
-    "The voxels as an array."
+    "Return the voxels as an array."
     return sitk.GetArrayFromImage(image).astype(np.float32)
 
 def spacing_of(
     image: sitk.Image,
 ) -> tuple[float, float, float]:  # (d, h, w) mm
-    "Spacing in the order of the array's axes."
+    "Return the spacing in the order of the array's axes."
     return tuple(image.GetSpacing()[::-1])
 
 # %% ../../nbs/13_volume.ipynb #ebbcf87d
@@ -275,7 +275,7 @@ def grid_around(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> sitk.Image:  # zeros
-    "An empty grid centred on a physical point."
+    "Return an empty grid centred on a physical point."
     grid = sitk.Image([int(s) for s in size[::-1]], sitk.sitkFloat32)
     grid.SetSpacing([float(s) for s in spacing[::-1]])
     grid.SetDirection(image.GetDirection())
@@ -288,7 +288,7 @@ def centre_of(
     image: sitk.Image,
     mask: bool = False,  # of the box around the voxels that are not zero, instead of the whole volume
 ) -> tuple[float, float, float]:  # physical point (x, y, z) mm
-    "Centre of a volume, or of what a mask marks."
+    "Return the centre of a volume, or of what a mask marks."
     index = (np.array(image.GetSize()) - 1) / 2
     if mask:
         inside = np.argwhere(sitk.GetArrayViewFromImage(image) != 0)
@@ -303,7 +303,7 @@ def resample(
     mask: bool = False,  # nearest voxel instead of linear
     what: str = "the volume",  # for the error message
 ) -> np.ndarray:  # (d, h, w) float32, 0 where the image does not reach
-    "Values of an image on a grid, through physical space."
+    "Resample an image on a grid, through physical space."
     width = [max(t*t - s*s, 0) / 2.355**2 for s, t in zip(image.GetSpacing(), grid.GetSpacing())]
     if not mask and any(width): image = sitk.DiscreteGaussian(image, width)
     how = sitk.sitkNearestNeighbor if mask else sitk.sitkLinear

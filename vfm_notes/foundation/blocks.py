@@ -50,7 +50,7 @@ def note(
 def empty(
     sentence: object,  # what is not there, and what to do about it
 ) -> Block:
-    "Say that there is nothing to show."
+    "State that there is nothing to show."
     return Block(f'<p class="vfm-empty">{text(sentence)}</p>')
 
 # %% ../../nbs/07_blocks.ipynb #2da12965
@@ -101,7 +101,7 @@ def above(
 
 # %% ../../nbs/07_blocks.ipynb #66086dbb
 def is_missing(value: object) -> bool:
-    "Tell whether a value is not there."
+    "Return whether a value is not there."
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 # %% ../../nbs/07_blocks.ipynb #fd83d89f
@@ -109,7 +109,7 @@ def digits(
     value: object,  # number or anything else
     places: int | None = None,  # decimals; None: three significant digits
 ) -> str:  # readable, with a true minus sign
-    "Write a number for a reader."
+    "Write a number for people."
     if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
     if isinstance(value, int) or (places is None and float(value).is_integer() and abs(value) < 1e6): return f"{int(value):,}".replace(",", " ").replace("-", "−")
     return rounded(value, places)

@@ -24,7 +24,7 @@ from .registry import VfmError
 
 # %% ../../nbs/067_disk.ipynb #c2342fb6
 def lives(pid: int) -> bool:  # pid: process number
-    "Does a process run (and is not just waiting to be buried)?"
+    "Return whether a process runs (and is not just waiting to be reaped)."
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError: pass  # it is gone, or hidden, or this system has no /proc
     try: os.kill(pid, 0)
@@ -125,7 +125,7 @@ class DiskFull(VfmError):
 
 @contextmanager
 def needing_space(folder: Path) -> Iterator[None]:  # folder: where the block writes
-    "Tell a full disk from all other errors."
+    "Distinguish a full disk from all other errors."
     try: yield
     except Exception as error:
         if isinstance(error, DiskFull): raise
@@ -139,13 +139,13 @@ class DamagedFile(VfmError):
     "A file is not what was written."
 
 def file_hash(path: Path | str) -> str:  # sha256, hex
-    "The checksum of a file."
+    "Return the checksum of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def damage(
     path: Path,  # runs/STUDY/<run id>/FILE
 ) -> DamagedFile:
-    "The error that names a damaged file of a run."
+    "Return the error that names a damaged file of a run."
     return DamagedFile(f"{path} is damaged (it is not what its record was stored with): "
                        f"'vfm run {path.parent.parent.name} --retry-failed' computes this run again.")
 

@@ -25,7 +25,7 @@ from .registry import VfmError
 def resident(
     key: str = "VmRSS",  # or VmHWM: the highest since it was set back
 ) -> float | None:  # MiB; None where the system does not tell
-    "Memory of this process."
+    "Return the memory of this process."
     try: return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     except (OSError, TypeError): return None
 
@@ -36,7 +36,7 @@ def set_back() -> bool:  # False: not allowed here
     return True
 
 def cuda():  # torch.cuda, or None
-    "CUDA, where torch is loaded and has a device."
+    "Return torch's CUDA, where torch is loaded and has a device."
     torch = sys.modules.get("torch")
     return torch.cuda if torch and torch.cuda.is_available() else None
 
@@ -84,7 +84,7 @@ def group_memory(
     own: Path = Path("/proc/self/cgroup"),  # the groups of this process
     root: Path = Path("/sys/fs/cgroup"),
 ) -> int | None:  # bytes; None where no group sets a limit
-    "What the control groups of this process leave free."
+    "Return what the control groups of this process leave free."
     found = []
     try: groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
     except OSError: return None
@@ -101,7 +101,7 @@ def group_memory(
     return min(found, default=None)
 
 def free_memory() -> int:  # bytes
-    "Memory that this process may still take."
+    "Return the memory that this process may still take."
     import psutil
     group = group_memory()
     free = psutil.virtual_memory().available
@@ -111,7 +111,7 @@ def free_memory() -> int:  # bytes
 GRANTED = 1 << 26  # bytes that are granted without asking the system
 
 def as_size(n: float) -> str:  # n: bytes
-    "A number of bytes for people."
+    "Write a number of bytes for people."
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if n < 999.5 or unit == "PB": return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.1e} {unit}"
         n /= 1000
@@ -127,11 +127,11 @@ def check_allocation(
 
 # %% ../../nbs/065_meter.ipynb #d44c34d7
 def gpus() -> int:
-    "GPUs that compute this run: one for each process, none on a CPU."
+    "Count the GPUs that compute this run: one for each process, none on a CPU."
     return int(os.environ.get("WORLD_SIZE", 1)) if cuda() else 0
 
 def energy_counter() -> float | None:  # J; None where no driver reports it
-    "What the GPUs of this run have used since the driver was loaded."
+    "Return what the GPUs of this run have used since the driver was loaded."
     if not cuda(): return None
     try: import pynvml
     except ImportError: return None
@@ -154,7 +154,7 @@ class Meter:
 
     @contextmanager
     def aside(self) -> Iterator[list]:  # its one item: the seconds of the block, once it is over
-        "What happens inside the block is not counted."
+        "Leave out of the count what happens inside the block."
         self.memory.look()
         start, joules, took = time.perf_counter(), energy_counter(), [0.0]
         try: yield took
@@ -165,7 +165,7 @@ class Meter:
             self.memory.again()
 
     def count(self, seconds: float) -> None:
-        "Time that an earlier run spent for this one, too."
+        "Count time that an earlier run spent for this one, too."
         self.left_out[0] -= seconds
 
     def lap(self, **seconds: float) -> None:  # seconds: further clocks of the caller, e.g. evaluation
@@ -177,14 +177,14 @@ class Meter:
             "energy_j": None if self.joules is None or joules is None else joules - self.joules - self.left_out[1], "seconds": seconds}
 
     def cost(self, training: float, waiting: float, per_epoch: list, parameters: dict, forward: dict, outside: dict | None = None, **seconds: float) -> dict:
-        "The field `cost` of a record, see `whole_cost`."
+        "Return the field `cost` of a record, see `whole_cost`."
         self.lap(**seconds)
         self.memory.stop()
         return whole_cost(list(self.carried["spent"].values()), {"training": training, "waiting": waiting, "per_epoch": per_epoch} | (outside or {}), parameters, forward)
 
 # %% ../../nbs/065_meter.ipynb #56e06d95
 def total(values: list, how: Callable = sum) -> float | None:  # how: sum or max
-    "Of the values that are known; None where none is."
+    "Combine the values that are known; None where none is."
     seen = [v for v in values if v is not None]
     return how(seen) if seen else None
 
@@ -194,7 +194,7 @@ def whole_cost(
     parameters: dict,  # trainable, total
     forward: dict,  # flops_per_case, and counted: what
 ) -> dict:  # the field `cost` of a record
-    "Sums over processes, and the highest memory of any."
+    "Add up costs over processes, and take the highest memory of any."
     names = dict.fromkeys(k for s in spent for k in s["seconds"])
     clocks = {"total": sum(s["total"] for s in spent)} | seconds | {k: sum(s["seconds"].get(k, 0.0) for s in spent) for k in names}
     return {"seconds": clocks, "gpu_hours": sum(s["gpu_hours"] for s in spent), "parameters": parameters, **forward,
@@ -204,12 +204,12 @@ def epoch_seconds(
     epochs: list,  # of each row of the curves
     seconds: list,  # training time at its end
 ) -> list[float]:  # of epoch 1, 2, …
-    "The seconds of each epoch from the curves."
+    "Return the seconds of each epoch from the curves."
     ends = sorted(dict(zip(epochs, seconds)).items())
     return [float(b - a) for (_, a), (_, b) in zip(ends, ends[1:])]
 
 # %% ../../nbs/065_meter.ipynb #78c40d81
 def older_cost(record: dict) -> dict:  # record: without the field cost
-    "The cost of a record of an older form."
+    "Convert the cost of a record of an older form."
     where = "device" if str(record.get("device", "")).startswith("cuda") else "host"
     return {"seconds": record.get("seconds") or {}, "memory_mib": {where: record.get("peak_memory_mib")}, "parameters": record.get("parameters") or {}}

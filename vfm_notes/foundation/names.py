@@ -25,7 +25,7 @@ DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i
 def name_problem(
     name,  # anything
 ) -> str:  # what is wrong with it, "" if nothing
-    "Say why something cannot be the name of a file or folder."
+    "Explain why something cannot be the name of a file or folder."
     if not isinstance(name, str): return f"expected text of {NAME_RULE} (in quotes where YAML reads something else)"
     if len(name) > LONGEST: return f"it has {len(name)} characters, expected at most {LONGEST}"
     if not PATTERN.fullmatch(name) or ".." in name: return f"expected {NAME_RULE}, and no two dots side by side"
@@ -39,7 +39,7 @@ def name_problem(
 def as_name(
     text: str,  # e.g. the name of a folder
 ) -> str:
-    "The name that is most like a text."
+    "Make the name that is most like a text."
     name = re.sub(r"[^A-Za-z0-9_+=-]+", "_", text).strip("_-+=")[:LONGEST - 3] or "unnamed"
     return f"my_{name}" if name_problem(name) else name
 
@@ -47,7 +47,7 @@ def as_name(
 def shown(
     value,  # as somebody wrote it
 ) -> str:
-    "A value as YAML has it, not too long."
+    "Write a value as YAML has it, not too long."
     if value is None or isinstance(value, bool): return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-12:]}"
@@ -64,7 +64,7 @@ def check_weights_name(
     name,  # architecture.weights, or an architecture alone
     what: str,  # the field
 ) -> str:  # the name
-    "The same for both parts of a backbone's name."
+    "Check both parts of a backbone's name as `check_name` does."
     if not isinstance(name, str): return check_name(name, what)
     for part in name.split(".", 1): check_name(part, what if part == name else f"A part of {what}, {shown(name)},")
     return name

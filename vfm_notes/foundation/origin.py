@@ -24,7 +24,7 @@ PACKAGES = ("vfm_notes", "torch", "monai", "transformers", "numpy", "pandas", "s
 
 @lru_cache
 def versions() -> dict[str, str]:  # package → version, and python
-    "Versions of what a result can depend on."
+    "Return versions of what a result can depend on."
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try: found[name] = metadata.version(name)
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:  # package → version, and python
 # %% ../../nbs/06_origin.ipynb #96fc5e2d
 @lru_cache
 def git_commit() -> str | None:  # hash, with "-dirty" when the tree had changes; None outside git
-    "The commit of the code that runs; an installed package carries that of its build."
+    "Return the commit of the code that runs; an installed package carries that of its build."
     if not checkout():
         built = project_root()/"commit"
         return built.read_text(encoding="utf-8").strip() or None if built.is_file() else None
@@ -49,22 +49,22 @@ def git_commit() -> str | None:  # hash, with "-dirty" when the tree had changes
 # %% ../../nbs/06_origin.ipynb #7b8616e8
 @lru_cache
 def cpu_name() -> str:
-    "The processor's name as the system tells it."
+    "Return the processor's name as the system reports it."
     try: found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError: found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 def device_name() -> str:  # e.g. "cpu (AMD EPYC)" or "cuda (NVIDIA H200)"
-    "What the run computes on."
+    "Return what the run computes on."
     torch = sys.modules.get("torch")
     return f"cuda ({torch.cuda.get_device_name()})" if torch and torch.cuda.is_available() else f"cpu ({cpu_name()})"
 
 def threads() -> int:
-    "Threads that one operation may use."
+    "Count the threads that one operation may use."
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 # %% ../../nbs/06_origin.ipynb #8691e061
 def provenance() -> dict:
-    "The part of a record that says with what it was made."
+    "Return the part of a record that states with what it was made."
     return {"versions": versions(), "commit": git_commit(), "device": device_name(), "threads": threads(), "host": socket.gethostname()}

@@ -59,7 +59,7 @@ def png(
 
 # %% ../../nbs/04_show.ipynb #1a2e2619
 def diverging() -> np.ndarray:  # (256, 3) uint8, light blue through near-black to light orange
-    "Colours of a signed map: index 0 is the most negative, 127.5 is zero."
+    "Return colours of a signed map: index 0 is the most negative, 127.5 is zero."
     ends = np.array([[165, 215, 255], [30, 115, 190], [24, 24, 27], [200, 85, 15], [255, 205, 140]], float)
     at = np.linspace(0, 4, 256)
     return np.stack([np.interp(at, np.arange(5), ends[:, k]) for k in range(3)], axis=1).round().astype(np.uint8)

@@ -26,7 +26,7 @@ def dictionaries(
     content: dict,  # of a checkpoint
     place: str = "",  # of this dictionary in it
 ) -> dict[str, dict[str, Tensor]]:  # place → tensors
-    "Every dictionary of tensors in a checkpoint, except what belongs to the optimiser."
+    "Return every dictionary of tensors in a checkpoint, except what belongs to the optimiser."
     own = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     found = {place: own} if own else {}
     for key, value in content.items():
@@ -44,7 +44,7 @@ def below_prefixes(
     state: dict[str, Tensor],
     prefix: str = "",  # taken off so far
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:  # prefix, the tensors below it
-    "A state as it is, and below each of its prefixes."
+    "Return a state as it is, and below each of its prefixes."
     yield prefix, state
     heads = dict.fromkeys(k.partition(".")[0] for k in state if "." in k)
     for head in heads:
@@ -74,7 +74,7 @@ class Part:
 def parts_of(
     content: dict,  # a state, or a checkpoint with some
 ) -> list[Part]:  # as it is comes first
-    "All networks that a checkpoint may hold."
+    "Return all networks that a checkpoint may hold."
     found = dictionaries(content)
     def part(place: str, state: dict[str, Tensor]) -> Iterator[Part]:
         wrapped = "_orig_mod" if any(WRAPPED.search(k) for k in state) else ""
@@ -86,7 +86,7 @@ def parts_of(
 def read_parts(
     path: str | Path,  # a file, or FILE#PLACE
 ) -> tuple[str, list[Part]]:  # the file, its networks
-    "The networks that a file may hold, or those at the named place."
+    "Return the networks that a file may hold, or those at the named place."
     path, at = str(path), ""
     if not Path(path).is_file() and "#" in path: path, _, at = path.rpartition("#")
     parts = parts_of(read_content(path))

@@ -66,7 +66,7 @@ def kernel_gradient(
     g: Tensor,  # gradient of the output, b c d h w
     kernel: tuple[int, int, int],  # (kd, kh, kw), odd
 ) -> Tensor:  # c 1 kd kh kw
-    "The depthwise kernel's gradient: every input channel convolved with its output gradient, piece by piece."
+    "Return the depthwise kernel's gradient: every input channel convolved with its output gradient, piece by piece."
     (pd, ph, pw), (d, h, w) = (k // 2 for k in kernel), x.shape[2:]
     planes = min(max(PIECE // (h * w), 1), d)
     cases, total = max(PIECE // (planes * h * w), 1), 0
@@ -106,14 +106,14 @@ def depthwise_conv3d(
     bias: Tensor | None = None,  # c
     own: bool | None = None,  # our gradients (True), the framework's (False), or by the rule
 ) -> Tensor:  # b c d h w
-    "Depthwise 3D convolution with stride 1 and zero padding to the same size."
+    "Convolve in 3D and depthwise, with stride 1 and zero padding to the same size."
     if weight.shape[:2] != (x.shape[1], 1) or not all(k % 2 for k in weight.shape[2:]):
         raise VfmError(f"depthwise_conv3d: a weight of shape {tuple(weight.shape)} for {x.shape[1]} channels; expected ({x.shape[1]}, 1, kd, kh, kw) with odd sides.")
     if own is None:
         own = (x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
                and x.numel() * weight[0].numel() >= OWN_FROM)
     if own and (x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)):
-        raise VfmError(f"depthwise_conv3d: own gradients were asked for in {x.dtype} or under autocast; they are for float32 and float64, leave `own` out.")
+        raise VfmError(f"depthwise_conv3d: own gradients were requested in {x.dtype} or under autocast; they are for float32 and float64, leave `own` out.")
     if own: return DepthwiseConv.apply(x, weight, bias)
     return F.conv3d(x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=len(weight))
 
@@ -156,7 +156,7 @@ class ConvNeXtBlock(nn.Module):
 def triple(
     size: int | tuple[int, int, int],  # one number for all axes, or (d, h, w)
 ) -> tuple[int, int, int]:  # (d, h, w)
-    "One number per axis."
+    "Give one number per axis."
     return (size,) * 3 if isinstance(size, int) else tuple(int(s) for s in size)
 
 # %% ../../nbs/20_convnext3d.ipynb #f47c0f5f
@@ -172,7 +172,7 @@ def enlarge(
 def initialise(
     module: nn.Module,  # changed in place if it is a 3D convolution or linear
 ) -> None:
-    "Truncated normal weights of standard deviation 0.02 and zero biases."
+    "Draw truncated normal weights of standard deviation 0.02, and set biases to zero."
     if isinstance(module, (nn.Conv3d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -217,5 +217,5 @@ class ConvNeXt3d(nn.Module):
     def pool(self,
              x: Tensor,  # the last map, b c d h w
             ) -> Tensor:  # b c
-        "Final norm of the mean over voxels."
+        "Return the final norm of the mean over voxels."
         return self.norm(x.mean((2, 3, 4)))

@@ -32,7 +32,7 @@ class ClassificationHead(nn.Module):
     def pool(self,
              maps: list[Tensor],  # the backbone's pyramid, fine to coarse
             ) -> Tensor:  # b 2·width
-        "All that this head reads of a case."
+        "Return all that this head reads of a case."
         return torch.cat([reduce(maps[-1], "b c d h w -> b c", how) for how in ("mean", "max")], 1)
 
     def forward(self,
@@ -118,7 +118,7 @@ def resize(
     x: Tensor,  # b c d h w
     like: Tensor,  # its last three axes give the wanted grid
 ) -> Tensor:  # b c d h w
-    "Trilinear interpolation onto another map's grid."
+    "Interpolate trilinearly onto another map's grid."
     if x.shape[2:] == like.shape[2:]: return x
     return F.interpolate(x, size=like.shape[2:], mode="trilinear")
 
@@ -135,7 +135,7 @@ class Network(nn.Module):
     def read(self,
              x: Tensor,  # b c d h w
             ) -> list[Tensor] | Tensor:  # maps, or a vector b e
-        "What the head wants from the backbone."
+        "Return what the head wants from the backbone."
         return getattr(self.backbone, self.head.reads)(x[:, :self.backbone.in_channels])
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.read(x), x)
@@ -143,7 +143,7 @@ class Network(nn.Module):
     def train(self,
               mode: bool = True,  # False is evaluation mode
              ) -> "Network":  # itself
-        "Training mode, but not for what no strategy trains."
+        "Switch to training mode, but not what no strategy trains."
         super().train(mode)
         own, live = set(), set()  # modules that have parameters, and those of them that train one
         for name, p in self.named_parameters(remove_duplicate=False):

@@ -190,5 +190,5 @@ def to_grid(
     x: Tensor,  # b c d h w
     size: list[int],  # wanted (d, h, w)
 ) -> Tensor:  # b c *size
-    "Trilinear interpolation onto a grid."
+    "Interpolate trilinearly onto a grid."
     return x if list(x.shape[2:]) == list(size) else F.interpolate(x, size=size, mode="trilinear")

@@ -31,7 +31,7 @@ def varint(
     buf: memoryview,  # a protobuf message
     i: int,  # where the number starts
 ) -> tuple[int, int]:  # the number, and where the next field starts
-    "One protobuf integer: seven bits per byte, lowest first."
+    "Read one protobuf integer: seven bits per byte, lowest first."
     value = shift = 0
     while True:
         if shift > 63 or i >= len(buf): raise EOFError("a number does not end")
@@ -43,7 +43,7 @@ def varint(
 def proto_fields(
     buf: memoryview,  # a protobuf message
 ) -> Iterator[tuple[int, int | memoryview]]:  # field number and value
-    "The fields of a protobuf message in their order."
+    "Return the fields of a protobuf message in their order."
     i = 0
     while i < len(buf):
         key, i = varint(buf, i)
@@ -58,7 +58,7 @@ def proto_fields(
 def onnx_tensor(
     message: memoryview,  # a TensorProto
 ) -> tuple[str, Tensor]:  # its name and values
-    "One tensor of an ONNX file."
+    "Read one tensor of an ONNX file."
     dims, kind, name, raw = [], 0, "", None
     for number, value in proto_fields(message):
         if number == 1 and isinstance(value, int): dims.append(value)
@@ -77,7 +77,7 @@ def onnx_tensor(
 def read_onnx(
     path: Path,  # an .onnx file with its tensors inside
 ) -> dict[str, Tensor]:  # in graph order; nameless ones are called after the node that reads them, "a.b.key.MatMul"
-    "The tensors of an ONNX file."
+    "Read the tensors of an ONNX file."
     graph = next(v for n, v in proto_fields(memoryview(path.read_bytes())) if n == 7)
     tensors = dict(onnx_tensor(v) for n, v in proto_fields(graph) if n == 5)
     state = {k: v for k, v in tensors.items() if not k.startswith("onnx::")}
@@ -131,7 +131,7 @@ def check_nesting(
 def load_any(
     path: Path,  # .safetensors, .onnx, or a torch file
 ) -> dict:  # whatever it holds
-    "The content of a file, without running anything in it."
+    "Load the content of a file, without running anything in it."
     check_declared(path)
     if path.suffix == ".safetensors": return load_file(path)
     if path.suffix == ".onnx": return read_onnx(path)
@@ -141,7 +141,7 @@ def load_any(
 def unwrap(
     content: dict,  # a checkpoint: a state, or a state inside "model" or the like
 ) -> dict[str, Tensor]:  # tensors alone, without DataParallel's prefix
-    "The state inside a checkpoint."
+    "Return the state inside a checkpoint."
     while inner := next((content[k] for k in ("model", "state_dict", "model_state_dict", "teacher", "net") if isinstance(content.get(k), dict)), None):
         content = inner
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
@@ -152,13 +152,13 @@ def strip(
     state: dict[str, Tensor],  # by published names
     prefix: str,  # dropped from the names; other names are dropped whole
 ) -> dict[str, Tensor]:
-    "The part of a state below a prefix."
+    "Return the part of a state below a prefix."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 def read_content(
     path: str | Path,  # .safetensors, .onnx, or a torch file
 ) -> dict:  # whatever it holds
-    "The content of a file; raise VfmError when it is damaged or holds code."
+    "Read the content of a file; raise VfmError when it is damaged or holds code."
     path = Path(path)
     check_fetched(path)
     if not path.is_file(): raise VfmError(f"No weights file {path}: check the path.")
@@ -187,7 +187,7 @@ def check_state(
 def read_state(
     path: str | Path,  # .safetensors, .onnx, or a torch file
 ) -> dict[str, Tensor]:  # finite tensors by published names
-    "The tensors of a file; raise VfmError when it is damaged, holds code or holds NaN."
+    "Read the tensors of a file; raise VfmError when it is damaged, holds code or holds NaN."
     state = unwrap(read_content(path))
     check_state(state, path)
     return state

@@ -43,7 +43,7 @@ def channels_first(
     layer: nn.Module,  # works on b c h w
     x: Tensor,  # b h w c
 ) -> Tensor:  # b h w c
-    "A convolution on an image with its channels last."
+    "Apply a convolution to an image with its channels last."
     return rearrange(layer(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
 
 # %% ../../nbs/27_focal.ipynb #51d40b52
@@ -105,7 +105,7 @@ class FocalNet(nn.Module):
         for i, w in enumerate(self.widths): setattr(self, f"norm{i}", nn.LayerNorm(w))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "Normalised maps of the stages, and the mean of the last."
+        "Return normalised maps of the stages, and the mean of the last."
         x, maps = self.patch_embed(rearrange(x, "b c h w -> b h w c")), []
         for i, stage in enumerate(self.layers):
             x = stage.blocks(x)

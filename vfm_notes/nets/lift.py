@@ -14,7 +14,7 @@ from einops import rearrange
 def triplet_index(
     depth: int,  # slices of the volume, at least 1
 ) -> Tensor:  # (depth, 3) slice numbers
-    "The slices that stand in the three channels of every slice's image."
+    "Return the slices that stand in the three channels of every slice's image."
     centre = torch.arange(depth).clamp(min(1, depth - 1), max(depth - 2, 0))
     return (centre[:, None] + torch.tensor([-1, 0, 1])).clamp(0, depth - 1)
 
@@ -22,7 +22,7 @@ def triplet_index(
 def slice_triplets(
     x: Tensor,  # b c d h w
 ) -> Tensor:  # (b d) (3 c) h w, the three slices slowest, the sequences fastest
-    "Every slice of a volume as an image of three neighbouring slices."
+    "Return every slice of a volume as an image of three neighbouring slices."
     x = x[:, :, triplet_index(x.shape[2]).to(x.device)]
     return rearrange(x, "b c d three h w -> (b d) (three c) h w")
 
@@ -31,7 +31,7 @@ def stack_slices(
     maps: Tensor,  # (b d) e h w
     batch: int,  # b
 ) -> Tensor:  # b e d h w
-    "Feature maps of slices as the feature map of a volume."
+    "Return feature maps of slices as the feature map of a volume."
     return rearrange(maps, "(b d) e h w -> b e d h w", b=batch)
 
 # %% ../../nbs/23_lift.ipynb #67fc0503
@@ -54,6 +54,6 @@ def slice_numbers(
     depth: int,  # slices d
     like: Tensor,  # a tensor with the wanted device and dtype
 ) -> tuple[Tensor, Tensor]:  # slice index and number of slices, each (b d) 1 1
-    "The two raw numbers that tell a slice's place in its volume."
+    "Return the two raw numbers that encode a slice's place in its volume."
     j = torch.arange(depth, device=like.device, dtype=like.dtype).repeat(batch)
     return j[:, None, None], torch.full_like(j, depth)[:, None, None]

@@ -73,7 +73,7 @@ class EfficientNetLite(nn.Module):
         self.ragged = True  # SAME padding: any size
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "The map before every reduction, the last map, and the mean of the widened last map."
+        "Return the map before every reduction, the last map, and the mean of the widened last map."
         x, maps = F.relu6(self._bn0(self._conv_stem(x))), []
         for i, block in enumerate(self._blocks):
             x = block(x)
@@ -177,7 +177,7 @@ class TinyViT(nn.Module):
         self.neck = nn.Sequential(nn.Conv2d(dims[-1], neck, 1, bias=False), PixelNorm(neck), nn.Conv2d(neck, neck, 3, padding=1, bias=False), PixelNorm(neck))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "The map of every stage and of the neck, and the mean of the last."
+        "Return the map of every stage and of the neck, and the mean of the last."
         x, maps = self.patch_embed["seq"](x), []
         for stage in self.layers:
             maps.append(stage["blocks"](x))

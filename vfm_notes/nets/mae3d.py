@@ -21,7 +21,7 @@ def sincos_positions(
     grid: tuple[int, int, int],  # patches (d, h, w)
     dim: int,  # token width, divisible by 6
 ) -> Tensor:  # 1 (d·h·w) dim
-    "Sine and cosine of every patch's place along each axis."
+    "Return the sine and cosine of every patch's place along each axis."
     part = dim // 6
     rates = 10000. ** -(torch.arange(part, dtype=torch.float64) / part)
     axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")
@@ -34,7 +34,7 @@ def fit_positions(
     grid: tuple[int, int, int],  # grid that the table was made for, d·h·w = n
     size: tuple[int, int, int],  # wanted grid
 ) -> Tensor:  # 1 (d·h·w) e
-    "A position table for another grid of patches."
+    "Resize a position table for another grid of patches."
     if tuple(grid) == tuple(size): return table
     d, h, w = grid
     volume = rearrange(table, "1 (d h w) e -> 1 e d h w", d=d, h=h, w=w)
@@ -87,7 +87,7 @@ def gather(
     x: Tensor,  # b n e
     index: Tensor,  # b k
 ) -> Tensor:  # b k e
-    "Tokens by number."
+    "Gather tokens by number."
     return x.gather(1, repeat(index, "b k -> b k e", e=x.shape[2]))
 
 # %% ../../nbs/26_mae3d.ipynb #797d51dc
@@ -224,7 +224,7 @@ class ConvMAE3d(nn.Module):
     def encode(self, x: Tensor, keep: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]: return encode_convmae(self, x, keep)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        "Voxels of every patch, `b n voxels`, from the visible ones."
+        "Return voxels of every patch, `b n voxels`, from the visible ones."
         n = self.grid[0] * self.grid[1] * self.grid[2]
         y = self.dec_linear(self.encode(x, keep)[1][-1])[:, 1:]
         y = scatter(y, keep, n, self.dec_embed["mask_token"]) + self.dec_embed["pos_embed"]
@@ -237,7 +237,7 @@ def encode_convmae(
     x: Tensor,  # b c d h w
     keep: Tensor | None,  # b k numbers of visible patches; None is all
 ) -> tuple[list[Tensor], list[Tensor]]:  # maps of the stages, and b (1 + k) e after every block and at last fused
-    "The encoder's way through a ConvMAE."
+    "Run the encoder of a ConvMAE."
     size = [s // p for s, p in zip(x.shape[2:], net.patch)]
     seen, maps = None, []
     if keep is not None:

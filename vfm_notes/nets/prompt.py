@@ -26,12 +26,12 @@ class FourierPlaces(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
 
     def forward(self, points: Tensor) -> Tensor:
-        "Features of `… 2` points, x before y, 0 to 1."
+        "Return features of `… 2` points, x before y, 0 to 1."
         angle = 2 * math.pi * (2 * points - 1) @ self.positional_encoding_gaussian_matrix
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def grid(self, size: tuple[int, int]) -> Tensor:
-        "Features of the centres of a grid's cells, `1 c h w`."
+        "Return features of the centres of a grid's cells, `1 c h w`."
         h, w = size
         device = self.positional_encoding_gaussian_matrix.device
         y, x = torch.meshgrid((torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w, indexing="ij")
@@ -55,18 +55,18 @@ class PromptEncoder(nn.Module):
     def places(self, pixels: Tensor) -> Tensor: return self.pe_layer((pixels + 0.5) / self.image)  # of pixels' centres
 
     def boxes(self, boxes: Tensor) -> Tensor:
-        "Two tokens per box, `b 2 e`, from `b 4` pixels: x0 y0 x1 y1."
+        "Return two tokens per box, `b 2 e`, from `b 4` pixels: x0 y0 x1 y1."
         corners = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight])
         return self.places(rearrange(boxes.float(), "b (two xy) -> b two xy", two=2)) + corners
 
     def points(self, points: Tensor, inside: Tensor) -> Tensor:
-        "One token per point and an empty one, `b k+1 e`, from `b k 2` pixels and `b k` booleans."
+        "Return one token per point and an empty one, `b k+1 e`, from `b k 2` pixels and `b k` booleans."
         kinds = torch.stack([self.point_embeddings[0].weight[0], self.point_embeddings[1].weight[0]])
         tokens = self.places(points.float()) + kinds[inside.long()]
         return torch.cat([tokens, self.not_a_point_embed.weight.expand(len(points), 1, -1)], 1)
 
     def dense(self, masks: Tensor | None, size: tuple[int, int]) -> Tensor:
-        "A map to add to the image embedding, `b e h w`, from `b 1 4h 4w` scores or nothing."
+        "Return a map to add to the image embedding, `b e h w`, from `b 1 4h 4w` scores or nothing."
         return rearrange(self.no_mask_embed.weight, "1 e -> 1 e 1 1").expand(-1, -1, *size) if masks is None else self.mask_downscaling(masks)
 
 # %% ../../nbs/29_prompt.ipynb #98cf4828

@@ -80,7 +80,7 @@ def resize_positions(
     table: Tensor,  # 1 (1 + g·g) e: the class token's position, then a square grid's
     size: tuple[int, int],  # wanted grid (h, w)
 ) -> Tensor:  # 1 (1 + h·w) e
-    "A position table for another grid of patches."
+    "Resize a position table for another grid of patches."
     cls, grid = table[:, :1], table[:, 1:]
     side = round(grid.shape[1] ** 0.5)
     if (side, side) == tuple(size): return table
@@ -127,7 +127,7 @@ class ViT(nn.Module):
                extra: Tensor | None = None,  # b k e further tokens
                keep: Tensor | None = None,  # b 1 h w on the patch grid: 1 kept, 0 hidden
               ) -> Tensor:  # b (1 + registers + k + patches) e
-        "The token sequence that enters the first block."
+        "Return the token sequence that enters the first block."
         size = [side // self.patch for side in x.shape[2:]]
         x = embed_patches(x, self.patch_embed["proj"])
         if keep is not None: x = torch.where(rearrange(keep, "b 1 h w -> b (h w) 1") > 0, x, self.mask_token)
@@ -136,7 +136,7 @@ class ViT(nn.Module):
         return torch.cat([x[:, :1], *between, x[:, 1:]], 1)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, keep: Tensor | None = None) -> list[Tensor]:
-        "Token sequences `b n e` after each block, and at last the normalised ones of the last block."
+        "Return token sequences `b n e` after each block, and at last the normalised ones of the last block."
         x, out = self.tokens(x, extra, keep), []
         for block in self.blocks: out.append(x := block(x))
         return out + [self.norm(x)]
@@ -146,6 +146,6 @@ def patch_map(
     tokens: Tensor,  # b n e, patches last
     size: tuple[int, int],  # patch grid (h, w)
 ) -> Tensor:  # b e h w
-    "The patch tokens as an image."
+    "Return the patch tokens as an image."
     h, w = size
     return rearrange(tokens[:, tokens.shape[1] - h * w:], "b (h w) e -> b e h w", h=h)

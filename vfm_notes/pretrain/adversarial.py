@@ -33,7 +33,7 @@ def real_or_made(
     scores: Tensor,  # any shape
     real: bool,  # what they should say
 ) -> Tensor:
-    "Binary cross-entropy of scores that should all say the same."
+    "Compute the binary cross-entropy of scores that should all be the same."
     return nn.functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, float(real)))
 
 # %% ../../nbs/42_adversarial.ipynb #201ed92c
@@ -56,13 +56,13 @@ class Adversarial(Autoencoding):
         self.register_buffer("steps", torch.tensor(0))
 
     def generator_loss(self, made: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        "What the autoencoder lowers; the discriminator's parameters are constants."
+        "Return what the autoencoder lowers; the discriminator's parameters are constants."
         constant = {k: v.detach() for k, v in self.discriminator.named_parameters()}
         parts = image_loss(made, x, self.ssim), real_or_made(functional_call(self.discriminator, constant, (made,)), True)
         return parts[0] + self.weight * parts[1], {"reconstruction": parts[0].item(), "generator": parts[1].item()}
 
     def discriminator_loss(self, made: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        "What the discriminator lowers; the made volume is a constant."
+        "Return what the discriminator lowers; the made volume is a constant."
         loss = (real_or_made(self.discriminator(x), True) + real_or_made(self.discriminator(made.detach()), False)) / 2
         return loss, {"discriminator": loss.item()}
 

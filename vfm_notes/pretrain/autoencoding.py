@@ -41,7 +41,7 @@ def ssim_loss(
     x: Tensor,  # b c d h w, gives the range of every case
     window: int = 7,  # pixels, smaller where the slices are
 ) -> Tensor:  # mean over the slices, 0 for equal volumes
-    "One minus the structural similarity of the slices."
+    "Return one minus the structural similarity of the slices."
     from monai.losses import SSIMLoss
     span = rearrange(x, "b c d h w -> b (c d h w)").aminmax(dim=1)
     span = (span.max - span.min).clamp_min(1e-6).repeat_interleave(x.shape[2])
@@ -54,7 +54,7 @@ def image_loss(
     x: Tensor,  # b c d h w
     ssim: float,  # s, share of the structural term, 0 to 1
 ) -> Tensor:
-    "Mean squared error, structural similarity, or a mixture."
+    "Return the mean squared error, structural similarity, or a mixture."
     return sum(share * f(made, x) for share, f in ((1 - ssim, nn.functional.mse_loss), (ssim, ssim_loss)) if share)
 
 # %% ../../nbs/402_autoencoding.ipynb #7c1adcc7
@@ -82,6 +82,6 @@ class Autoencoding(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel of the first case
-        "What was given and what was made of it."
+        "Return what was given and what was made of it."
         x = batch["volumes"][:1]
         return {k: v[0, 0].cpu().numpy() for k, v in {"input": x, "reconstruction": self(x)}.items()}

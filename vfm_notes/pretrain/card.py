@@ -20,7 +20,7 @@ from ..foundation.spec import PretrainSpec
 
 # %% ../../nbs/435_objective_card.ipynb #b1bf659f
 FAMILIES = ("reconstruction", "contrast", "adversarial", "diffusion")
-PROGRESS_KINDS = ("pictures", "neighbours")  # what tells how far it is: volumes that it made, or cases that it finds alike
+PROGRESS_KINDS = ("pictures", "neighbours")  # what reports how far it is: volumes that it made, or cases that it finds alike
 
 @dataclass(frozen=True)
 class ObjectiveCard:
@@ -39,7 +39,7 @@ class ObjectiveCard:
 def takers(
     name: str,  # registered objective
 ) -> list:  # the class and those that it hands options on to
-    "Who takes the options of an objective."
+    "Return the objectives or backbones that take the options of an objective."
     cls, found = objectives[name], []
     own = [c for c in cls.__mro__ if "__init__" in vars(c) and c.__module__.split(".")[0] not in ("torch", "builtins")]
     for base in own + [getattr(cls, "hands_on", object)]:
@@ -50,7 +50,7 @@ def takers(
 def taken(
     name: str,  # registered objective
 ) -> dict:  # option → its default here; options that it hands on are those of the class that takes them
-    "The options of an objective."
+    "Return the options of an objective."
     found = {}
     for base in takers(name): found = {p.name: p.default for p in inspect.signature(base.__init__).parameters.values() if p.default is not p.empty} | found
     return found
@@ -68,7 +68,7 @@ def check_objective(
 def objective_card(
     name: str,  # registered objective
 ) -> ObjectiveCard:
-    "The card of an objective, checked."
+    "Return the card of an objective, checked."
     given, known = objectives.card(name), [f.name for f in fields(ObjectiveCard)]
     where = f"Card of objective '{name}'"
     for key in given:
@@ -87,7 +87,7 @@ def published_spec(
     name: str,  # registered objective
     **changes,  # fields of PretrainSpec, e.g. backbone, size, cases; they win over the card
 ) -> PretrainSpec:
-    "The pretraining that a card describes."
+    "Return the pretraining that a card describes."
     card = objective_card(name)
     return PretrainSpec(**card.recipe | {"options": card.options} | changes | {"objective": name})
 
@@ -95,7 +95,7 @@ def published_spec(
 def describe_objective(
     name: str,  # registered objective
 ) -> dict:  # plain values
-    "A card with the defaults here and what the objective needs of its batches."
+    "Return a card with the defaults here and what the objective needs of its batches."
     return json.loads(json.dumps(asdict(objective_card(name)) | {"here": taken(name), "whole_batches": getattr(objectives[name], "whole_batches", False)}, default=str))
 
 def write_objectives(

@@ -24,7 +24,7 @@ def tile_shares(
     anchor_class: int,  # the smallest class that counts
     cell: tuple[int, int, int],  # voxels of a tile (d, h, w)
 ) -> Tensor:  # b d h w on the token grid, 0 to 1
-    "Share of every tile that belongs to the anchor classes."
+    "Return the share of every tile that belongs to the anchor classes."
     fd, fh, fw = cell
     return reduce((labels >= anchor_class).float(), "b (d fd) (h fh) (w fw) -> b d h w", "mean", fd=fd, fh=fh, fw=fw)
 
@@ -36,7 +36,7 @@ def find_pairs(
     anchor_share: float,  # an anchor has at least this share
     clear_share: float,  # a clear tile has at most this share
 ) -> tuple[Tensor, Tensor]:  # positive and negative pairs, each (2, n): numbers of the flattened tiles
-    "All pairs of an anchor with a neighbouring anchor, and with a clear tile two steps away."
+    "Return all pairs of an anchor with a neighbouring anchor, and with a clear tile two steps away."
     h, w = share.shape[-2:]
     padded = F.pad(share, (2, 2, 2, 2), value=torch.nan)  # beyond the border nothing is near or clear
     number = torch.arange(share.numel(), device=share.device).reshape(share.shape)
@@ -78,7 +78,7 @@ def pair_loss(
     positive: Tensor,  # (2, n, f) features of the pairs that belong together
     negative: Tensor,  # (2, m, f) features of the pairs that do not
 ) -> Tensor:
-    "Mean of 1 − cos over the positive and of max(0, cos − ½) over the negative pairs."
+    "Return the mean of 1 − cos over the positive and of max(0, cos − ½) over the negative pairs."
     pull = 1 - F.cosine_similarity(*positive, dim=-1)
     push = F.relu(F.cosine_similarity(*negative, dim=-1) - 0.5)
     return torch.cat([pull, push]).mean()
@@ -89,7 +89,7 @@ def dice_ce(
     labels: Tensor,  # b d h w, class numbers 0..k-1
     weights: Tensor,  # k, class weights; only their ratios matter
 ) -> Tensor:
-    "Weighted cross-entropy plus the weighted mean of one minus the soft Dice of each case and class."
+    "Return the weighted cross-entropy plus the weighted mean of one minus the soft Dice of each case and class."
     p, labels = scores.softmax(1), labels.long()
     truth = rearrange(F.one_hot(labels, scores.shape[1]), "b d h w k -> b k d h w")
     overlap, total = (p * truth).sum((2, 3, 4)), (p + truth).sum((2, 3, 4))
@@ -133,7 +133,7 @@ def likeness(
     tokens: Tensor,  # b e d h w
     share: Tensor,  # b d h w, anchor share of every tile
 ) -> Tensor:  # b 1 d h w, cosine from -1 to 1
-    "Cosine between every token and the case's mean token, weighted by anchor share."
+    "Return the cosine between every token and the case's mean token, weighted by anchor share."
     weight = rearrange(share / reduce(share, "b d h w -> b 1 1 1", "sum").clamp(min=1e-6), "b d h w -> b 1 d h w")
     anchor = reduce(tokens * weight, "b e d h w -> b e 1 1 1", "sum")
     return rearrange(F.cosine_similarity(tokens, anchor, dim=1), "b d h w -> b 1 d h w")
@@ -188,7 +188,7 @@ class PatchContrast(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w) of the first case
-        "The image, its labels, the predicted labels, and how much each token resembles the mean anchor."
+        "Return the image, its labels, the predicted labels, and how much each token resembles the mean anchor."
         x, labels = batch["volumes"][:1], batch["labels"][:1]
         tokens = self.backbone.pyramid(x)[self.level]
         alike = enlarge(likeness(tokens, self.tiles.shares(labels)), x.shape[2:])[:, 0]

@@ -23,7 +23,7 @@ def time_features(
     t: Tensor,  # b, steps
     dim: int,  # even
 ) -> Tensor:  # b dim
-    "Sines and cosines of the step."
+    "Return sines and cosines of the step."
     rates = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
@@ -61,7 +61,7 @@ def schedulers(
     steps: int,  # T
     betas: tuple[float, float],  # first and last variance
 ) -> tuple:  # MONAI's DDPM and DDIM schedulers
-    "What adds the noise in training, and what takes it away in sampling."
+    "Make what adds the noise in training, and what removes it in sampling."
     from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
     if prediction not in ("epsilon", "sample"): raise VfmError(f"diffusion: prediction is '{prediction}', expected epsilon or sample.")
     if not (steps > 1 and 0 < betas[0] <= betas[1] < 1): raise VfmError(f"diffusion: steps {steps}, betas {tuple(betas)}; expected 2 steps or more and 0 < first ≤ last < 1.")
@@ -105,7 +105,7 @@ class Diffusion(nn.Module):
 
 # %% ../../nbs/43_diffusion.ipynb #d009805e
 def clean(
-    objective: Diffusion,  # says which prediction it is
+    objective: Diffusion,  # states which prediction it is
     answer: Tensor,  # b c d h w, the network's
     noisy: Tensor,  # b c d h w
     t: Tensor,  # b, steps
@@ -133,7 +133,7 @@ def denoising_pictures(
     objective: Diffusion,
     x: Tensor,  # 1 c d h w
 ) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel
-    "The volume, noised, denoised in one go, and one that was drawn from noise."
+    "Return the volume, noised, denoised in one go, and one that was drawn from noise."
     t = torch.full((1,), objective.look, device=x.device)
     noisy, _ = objective.noised(x, t)
     given = {"input": x, f"noisy, step {objective.look}": noisy, "denoised": clean(objective, objective(noisy, t), noisy, t), "drawn": sample(objective, torch.randn_like(x))}

@@ -52,7 +52,7 @@ class Plan:
 
     def cohort(self) -> Cohort: return phantom_cohort(self.size, self.spacing, self.cases, self.cohort_seed)
     def spec(self, objective: str, seed: int) -> PretrainSpec:
-        "The pretraining of one cell."
+        "Return the pretraining of one combination."
         return PretrainSpec(size=self.size, spacing=self.spacing, backbone=self.backbone, objective=objective, seed=seed, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
 
 # %% ../../nbs/46_evidence.ipynb #f22b2404
@@ -61,7 +61,7 @@ def standard(
     test: Tensor,  # m …
     axes: tuple[int, ...],  # averaged over
 ) -> tuple[Tensor, Tensor]:
-    "Both by the training cases' moments."
+    "Standardise both by the training cases' moments."
     mean, sd = train.mean(axes, keepdim=True), train.std(axes, keepdim=True).clamp_min(1e-6)
     return (train - mean) / sd, (test - mean) / sd
 
@@ -72,7 +72,7 @@ def probe_classes(
     truth: tuple[np.ndarray, np.ndarray],  # (n,), (m,) 0 or 1
     strength: float = 0.1,  # C of the logistic regression: smaller means flatter
 ) -> float:  # area under the ROC curve of the test cases
-    "Logistic regression on frozen features."
+    "Fit a logistic regression on frozen features."
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     train, test = standard(train, test, (0,))
@@ -84,7 +84,7 @@ def dice_of(
     found: Tensor,  # n d h w, bool
     true: Tensor,  # n d h w, bool
 ) -> float:  # mean over the cases that have any
-    "Dice per case, averaged."
+    "Return Dice per case, averaged."
     there = true.flatten(1).any(1)
     overlap, total = (found & true).flatten(1).sum(1), found.flatten(1).sum(1) + true.flatten(1).sum(1)
     return float((2 * overlap[there] / total[there]).mean())
@@ -98,7 +98,7 @@ def read_labels(
     weights: Tensor,  # k, of the classes
     steps: int = 80,  # of Adam, on all training cases at once
 ) -> Tensor:  # m d' h' w', class numbers
-    "A 1x1x1 convolution on frozen features, its scores enlarged to the voxels."
+    "Fit a 1x1x1 convolution on frozen features, its scores enlarged to the voxels."
     train, test = standard(train, test, (0, 2, 3, 4))
     head = nn.Conv3d(train.shape[1], len(weights), 1)
     for p in head.parameters(): nn.init.zeros_(p)
@@ -114,7 +114,7 @@ def probe_labels(
     test: Tensor,  # m f d h w
     truth: tuple[Tensor, Tensor],  # n d' h' w', m d' h' w': 0 background, 1 gland, 2 lesion
 ) -> dict[str, float]:  # Dice of gland (with its lesions) and of lesion, on the test cases
-    "How well gland and lesion can be read off."
+    "Measure how well gland and lesion can be read off."
     found = read_labels(train, test, truth[0], truth[1].shape[1:], torch.tensor([0.1, 0.2, 0.7]))
     return {"Dice of gland": dice_of(found > 0, truth[1] > 0), "Dice of lesion": dice_of(found == 2, truth[1] == 2)}
 
@@ -125,7 +125,7 @@ def frozen_features(
     volumes: Tensor,  # n c d h w
     level: int = 0,  # of the pyramid, whose grid is used
 ) -> tuple[Tensor, Tensor]:  # n f: mean and maximum of the coarsest map; n g d h w: the whole pyramid on one grid
-    "What the readers see."
+    "Compute the features that the linear probes see."
     maps = backbone.eval().pyramid(volumes)
     return torch.cat([maps[-1].mean((2, 3, 4)), maps[-1].amax((2, 3, 4))], 1), torch.cat([resize(m, maps[level]) for m in maps], 1)
 
@@ -134,7 +134,7 @@ def probe_encoder(
     backbone: Backbone,  # pretrained or random
     cohort: Cohort,  # with train and test cases
 ) -> dict[str, float]:  # AUC and Dice values
-    "All readers of one encoder."
+    "Fit all linear probes of one encoder."
     parts = [cohort.subset(s) for s in ("train", "test")]
     vectors, maps = zip(*(frozen_features(backbone, torch.from_numpy(normalise(p.volumes))) for p in parts))
     return {"AUC of cancer": probe_classes(*vectors, tuple((p.grade == 2).astype(int) for p in parts)),
@@ -164,7 +164,7 @@ def probe_gain(
     plan: Plan = Plan(),
     progress: bool = False,  # a bar with the time left
 ) -> pd.DataFrame:  # objective, seed, probe, value, random, gain, seconds; objectives that refuse the backbone have a reason instead
-    "Every objective's gain over random weights, paired by seed."
+    "Return every objective's gain over random weights, paired by seed."
     from rich.progress import track
     seeds, cohort, rows = list(seeds), plan.cohort(), []
     start = {s: random_cell(s, plan, cohort) for s in seeds}

@@ -30,7 +30,7 @@ def pretraining_batches(
     labels: Tensor | None,  # n d h w, or None
     spec: PretrainSpec,  # batch_size, seed
 ) -> Loader:  # of "volumes" and, if there are any, "labels"
-    "Shuffled, randomly mirrored batches."
+    "Draw shuffled, randomly mirrored batches."
     return Loader({"volumes": volumes} | ({} if labels is None else {"labels": labels}), spec.batch_size, spec.seed, last="drop", change=augment())
 
 # %% ../../nbs/45_loop.ipynb #11e078f5
@@ -68,7 +68,7 @@ def first_look(
     objective: nn.Module,  # the objective to question
     batch: dict[str, Tensor],  # cases
 ) -> dict[str, float]:  # loss and parts
-    "The losses on one batch in evaluation mode, without touching weights or random state."
+    "Compute the losses on one batch in evaluation mode, without touching weights or random state."
     with torch.random.fork_rng(), torch.no_grad():
         objective.eval()
         loss, parts = objective.loss(batch)
@@ -79,7 +79,7 @@ def first_look(
 def left_behind(
     objective: nn.Module,  # with its backbone
 ) -> dict[str, int]:  # part → numbers in it
-    "What an objective consists of beside the backbone, e.g. a decoder."
+    "Return what an objective consists of beside the backbone, e.g. a decoder."
     found = {}
     for key, value in objective.state_dict().items():
         part = key.split(".")[0]
@@ -94,7 +94,7 @@ def pretrain(
     in_channels: int,  # input sequences
     progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None,  # called after every epoch
     keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
-    probe: Callable[[Backbone], dict[str, float]] | None = None,  # linear readers, asked every `spec.probe_every` epochs
+    probe: Callable[[Backbone], dict[str, float]] | None = None,  # linear probes, fitted every `spec.probe_every` epochs
     state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."

@@ -33,7 +33,7 @@ def patchify(
     x: Tensor,  # b c d h w
     patch: tuple[int, int, int],  # (d, h, w) voxels
 ) -> Tensor:  # b (pd·ph·pw·c) d/pd h/ph w/pw
-    "Every patch as one vector."
+    "Cut a volume into patches, every one a vector."
     pd, ph, pw = patch
     return rearrange(x, "b c (d pd) (h ph) (w pw) -> b (pd ph pw c) d h w", pd=pd, ph=ph, pw=pw)
 
@@ -41,7 +41,7 @@ def unpatchify(
     y: Tensor,  # b (pd·ph·pw·c) d h w
     patch: tuple[int, int, int],  # (d, h, w) voxels
 ) -> Tensor:  # b c d·pd h·ph w·pw
-    "The volume that the patch vectors stand for."
+    "Put patch vectors back together to a volume."
     pd, ph, pw = patch
     return rearrange(y, "b (pd ph pw c) d h w -> b c (d pd) (h ph) (w pw)", pd=pd, ph=ph, pw=pw)
 
@@ -50,7 +50,7 @@ def normalised_patches(
     x: Tensor,  # b c d h w
     cell: tuple[int, int, int],  # patch (d, h, w)
 ) -> tuple[Tensor, Tensor, Tensor]:  # patches b (pd·ph·pw·c) d h w; mean and standard deviation of each, b 1 d h w
-    "Patches of zero mean and unit variance over all their voxels and channels."
+    "Return patches of zero mean and unit variance over all their voxels and channels."
     y = patchify(x, cell)
     mean, std = y.mean(1, keepdim=True), (y.var(1, keepdim=True) + 1e-6).sqrt()
     return (y - mean) / std, mean, std
@@ -60,7 +60,7 @@ def hidden_block(
     patch: int | tuple[int, int, int] | None,  # block hidden at once (d, h, w) voxels; None is the coarsest cell
     cell: tuple[int, int, int],  # the backbone's coarsest cell
 ) -> tuple[int, int, int]:  # (d, h, w)
-    "The block to hide, checked against the cell it must be a multiple of."
+    "Check the block to hide against the cell of which it must be a multiple."
     block = cell if patch is None else triple(patch)
     if len(block) == 3 and min(block) >= 1 and not any(p % c for p, c in zip(block, cell)): return block
     raise VfmError(f"Masking: patch {patch} is not a multiple of the backbone's coarsest cell {cell}; name such a multiple or leave it out.")
@@ -118,7 +118,7 @@ class Masked(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel of the first case
-        "What was given, what was visible, and what was made of it (patches brought back to their own mean and contrast)."
+        "Return what was given, what was visible, and what was made of it (with the patches' own mean and contrast)."
         x = batch["volumes"][:1]
         keep, (_, mean, std) = self.keep(x), normalised_patches(x, self.cell)
         made, seen = unpatchify(self(x, keep) * std + mean, self.cell), enlarge(keep, x.shape[2:])

@@ -37,7 +37,7 @@ def same_start(self: Team, module: nn.Module) -> None:
     for value in [*module.parameters(), *module.buffers()]: value.data.copy_(broadcast(value.data.to(self.accelerator.device)))
 
 def draw_anew(self: Team, epoch: int, step: int) -> None:
-    "Random numbers of one's own for a step; the first goes on as it is."
+    "Seed a step with random numbers of one's own; the first process goes on as it is."
     if not self.main: torch.manual_seed(hash((self.seed, epoch, step, self.rank)) % 2**63)
 
 def share(self: Team, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:  # one's own cases on the own device, and their share of the batch
@@ -64,13 +64,13 @@ def add_up(
     return dict(zip(sorted(logs), used[len(trained):].tolist()))
 
 def agree(self: Team, value):  # value: small and plain
-    "What the first process says."
+    "Return the value of the first process."
     if self.size == 1: return value
     from accelerate.utils import broadcast_object_list
     return broadcast_object_list([value])[0]
 
 def done(self: Team) -> None:
-    "The steps are taken: a process that was started to help has nothing more to do."
+    "End a process that was started to help, once the steps are taken."
     if not self.main and os.environ.get("VFM_HELPER"): raise SystemExit(0)
 
 for method in (same_start, draw_anew, share, add_up, agree, done): setattr(Team, method.__name__, method)

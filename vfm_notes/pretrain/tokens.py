@@ -34,20 +34,20 @@ def choose_tokens(
 
 # %% ../../nbs/405_tokens.ipynb #474ede90
 def visible_provicnet(backbone: ProViCNet, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, (b d) k → (b d) k e
-    "ProViCNet: slices with their two slice tokens."
+    "Encode ProViCNet's visible patches: slices with their two slice tokens."
     vit, (images, place) = backbone.backbone, backbone.images(x)
     tokens = choose_tokens(vit.tokens(images, place), index, images.shape[2] * images.shape[3] // vit.patch ** 2)
     for block in vit.blocks: tokens = block(tokens)
     return vit.norm(tokens)[:, -index.shape[1]:]
 
 def visible_mae(backbone: MAEBackbone, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, b k → b k e
-    "ProFound's ViT and ConvMAE, which are made for it."
+    "Encode the visible patches of ProFound's ViT and ConvMAE, which are made for it."
     tokens = backbone.net.encode(backbone.check_input(x), index)
     return (tokens[1] if backbone.convolutional else tokens)[-1][:, 1:]
 
 # %% ../../nbs/405_tokens.ipynb #eacc9e37
 def visible_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, (b d) k → (b d) k e
-    "A 2D transformer of transformers: the patches are chosen as they leave its embeddings."
+    "Encode the visible patches of a 2D transformer of transformers: they are chosen as they leave its embeddings."
     encoder, images = backbone.encoder, backbone.images(x)
     patches = images.shape[2] * images.shape[3] // encoder.patch ** 2
     embeddings = next(m for n, m in encoder.model.named_modules() if n.split(".")[-1] == "embeddings")
@@ -56,7 +56,7 @@ def visible_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor:  # b c
     finally: hook.remove()
 
 def visible_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, b k → b k e
-    "MONAI's ViT, whose axes run the other way."
+    "Encode the visible patches of MONAI's ViT, whose axes run the other way."
     net = backbone.encoder
     d, h, w = (s // net.strides[0] for s in x.shape[2:])
     turned_index = (index % w * h + index // w % h) * d + index // (h * w)
@@ -68,7 +68,7 @@ def visible_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor
 def reader(
     backbone: Backbone,  # any
 ) -> Callable[[Backbone, Tensor, Tensor], Tensor]:  # (backbone, volumes, numbers of visible patches) → their tokens, s k e
-    "How a backbone encodes a choice of its patches; refuse backbones that cannot."
+    "Return the function by which a backbone encodes a choice of its patches; refuse backbones that have none."
     if isinstance(backbone, ProViCNet): return visible_provicnet
     if isinstance(backbone, MAEBackbone): return visible_mae
     if isinstance(backbone, Lifted) and isinstance(backbone.encoder, Tokens): return visible_lifted

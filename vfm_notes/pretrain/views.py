@@ -33,7 +33,7 @@ def nt_xent(
     b: Tensor,  # n f, of the second
     temperature: float,  # τ > 0
 ) -> Tensor:
-    "Normalised temperature-scaled cross-entropy over 2n views."
+    "Return normalised temperature-scaled cross-entropy over 2n views."
     z = F.normalize(torch.cat([a, b]), dim=1)
     alike = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(alike, torch.arange(len(z), device=z.device).roll(len(a)))
@@ -54,7 +54,7 @@ class NTXent(nn.Module):
         super().__init__()
         if temperature <= 0: raise VfmError(f"nt_xent: temperature is {temperature}, expected a positive number.")
         e, self.backbone, self.temperature, self.how = backbone.embed_dim, backbone, temperature, views
-        augment(self.how)  # tells a misspelt name now
+        augment(self.how)  # reports a misspelt name now
         self.projector = nn.Sequential(nn.Linear(e, e), nn.ReLU(), nn.Linear(e, projection))
 
     def project(self, x: Tensor) -> Tensor: return self.projector(self.backbone.embed(x))  # b c d h w → b f
@@ -70,7 +70,7 @@ class NTXent(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel
-        "The first case, its views, and the other case of the batch whose embedding is most like its own."
+        "Return the first case, its views, and the other case of the batch whose embedding is most like its own."
         x, z = batch["volumes"], F.normalize(self.backbone.embed(batch["volumes"]), dim=1)
         views = draw_views(x[:1], self.how)
         given = {"input": x[0], "view 1": views[0][0], "view 2": views[1][0]} | ({"nearest other case": x[1 + int((z[1:] @ z[0]).argmax())]} if len(x) > 1 else {})

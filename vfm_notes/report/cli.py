@@ -42,7 +42,7 @@ def options(version: Annotated[bool, typer.Option("--version", callback=show_ver
 
 # %% ../../nbs/99_cli.ipynb #aa78e2fa
 def main() -> None:
-    "The entry point."
+    "Run the command line: the entry point."
     try: app()
     except VfmError as error:
         print(f"vfm: {error}", file=sys.stderr)
@@ -59,12 +59,12 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="Some of the seeds, e.g. 0-4,7.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: every n-th notebook, beginning with the i-th, for n machines that share the runs folder.")] = None,
     max_hours: Annotated[float | None, typer.Option(min=0, help="Start no notebook after this time.")] = None,
-    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes that one run may take before it is ended and recorded as failed; 0: any; default: as the study says.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Minutes that one run may take before it is ended and recorded as failed; 0: any; default: as in the study.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: Annotated[Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")] = None,
     engine: Annotated[str, typer.Option(help="How notebooks start: forked (fast) or plain.")] = "forked",
-    profile: Annotated[Path | None, typer.Option(help="A YAML file with what each job asks for, of this machine (gpu_memory, processes ...) or of a cluster (partition, time, memory, gpus ...); it wins over `local:` or `slurm:` of the study.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="A YAML file with what each job requests of this machine (gpu_memory, processes ...) or of a cluster (partition, time, memory, gpus ...); it overrides `local:` or `slurm:` of the study.")] = None,
     gpus: Annotated[str, typer.Option(help="GPUs of this machine that may be used, e.g. 0,1, or none; default: all that are free to this process.")] = "",
 ) -> None:
     "Compute what the study has not got yet."
@@ -73,20 +73,20 @@ def run(
     from vfm_notes.runs.batch import run_study
     from vfm_notes.runs.grid import seed_choice
     if engine not in ("forked", "plain"): raise VfmError(f"Unknown engine '{engine}'. Known: forked, plain.")
-    if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster ask for theirs by gpus under slurm:.")
+    if gpus and executor != "local": raise VfmError(f"--gpus {gpus} chooses among those of this machine; jobs of a cluster request theirs by gpus under slurm:.")
     if gpus: os.environ["VFM_GPUS"] = gpus
     if dry_run:
         return show_plan(study, [*(only or []), *seed_choice(seeds)], templates, retry_failed, shard, executor, profile)
     try: summary = run_study(study, jobs, executor, only, retry_failed, templates, engine="forked" if engine == "forked" else None, profile=profile, seeds=seeds, part=shard, max_hours=max_hours, limit=time_limit)
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        print("Interrupted. The same command continues where it stopped.", file=sys.stderr)
         raise typer.Exit(130) from None
     print_summary(summary)
     raise typer.Exit(summary.status)
 
 # %% ../../nbs/99_cli.ipynb #9a044776
 def print_summary(summary) -> None:
-    "The last lines of `vfm run`."
+    "Print the last lines of `vfm run`."
     from vfm_notes.runs.watch import duration
     total = summary.done + len(summary.failed) + len(summary.missing) + len(summary.skipped)  # a skipped notebook is one run
     for job, reason in summary.skipped.items(): print(f"skipped {job}: {reason}")
@@ -98,18 +98,18 @@ def print_summary(summary) -> None:
     elif summary.ran == 0 and not summary.missing: print(f"Study {summary.study}: everything is up to date ({summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}).")
     else: print(f"Study {summary.study}: {summary.done} of {total} runs done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {duration(summary.seconds)}.")
 
-def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table tells the rest
-    "What failed, one line each, not too many."
+def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table lists the rest
+    "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
-    if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; all with their errors: vfm table {summary.study} -o failed.csv")
+    if len(summary.failed) > shown: lines.append(f"failed  {len(summary.failed) - shown} more; for all with their errors: vfm table {summary.study} -o failed.csv")
     lines += [f"stopped {job}: its runs are done, but the notebook stopped at {error}" for job, error in list(summary.problems.items())[:shown]]
-    if len(summary.problems) > shown: lines.append(f"stopped {len(summary.problems) - shown} more notebooks; their logs tell why")
+    if len(summary.problems) > shown: lines.append(f"stopped {len(summary.problems) - shown} more notebooks; see their logs")
     return lines
 
 # %% ../../nbs/99_cli.ipynb #981d5ae7
 def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None,
               executor: str = "local", profile: Path | None = None) -> None:
-    "The plan, without doing anything."
+    "Show the plan, without doing anything."
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import to_do
     from vfm_notes.runs.estimate import speeds, time_left
@@ -144,7 +144,7 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
 
 # %% ../../nbs/99_cli.ipynb #15865b57
 def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
-    "How a job stands, in one line."
+    "Describe in one line how a job stands."
     from vfm_notes.runs.states import count_states, job_state
     from vfm_notes.runs.watch import duration
     mark, counts = job_state(look.states.values()), count_states(look.states.values())
@@ -153,7 +153,7 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
 
 # %% ../../nbs/99_cli.ipynb #aa325c29
 def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study → lines, exit status, whether anything still runs or waits
-    "How a study stands now."
+    "Describe how a study stands now."
     from vfm_notes.runs.batch import count_records
     from vfm_notes.foundation.quantity import how_many
     from vfm_notes.runs.grid import plan
@@ -185,9 +185,9 @@ def status_lines(spec) -> tuple[list[str], int, bool]:  # spec: of the study →
 def status(
     study: Study,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until all is done, or Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 5.0,
 ) -> None:
-    "Done, running, failed and missing runs, and the time left."
+    "Show done, running, failed and missing runs, and the time left."
     import time
     from contextlib import nullcontext
 
@@ -223,7 +223,7 @@ def write_metrics(runs):  # runs: from analysis.tables.runs_table; the same with
 TABLE_COLUMNS = ["id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable", "error"]
 
 def is_table(file: Path) -> bool:
-    "Is a file a table of runs, as `vfm table` writes it?"
+    "Return whether a file is a table of runs, as `vfm table` writes it."
     import pandas as pd
     try:
         if file.suffix == ".parquet":
@@ -239,7 +239,7 @@ def table(
     study: Study,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A .csv, .json or .parquet file; default: print the main columns.")] = None,
 ) -> None:
-    "One row for each run: spec, metrics, cost."
+    "Write one row for each run: spec, metrics, cost."
     from vfm_notes.analysis.tables import search_candidates, curves_table, mark, runs_table
     from vfm_notes.foundation.disk import whole_file
     from vfm_notes.foundation.sheets import write_sheet
@@ -278,7 +278,7 @@ def site(
     renderer: Annotated[str, typer.Option(help="auto, quarto or smalldocs.")] = "auto",
     pseudonyms: Annotated[bool, typer.Option("--pseudonyms", help="Replace the ids of cases and patients, everywhere, by stand-ins that only your site key can make; leave error messages out.")] = False,
 ) -> None:
-    "Build the report site from the records, and say what was found."
+    "Build the report site from the records, and print the findings."
     from vfm_notes.report.site import build_site
     made = build_site(study, renderer, pseudonyms=pseudonyms)
     print("The site is up to date." if made.up_to_date else f"The site has {made.pages} pages, {len(made.made)} of them made now.")
@@ -293,7 +293,7 @@ Accept = Annotated[list[str] | None, typer.Option(help="A gated or non-commercia
 
 @weights_app.command("list")
 def weights_list() -> None:
-    "Registered weights, their licences, and whether they are here."
+    "List registered weights, their licences, and whether they are here."
     import vfm_notes.tune.catalog
     from vfm_notes.backbones.weights import list_weights
     shown = list_weights().assign(present=lambda t: t.here.map({True: "yes", False: "no"}))[["name", "architecture", "licence", "terms", "present", "source"]]
@@ -359,7 +359,7 @@ def weights_export(
     file, target = run_folder(study, made[name]["id"])/"weights.safetensors", weights_file(called or name)
     check_companion(file)
     plan = read_plan(file)
-    if plan is None: raise VfmError(f"{file} carries no adaptation plan, so nobody could use it elsewhere: make the weights again with this version.")
+    if plan is None: raise VfmError(f"{file} carries no adaptation plan, so it could not be used elsewhere: make the weights again with this version.")
     if plan.architecture != (called or name).partition(".")[0] or not (called or name).partition(".")[2]: raise VfmError(f"--as is '{called}', expected {plan.architecture}.NAME.")
     if target.exists() and (known := read_plan(target)) != plan: raise VfmError(f"{target} exists and holds {'other weights' if known is None or known.weights_hash != plan.weights_hash else 'the same weights from another run'}: give another name (--as), or delete it.")
     with whole_file(target) as part: shutil.copyfile(file, part)
@@ -378,8 +378,8 @@ def init(
 
 # %% ../../nbs/99_cli.ipynb #d1c58d9d
 @app.command()
-def doctor(study: Annotated[str, typer.Argument(help="Also look whether all is here that this study needs: a name or the path of a .yaml file.")] = "") -> None:
-    "What is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
+def doctor(study: Annotated[str, typer.Argument(help="Also check whether all that this study needs is here: a name or the path of a .yaml file.")] = "") -> None:
+    "Check what is here and what is missing: Python, pins, torch, machine, folders, programs; and what to do about it."
     from vfm_notes.report.doctor import checks
     missing = 0
     for check in checks(study):

@@ -73,7 +73,7 @@ def as_html(
 # %% ../../nbs/91_convert.ipynb #b8eb55ae
 def shorten_text(
     content: str,  # plain text
-    whole: str,  # HTML that says where the whole is
+    whole: str,  # HTML that states where the whole is
 ) -> list[dict]:  # notebook outputs
     "Keep the beginning and the end of a long text."
     head, tail = content[:LIMIT["text"] * 3 // 4], content[-LIMIT["text"] // 4:]
@@ -88,7 +88,7 @@ def stream(content: str) -> dict: return {"output_type": "stream", "name": "stdo
 def convert_output(
     out: dict,  # one output of a code cell
     key: str,  # unique name, for downloads
-    whole: str,  # HTML that says where the whole notebook is
+    whole: str,  # HTML that states where the whole notebook is
 ) -> list[dict]:  # outputs for the page
     "Make an output fit for a static page."
     if out["output_type"] == "stream":
@@ -101,7 +101,7 @@ def convert_output(
     shown = {m: join_lines(v) for m, v in data.items() if m.startswith("image/") or m in ("text/html", "text/markdown", "text/latex", "text/plain")}
     content = shown.get("text/html", shown.get("text/markdown", ""))
     if len(content) > LIMIT["html"] or REMOTE.search(content):
-        why = f"an output of {len(content):,} characters is left out" if len(content) > LIMIT["html"] else "an output that asks the network is left out"
+        why = f"an output of {len(content):,} characters is left out" if len(content) > LIMIT["html"] else "an output that loads from the network is left out"
         return [as_html(f'<p class="vfm-cut">Here {why}; {whole}.</p>')]
     if "text/html" in shown: return [as_html(content)] if content.strip() else []
     if not any(m.startswith("image/") for m in shown) and len(shown.get("text/plain", "")) > LIMIT["text"]:
@@ -166,7 +166,7 @@ def front_matter(
 def widened(
     options: dict,  # of a page
 ) -> dict:  # of the page in the site
-    "Say a page's width to Quarto, too, which does not know `max-width`: nothing stands beside such a page."
+    "Pass a page's width to Quarto, too, which does not know `max-width`: nothing stands beside such a page."
     if "max-width" not in options: return options
     return options | {"grid": {"sidebar-width": "250px", "body-width": options["max-width"], "margin-width": "40px"}}
 
@@ -181,7 +181,7 @@ def to_page(
     nb: dict,  # executed notebook
     options: dict,  # the page's front matter
     name: str,  # of the page's file, without its ending
-    whole: str = "",  # HTML that says where the whole notebook is
+    whole: str = "",  # HTML that states where the whole notebook is
     fold: bool = True,  # show code, folded
 ) -> dict:  # notebook to render
     "Convert an executed notebook to a page."

@@ -70,7 +70,7 @@ def distances_at(
     moments: pd.DataFrame,  # from analysis.tables.moments_table
     layer: str = "embed",
 ) -> pd.DataFrame:  # task, backbone, strategy, when, value, low, high, n_seeds
-    "Mean and 95 % interval over seeds at each moment."
+    "Return the mean and 95 % interval over seeds at each moment."
     both = pd.concat([t for t in (d2p.assign(when="end"), moments) if len(t)] or [d2p.assign(when="end")])
     both, rows = both[both.layer == layer], []
     for (task, backbone, strategy, when), g in both.groupby(["task", "backbone", "strategy", "when"], sort=False):

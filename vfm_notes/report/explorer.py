@@ -31,7 +31,7 @@ EXPLORER_COLUMNS = ["status", "kind", "task", "backbone", "strategy", "n_train",
 def explored(
     study: str,  # a study in nbs/studies, or the path of a .yaml file
 ) -> pd.DataFrame:  # COLUMNS, and `id` and `job`, the names of record and notebook
-    "The runs of a study as rows to look through."
+    "Return the runs of a study as rows to look through."
     spec = load_study(study)
     planned, records = plan(spec), read_records(spec.name)
     jobs = {run_id(s): (j, s) for j in planned for s in j.specs}
@@ -57,7 +57,7 @@ def matching(
     text: str = "",  # words, all of them must be found somewhere in the row
     **chosen: object,  # column → the value wanted, or "any"
 ) -> pd.DataFrame:  # those of the rows
-    "The rows that match."
+    "Return the rows that match."
     keep = pd.Series(True, rows.index)
     for column, value in chosen.items():
         if value != ANY: keep &= rows[column].astype(str) == str(value)
@@ -71,11 +71,11 @@ def file_link(
     path,  # a file
     text: str,  # what to click on
 ) -> str:  # HTML, "" when there is no such file
-    "A link to a file, as JupyterLab opens it."
+    "Make a link to a file, as JupyterLab opens it."
     return f'<a href="{escaped(os.path.relpath(path))}" target="_blank">{text}</a>' if path.exists() else ""
 
 def shown_value(column: str, value: object) -> str:
-    "One cell, as HTML."
+    "Write one cell, as HTML."
     if pd.isna(value): return ""
     if column == "seconds_total": return f"{value:.0f} s"
     if column == "metric": return escaped(metric_words(value))
@@ -87,7 +87,7 @@ def run_rows(
     rows: pd.DataFrame,  # from explored
     most: int = 100,  # rows shown
 ) -> str:  # HTML
-    "Rows as a table with links."
+    "Show rows as a table with links."
     heads = [c for c in EXPLORER_COLUMNS if c in ("status", "task", "backbone") or rows[c].replace("", None).notna().any()]
     out = ['<table><thead><tr>', *[f'<th style="text-align:left">{escaped({"seconds_total": "took", "n_train": "cases"}.get(c, c))}</th>' for c in heads], "<th>open</th></tr></thead><tbody>"]
     for row in rows.head(most).to_dict("records"):
@@ -98,7 +98,7 @@ def run_rows(
 
 # %% ../../nbs/95_explorer.ipynb #4e98a548
 def curve_words(name: str) -> str:
-    "A curve's name for readers: val_dice is the validation Dice, d2p_embed the distance of the embedding."
+    "Write a curve's name for readers: val_dice is the validation Dice, d2p_embed the distance of the embedding."
     if name.startswith("d2p_"): return f"distance of {words(name.removeprefix('d2p_'))}"
     return f"validation {metric_words(name.removeprefix('val_'))}" if name.startswith("val_") else words(name)
 
@@ -107,7 +107,7 @@ def curve_chart(
     curves: pd.DataFrame,  # id, task, backbone, strategy, seed, epoch, name, value
     name: str,  # the curve to draw, e.g. loss or val_dice
 ) -> alt.TopLevelMixin:
-    "The curves of some runs, one panel for each task."
+    "Draw the curves of some runs, one panel for each task."
     data = neat(curves[curves.name == name], ["id", "task", "backbone", "strategy", "seed", "epoch", "value"])
     said = curve_words(name)
     runs, panels = data["id"].nunique(), data["task"].nunique()
@@ -146,22 +146,22 @@ class RunExplorer(Shown):
 
     @property
     def found(self) -> pd.DataFrame:
-        "The rows that match the filters."
+        "Return the rows that match the filters."
         return matching(self.rows, self.text.value, **{m: menu.value for m, menu in self.menus.items()})
 
     def figure(self) -> alt.TopLevelMixin:
-        "The chosen curve of the rows that match."
+        "Return the chosen curve of the rows that match."
         return curve_chart(self.curves(), self.curve.value or "loss")
 
 # %% ../../nbs/95_explorer.ipynb #635bbc0b
 def offer(menu: widgets.Dropdown, options: list, value: str | None) -> None:
-    "New options and the one that is chosen, told to the browser in one message: between two it would answer with none."
+    "Set a menu's options and the chosen one in one message: between two messages the browser would answer with none."
     with menu.hold_sync(): menu.options, menu.value = options, value
 
 NO_CURVES = ["id", "task", "backbone", "strategy", "seed", "epoch", "name", "value"]
 
 def curves(self) -> pd.DataFrame:
-    "The curves of the first matching runs that have any."
+    "Read the curves of the first matching runs that have any."
     parts = []
     for row in self.found[self.found.status == "done"].head(self.most).to_dict("records"):
         if row["id"] not in self.kept: self.kept[row["id"]] = read_table(self.name, row["id"], "curves")
@@ -186,7 +186,7 @@ def draw(self) -> None:
     self.chart.outputs = ({"output_type": "display_data", "metadata": {}, "data": static_bundle(curve_chart(shown, self.curve.value))},) if self.curve.value else (html_output("<p>No curves: no finished run matches.</p>"),)
 
 def html_output(text: str) -> dict:
-    "HTML as an output of a cell."
+    "Make an output of a cell from HTML."
     return {"output_type": "display_data", "metadata": {}, "data": {"text/html": text, "text/plain": ""}}
 
 for method in (curves, show, draw): setattr(RunExplorer, method.__name__, method)
@@ -195,5 +195,5 @@ def run_explorer(
     study: str = "phantom",  # a study in nbs/studies, or the path of a .yaml file
     most: int = 40,  # runs whose curves are drawn at a time
 ) -> RunExplorer:  # draws itself; `.found` has the rows that match
-    "Look through the runs of a study."
+    "Show the runs of a study."
     return RunExplorer(study, most)

@@ -60,7 +60,7 @@ def fingerprint(
 
 # %% ../../nbs/92_pages.ipynb #d70fdd39
 def code_print() -> str:
-    "Fingerprint of the code that pages run."
+    "Hash the code that pages run."
     package = package_root()
     used = [package / "runs" / n for n in ("record.py", "grid.py")] + sorted((package / "report").glob("*.py"))
     return fingerprint(package / "foundation", package / "analysis", *used)
@@ -69,7 +69,7 @@ def code_print() -> str:
 def records_print(
     records: list[dict],  # from read_records
 ) -> str:
-    "Fingerprint of all records of a study."
+    "Hash all records of a study."
     return fingerprint([json.dumps(r, sort_keys=True) for r in records])
 
 # %% ../../nbs/92_pages.ipynb #2b5b41d3
@@ -172,7 +172,7 @@ async def _execute_pages(pages, study, done) -> None:
 def last_line(
     error: Exception,
 ) -> str:  # without the colours of a terminal
-    "Say what went wrong in one line."
+    "State what went wrong in one line."
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__).splitlines()
     return lines[0 if isinstance(error, TimeoutError) else -1]  # a timeout shows its cell at the end
 
@@ -191,7 +191,7 @@ def run_header(
     job: Job,
     records: dict[str, dict],  # by run id, as published
 ) -> str:  # HTML
-    "Say where the runs of a notebook stand."
+    "State where the runs of a notebook stand."
     states = states_of(job, records)
     counts = count_states(states.values())
     name = html.escape(job.name)

@@ -30,7 +30,7 @@ from .sweep import Sweep, everywhere, spellings, telling, unpacked
 MARK = re.compile(r"(?:\u2068|(\\u2068))(.*?)(?:\u2069|\\u2069)", re.S)  # also as JSON writes it for HTML
 
 def marked_name(match: re.Match) -> str:
-    "The name in a mark, as it was before it was written into JSON or HTML."
+    "Return the name in a mark, as it was before it was written into JSON or HTML."
     name = match[2]
     if match[1]:
         try: name = json.loads(f'"{name}"')
@@ -56,7 +56,7 @@ def cohort_people(
     folders, cases, patients = cohort_folders(study), set(), set()
     for folder in folders.values():
         try: table = read_manifest(folder).table
-        except VfmError: continue  # told elsewhere; marks hold names, too
+        except VfmError: continue  # reported elsewhere; marks hold names, too
         cases, patients = cases | {*table.get("case", ())}, patients | {*table.get("patient", ())}
     if load and study.cohort not in folders:
         try: made = load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
@@ -92,14 +92,14 @@ LEFT_OUT = "(message left out)"
 
 @lru_cache
 def shipped() -> str:
-    "The text of the report's pages and of the templates."
+    "Return the text of the report's pages and of the templates."
     files = [*report_notebooks(), *map(template_file, ("pretrain", "transfer", "external"))]
     return "\n".join(f.read_text(encoding="utf-8") for f in files)
 
 def message_parts(
     records: Iterable[dict],
 ) -> list[str]:  # the longest first
-    "Error messages, whole and by line, as pages write them; a line of our own pages says nothing about anybody."
+    "Split error messages as pages write them, whole and by line; a line of our own pages identifies nobody."
     texts = {str((r.get("error") or {}).get("message") or "").strip() for r in records}
     lines = {t for text in texts for t in (text, *(l.strip() for l in text.splitlines() if len(l.strip()) > 11))}
     told = {t for t in lines if len(t) > 3 and t not in shipped()}
@@ -127,12 +127,12 @@ class Publication:
         return self.called(value) if value in self.people else self.text(value)
 
     def called(self, name: str) -> str:
-        "What stands where a name stood."
+        "Return what stands where a name stood."
         if name.strip(): self.shown[0].add(name)
         return self.stand_in(name) if name.strip() else name
 
     def text(self, text: str) -> str:
-        "A text as it is published."
+        "Return a text as it is published."
         if text not in self.known:
             before, self.shown[0] = self.shown[0], set()
             out = unpacked(self.prepared(text), lambda t: self.names(self.machines(self.relative(t))))
@@ -143,7 +143,7 @@ class Publication:
         return self.known[text][0]
 
     def prepared(self, text: str) -> str:
-        "A text whose marks are gone, and what nobody can look into."
+        "Return a text whose marks are gone, and what nobody can look into."
         def bare(m: re.Match) -> str:
             stand_in = self.called(marked_name(m))
             return stand_in if self.pseudonyms else m[2]
@@ -166,7 +166,7 @@ def publication(
     names = {study.cohort: None, (study.external or {}).get("cohort"): None} | cohort_folders(study)
     for name, folder in names.items():
         try: card, more = read_card(folder/"card.yaml") if folder else (None, {})
-        except VfmError: card, more = None, {}  # the data page says what is wrong with it
+        except VfmError: card, more = None, {}  # the data page states what is wrong with it
         short = card.name if card else "cohort"
         if folder: folders |= {folder: short, folder/more.get("root", "."): short}
         if name and "/" in name and telling(last := Path(name).name): machines[last] = short
@@ -175,7 +175,7 @@ def publication(
     return Publication(study.name, people, relative, Sweep(machines), pseudonyms, messages)
 
 def publication_print(by: Publication) -> str:
-    "All that decides how texts are changed."
+    "Hash all that decides how texts are changed."
     return repr((by.study, key_id(), sorted(by.people)) if by.pseudonyms else "names as they are")
 
 # %% ../../nbs/916_published.ipynb #9ea35e51
@@ -248,7 +248,7 @@ def published_notebook(
 
 # %% ../../nbs/916_published.ipynb #208d4843
 def tally(by: Publication) -> dict:  # plain values
-    "What was published since the last call: names, pictures and free texts."
+    "Count what was published since the last call: names, pictures and free texts."
     (names, pictures, texts), by.shown = by.shown, [set(), 0, 0]
     kind = lambda name: by.people.get(name, "case")
     ids = {k: sorted(by.stand_in(n) for n in names if kind(n) == k) for k in ("case", "patient")}
@@ -258,7 +258,7 @@ def people_line(
     tallies: Iterable[dict],  # of a site's pages
     pseudonyms: bool,
 ) -> str:
-    "Say what in a site identifies people."
+    "State what in a site identifies people."
     tallies = list(tallies)
     cases, patients = (len({n for t in tallies for n in t[k]}) for k in ("case", "patient"))
     pictures, texts = (sum(t[k] for t in tallies) for k in ("pictures", "texts"))

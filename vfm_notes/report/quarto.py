@@ -40,7 +40,7 @@ def check_version(
 
 # %% ../../nbs/927_quarto.ipynb #f0e87ec8
 def quarto_version() -> str:  # "" where there is no Quarto
-    "Ask Quarto on PATH for its version."
+    "Find the version of Quarto on PATH."
     found = shutil.which("quarto")
     if not found: return ""
     asked = subprocess.run([found, "--version"], capture_output=True, text=True)
@@ -83,7 +83,7 @@ def project_print(
     folder: Path,  # generated pages
     version: str,  # of the renderer
 ) -> str:
-    "Fingerprint of what every page depends on."
+    "Hash what every page depends on."
     config = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
     config["website"].pop("page-footer", None)
     files = [p for p in sorted((folder / "assets").iterdir()) if p.suffix in (".css", ".scss", ".html", ".svg")]
@@ -95,7 +95,7 @@ def pages_to_render(
     before: dict,  # what `render_project` wrote last time
     around: str,  # from `project_print`
 ) -> list[str] | None:  # names of notebooks; None: all, in one go
-    "Say which pages changed since they were rendered."
+    "State which pages changed since they were rendered."
     now = {p.name: fingerprint(p) for p in sorted(folder.glob("*.ipynb"))}
     there = lambda name: (folder / "_site" / name).with_suffix(".html").exists()
     todo = [n for n, made in now.items() if before.get("pages", {}).get(n) != made or not there(n)]
@@ -165,7 +165,7 @@ def plain_script(
 # %% ../../nbs/927_quarto.ipynb #7b4866d0
 def without_modules(
     page: Path,  # a rendered page; changed in place
-    footer: str,  # what it says it was made from
+    footer: str,  # what it claims to be made from
 ) -> None:
     "Let a page load plain scripts, and renew its footer."
     text = page.read_text(encoding="utf-8")

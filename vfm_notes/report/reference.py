@@ -134,7 +134,7 @@ def class_doc(
 def documented(
     source: str,  # an exported cell
 ) -> list[Documented]:
-    "Read what a source says about its public functions and classes."
+    "Read how a source documents its public functions and classes."
     said, read = comments(source), {ast.FunctionDef: function_doc, ast.ClassDef: class_doc}
     return [read[type(n)](n, said) for n in ast.parse(source).body if type(n) in read and not n.name.startswith("_")]
 
@@ -235,7 +235,7 @@ def reference_page(
 def addresses(
     books: list[LibraryNotebook],
 ) -> dict[str, str]:  # public name → page and anchor; a name that two modules have is left out
-    "Say where each public name is documented."
+    "State where each public name is documented."
     found = [(d.name, f"{b.path.stem}.ipynb#{d.name}") for b in books for d in b.names]
     count = Counter(n for n, _ in found)
     return {n: to for n, to in found if count[n] == 1}

@@ -77,7 +77,7 @@ def made_from(
     study: StudySpec,
     records: list[dict],
 ) -> str:
-    "Say what the site was made from."
+    "State what the site was made from."
     commits = sorted({(r.get("commit") or "unknown")[:7] + "-dirty" * str(r.get("commit")).endswith("-dirty") for r in records})
     runs = f"{sum(r['status'] == 'done' for r in records)} records" + (f" (computed at commit {', '.join(commits)})" if commits else "")
     here = git_commit() or "unknown"
@@ -104,12 +104,12 @@ def write_assets(
 
 # %% ../../nbs/93_site.ipynb #22d2b9a9
 def look_files() -> list[Path]:
-    "What the look of every page is made from."
+    "Return what the look of every page is made from."
     own = report_notebooks()[0].parent
     return [project_root() / "_quarto.yml", *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html", ".svg"))]
 
 def assets_print() -> str:
-    "Fingerprint of everything around the pages."
+    "Hash everything around the pages."
     return fingerprint(*look_files(), code_print())
 
 # %% ../../nbs/93_site.ipynb #0133749e
@@ -153,7 +153,7 @@ def publish(
     folder: Path,  # generated pages with their `_site`
     new: Path,  # an empty folder, see stamp.replacing
 ) -> None:
-    "Put the rendered site into the readers' folder."
+    "Put the rendered site into the published folder."
     shutil.copytree(folder / "_site", new, dirs_exist_ok=True)
 
 # %% ../../nbs/93_site.ipynb #70372e2e
@@ -171,7 +171,7 @@ class SiteResult:
 
 # %% ../../nbs/93_site.ipynb #refprint
 def reference_print(renderer: tuple[str, str]) -> str:  # renderer: quarto or smalldocs, and its version
-    "Fingerprint of all that the library's pages are made from."
+    "Hash all that the library's pages are made from."
     code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "quarto.py")]
     return fingerprint(*library_notebooks(), *code, *look_files(), renderer)
 
@@ -234,7 +234,7 @@ def build_reference(
 def study_findings(
     study: str,  # name or path
 ) -> list[str]:
-    "Ask the analysis for its sentences."
+    "Compute the findings of a study as sentences."
     from vfm_notes.analysis.findings import findings
     return list(findings(load_study(study)))
 
@@ -311,7 +311,7 @@ def site_result(
     up_to_date: bool = False,
     made: tuple[str, ...] = (),  # pages that were made again
 ) -> SiteResult:
-    "Say what a site holds."
+    "State what a site holds."
     people = people_line([stamp["people"][p.name] for p in pages], pseudonyms)
     return SiteResult(target / "index.html", stamp["findings"], up_to_date, len(pages), made, tuple(stamp["problems"]),
                       people, time.monotonic() - begun)
@@ -325,7 +325,7 @@ def finish_site(
     reference: Path,  # generated pages of the library
     say: Callable[[str], None],
 ) -> None:
-    "Render the pages and put the site in the readers' place."
+    "Render the pages and put the site in its place."
     more = json.loads((reference / "search_entries.json").read_text(encoding="utf-8"))
     say_warnings(renderer, render(folder, renderer, more), say)
     failed = {p.split()[1] for p in stamp["problems"] if p.startswith("Page ")}

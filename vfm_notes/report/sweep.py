@@ -25,7 +25,7 @@ from ..foundation.places import report_notebooks, template_file
 def spellings(
     name: str,
 ) -> set[str]:
-    "Every way in which notebooks, pages and addresses write a name."
+    "List every way in which notebooks, pages and addresses write a name."
     plain = {unicodedata.normalize(form, n) for form in ("NFC", "NFD") for n in (name, name.replace("_", " "))}
     out = plain | {repr(n)[1:-1] for n in plain}
     out |= {json.dumps(n, ensure_ascii=a)[1:-1] for n in plain for a in (True, False)}
@@ -37,12 +37,12 @@ def spellings(
 # %% ../../nbs/913_sweep.ipynb #ed39804a
 @lru_cache
 def vocabulary() -> frozenset[str]:  # in small letters
-    "The words of the report's pages and of the templates."
+    "Return the words of the report's pages and of the templates."
     files = [*report_notebooks(), *map(template_file, ("pretrain", "transfer", "external"))]
     return frozenset(w for f in files for w in re.findall(r"[^\W\d_]{3,}", f.read_text(encoding="utf-8").lower()))
 
 def telling(name: str) -> bool:
-    "Can a name be told from other text wherever it stands?"
+    "Return whether a name can be distinguished from other text wherever it stands."
     if name.isdigit(): return len(name) >= 6
     if re.fullmatch(r"[a-z]\d+", name, re.I): return len(name) >= 5  # n24 and s0 are parts of a run's id
     return len(name) >= 4 - name.isalpha() and name.lower() not in vocabulary()
@@ -50,7 +50,7 @@ def telling(name: str) -> bool:
 def edges(
     word: str,  # one spelling
 ) -> tuple[str, str]:  # regular expressions: what may not stand before, and behind
-    "Say where a name begins and ends."
+    "State where a name begins and ends."
     if word.isdigit(): return r"(?<![\d.,])", r"(?!\d|[.,]\d)"
     if len(word) < 8 or word.isalpha(): return r"(?<![^\W_])", r"(?![^\W_])"
     return r"(?<!\d)" * word[0].isdigit(), r"(?!\d)" * word[-1].isdigit()
@@ -95,7 +95,7 @@ class Sweep:
     def __call__(self, text: str) -> str: return self.found.sub(self.swap, text)
 
     def swap(self, match: re.Match) -> str:
-        "One place."
+        "Swap one place."
         name = self.name[match[0].lower()]
         self.met.add(name)
         return match[0] if self.words[name] == name else self.words[name]

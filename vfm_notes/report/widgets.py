@@ -24,7 +24,7 @@ class Shown(widgets.VBox):
     "A box of controls and pictures, and a plain figure where nothing draws widgets."
 
     def figure(self) -> Figure:
-        "What to show without a widget front end; every kind of box has its own."
+        "Return what to show without a widget front end; every kind of box has its own."
         raise NotImplementedError
 
     def _repr_mimebundle_(self, include=None, exclude=None, **_):
@@ -33,7 +33,7 @@ class Shown(widgets.VBox):
 def static_bundle(
     figure: object,  # a Figure or an altair chart
 ) -> dict:  # media type → content, without any widget
-    "The forms of a figure that need no kernel."
+    "Return the forms of a figure that need no kernel."
     if isinstance(figure, Figure): return {"text/html": figure._repr_html_(), "text/plain": repr(figure)}
     from vfm_notes.foundation.chart import chart_bundle
     return chart_bundle(figure.to_dict())
@@ -46,7 +46,7 @@ def slice_plane(
     plane: str,  # one of PLANES
     at: int,  # slice number from 0
 ) -> np.ndarray:  # 2D: (h, w), (d, w) or (d, h); the latter two with the last d on top
-    "One slice of a plane."
+    "Cut one slice out of a plane."
     if plane == "axial": return volume[at]
     return (volume[:, at] if plane == "coronal" else volume[:, :, at])[::-1]
 
@@ -55,7 +55,7 @@ def slice_extent(
     spacing: tuple[float, float, float],  # mm
     plane: str,  # one of PLANES
 ) -> tuple[float, float]:  # height and width of a slice, mm
-    "How large a slice of a plane is."
+    "Return how large a slice of a plane is."
     d, h, w = (n * s for n, s in zip(shape, spacing))
     return {"axial": (h, w), "coronal": (d, w), "sagittal": (d, h)}[plane]
 
@@ -63,7 +63,7 @@ def slice_extent(
 def rgb(
     colour: str,  # "#rrggbb"
 ) -> np.ndarray:  # (3,) uint8
-    "A colour as numbers."
+    "Return a colour as numbers."
     return np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)], np.uint8)
 
 def blend(
@@ -108,12 +108,12 @@ class Scene:
     def shape(self) -> tuple[int, int, int]: return next(iter(self.rows.values())).shape
 
     def grey(self, volume: np.ndarray, name: str, plane: str, at: int) -> np.ndarray:
-        "A slice in its window: (h, w), or (h, w, 3) for a difference."
+        "Return a slice in its window: (h, w), or (h, w, 3) for a difference."
         shown = windowed(slice_plane(volume, plane, at), *self.windows[name])
         return diverging()[shown] if name in self.signed else shown
 
     def pixels(self, name: str, plane: str, at: int, opacity: float = 0.0, shown: Iterable[str] = (), curtain: float = 1.0) -> np.ndarray:
-        "A slice with its labels filled: (h, w, 3) uint8. `curtain` is the share of the width that shows the first version."
+        "Return a slice with its labels filled: (h, w, 3) uint8, `curtain` of its width from the first version."
         grey = self.grey(self.rows[name], name, plane, at)
         if name in self.after:
             edge = round(curtain * grey.shape[1])
@@ -122,7 +122,7 @@ class Scene:
         return blend(grey, [(mask, rgb(colour)) for mask, colour in filled], opacity)
 
     def labels(self, plane: str, at: int, shown: Iterable[str]) -> list[tuple[np.ndarray, str]]:
-        "Slices of some masks, (h, w) bool, each with its colour."
+        "Return slices of some masks, (h, w) bool, each with its colour."
         colours = dict(zip(self.masks, OUTLINES))
         return [(slice_plane(self.masks[m], plane, at), colours[m]) for m in shown]
 
@@ -131,14 +131,14 @@ def slice_slider(
     plane: str,  # one of PLANES
     count: int,  # slices there are
 ) -> widgets.IntSlider:
-    "A slider that counts slices from 1, as readers do, and begins in the middle."
+    "Make a slider that counts slices from 1, as readers do, and begins in the middle."
     return widgets.IntSlider(value=count // 2 + 1, min=1, max=count, description=plane, tooltip=f"{plane} slice; the arrow keys move it when it has the focus", layout=widgets.Layout(width="300px"))
 
 def range_slider(
     volume: np.ndarray,  # any shape; its finite values give the ends
     window: tuple[float, float],  # low, high to begin with
 ) -> dict:  # traits of a FloatRangeSlider
-    "The ends, the step and the value of a window's slider."
+    "Return the ends, the step and the value of a window's slider."
     v, (low, high) = volume[np.isfinite(volume)], window
     step = (high - low) / 100 or 1.0  # both ends of the window are whole steps, so that the browser does not move them
     below, above = np.ceil((low - v.min(initial=low)) / step), np.ceil((v.max(initial=high) - high) / step)
@@ -177,14 +177,14 @@ class VolumeViewer(Shown):
         self.arrange()
 
     def figure(self) -> Figure:
-        "Rows of slices, as pages show them."
+        "Return rows of slices, as pages show them."
         return scene_figure(self.scene, self.title)
 
 # %% ../../nbs/94_widgets.ipynb #87dbaa19
 FLOW = dict(flex_flow="row wrap", align_items="center")
 
 def escaped(text: str) -> str:
-    "Text as HTML."
+    "Escape a text for HTML."
     import html
     return html.escape(str(text))
 
@@ -193,14 +193,14 @@ def swatch(
     colour: str,  # "#rrggbb"
     box: widgets.Checkbox,  # shows or hides it
 ) -> widgets.HBox:
-    "A checkbox with the colour that it stands for."
+    "Make a checkbox with the colour that it stands for."
     return widgets.HBox([widgets.HTML(f'<span style="display:inline-block;width:12px;height:12px;border-radius:3px;background:{colour};border:1px solid #333" role="img" aria-label="colour of {escaped(name)}"></span>'), box], layout=widgets.Layout(margin="0 8px"))
 
 def scene_figure(
     scene: Scene,
     title: str,  # one line above
 ) -> Figure:
-    "A scene without controls: slices of every volume, before and after below each other."
+    "Draw a scene without controls: slices of every volume, before and after below each other."
     rows, windows = {}, {}
     for name, volume in scene.rows.items():
         versions = {f"{name} {scene.said[0]}": volume, f"{name} {scene.said[1]}": scene.after[name]} if name in scene.after else {name: volume}
@@ -215,7 +215,7 @@ def picture(
     name: str,  # of a volume
     plane: str,  # one of PLANES
 ) -> widgets.VBox:
-    "An image widget with its caption, at the slice's true proportions."
+    "Make an image widget with its caption, at the slice's true proportions."
     scene = viewer.scene
     high, wide = slice_extent(scene.shape, scene.spacing, plane)
     scale = viewer.width / max(slice_extent(scene.shape, scene.spacing, "axial"))
@@ -260,7 +260,7 @@ def caption(
     plane: str,  # one of PLANES
     at: int,  # slice number from 0
 ) -> str:  # HTML
-    "Name, slice and window of a picture."
+    "Write name, slice and window of a picture."
     low, high = scene.windows[name]
     where = f"{plane} {at + 1} of {scene.shape[PLANES.index(plane)]}"
     return f'<div style="line-height:1.3;font-size:12px"><b>{escaped(shown_name(name))}</b> {where}<br>window {low:.4g} to {high:.4g}</div>'
@@ -293,12 +293,12 @@ def volume_viewer(
     said: tuple[str, str] = ("before", "after"),  # names of the two sides of the curtain
     width: int = 260,  # of an axial picture, pixels of the screen
 ) -> VolumeViewer:  # draws itself
-    "Look at volumes: planes, window, overlays, linked sequences, before/after."
+    "Show volumes: planes, window, overlays, linked sequences, before/after."
     named = lambda v: {} if v is None else {str(k): np.asarray(x, np.float32) for k, x in (v.items() if isinstance(v, Mapping) else {"volume": v}.items())}
     rows, second, masks, signed = named(volume), named(after), masks_of(overlay, names), frozenset(signed)
     check_shapes(rows, masks | second)
     if strange := [k for k in second if k not in rows]: raise VfmError(f"volume_viewer: 'after' has '{strange[0]}', expected some of: {', '.join(rows)}.")
     if len(masks) > len(OUTLINES): raise VfmError(f"volume_viewer: the overlay has {len(masks)} labels, expected at most {len(OUTLINES)}, one for each colour; pass some of them as name → mask.")
     given = {k: (window.get(k) if isinstance(window, Mapping) else window) or window_of(v, k in signed) for k, v in rows.items()}
-    windows = {k: tuple(float(f"{end:.3g}") for end in ends) for k, ends in given.items()}  # as it is said
+    windows = {k: tuple(float(f"{end:.3g}") for end in ends) for k, ends in given.items()}  # as it is written
     return VolumeViewer(Scene(rows, masks, windows, tuple(spacing), second, signed, tuple(said)), title, width)

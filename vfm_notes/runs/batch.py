@@ -57,13 +57,13 @@ def note_end(study: str, job: Job, error: dict | None, seconds: float) -> None:
     write_whole(progress_file(study, job.name), json.dumps(note))
 
 def end_of(study: str, job: Job) -> dict | None:  # {ended, runs, error}
-    "How the job's notebook ended; None if it never did with all of the job's runs."
+    "Read how the job's notebook ended; None if it never did with all of the job's runs."
     try: note = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     return note if set(job.runs) <= set(note.get("runs", [])) else None
 
 def complete(study: str, job: Job, retry: bool = False) -> bool:  # retry: failures do not count
-    "Is there nothing to compute?"
+    "Return whether there is nothing to compute."
     note = end_of(study, job)
     return bool(note) and not missing(study, job.specs, failed=retry) and not (retry and note["error"])
 
@@ -74,7 +74,7 @@ def run_job(
     engine: str | None = "forked",  # papermill engine
     retry: bool = False,  # compute failed runs again
     limit: float = 0.0,  # minutes that a run may take, 0: any
-) -> str:  # "ran", "nothing to do", "busy" (another runner has it) or "left" (it was asked to)
+) -> str:  # "ran", "nothing to do", "busy" (another runner has it) or "left" (a stop was requested)
     "Execute a job until each of its runs has a record, done or failed."
     with needing_space(runs_root()), job_lock(study, job.name) as mine, listening(ask_kernels):
         if not mine: return "busy"
@@ -131,12 +131,12 @@ def count_records(study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 
     return summary
 
 def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:  # template → records of another version
-    "Which templates were edited after some of the records were made? (Asked of the file that the notebook was last made from.)"
+    "Find templates that were edited after some of the records were made."
     found, now = {}, {}
     for job in jobs:
         try: file = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["template"]
         except (OSError, ValueError): file = str(job.template)
-        except KeyError: continue  # it is at work, and tells its template at its end
+        except KeyError: continue  # it is at work, and reports its template at its end
         if file not in now: now[file] = template_hash(Path(file)) if Path(file).is_file() else ""
         made = [h for id in job.runs if (h := records.get(id, {}).get("template_hash"))]
         if other := sum(h != now[file] for h in made): found[file] = found.get(file, 0) + other
@@ -148,12 +148,12 @@ def to_do(
     jobs: list[Job],
     retry: bool = False,  # failed runs, too
 ) -> list[Job]:
-    "The jobs that have something to compute."
+    "List the jobs that have something to compute."
     return [j for j in jobs if not complete(study, j, retry) and ("done" in job_states(j, study).values() or not j.skipped)]
 
 # %% ../../nbs/76_batch.ipynb #768b8931
 def startable(study: str, jobs: list[Job], todo: list[Job]) -> list[Job]:
-    "Those of the jobs to do whose needs are done, or are to be done before."
+    "Return those of the jobs to do whose needs are done, or are to be done before."
     names = {j.name for j in jobs if set(job_states(j, study).values()) == {"done"}}
     found = []
     for job in todo:
@@ -178,22 +178,22 @@ class Batch:
     until: float = float("inf")  # no notebook is started after this (time.monotonic)
     limit: float = 0.0  # minutes that a run may take, 0: any
     stopped: str = ""  # why it ends early
-    patience: float = float("inf")  # once asked to leave: until when what runs is waited for (time.monotonic)
+    patience: float = float("inf")  # once a stop is requested: until when what runs is waited for (time.monotonic)
 
     def ready(self, job: Job) -> bool:
-        "Are the jobs that this one needs done, and is nobody else at work on it?"
+        "Return whether the jobs that this one needs are done, and nobody else is at work on it."
         waiting = {j.name for j in self.pending} | set(self.running)
         return not waiting & set(job.needs) and running_since(self.study, job.name) is None
 
     def possible(self, job: Job) -> bool:
-        "Do all runs that this job needs exist?"
+        "Return whether all runs that this job needs exist."
         return all(s == "done" for j in self.jobs if j.name in job.needs for s in job_states(j, self.study).values())
 
 # %% ../../nbs/76_batch.ipynb #be86eee9
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
     if self.pending and time.monotonic() > self.until:
-        show.say(f"the time is over: {len(self.pending)} notebooks are left for another time; what runs goes on to its end")
+        show.say(f"the time is over: {len(self.pending)} notebooks are not started; running ones finish")
         self.pending.clear()
     for job in [j for j in self.pending if self.ready(j)]:
         self.pending.remove(job)
@@ -214,7 +214,7 @@ def collect(self: Batch, show: Display) -> None:
             continue
         if isinstance(error, DiskFull): raise error
         if not error and future.result() == "left":
-            show.say(f"left    {name}: it was asked to; the same command goes on where it stopped")
+            show.say(f"paused  {name}: as requested; the same command continues where it stopped")
             continue
         busy, died = error is None and future.result() == "busy", isinstance(error, Died)
         self.deaths[name] = self.deaths.get(name, 0) + died
@@ -223,7 +223,7 @@ def collect(self: Batch, show: Display) -> None:
             if died: show.say(f"again   {name}: {error}")
             continue
         if isinstance(error, Lost):
-            show.say(f"lost    {name}: {error} The same command goes on.")
+            show.say(f"lost    {name}: {error} The same command continues.")
             continue
         if error: blame(self.study, job, {"type": type(error).__name__, "message": str(error)})
         self.ran += 1
@@ -231,7 +231,7 @@ def collect(self: Batch, show: Display) -> None:
 
 # %% ../../nbs/76_batch.ipynb #0b938cb8
 def outcome(self: Batch, job: Job) -> str:
-    "One line about a job that has ended."
+    "Describe in one line a job that has ended."
     states = list(job_states(job, self.study).values())
     bad, runs = len(states) - states.count("done"), f"{len(states)} run{'s' if len(states) > 1 else ''}"
     took = duration((end_of(self.study, job) or {}).get("seconds"))
@@ -262,13 +262,13 @@ def drop(self: Batch) -> None:
 
 def leave(self: Batch, show: Display) -> None:
     "Start nothing more, and let what runs come to a good place."
-    self.stopped = f"Asked to leave ({signal.Signals(asked()).name}); the same command goes on."
+    self.stopped = f"Stop requested ({signal.Signals(asked()).name}); the same command continues."
     self.drop()
     self.patience = time.monotonic() + (grace() + 15 if self.executor.leave() else 0)
-    if self.running: show.say(f"asked to leave: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")
+    if self.running: show.say(f"stop requested: waiting up to {duration(self.patience - time.monotonic())} for the checkpoints of {len(self.running)} notebooks")
 
 def watch(self: Batch, show: Display) -> None:
-    "Tell how far everything is."
+    "Report how far everything is."
     records = known_records(self.study)
     looks = [look_at(self.study, j, records) for j in self.pending + [j for j, _ in self.running.values()]]
     at_work = [k for k in looks if k.since]
@@ -279,7 +279,7 @@ for method in (start_ready, collect, outcome, loop, drop, leave, watch): setattr
 
 # %% ../../nbs/76_batch.ipynb #47c1a813
 def on_gpus(pool) -> str:  # pool: an executor
-    "What to say of its GPUs."
+    "Describe an executor's GPUs."
     gpus = getattr(pool, "gpus", [])
     return f" on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else ""
 
@@ -288,7 +288,7 @@ def maker(
     study: StudySpec,
     profile: Path | None = None,  # a file with what its jobs ask for
 ):  # makes the executor
-    "An executor with what the study says about it."
+    "Make an executor with the study's settings for it."
     import vfm_notes.runs.slurm  # registers it
     make, read = executors[executor], executors.card(executor).get("settings")
     return partial(make, settings=read(getattr(study, executor, {}), profile)) if read else make
@@ -302,11 +302,11 @@ def run_study(
     retry_failed: bool = False,
     templates: Path | None = None,  # a folder with one's own templates
     engine: str | None = "forked",  # papermill engine; None: papermill's own
-    profile: Path | None = None,  # a file with what each job asks for, of this machine or of the cluster
+    profile: Path | None = None,  # a file with what each job requests, of this machine or of the cluster
     seeds: str | None = None,  # e.g. "0-4,7"
     part: str | None = None,  # "i/n": every n-th notebook, beginning with the i-th
     max_hours: float | None = None,  # no notebook is started after this time
-    limit: float | None = None,  # minutes that a run may take, 0: any; None: as the study says
+    limit: float | None = None,  # minutes that a run may take, 0: any; None: as in the study
 ) -> Summary:
     "Compute what a study has not got yet."
     begun, study = time.monotonic(), load_study(name_or_path)

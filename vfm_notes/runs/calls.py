@@ -31,7 +31,7 @@ def import_named(name: str) -> type | Callable:  # name: "module:name"
     return found
 
 def packed(value: object) -> object:  # plain JSON
-    "A value as it travels."
+    "Pack a value so that it can travel."
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, Path): return {"path": str(value)}
     if isinstance(value, list): return [packed(v) for v in value]
@@ -45,7 +45,7 @@ def packed(value: object) -> object:  # plain JSON
 
 # %% ../../nbs/738_calls.ipynb #calls007
 def unpack_value(value: object) -> object:  # value: from packed
-    "A value that has travelled; only dataclasses of this package are made."
+    "Unpack a value that has travelled; only dataclasses of this package are made."
     if isinstance(value, list): return [unpack_value(v) for v in value]
     if not isinstance(value, dict): return value
     if "path" in value: return Path(value["path"])
@@ -57,7 +57,7 @@ def unpack_value(value: object) -> object:  # value: from packed
 
 # %% ../../nbs/738_calls.ipynb #calls010
 def encode(function: Callable, *args) -> bytes:
-    "A call as it travels; function and dataclasses must be importable."
+    "Encode a call so that it can travel; function and dataclasses must be importable."
     return json.dumps({"call": name_of(function), "args": packed(list(args))}, sort_keys=True).encode()
 
 def answer_of(call: str) -> tuple[bool, object]:  # call: file with it → what it returned, or False and what it raised
@@ -78,7 +78,7 @@ def leave_answer(answer: tuple[bool, object], result: str) -> None:  # result: a
     write_whole(Path(result), json.dumps(said))
 
 def pack_error(error: BaseException) -> dict:  # type, message, notes
-    "An exception as it travels."
+    "Encode an exception so that it can travel."
     message = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
     return {"type": type(error).__name__, "message": message, "notes": list(getattr(error, "__notes__", []))}
 
@@ -86,7 +86,7 @@ def pack_error(error: BaseException) -> dict:  # type, message, notes
 KNOWN = {c.__name__: c for c in (VfmError, DiskFull, DamagedFile, Stopped)}
 
 def read_answer(result: Path) -> tuple[bool, object]:  # as answer_of
-    "The answer to a call; exceptions of this package and of Python keep their type."
+    "Read the answer to a call; exceptions of this package and of Python keep their type."
     said = json.loads(result.read_bytes())
     if "value" in said: return True, unpack_value(said["value"])
     name, message = said["type"], said["message"]

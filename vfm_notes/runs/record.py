@@ -45,7 +45,7 @@ def new_record(
     status: str = "done",  # done or failed
     **values,  # any of the fields of `EMPTY`
 ) -> dict:
-    "A complete record; what is not given is empty."
+    "Make a complete record; what is not given is empty."
     for key in values:
         if key not in EMPTY: raise VfmError(f"Unknown record field '{key}'.{nearest(key, EMPTY)} Known: {', '.join(EMPTY)}.")
     here = {"notebook": os.environ.get("VFM_JOB", ""), "template_hash": os.environ.get("VFM_TEMPLATE_HASH", "")}
@@ -62,7 +62,7 @@ def failed_record(
     cell: int | None = None,  # index of the notebook's cell, if known
     **values,  # further fields
 ) -> dict:
-    "The record of a run that did not finish: it says why."
+    "Make the record of a run that did not finish: it states why."
     if isinstance(error, BaseException):
         error = {"type": type(error).__name__, "message": str(error), "traceback": "".join(traceback.format_exception(error))}
     full = {"type": "", "message": "", "cell": cell, "traceback": ""} | error
@@ -79,7 +79,7 @@ def compare_files(
     changed: float = SMALL_FILE,
     same: float = 0,  # and of files up to so many bytes with that time; not 0: of all tables
 ) -> str:  # "" if nothing
-    "Tell what is wrong with the companions of a record."
+    "Describe what is wrong with the companions of a record."
     for name, then in written.items():
         try: now = os.stat(f"{folder}/{name}")
         except FileNotFoundError: return f"{name} is missing"
@@ -103,7 +103,7 @@ def look(
     except FileNotFoundError: return None, "record.json is missing" if os.path.isdir(folder) else ""
     except (ValueError, NotADirectoryError) as e: return None, f"record.json is not readable ({e})"
     except OSError as e:
-        raise VfmError(f"{folder} cannot be read ({e.strerror}): ask its owner, or use another VFM_RUNS.") from None
+        raise VfmError(f"{folder} cannot be read ({e.strerror}): change its permissions, or use another VFM_RUNS.") from None
     if not isinstance(record, dict) or not {"schema", "id", "status", "spec"} <= record.keys():
         return None, "record.json is not a record"
     if record["schema"] != SCHEMA:
@@ -115,7 +115,7 @@ def look(
     return (None, why) if why else (record, "")
 
 def foreign(folder: Path) -> str:  # "" if nothing, also where there is no folder
-    "Tell what keeps a folder from being dropped: damage, or files that its record does not know."
+    "Describe what keeps a folder from being dropped: damage, or files that its record does not know."
     record, why = look(folder)
     if not record: return why
     more = sorted(set(os.listdir(folder)) - {"record.json", *record.get("files", {})})
@@ -123,7 +123,7 @@ def foreign(folder: Path) -> str:  # "" if nothing, also where there is no folde
 
 # %% ../../nbs/70_record.ipynb #6337763a
 def say(text: str) -> None:
-    "Tell the user something that needs no answer."
+    "Show the user a message that needs no answer."
     print(text, file=sys.stderr, flush=True)
 
 def set_aside(
@@ -131,7 +131,7 @@ def set_aside(
     why: str,  # what is wrong with it
     name: str = "",  # of the run; "" is that of the folder
 ) -> None:
-    "Rename a folder that cannot be trusted, and say so."
+    "Rename a folder that cannot be trusted, and report it."
     n, name = 1, name or folder.name
     while os.path.lexists(aside := folder.with_name(f"{name}.corrupt-{n}")): n += 1
     try: os.rename(folder, aside)
@@ -140,7 +140,7 @@ def set_aside(
 
 # %% ../../nbs/70_record.ipynb #9bfb5c28
 def plain_json(value):
-    "JSON without surprises: numpy scalars become numbers, NaN and infinity become null."
+    "Turn values into JSON without surprises: numpy scalars become numbers, NaN and infinity become null."
     if isinstance(value, dict): return {str(k): plain_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [plain_json(v) for v in value]
     if isinstance(value, (bool, int, str, type(None))): return value
@@ -155,7 +155,7 @@ def write_files(
     arrays: dict,  # name → {array name: numpy array}, None: no file
     metadata: dict,  # name → {key: text} inside its file
 ) -> dict[str, dict]:  # file name → {bytes, mtime, sha256}
-    "Write the companions of a record and say what was written."
+    "Write the companions of a record and return what was written."
     if any(v is not None for v in tables.values()):
         import pandas as pd
         for name, table in tables.items():
@@ -229,7 +229,7 @@ def damage_lines(
 # %% ../../nbs/70_record.ipynb #c6af3b84
 @contextmanager
 def no_collecting() -> Iterator[None]:
-    "Ten thousand records are many objects and no garbage: looking for some takes as long as reading."
+    "Switch the garbage collector off inside the block: ten thousand records are many objects and no garbage."
     on = gc.isenabled()
     gc.disable()
     try: yield
@@ -240,7 +240,7 @@ def scan_records(
     planned: Iterable[str] = (),  # run ids; their folders are records also without a record.json
     **depth,  # of the comparison, see compare_files
 ) -> tuple[list[dict], dict[str, str]]:  # records sorted by id; run id of a damaged one → what is wrong with it
-    "All records of a study, done and failed, and those that are damaged."
+    "Read all records of a study, done and failed, and find those that are damaged."
     root = str(study_root(study))
     try: names = sorted(e.name for e in os.scandir(root) if NAME.fullmatch(e.name) and e.is_dir())
     except (FileNotFoundError, NotADirectoryError): return [], {}
@@ -255,7 +255,7 @@ def scan_records(
 def read_records(
     study: str,  # name of the study
 ) -> list[dict]:  # sorted by id
-    "The records of a study that are whole."
+    "Read the records of a study that are whole."
     return scan_records(study)[0]
 
 # %% ../../nbs/70_record.ipynb #d29b81ff
@@ -264,7 +264,7 @@ def read_table(
     id: str,  # run id
     name: str,  # curves or cases
 ):  # pandas DataFrame, or None when the run has none
-    "One table of a run."
+    "Read one table of a run."
     path = run_folder(study, id)/f"{name}.parquet"
     if not path.exists(): return None
     import pandas as pd
@@ -276,7 +276,7 @@ def read_arrays(
     id: str,  # run id
     name: str,  # features or weights
 ) -> dict | None:  # array name → numpy array, None when the run has none
-    "The arrays of a run."
+    "Read the arrays of a run."
     path = run_folder(study, id)/f"{name}.safetensors"
     if not path.exists(): return None
     from safetensors.numpy import load_file
@@ -285,11 +285,11 @@ def read_arrays(
 
 # %% ../../nbs/70_record.ipynb #aa739c92
 def valid(record: dict | None, spec: Spec) -> bool:
-    "Is this the finished record of exactly this spec?"
+    "Return whether this is the finished record of exactly this spec."
     return bool(record) and record["status"] == "done" and record["id"] == run_id(spec) and record["spec"] == json.loads(canonical(spec))
 
 def stored(study: str, spec: Spec) -> dict | None:
-    "The finished record of a spec, or None."
+    "Return the finished record of a spec, or None."
     record = read_record(run_folder(study, run_id(spec)))
     return record if valid(record, spec) else None
 
@@ -298,7 +298,7 @@ def missing(
     specs: list,
     failed: bool = False,  # count recorded failures as missing, too
 ) -> list:
-    "The specs that still have to be computed."
+    "Return the specs that still have to be computed."
     records = [(s, read_record(run_folder(study, run_id(s)))) for s in specs]
     return [s for s, r in records if r is None or (not valid(r, s) and (failed or r["status"] != "failed"))]
 
@@ -311,7 +311,7 @@ def report_progress(
     text: str = "",  # e.g. "full s1 epoch 3/8 dice 0.71"
     run: str | None = None,  # id of the run at work; None: as before
 ) -> None:
-    "Tell the runner how far this notebook is; at most five times a second."
+    "Report to the runner how far this notebook is; at most five times a second."
     changed = run is not None and run != _last["run"]
     _last["run"] = _last["run"] if run is None else run
     target = os.environ.get("VFM_PROGRESS")
@@ -319,7 +319,7 @@ def report_progress(
     _last["time"] = time.monotonic()
     note = json.dumps({"done": done, "total": total, "text": text, "run": _last["run"]})
     try: write_whole(Path(target), note, synced=False)
-    except OSError: pass  # a full disk ends no training; it is told when something has to be kept
+    except OSError: pass  # a full disk ends no training; it is reported when something has to be kept
 
 # %% ../../nbs/70_record.ipynb #3ab91753
 @contextmanager

@@ -64,7 +64,7 @@ class SlurmSettings:
 def sbatch_options(
     settings: SlurmSettings,
 ) -> dict:  # as submitit names them
-    "Settings as options of sbatch."
+    "Write settings as options of sbatch."
     named = {k: v for k in ("partition", "account", "qos", "constraint") if (v := getattr(settings, k))}
     gpus = {"gpus_per_node": settings.gpus} if settings.gpus else {}
     env = thread_env(max(1, settings.cpus // settings.processes)) | {"VFM_PROCESSES": str(settings.processes),
@@ -78,7 +78,7 @@ def slurm_settings(
     study: dict,  # the study's `slurm:` mapping
     profile: str | Path | None = None,  # a YAML file with the same keys, which wins
 ) -> SlurmSettings:
-    "Settings of a study, changed by a profile."
+    "Read settings of a study, changed by a profile."
     settings = read_settings(SlurmSettings, study, profile, "slurm")
 
     if settings.gpus and settings.gpus != settings.processes: raise VfmError(f"slurm: each of {settings.processes} processes uses one GPU, and gpus is {settings.gpus}: make both the same.")
@@ -86,7 +86,7 @@ def slurm_settings(
 
 # %% ../../nbs/745_slurm.ipynb #fc06d5bf
 def own_id() -> str:
-    "The id of the job that this process is in."
+    "Return the id of the job that this process is in."
     here = os.environ.get
     return f"{array}_{here('SLURM_ARRAY_TASK_ID')}" if (array := here("SLURM_ARRAY_JOB_ID")) else here("SLURM_JOB_ID", "")
 
@@ -108,13 +108,13 @@ class SlurmCall:
         leave_answer(answer, str(Path(self.call).with_suffix(".result")))
 
     def checkpoint(self):
-        "The same call, once more."
+        "Return the same call, once more."
         from submitit.helpers import DelayedSubmission
         return DelayedSubmission(self)
 
 # %% ../../nbs/745_slurm.ipynb #364ebbeb
 def run_slurm(*command: str) -> str:
-    "What a Slurm command prints; its own message when it fails."
+    "Run a Slurm command and return what it prints; raise its own message when it fails."
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError: raise VfmError(f"There is no {command[0]} on PATH: run this on a machine of the cluster where Slurm's commands are installed, or use --executor local.") from None
     except subprocess.TimeoutExpired: raise VfmError(f"{command[0]} did not answer within 60 s: is the Slurm controller running?") from None
@@ -122,7 +122,7 @@ def run_slurm(*command: str) -> str:
     return done.stdout
 
 def in_queue() -> dict[str, str]:  # id → state and reason, e.g. "12_3" → "PENDING (Resources)"
-    "My jobs in the queue, one entry for each task of an array."
+    "List my jobs in the queue, one entry for each task of an array."
     rows = [line.split("|") for line in run_slurm("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r").splitlines()]
     return {id: state if reason in ("None", "") else f"{state} ({reason})" for id, state, reason in rows}
 
@@ -136,7 +136,7 @@ def try_out(
 def last_state(
     id: str,  # e.g. "12_3"
 ) -> str:  # e.g. CANCELLED, TIMEOUT, NODE_FAIL; "" when Slurm has forgotten it
-    "How a job ended."
+    "Find out how a job ended."
     try: text = run_slurm("scontrol", "-o", "show", "job", id)
     except VfmError: return ""
     return next((w.partition("=")[2] for w in text.split() if w.startswith("JobState=")), "")
@@ -149,10 +149,10 @@ class Queued:
         self.returncode, self.absent, self.last = None, 0, None  # None while it goes on; looks at the queue without it, and the last of them
 
     def poll(self) -> int | None:
-        "None while it waits or runs; 0 with a result, 1 without."
+        "Return None while it waits or runs; 0 with a result, 1 without."
         if self.returncode is None:
             seen = self.states()
-            if seen is self.last: return None  # nothing new, so the disk is not asked either
+            if seen is self.last: return None  # nothing new, so the disk is not read either
             self.last = seen
             self.absent = 0 if self.id in seen else self.absent + 1  # a file may come late on a shared disk, so look three times
             if self.result.exists(): self.returncode = 0
@@ -163,22 +163,22 @@ class Queued:
 def call_folder() -> Path: return study_root(".slurm")/getpass.getuser()  # of calls, answers and Slurm's own output
 
 def private_folder(folder: str | Path) -> Path:  # folder: made where there is none
-    "A folder that nobody else can write into."
+    "Make a folder that nobody else can write into."
     folder = Path(folder).resolve()
     if not str(folder).isprintable():
-        raise VfmError(f"{str(folder)!r} stands in the script of a job, which cannot hold it: set VFM_RUNS to a "
+        raise VfmError(f"{str(folder)!r} would be written into the script of a job, which cannot hold it: set VFM_RUNS to a "
                        "folder without line breaks in its path.")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH): return folder
-    raise VfmError(f"{folder} is not yours alone, and jobs do what its files say: 'chmod 700 "
+    raise VfmError(f"{folder} is not yours alone, and jobs execute what is in its files: 'chmod 700 "
                    f"{shlex.quote(str(folder))}', or set VFM_RUNS to a folder of yours.")
 
 def job_script(
     settings: SlurmSettings,
     count: int,  # jobs of the array
 ) -> str:
-    "The script that Slurm is given, without writing or asking anything."
+    "Write the script that Slurm is given, without touching any file or command."
     from submitit.slurm.slurm import _make_sbatch_string
     folder = call_folder().resolve()/"%j"
     command = f"{settings.python or shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -204,14 +204,14 @@ class SlurmExecutor:
         self.list, self.active, self.seen, self.looked, self.silent = [], [], {}, float("-inf"), 0
 
     def states(self) -> dict[str, str]:
-        "The queue, as of not long ago."
+        "Return the queue, as of not long ago."
         if time.monotonic() - self.looked > self.poll:
             self.looked = time.monotonic()
             try: self.seen, self.silent = in_queue(), 0
             except VfmError as error:
                 self.silent += 1
                 if self.silent > 20: raise
-                if self.silent == 1: say(f"{error} It is asked again.")
+                if self.silent == 1: say(f"{error} Slurm will be queried again.")
         return self.seen
 
     def submit(self, function: Callable, /, *args, log: Path | None = None) -> Future:
@@ -228,7 +228,7 @@ class SlurmExecutor:
 def note_file(log: Path) -> Path: return Path(log).with_suffix(".slurm")  # where the id of a notebook's job stands
 
 def find(self: SlurmExecutor, data: bytes, log: Path | None) -> Future | None:
-    "The job that an earlier runner has sent for the same call."
+    "Find the job that an earlier runner has sent for the same call."
     try:
         note = json.loads(note_file(log).read_text(encoding="utf-8"))
         call = Path(note["call"])
@@ -251,7 +251,7 @@ def send(self: SlurmExecutor, futures: list[Future]) -> list[str]:  # Slurm's id
     os.environ["PYTHONPATH"] = python_path()
     try:
         with sender.batch(): sent = [sender.submit(call) for call in calls]
-    except (FailedJobError, subprocess.CalledProcessError) as error: raise VfmError(f"Slurm refused the jobs (its own message stands above): {' '.join(str(error.__cause__ or error).split())}") from None
+    except (FailedJobError, subprocess.CalledProcessError) as error: raise VfmError(f"Slurm refused the jobs (see its own message above): {' '.join(str(error.__cause__ or error).split())}") from None
     finally: os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return [job.job_id for job in sent]
 
@@ -270,7 +270,7 @@ def batched(items: list, n: int) -> list[list]: return [items[i:i + n] for i in 
 TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED")
 
 def why(self: SlurmExecutor, future: Future) -> Died:
-    "What happened to a job that left no result."
+    "Explain what happened to a job that left no result."
     id, state = future.process.id, last_state(future.process.id)
     if state.startswith("CANCELLED"): return Cancelled(f"Slurm job {id} was cancelled.")
     if state in TAKEN: return Lost(f"Slurm took the machine of job {id} away ({state}).")
@@ -281,13 +281,13 @@ def end(self: SlurmExecutor, process: Queued) -> None:
     run_slurm("scancel", process.id)
 
 def leave(self: SlurmExecutor) -> bool:  # not worth waiting for
-    "Nothing: jobs on the cluster do not need this command."
+    "Do nothing: jobs on the cluster do not need this command."
     return False
 
 def shutdown(self: SlurmExecutor) -> None:
     "Leave the queue as it is: what was sent goes on."
     going = [f.process.id for f in self.active if not f.done()]
-    if going: say(f"{len(going)} Slurm jobs go on without this command ({going[0]} ...): the same command finds them again; `scancel -n vfm` stops them.")
+    if going: say(f"{len(going)} Slurm jobs continue without this command ({going[0]} ...): the same command finds them again; `scancel -n vfm` stops them.")
 
 for method in (find, send, pump, why, end, leave, shutdown): setattr(SlurmExecutor, method.__name__, method)
 SlurmExecutor.__enter__ = lambda self: self
@@ -297,7 +297,7 @@ SlurmExecutor.__exit__ = lambda self, *_: self.shutdown()
 def queued_jobs(
     study: str,
 ) -> dict[str, str]:  # name of a notebook's job → "Slurm 12_3 PENDING (Resources)"
-    "The notebooks of a study that are in the queue; nothing is asked when none was ever sent."
+    "List the notebooks of a study that are in the queue; run no command when none was ever sent."
     notes = {}
     for path in study_root(study).glob("logs/*.slurm"):
         try: notes[path.stem] = json.loads(path.read_text(encoding="utf-8"))["id"]

@@ -34,7 +34,7 @@ def resamples(
     draws: int,
     seed: int = 0,
 ) -> np.ndarray:  # (draws, n) numbers of cases, at least half of them distinct in each row
-    "Cases drawn with replacement."
+    "Draw cases with replacement."
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, n, (draws, n))
     while len(poor := np.flatnonzero((np.diff(np.sort(rows, 1), axis=1) > 0).sum(1) + 1 < n / 2)):

@@ -25,7 +25,7 @@ def tables(
     paired: bool = False,  # the same cases twice: n = m
     same_width: bool = True,  # the same layer: f = g
 ) -> tuple[Tensor, Tensor]:  # both float64, on the device of x
-    "Two checked tables of features."
+    "Check two tables of features."
     x, y = as_features(x, "x").double(), as_features(y, "y").double()
     if paired and len(x) != len(y):
         raise VfmError(f"A paired divergence needs the same cases twice, but x has {len(x)} rows and y has {len(y)}: match them by case.")
@@ -41,7 +41,7 @@ def centred(
     name: str = "x",  # how an error message calls it
     varies: bool = False,  # refuse a table in which all cases are equal
 ) -> Tensor:  # (n, f) without its mean
-    "A table without the mean of its columns."
+    "Subtract from a table the mean of its columns."
     z = x - x.mean(0)
     if varies and float(z.abs().max()) <= ROUNDING * float(x.abs().max()):
         raise VfmError(f"All {len(x)} cases have the same features in {name}: constant features have no shape to compare; check the layer.")
@@ -53,7 +53,7 @@ def mean_shift(
     x: Tensor | np.ndarray,  # (n, f)
     y: Tensor | np.ndarray,  # (m, f)
 ) -> float:  # ≥ 0, unit of the features
-    "Euclidean distance between the two means."
+    "Compute the Euclidean distance between the two means."
     x, y = tables(x, y)
     return float(torch.linalg.vector_norm(x.mean(0) - y.mean(0)))
 
@@ -63,7 +63,7 @@ def coral(
     x: Tensor | np.ndarray,  # (n, f)
     y: Tensor | np.ndarray,  # (m, f)
 ) -> float:  # ≥ 0, fourth power of the unit of the features
-    "Squared Frobenius distance between the covariances, over 4f²."
+    "Return the squared Frobenius distance between the covariances, over 4f²."
     x, y = (centred(t) for t in tables(x, y))
     return float((x.T @ x / (len(x) - 1) - y.T @ y / (len(y) - 1)).square().sum() / (4 * x.shape[1] ** 2))
 
@@ -72,7 +72,7 @@ def nuclear(
     a: Tensor,  # (p, k)
     b: Tensor,  # (q, k)
 ) -> float:  # sum of the singular values of a bᵀ
-    "Nuclear norm of a product, from the triangles of tall factors."
+    "Return the nuclear norm of a product, from the triangles of tall factors."
     a, b = (torch.linalg.qr(t, mode="r").R if t.shape[0] > t.shape[1] else t for t in (a, b))
     return float(torch.linalg.svdvals(a @ b.T).sum())
 
@@ -82,7 +82,7 @@ def frechet(
     x: Tensor | np.ndarray,  # (n, f)
     y: Tensor | np.ndarray,  # (m, f)
 ) -> float:  # ≥ 0, squared unit of the features
-    "Squared Fréchet distance between the Gaussians of the two sets."
+    "Return the squared Fréchet distance between the Gaussians of the two sets."
     x, y = tables(x, y)
     a, b = centred(x) / (len(x) - 1) ** 0.5, centred(y) / (len(y) - 1) ** 0.5
     spread = float(a.square().sum() + b.square().sum()) - 2 * nuclear(a, b)
@@ -100,7 +100,7 @@ def energy(
     x: Tensor | np.ndarray,  # (n, f)
     y: Tensor | np.ndarray,  # (m, f)
 ) -> float:  # ≥ 0, unit of the features
-    "Energy distance between two sets, V-statistic."
+    "Return the energy distance between two sets, V-statistic."
     x, y = tables(x, y)
     return max(2 * _mean_distance(x, y) - _mean_distance(x, x) - _mean_distance(y, y), 0.0)
 
@@ -109,7 +109,7 @@ def wasserstein1(
     x: Tensor,  # (n, l) a column per direction
     y: Tensor,  # (m, l)
 ) -> Tensor:  # (l,) area between the two distribution functions of each column
-    "Wasserstein-1 distance of every column."
+    "Return Wasserstein-1 distance of every column."
     z, order = torch.cat([x, y]).sort(0)
     step = torch.cat([x.new_full((len(x),), 1 / len(x)), x.new_full((len(y),), -1 / len(y))])
     return (step[order].cumsum(0)[:-1].abs() * z.diff(dim=0)).sum(0)
@@ -123,7 +123,7 @@ def sliced_wasserstein(
     directions: int = 256,  # L, at least 1
     seed: int = 0,  # of the directions
 ) -> float:  # ≥ 0, unit of the features
-    "Mean Wasserstein-1 distance over random directions."
+    "Return the mean Wasserstein-1 distance over random directions."
     x, y = tables(x, y)
     if directions < 1: raise VfmError(f"directions is {directions}: sliced Wasserstein needs at least 1; 256 is the default.")
     theta = torch.randn(directions, x.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -138,7 +138,7 @@ def cosine_drift(
     x: Tensor | np.ndarray,  # (n, f)
     y: Tensor | np.ndarray,  # (n, f) same cases
 ) -> float:  # 0 to 2; 1: at right angles
-    "Mean cosine distance of the pairs."
+    "Return the mean cosine distance of the pairs."
     x, y = tables(x, y, paired=True)
     size = [torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (x, y)]
     for name, s in zip("xy", size):
@@ -151,7 +151,7 @@ def procrustes(
     x: Tensor | np.ndarray,  # (n, f)
     y: Tensor | np.ndarray,  # (n, g) same cases
 ) -> float:  # 0 to 2
-    "Squared distance that is left after the best rotation."
+    "Return the squared distance that is left after the best rotation."
     a, b = (centred(t, name, varies=True) for t, name in zip(tables(x, y, paired=True, same_width=False), "xy"))
     a, b = (t / torch.linalg.matrix_norm(t) for t in (a, b))
     return max(2 - 2 * nuclear(a.T, b.T), 0.0)
@@ -162,7 +162,7 @@ def hsic1(
     k: Tensor,  # (n,) row sums of K without its diagonal
     l: Tensor,  # (n,) row sums of L without its diagonal
 ) -> float:
-    "Unbiased HSIC from the sums of two kernels without diagonal (Song et al. 2012, equation 5)."
+    "Return the unbiased HSIC from the sums of two kernels without diagonal (Song et al. 2012, equation 5)."
     n = len(k)
     return (inner + float(k.sum() * l.sum()) / ((n - 1) * (n - 2)) - 2 * float(k @ l) / (n - 2)) / (n * (n - 3))
 
@@ -171,7 +171,7 @@ def factors(
     z: Tensor,  # (n, f) centred
     rbf: bool,  # Gaussian kernel, else linear
 ) -> tuple[Tensor, Tensor]:  # left, right: their product is the kernel (its logarithm if rbf)
-    "What to multiply for a kernel."
+    "Return what to multiply for a kernel."
     if not rbf: return z, z.T / float(z.square().sum(1).mean())  # the scale cancels in CKA
     a = fold(z, median_bandwidth(z)[0])
     return a, torch.cat([a[:, :-2], a[:, -1:], a[:, -2:-1]], 1).T
@@ -182,7 +182,7 @@ def gram(
     rows: slice,
     rbf: bool,
 ) -> Tensor:  # (rows, n) kernel, 0 where a case meets itself
-    "Some rows of a kernel without its diagonal."
+    "Return some rows of a kernel without its diagonal."
     k = left[rows] @ right
     if rbf: k.exp_()
     k.diagonal(rows.start).zero_()
@@ -210,7 +210,7 @@ def cka_linear(
     x: Tensor | np.ndarray,  # (n, f), n ≥ 4
     y: Tensor | np.ndarray,  # (n, g) same cases
 ) -> float:  # 0 to 2; about 1: unrelated
-    "One minus debiased linear CKA."
+    "Return one minus debiased linear CKA."
     return _one_minus_cka(x, y, rbf=False)
 
 @divergences("cka_rbf", title="1 − CKA, Gaussian", zero="0 when a rotation, a shift and one scale explain all", cost="n²·f", paired=True, rotation="each", least=0.0)
@@ -218,7 +218,7 @@ def cka_rbf(
     x: Tensor | np.ndarray,  # (n, f), n ≥ 4
     y: Tensor | np.ndarray,  # (n, g) same cases
 ) -> float:  # 0 to 2; about 1: unrelated
-    "One minus debiased CKA with Gaussian kernels, each with its own median bandwidth."
+    "Return one minus debiased CKA with Gaussian kernels, each with its own median bandwidth."
     return _one_minus_cka(x, y, rbf=True)
 
 # %% ../../nbs/52_divergences.ipynb #071c0246

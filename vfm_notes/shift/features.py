@@ -23,7 +23,7 @@ from .mmd import as_features, mmd2_paired, two_sample_test
 def looking(
     backbone: nn.Module,
 ) -> Iterator[None]:
-    "Evaluation mode for a while; afterwards every module has the mode it had."
+    "Switch to evaluation mode inside the block; afterwards every module has the mode it had."
     modes = [(part, part.training) for part in backbone.modules()]
     backbone.eval()
     try: yield
@@ -36,7 +36,7 @@ def collect(
     volumes: Tensor | np.ndarray,  # (n, c, d, h, w), normalised
     batch_size: int = 8,
 ) -> dict[str, Tensor]:  # layer -> (n, f) float32 on the CPU, early to late
-    "Pooled features of every layer, in evaluation mode."
+    "Collect pooled features of every layer, in evaluation mode."
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     with looking(backbone):
         rows = [{k: v.float().cpu() for k, v in backbone.layers(batch.to(device)).items()} for batch in torch.as_tensor(volumes).split(batch_size)]
@@ -48,7 +48,7 @@ def check_layers(
     before: dict[str, Tensor],  # layer -> (n, f)
     after: dict[str, Tensor],  # layer -> (n, f)
 ) -> None:
-    "The same layers, cases and widths on both sides, or an error that names the layers."
+    "Refuse features that differ in layers, cases or widths; the error names the layers."
     lone = [f"'{k}' (only before)" for k in before if k not in after] + [f"'{k}' (only after)" for k in after if k not in before]
     if lone: raise VfmError(f"The layers do not match: {', '.join(lone)}; compare two states of one architecture.")
     bad = [f"'{k}' {tuple(before[k].shape)} against {tuple(after[k].shape)}" for k in before if before[k].shape != after[k].shape]
@@ -63,7 +63,7 @@ def standardise_pair(
     after: Tensor,  # (n, f)
     layer: str = "features",  # how an error message calls it
 ) -> tuple[Tensor, Tensor, int]:  # both (n, f') in deviations of `before` (float64), features left out
-    "Both tables in standard deviations of the first."
+    "Express both tables in standard deviations of the first."
     before, after = as_features(before, f"Layer '{layer}' before").double(), as_features(after, f"Layer '{layer}' after").double()
     mean, sd = before.mean(0), before.std(0, correction=0)
     keep = ~(sd <= CONSTANT_BELOW * before.abs().amax(0))
@@ -75,7 +75,7 @@ def distance(
     before: dict[str, Tensor],  # layer -> (n, f), pretrained
     after: dict[str, Tensor],  # layer -> (n, f), same cases
 ) -> dict[str, float]:  # layer -> MMD², the column `mmd2` of distance_to_pretraining
-    "Distance to pretraining of every layer, without a p-value."
+    "Measure the distance to pretraining of every layer, without a p-value."
     check_layers(before, after)
     tables = {k: standardise_pair(before[k], after[k], k)[:2] for k in before}
     return {k: mmd2_paired(*pair) for k, pair in tables.items()}
@@ -86,9 +86,9 @@ def distance_to_pretraining(
     after: dict[str, Tensor],  # layer -> (n, f), same cases
     permutations: int = 1000,  # swaps within pairs
     seed: int = 0,
-    pooling: str = "mean over positions",  # what layers() did, in words; only told
+    pooling: str = "mean over positions",  # what layers() did, in words; for the record only
 ) -> pd.DataFrame:  # a row per layer, early to late
-    "Distance to pretraining of every layer, with its paired p-value and all that it depends on."
+    "Measure the distance to pretraining of every layer, with its paired p-value and all that it depends on."
     check_layers(before, after)
     rows = []
     for layer in before:

@@ -26,7 +26,7 @@ def as_features(
     x: Tensor | np.ndarray,  # (n, f), any float or integer type
     name: str = "x",  # how an error message calls it
 ) -> Tensor:  # (n, f) float32 or float64, detached
-    "A checked table of features."
+    "Check a table of features."
     t = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))
     if t.ndim != 2: raise VfmError(f"{name} must be a table of features (n, f) but has shape {tuple(t.shape)}: pool it to one row per case first.")
     if len(t) < 2: raise VfmError(f"{name} has {len(t)} case(s): a distance between two sets needs at least 2 in each.")
@@ -42,7 +42,7 @@ def pool(
     y: Tensor | np.ndarray,  # (m, f)
     paired: bool = False,  # the same cases twice: n = m
 ) -> tuple[Tensor, int, int, Tensor]:  # (n+m, f) centred points, n, m, the mean that was taken off (float64)
-    "Both sets in one table, x first, without their common mean."
+    "Put both sets in one table, x first, without their common mean."
     x, y = as_features(x, "x"), as_features(y, "y")
     if x.shape[1] != y.shape[1]:
         raise VfmError(f"x has {x.shape[1]} features and y has {y.shape[1]}: both must come from the same layer.")
@@ -59,7 +59,7 @@ MEDIAN_EXACT, MEDIAN_DRAWN = 4096, 2048  # exact median up to so many points, el
 def median_bandwidth(
     z: Tensor,  # (n+m, f) pooled points
 ) -> tuple[float, str]:  # sigma in units of the features, the rule in words
-    "Sigma by the median rule: sigma² = median of the off-diagonal squared distances / 2."
+    "Compute sigma by the median rule: sigma² = median of the off-diagonal squared distances / 2."
     rule = "median, exact"
     if len(z) > MEDIAN_EXACT:
         rule = f"median of {MEDIAN_DRAWN} of {len(z)} points"
@@ -73,7 +73,7 @@ def choose_bandwidth(
     z: Tensor,  # (n+m, f) pooled points
     bandwidth: float | str,  # sigma > 0, or "median"
 ) -> tuple[float, str]:  # sigma, the rule in words
-    "The given sigma, or the one of the median rule."
+    "Return the given sigma, or the one of the median rule."
     if bandwidth == "median": return median_bandwidth(z)
     try: sigma = float(bandwidth)
     except (TypeError, ValueError): sigma = float("nan")
@@ -99,7 +99,7 @@ def polynomial(t: Tensor) -> Tensor: return t.add_(1).pow_(3)  # (1 + t) cubed, 
 def mixture(
     *multiples: float,  # of sigma, positive
 ) -> Callable[[Tensor], Tensor]:
-    "The mean of Gaussian kernels of several bandwidths, in place."
+    "Return the mean of Gaussian kernels of several bandwidths, in place."
     def mixed(t: Tensor) -> Tensor:
         return t.copy_(sum(torch.exp(t / s**2) for s in multiples[1:]) + t.div(multiples[0] ** 2).exp_()).div_(len(multiples))
     return mixed
@@ -114,7 +114,7 @@ def fold(
     z: Tensor,  # (n, f) centred points
     sigma: float,  # bandwidth
 ) -> Tensor:  # (n, f+2): points over sigma, minus half their squared norm, one
-    "Points with their norms as two more columns."
+    "Add to points their norms as two more columns."
     a = z.new_ones(len(z), z.shape[1] + 2)
     torch.div(z, sigma, out=a[:, :-2])
     a[:, -2] = -0.5 * torch.linalg.vector_norm(a[:, :-2], dim=1).square()
@@ -128,7 +128,7 @@ def checked_points(
     kernel: str = "gaussian",  # registered kernel
     paired: bool = False,  # the same cases twice
 ) -> tuple[Tensor, int, int, float, str]:  # (n+m, f+2) folded points, n, m, sigma (NaN without one), the rule in words
-    "Both sets, checked and ready for the tiles of a kernel."
+    "Prepare both sets, checked, for the tiles of a kernel."
     card = kernels.card(kernel)
     z, n, m, mean = pool(x, y, paired)
     z = z if kernel == "gaussian" else z.double()
@@ -145,7 +145,7 @@ def cut_tiles(
     first: int = 0,  # number of the first row
     device: str = "cpu",
 ) -> list[slice]:
-    "Rows cut into tiles."
+    "Cut rows into tiles."
     size = TILE.get(device, TILE["cuda"])
     return [slice(i, min(i + size, first + n)) for i in range(first, first + n, size)]
 
@@ -154,7 +154,7 @@ def tiles(
     rows: list[slice],  # rows of each tile, in order
     kernel: str = "gaussian",  # registered kernel
 ) -> Iterator[tuple[int, int, Tensor]]:  # tile row p ≤ tile column q; their kernel minus e⁻¹, diagonal 0
-    "The kernel on and above the diagonal, column by column; each tile overwrites the one before."
+    "Compute the kernel on and above the diagonal, column by column; each tile overwrites the one before."
     size, entry = max(r.stop - r.start for r in rows), kernels[kernel]
     room = a.new_empty(size * size)
     for q, cols in enumerate(rows):
@@ -173,7 +173,7 @@ def own(
     b: Tensor,  # (n, f+2) their partners
     kernel: str = "gaussian",  # registered kernel
 ) -> Tensor:  # (n,) float64, kernel of row i with row i, minus e⁻¹
-    "The kernel of pairs."
+    "Compute the kernel of pairs."
     a, b = a[:, :-2].double(), b[:, :-2].double()
     t = -0.5 * (a - b).square().sum(1) if kernels.card(kernel)["form"] == "distance" else (a * b).sum(1)
     return kernels[kernel](t).sub_(CENTRE)
@@ -189,7 +189,7 @@ def sums(
     m: int,  # of y
     kernel: str = "gaussian",  # registered kernel
 ) -> tuple[float, float, float]:  # within x, within y, between
-    "The three sums of the centred kernel without its diagonal."
+    "Compute the three sums of the centred kernel without its diagonal."
     rows = cut_tiles(n, 0, a.device.type) + cut_tiles(m, n, a.device.type)
     split = len(cut_tiles(n, 0, a.device.type))
     xx = yy = xy = 0.0
@@ -210,7 +210,7 @@ def mmd2(
     unbiased: bool = True,  # False keeps the diagonals: never negative, but never 0 for small samples either
     kernel: str = "gaussian",  # or laplace, mixture, linear, polynomial
 ) -> float:  # squared maximum mean discrepancy, at most 2 with a distance kernel
-    "MMD² between two sets of features, as for independent samples."
+    "Compute MMD² between two sets of features, as for independent samples."
     a, n, m, *_ = checked_points(x, y, bandwidth, kernel)
     xx, yy, xy = sums(a, n, m, kernel)
     if unbiased: return _combine(xx, yy, xy, n, m)
@@ -226,7 +226,7 @@ def mmd2_paired(
     bandwidth: float | str = "median",  # sigma, or "median" as in mmd2
     kernel: str = "gaussian",  # or laplace, mixture, linear, polynomial
 ) -> float:  # may be negative, at most 2 with a distance kernel
-    "MMD² without a case's own terms."
+    "Compute MMD² without a case's own terms."
     a, n, m, *_ = checked_points(x, y, bandwidth, kernel, paired=True)
     return without_pairs(*sums(a, n, m, kernel), a, n, kernel)
 
@@ -238,7 +238,7 @@ def without_pairs(
     n: int,  # cases
     kernel: str = "gaussian",  # registered kernel
 ) -> float:
-    "The statistic of pairs from the three sums."
+    "Compute the statistic of pairs from the three sums."
     return (xx + yy - 2 * (xy - float(own(a[:n], a[n:], kernel).sum()))) / (n * (n - 1))
 
 # %% ../../nbs/50_mmd.ipynb #7c837287
@@ -265,7 +265,7 @@ def splits(
     columns: int,
     rng: np.random.Generator,
 ) -> np.ndarray:  # (total, columns) uint8
-    "Random splits into n and total - n points."
+    "Draw random splits into n and total - n points."
     w = np.empty((total, columns), np.uint8)
     for i in range(0, total, 1024):
         part = w[i : i + 1024]
@@ -286,7 +286,7 @@ def labellings(
     permutations: int,  # B
     seed: int,
 ) -> Tensor:  # (n+m, 1+B) uint8, 1 where the point counts as one of x
-    "The observed labelling and B random ones."
+    "Draw B random labellings after the observed one."
     rng, w = np.random.default_rng(seed), np.empty((n + m, 1 + permutations), np.uint8)
     w[:, 0] = np.arange(n + m) < n
     if paired:
@@ -333,7 +333,7 @@ def two_sample_test(
     seed: int = 0,  # of the permutations
     kernel: str = "gaussian",  # or laplace, mixture, linear, polynomial
 ) -> TwoSample:
-    "MMD² and its permutation p-value: swaps within pairs if paired, else pooled permutations."
+    "Compute MMD² and its permutation p-value: swaps within pairs if paired, else pooled permutations."
     if permutations < 1: raise VfmError(f"permutations is {permutations}: a p-value needs at least 1; use mmd2 for the distance alone.")
     a, n, m, sigma, rule = checked_points(x, y, bandwidth, kernel, paired)
     uku, uk1, total = _quadratic(a, labellings(n, m, paired, permutations, seed).to(a.device), kernel)

@@ -20,11 +20,11 @@ def check_features(
     target: np.ndarray,  # (n,) whole numbers: a class per row; or (n, k) values
     groups: np.ndarray | None = None,  # (n,) any labels; default: every row is its own
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # features float64; classes 0, 1, … or values float64; groups 0, 1, …
-    "Features, target and groups, checked."
+    "Check features, target and groups."
     x, y = np.asarray(features, np.float64), np.asarray(target)
     if x.ndim != 2 or len(x) != len(y): raise VfmError(f"Features of shape {x.shape} and a target of shape {y.shape}: give a row of features and a target for each case or voxel.")
     if not np.isfinite(x).all(): raise VfmError(f"The features have {(~np.isfinite(x)).sum()} value(s) that are NaN or infinite: drop those cases or look at the layer that made them.")
-    if (x == x[0]).all(): raise VfmError(f"All {len(x)} rows of features are equal: constant features say nothing about a target; check the layer.")
+    if (x == x[0]).all(): raise VfmError(f"All {len(x)} rows of features are equal: constant features carry no information about a target; check the layer.")
     if y.ndim == 1:
         names, y, count = np.unique(y, return_inverse=True, return_counts=True)
         if len(names) < 2 or count.min() < 2: raise VfmError(f"The target has the classes {dict(zip(names.tolist(), count.tolist()))} (class: rows): a score needs at least two classes with two rows each.")
@@ -37,7 +37,7 @@ def check_features(
 def one_hot(
     y: np.ndarray,  # (n,) classes 0, 1, …
 ) -> np.ndarray:  # (n, classes) float64
-    "A column of zeros and ones for each class."
+    "Return a column of zeros and ones for each class."
     return np.eye(int(y.max()) + 1)[y]
 
 # %% ../../nbs/53_scores.ipynb #2d7c7015
@@ -48,7 +48,7 @@ def log_evidence(
     rest: np.ndarray,  # (k,) squared length of the target outside the features' span
     n: int,  # rows
 ) -> np.ndarray:  # (g, k) log evidence per row, at the best noise variance
-    "The evidence along λ."
+    "Return the evidence along λ."
     gain = 1 + s2 / lam[:, None]
     v = ((1 / gain) @ z2 + rest) / n
     return -0.5 * (np.log(2 * np.pi * v) + 1 + np.log(gain).sum(1, keepdims=True) / n)
@@ -60,7 +60,7 @@ def logme(
     target: np.ndarray,  # (n,) classes or (n, k) values
     groups: np.ndarray | None = None,  # not used
 ) -> float:  # log evidence per row, mean over columns
-    "Log maximum evidence of a Bayesian linear model."
+    "Return the log maximum evidence of a Bayesian linear model."
     x, y, _ = check_features(features, target)
     y = one_hot(y) if y.ndim == 1 else y
     u, s, _ = np.linalg.svd(x, full_matrices=False)
@@ -78,7 +78,7 @@ def binned(
     values: np.ndarray,  # (n,)
     bins: int = 4,
 ) -> np.ndarray:  # (n,) 0 … bins - 1
-    "Equally filled bins."
+    "Put values into equally filled bins."
     return np.searchsorted(np.quantile(values, np.arange(1, bins) / bins), values, side="right")
 
 # %% ../../nbs/53_scores.ipynb #6a703965
@@ -105,7 +105,7 @@ def principal(
     most: int = 64,  # components
     share: float = 1.0,  # of the variance that is enough
 ) -> np.ndarray:  # (n, components), centred
-    "Principal components."
+    "Return principal components."
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     keep = min(most, int((s > 1e-9 * s[0]).sum()), int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), share - 1e-12)) + 1)
     return u[:, :keep] * s[:keep]
@@ -117,7 +117,7 @@ def gbc(
     target: np.ndarray,  # (n,) classes
     groups: np.ndarray | None = None,  # not used
 ) -> float:  # -classes·(classes - 1) to 0
-    "Minus the overlap of Gaussian classes."
+    "Return minus the overlap of Gaussian classes."
     x, y, _ = check_features(features, target)
     x = principal(x)
     parts = [x[y == c] for c in range(y.max() + 1)]
@@ -132,7 +132,7 @@ def leep(
     source: np.ndarray,  # (n, z) probability of each source class
     y: np.ndarray,  # (n,) classes 0, 1, …
 ) -> float:  # at most 0
-    "Mean log probability of the labels, read from source classes."
+    "Return the mean log probability of the labels, read from source classes."
     joint = one_hot(y).T @ source
     return float(np.log(np.maximum((source * (joint / np.maximum(joint.sum(0), 1e-300)).T[:, y].T).sum(1), 1e-300)).mean())
 
@@ -143,7 +143,7 @@ def nleep(
     groups: np.ndarray | None = None,  # not used
     seed: int = 0,  # of the mixture's start
 ) -> float:  # at most 0
-    "LEEP on the components of a Gaussian mixture."
+    "Return LEEP on the components of a Gaussian mixture."
     from sklearn.mixture import GaussianMixture
     x, y, _ = check_features(features, target)
     x, classes = principal(x, share=0.8), int(y.max()) + 1
@@ -159,7 +159,7 @@ def agreement(
     y: np.ndarray,  # (n,) classes or (n, k) values
     guess: np.ndarray,  # the same shape
 ) -> float:  # balanced accuracy, or mean R² (at most 1)
-    "How well a guess fits."
+    "Measure how well a guess fits."
     if y.ndim == 1: return float(np.mean([(guess[y == c] == c).mean() for c in np.unique(y)]))
     return float((1 - ((y - guess) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)).mean())
 
@@ -167,7 +167,7 @@ def agreement(
 def scale_features(
     x: np.ndarray,  # (n, f)
 ) -> np.ndarray:  # (n, f'), features that do not vary left out
-    "Every feature in its own standard deviations."
+    "Divide every feature by its own standard deviation."
     sd = x.std(0)
     keep = sd > 1e-6 * np.abs(x).max(0)
     return (x[:, keep] - x[:, keep].mean(0)) / sd[keep]
@@ -180,7 +180,7 @@ def knn_score(
     groups: np.ndarray | None = None,  # (n,) rows of one group never answer for each other
     k: int = 5,  # neighbours, fewer where there are not as many
 ) -> float:  # balanced accuracy or R²
-    "Rows answered by their nearest rows of other groups."
+    "Score the answers of each row's nearest rows of other groups."
     x, y, g = check_features(features, target, groups)
     if g.max() == 0: raise VfmError(f"All {len(x)} rows belong to one group: nothing is left to answer for it; give rows of several cases.")
     x = scale_features(x)
@@ -199,7 +199,7 @@ def probe_score(
     groups: np.ndarray | None = None,  # (n,) a group is held out as a whole
     folds: int = 5,  # fewer where there are not as many groups
 ) -> float:  # balanced accuracy or R²
-    "Held-out score of a linear model."
+    "Return the held-out score of a linear model."
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline

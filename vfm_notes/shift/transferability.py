@@ -37,7 +37,7 @@ def rows_by_case(
     target: Tensor,  # (cases,) classes, or (cases, k) values
     patients: list,  # of the cases
 ) -> Iterator[Rows]:  # one per layer
-    "A row per case."
+    "Return a row per case."
     groups = np.unique(patients, return_inverse=True)[1]
     for layer, features in collect(backbone, inputs).items(): yield Rows(layer, features.numpy(), target.numpy(), groups)
 
@@ -46,7 +46,7 @@ def cell_labels(
     target: Tensor,  # (cases, d, h, w) label map
     stride: tuple[int, int, int],  # voxels per cell
 ) -> Tensor:  # (cases, cells)
-    "The label in the middle of every cell."
+    "Return the label in the middle of every cell."
     d, h, w = stride
     return rearrange(target[:, d // 2 :: d, h // 2 :: h, w // 2 :: w], "n d h w -> n (d h w)")
 
@@ -54,7 +54,7 @@ def cell_values(
     image: Tensor,  # (cases, 1, d, h, w)
     stride: tuple[int, int, int],  # voxels per cell
 ) -> Tensor:  # (cases, cells, up to 8)
-    "Intensities at fixed places inside every cell."
+    "Return intensities at fixed places inside every cell."
     places = product(*(sorted({s // 4, 3 * s // 4}) for s in stride))
     return torch.stack([rearrange(image[:, 0, i :: stride[0], j :: stride[1], k :: stride[2]], "n d h w -> n (d h w)") for i, j, k in places], -1)
 
@@ -65,7 +65,7 @@ def draw_cells(
     rows: int,  # cells wanted
     rng: np.random.Generator,
 ) -> np.ndarray:  # numbers of cells, ascending
-    "Cells for a score, balanced over classes."
+    "Draw cells for a score, balanced over classes."
     if labels is None: return np.sort(rng.choice(total, min(rows, total), replace=False))
     classes = np.unique(labels)
     parts = [np.flatnonzero(labels == c) for c in classes]
@@ -82,7 +82,7 @@ def cell_rows(
     seed: int = 0,  # of the drawing
     batch_size: int = 8,
 ) -> Iterator[Rows]:  # one per level of the pyramid
-    "Rows from cells of the feature maps."
+    "Return rows from cells of the feature maps."
     own, rng = backbone.in_channels, np.random.default_rng(seed)
     if target.ndim == 5 and inputs.shape[1] > own: target = target - inputs[:, own : own + 1]
     targets = [(cell_labels if target.ndim == 4 else cell_values)(target, s) for s in backbone.strides]
@@ -103,7 +103,7 @@ def score_rows(
     tables: Iterable[Rows],
     names: list[str] | None = None,  # registered scores; default: all
 ) -> pd.DataFrame:  # score, layer, value, n, features, direction, seconds, reason
-    "Every score of every table that it takes."
+    "Compute every score of every table that it takes."
     from threadpoolctl import threadpool_limits
     found = []
     for t in tables:
@@ -127,7 +127,7 @@ def transferability(
     rows: int = 600,  # cells per level, at most
     seed: int = 0,  # of cases and cells
 ) -> pd.DataFrame:  # score, layer, value, n, features, direction, seconds, reason
-    "How well a backbone suits a task, from its features and the labels alone."
+    "Score how well a backbone suits a task, from its features and the labels alone."
     total = sum(len(s.inputs) for s in splits)
     share, rng = min(1, cases / total), np.random.default_rng(seed)
     taken = [np.sort(rng.permutation(len(s.inputs))[: round(share * len(s.inputs))]) for s in splits]

@@ -87,7 +87,7 @@ def keep_gradients(
 def train_pairs_only(
     model: Network,  # with `lora` applied, changed in place
 ) -> None:
-    "LoRA as released: the head's linear layers get pairs, and nothing but pairs is trained."
+    "Apply LoRA as released: the head's linear layers get pairs, and nothing but pairs is trained."
     from peft import LoraConfig, inject_adapter_in_model
     linear = [k for k, m in model.head.named_modules() if type(m) is nn.Linear]
     if linear: inject_adapter_in_model(LoraConfig(r=4, lora_alpha=1, target_modules=linear), model.head)
@@ -160,12 +160,12 @@ REPORTED_METRICS = ("dice", "dice_PCS", "auc", "f1", "sensitivity", "specificity
 def fold_scores(
     wide: pd.DataFrame,  # case x metric
 ) -> dict[str, float | None]:  # of METRICS; None where undefined
-    "The task's summary, and the Dice of the fold alone, which is what the study reports."
+    "Return the task's summary, and the Dice of the fold alone, which is what the study reports."
     found = wide.mean().to_dict() | {"auc": case_auc(wide), "f1": binary_f1(wide["label"].to_numpy() == 1, wide["score_1"].to_numpy() >= 0.5)}
     return {m: None if math.isnan(found[m]) else round(found[m], 5) for m in REPORTED_METRICS}
 
 def mean_scores(rows: list[dict]) -> dict[str, float | None]:
-    "Mean of what is defined."
+    "Average what is defined."
     return {m: round(float(np.mean(v)), 5) if (v := [r[m] for r in rows if r[m] is not None]) else None for m in REPORTED_METRICS}
 
 # %% ../../nbs/67_as_released.ipynb #195f7cb4

@@ -23,7 +23,7 @@ from ..foundation.registry import backbones
 def describe_backbone(
     name: str,  # registered backbone
 ) -> dict:  # plain values
-    "The card of a backbone, its sizes as published, and its weights."
+    "Describe a backbone: its card, its sizes as published, and its weights."
     card, net = asdict(backbone_card(name)), skeleton(name)
     sizes = dict(in_channels=net.in_channels, parameters=sum(p.numel() for p in net.parameters()), embed_dim=net.embed_dim, widths=net.widths, strides=net.strides)
     return json.loads(json.dumps(card | sizes | {"weights": [asdict(weights_card(n)) for n in weights if n.split(".")[0] == name]}))

@@ -28,7 +28,7 @@ def structure_of(
     structure: str,  # a class, or "" for the last one
     task: str,  # for the message
 ) -> str:
-    "The class that a task looks for."
+    "Return the class that a task looks for."
     check_masks(card, task)
     if structure and structure not in card.classes[1:]: raise VfmError(f"Task '{task}': cohort '{card.name}' has no class '{structure}'.{nearest(structure, card.classes[1:])} Known: {', '.join(card.classes[1:])}.")
     return structure or card.classes[-1]
@@ -37,7 +37,7 @@ def check_both(
     present: np.ndarray,  # (n,) bool
     structure: str, card: CohortCard, task: str,  # for the message
 ) -> None:
-    "Training cases with and without a structure."
+    "Refuse training cases that are all with, or all without, a structure."
     if present.all() or not present.any(): raise VfmError(f"Task '{task}': {int(present.sum())} of the {len(present)} training cases of cohort '{card.name}' contain '{structure}', so presence cannot be learned; use more training cases or another structure.")
 
 # %% ../../nbs/613_detection.ipynb #5165f131
@@ -45,7 +45,7 @@ def presence_rows(
     present: np.ndarray,  # n, 0 or 1
     score: np.ndarray,  # n, probability of 1
 ) -> dict[str, np.ndarray]:
-    "Rows from which an AUC can be computed again."
+    "Return rows from which an AUC can be computed again."
     return {"label": present, "score_0": 1 - score, "score_1": score}
 
 # %% ../../nbs/613_detection.ipynb #b1a59d61
@@ -54,7 +54,7 @@ def detection_table(cases: pd.DataFrame) -> pd.DataFrame: return cases.pivot(ind
 def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())  # area under the ROC curve over cases
 
 def one_kind(cases: pd.DataFrame, structure: str) -> str:
-    "Say why a metric of cases is undefined."
+    "Explain why a metric of cases is undefined."
     return f"{'all' if detection_table(cases)['label'].iloc[0] else 'none'} of them contain '{structure}'"
 
 # %% ../../nbs/613_detection.ipynb #f9fe4358
@@ -126,7 +126,7 @@ class PresenceHead(nn.Module):
 def split_verdict(
     output: Tensor,  # b (classes + 2) d h w
 ) -> tuple[Tensor, Tensor]:  # b classes d h w, b 2
-    "Scores of voxels, scores of the case."
+    "Split an output into scores of voxels and scores of the case."
     return output[:, :-2], output[:, -2:].mean((2, 3, 4))
 
 # %% ../../nbs/613_detection.ipynb #933c3c29

@@ -38,7 +38,7 @@ class ImageTask(Task):
     def validate(self, output: Tensor, data: TaskData) -> float: return float(psnr(output, data.target).mean())
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
-        "The first guess itself or, where there is none, the average training image."
+        "Return the first guess itself or, where there is none, the average training image."
         guess = train.target.mean(0, keepdim=True).expand_as(test.target) if self.residual is None else test.inputs[:, -1:]
         return self.evaluate(guess, test)
 
@@ -47,7 +47,7 @@ class ImageTask(Task):
              target: np.ndarray,  # n d h w, raw intensities
              like: np.ndarray,  # n d h w, the volume whose mean and spread standardise the target
              cohort: Cohort) -> TaskData:
-        "Inputs on the backbone's scale, with the first guess; the target standardised like a given volume."
+        "Return inputs on the backbone's scale, with the first guess; the target standardised like a given volume."
         x, y = self.scale(inputs), standardise(target[:, None], *moments(like[:, None]))
         if self.residual is not None: x = np.concatenate([x, normalise(inputs[:, [self.residual]])], 1)
         return TaskData(torch.from_numpy(x), torch.from_numpy(y), cohort.names, cohort.patients, cohort.card.spacing)

@@ -26,7 +26,7 @@ def large_parts(
     mask: np.ndarray,  # d h w, bool
     least: float,  # voxels that a part must exceed
 ) -> list[np.ndarray]:  # masks, in the order of their first voxel
-    "The connected parts that are large enough."
+    "Return the connected parts that are large enough."
     parts, n = components(mask, TOUCH)
     sizes = np.bincount(parts.ravel(), minlength=n + 1)
     return [parts == k for k in range(1, n + 1) if sizes[k] > least]
@@ -39,7 +39,7 @@ def lesion_candidates(
     smallest: float = 7.5,  # mm³; a part must be larger
     stop: float = 0.01,  # a lower peak ends the search
 ) -> list[Candidate]:  # the most confident first
-    "Lesion candidates by a dynamic threshold."
+    "Find lesion candidates by a dynamic threshold."
     left, taken, found, voxel = probability.copy(), np.zeros(probability.shape, bool), [], float(np.prod(spacing))
     while len(found) < most and (peak := left.max()) >= stop:
         parts = large_parts(left >= peak/factor, smallest/voxel + 1e-6)
@@ -82,7 +82,7 @@ def match_lesions(
 def average_precision(
     cases: list[Found],
 ) -> float:
-    "Area under the precision-recall curve of all candidates; NaN where there is no lesion at all."
+    "Return the area under the precision-recall curve of all candidates; NaN where there is no lesion at all."
     from sklearn.metrics import average_precision_score
     lesions, hit = sum(c.lesions for c in cases), np.concatenate([np.array(c.hit, bool) for c in cases])
     if not lesions: return float("nan")

@@ -17,7 +17,7 @@ def class_masks(
     labels: Tensor,  # b d h w, whole numbers
     n_classes: int,  # including the background
 ) -> Tensor:  # b c d h w
-    "A label map as one mask per class."
+    "Return a label map as one mask per class."
     return rearrange(torch.nn.functional.one_hot(labels.long(), n_classes), "b d h w c -> b c d h w").float()
 
 def dice_per_class(
@@ -25,7 +25,7 @@ def dice_per_class(
     reference: Tensor,  # b d h w, whole numbers
     n_classes: int,  # including the background
 ) -> np.ndarray:  # b c−1, NaN where the reference has no such voxel
-    "Dice of every foreground class in every case."
+    "Return Dice of every foreground class in every case."
     from monai.metrics import compute_dice
     return compute_dice(class_masks(predicted, n_classes), class_masks(reference, n_classes), include_background=False).numpy()
 
@@ -34,12 +34,12 @@ def surface(
     mask: np.ndarray,  # d h w, bool
     spacing: tuple,  # mm, d h w
 ) -> np.ndarray:  # (n, 3) mm
-    "The places of the voxels that touch the outside by a face."
+    "Return the places of the voxels that touch the outside by a face."
     from scipy.ndimage import binary_erosion
     return np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing, float)
 
 def surface_distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # a, b: from surface
-    "How far every point of each surface is from the other surface."
+    "Return how far every point of each surface is from the other surface."
     from scipy.spatial import cKDTree
     return cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
 
@@ -50,7 +50,7 @@ def hausdorff_per_class(
     spacing: tuple,  # mm, d h w
     percentiles: tuple = (95, 100),  # 100: the Hausdorff distance itself
 ) -> np.ndarray:  # percentiles b c−1 in mm, NaN where either mask is empty
-    "Percentiles of the surface distance, the larger of the two directions."
+    "Return percentiles of the surface distance, the larger of the two directions."
     pairs, found = list(zip(predicted.numpy(), reference.numpy())), np.full((len(percentiles), len(predicted), n_classes - 1), np.nan)
     for i, (made, true) in enumerate(pairs):
         for k in range(1, n_classes):
@@ -63,14 +63,14 @@ def hausdorff_per_class(
 def intensity_range(
     reference: Tensor,  # b 1 d h w
 ) -> Tensor:  # b, maximum − minimum
-    "The intensity range of each case."
+    "Return the intensity range of each case."
     return reduce(reference, "b ... -> b", "max") - reduce(reference, "b ... -> b", "min")
 
 def psnr(
     predicted: Tensor,  # b 1 d h w
     reference: Tensor,  # b 1 d h w
 ) -> np.ndarray:  # b, dB
-    "Peak signal-to-noise ratio of each case."
+    "Return the peak signal-to-noise ratio of each case."
     mse = reduce((predicted - reference)**2, "b ... -> b", "mean")
     return (10 * torch.log10(intensity_range(reference)**2 / mse)).numpy()
 
@@ -79,7 +79,7 @@ def ssim(
     reference: Tensor,  # b 1 d h w
     window: int = 7,  # voxels; at most the largest odd number that fits the volume
 ) -> np.ndarray:  # b, at most 1
-    "Structural similarity of each case."
+    "Return the structural similarity of each case."
     from monai.metrics import SSIMMetric
     scale = rearrange(intensity_range(reference), "b -> b 1 1 1 1").clamp_min(1e-6)
     low = rearrange(reduce(reference, "b ... -> b", "min"), "b -> b 1 1 1 1")
@@ -92,7 +92,7 @@ def auc(
     label: np.ndarray,  # n, 0 or 1
     score: np.ndarray,  # n, higher means more likely 1
 ) -> float:
-    "Area under the ROC curve; NaN where only one class is present."
+    "Return the area under the ROC curve; NaN where only one class is present."
     from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(label, score)) if len(set(np.asarray(label).tolist())) == 2 else float("nan")
 
@@ -100,7 +100,7 @@ def quadratic_kappa(
     label: np.ndarray,  # n, ordered classes 0, 1, 2 …
     predicted: np.ndarray,  # n, ordered classes
 ) -> float:
-    "Agreement of ordered classes beyond chance; NaN where the reference has one class only."
+    "Return agreement of ordered classes beyond chance; NaN where the reference has one class only."
     from sklearn.metrics import cohen_kappa_score
     return float(cohen_kappa_score(label, predicted, weights="quadratic")) if len(set(np.asarray(label).tolist())) > 1 else float("nan")
 
@@ -109,7 +109,7 @@ def recall_parts(
     label: np.ndarray,  # n, classes 0, 1, 2 …
     predicted: np.ndarray,  # n, classes
 ) -> np.ndarray:  # n, whose mean is the macro recall
-    "What every case adds to the macro recall."
+    "Return what every case adds to the macro recall."
     kinds, of, count = np.unique(label, return_inverse=True, return_counts=True)
     return (np.asarray(label) == predicted) * len(label)/(len(kinds)*count[of])
 
@@ -118,14 +118,14 @@ def hits(
     predicted: np.ndarray,  # n, 0 or 1
     of: int,  # 1: sensitivity, 0: specificity
 ) -> np.ndarray:  # n, 1 where right, 0 where wrong, NaN where the case is of the other class
-    "The cases of one class: were they found?"
+    "Return for each case of one class whether it was found."
     return np.where(np.asarray(label) == of, (np.asarray(label) == predicted).astype(float), np.nan)
 
 def binary_f1(
     label: np.ndarray,  # n, 0 or 1
     predicted: np.ndarray,  # n, 0 or 1
 ) -> float:
-    "Harmonic mean of precision and sensitivity; NaN where no case is positive."
+    "Return the harmonic mean of precision and sensitivity; NaN where no case is positive."
     from sklearn.metrics import f1_score
     return float(f1_score(label, predicted, zero_division=0.0)) if np.any(label) else float("nan")
 
@@ -134,6 +134,6 @@ def r_squared(
     truth: np.ndarray,  # n
     predicted: np.ndarray,  # n
 ) -> float:
-    "Share of the variance that is explained; NaN where the truth does not vary."
+    "Return the share of the variance that is explained; NaN where the truth does not vary."
     from sklearn.metrics import r2_score
     return float(r2_score(truth, predicted)) if len(truth) > 1 and np.ptp(truth) > 0 else float("nan")

@@ -29,7 +29,7 @@ def accepted_by(
     study: str,  # name of a study
     name: str,  # architecture.weights
 ) -> list[str]:  # licences or weights
-    "What a run of the study may use."
+    "Return what a run of the study may use."
     asked = "VFM_JOB" in os.environ  # set by the batch, which starts with `check_names`
     return [name] if asked else load_study(study).licences if study in studies() else []
 
@@ -38,7 +38,7 @@ def published_state(
     in_channels: int,  # input sequences
     study: str,  # name of the study that the run belongs to
 ) -> dict[str, Tensor] | None:  # of the backbone; None when nobody published such weights
-    "The state of a backbone with its published weights."
+    "Return the state of a backbone with its published weights."
     if name not in weights: return None
     accepted = accepted_by(study, name)
     fetch(name, accepted)  # before a large network is built
@@ -51,8 +51,8 @@ def starting_point(
     spec: RunSpec | PretrainSpec,
     study: str,  # name of the study that the run belongs to
 ) -> Start:  # without a state where it begins with random weights, or nobody made any
-    "The weights of a run, adapted as their plan says."
-    if spec.kind == "pretrain": key_id()  # what is wrong with the site key is told before the training, not after it
+    "Return the weights of a run, adapted as their plan allows."
+    if spec.kind == "pretrain": key_id()  # what is wrong with the site key is reported before the training, not after it
     name, parent = (spec.start, "") if spec.kind == "pretrain" else (spec.backbone if needs_weights(spec) else "", spec.parent)
     if not name: return Start()
     cohort = run_cohort(spec)

@@ -30,7 +30,7 @@ from ..pretrain.trainer import parameter_groups
 TYPE_WORDS = {int: "a whole number", float: "a number"}
 
 def check_value(name: str, option: str, value, annotation) -> None:
-    "Raise when a value is not what the strategy's argument asks for."
+    "Raise when a value is not of the type of the strategy's argument."
     kinds = [a for a in get_args(annotation) or (annotation,) if a is not NoneType]
     if isinstance(value, tuple(k for k in kinds if isinstance(k, type))) or (float in kinds and isinstance(value, int)) or value in kinds: return
     words = [k for k in kinds if isinstance(k, str)]
@@ -52,13 +52,13 @@ def strategy_options(
 def strategy_card(
     text: str,  # a strategy's line
 ) -> dict:  # what it was registered with
-    "The card of a strategy that is written with options."
+    "Return the card of a strategy that is written with options."
     return strategies.card(parse_strategy(text)[0])
 
 def needs_weights(
     spec: RunSpec,
 ) -> bool:
-    "Does a run start from weights that somebody trained?"
+    "Return whether a run starts from weights that somebody trained."
     return strategy_card(spec.strategy)["pretrained"] and not weightless(spec.backbone)
 
 # %% ../../nbs/64_strategy.ipynb #2e851521
@@ -82,7 +82,7 @@ def run_empty(
 def block_names(
     backbone: Backbone,
 ) -> list[str]:  # in the order in which they run
-    "Where the blocks of an encoder are."
+    "Find the blocks of an encoder."
     names, called = {m: k for k, m in backbone.named_modules()}, []
     run_empty(backbone, enter=called.append)
     order = {name: i for i, name in reversed(list(enumerate(called)))}  # when each was first called
@@ -94,7 +94,7 @@ def depths(
     model: Network,
     found: list[str],  # from block_names
 ) -> dict[str, int]:  # parameter → 0 before the blocks, 1 … n the blocks, n + 1 after them
-    "How deep every parameter of a network is, by the order in which the modules run."
+    "Return how deep every parameter of a network is, by the order in which the modules run."
     block = {name: i + 1 for i, name in enumerate(found)}
     first, last = {}, 0  # module → the last block that was entered when it was first called
     def enter(name: str) -> None:
@@ -123,7 +123,7 @@ class Tuning:
 
     @property
     def parameters(self) -> dict[str, int]:  # as records keep them
-        "Trainable and total parameters."
+        "Return trainable and total parameters."
         return {k: sum(part[k] for part in self.parts) for k in ("trainable", "total")}
 
     def groups(
@@ -132,7 +132,7 @@ class Tuning:
         lr: float,  # peak learning rate
         weight_decay: float,
     ) -> list[dict] | None:  # for the trainer; None where all learn at the same rate
-        "Parameter groups with rates of their own."
+        "Return parameter groups with rates of their own."
         if not self.rates: return None
         rate, found = {p: self.rates.get(name, 1.0) for name, p in model.named_parameters()}, []
         for group in parameter_groups(model, weight_decay):
@@ -177,7 +177,7 @@ def freeze_first(
     for p in list(model.backbone.parameters())[:count]: p.requires_grad_(False)
 
 def check_fraction(name: str, fraction: float) -> float:
-    "A share of parameter tensors, above 0 to 1."
+    "Refuse a share of parameter tensors that is not above 0 and at most 1."
     if not 0 < fraction <= 1: raise VfmError(f"Strategy '{name}': fraction is {fraction}, expected above 0 to 1.")
     return fraction
 
@@ -185,7 +185,7 @@ def check_fraction(name: str, fraction: float) -> float:
 @strategies("top", title="last blocks", pretrained=True)
 def top(
     model: Network,
-    k: int | None = None,  # blocks, counted from the last; 1 when nothing else is said
+    k: int | None = None,  # blocks, counted from the last; 1 by default
     from_: int | None = None,  # first block that is trained, counted from 1
     fraction: float | None = None,  # share of the encoder's tensors, the last ones
 ) -> None:
@@ -203,7 +203,7 @@ def top(
 @strategies("decoder", title="frozen encoder", pretrained=True)
 def decoder(
     model: Network,
-    fraction: float | None = None,  # share of the encoder's tensors that is frozen, the first ones; nothing said: all
+    fraction: float | None = None,  # share of the encoder's tensors that is frozen, the first ones; default: all
 ) -> None:
     "Train what the task puts on the encoder, and the encoder's last tensors where a fraction is given."
     count = len(list(model.backbone.parameters()))
@@ -217,7 +217,7 @@ class Skipped(nn.Module):
 def shape_keeping(
     backbone: Backbone,
 ) -> set[str]:  # names of modules whose output has the shape of their input
-    "Which modules could be left out."
+    "Find modules that could be left out."
     kept = set()
     def see(name, module, given, out):
         if isinstance(out, torch.Tensor) and given and getattr(given[0], "shape", None) == out.shape: kept.add(name)
@@ -243,7 +243,7 @@ def count_parts(
     model: Network,
     found: list[str],  # from block_names, before the strategy
 ) -> list[dict]:  # part, trainable, total (parameters), tensors (trainable)
-    "What is trained where."
+    "Count what is trained where."
     depth, last = depths(model, found), len(found) + 1
     words = lambda name, d: "head" if name.startswith("head.") else "before the blocks" if d == 0 else "after the blocks" if d == last else f"block {d}"
     parts = {}

@@ -31,7 +31,7 @@ def check_weights(
     made = [s.backbone for s in pretrain_specs(study)]
     if name in made or weightless(name): return
     if not known_weights(name):
-        if (path := weights_file(name)).is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
+        if (path := weights_file(name)).is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so it is unknown what the network expects; make the weights again with this version, or register a card for them.")
         raise VfmError(f"Study '{study.name}': backbone '{name}' needs weights that its 'pretrain' section does not make and that no card of published weights names."
                        f"{nearest(name, [*made, *weights])} Add them to 'pretrain', or choose from: vfm weights list.")
     try: check_licence(weights_card(name), study.licences)
@@ -61,7 +61,7 @@ def check_head_weights(
 def weights_of(
     study: StudySpec,
 ) -> list[str]:  # of backbones and heads, each once
-    "Published weights that the runs of a study start from."
+    "Return published weights that the runs of a study start from."
     made = {s.backbone for s in pretrain_specs(study)}
     named = [*study.backbones, *(s.start for s in pretrain_specs(study)), *(str(o.get("deit", "")) for o in study.tasks.values() if o.get("head") == "deit")]
     return [n for n in dict.fromkeys(named) if "." in n and n not in made]
@@ -69,7 +69,7 @@ def weights_of(
 def weights_problems(
     study: StudySpec,
 ) -> list[str]:  # a sentence each
-    "Weights that a study needs and that are unknown, not accepted, or not here yet."
+    "Describe the weights that a study needs and that are unknown, not accepted, or not here yet."
     found = []
     for name in weights_of(study):
         try: check_weights(study, name)
@@ -97,7 +97,7 @@ def check_start(
 def name_checks(
     study: StudySpec,
 ) -> Iterator[Callable[[], object]]:  # each raises on a name that no registry knows, suggesting the nearest
-    "Everything that a study names, one check each."
+    "List everything that a study names, one check each."
     yield lambda: cohort_maker(study.cohort)
     yield lambda: check_strategies(study)
     known = [parse_strategy(s)[0] for s in study.strategies]

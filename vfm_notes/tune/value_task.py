@@ -45,7 +45,7 @@ class MultiLabel(CaseTask):
         return case_table(data, {f"label_{t}": data.target[:, k].numpy() for k, t in enumerate(names)} | {f"score_{t}": score[:, k] for k, t in enumerate(names)})
 
     def aucs(self, cases: pd.DataFrame) -> dict[str, float]:
-        "AUC of each label, NaN where it has none."
+        "Return AUC of each label, NaN where it has none."
         wide = cases.pivot(index="case", columns="metric", values="value")
         return {t: auc(wide[f"label_{t}"].to_numpy().astype(int), wide[f"score_{t}"].to_numpy()) for t in self.card.targets}
 
@@ -77,7 +77,7 @@ def case_values(
     cohort: Cohort,
     of: str,  # a class, or "grade"
 ) -> np.ndarray:  # (n, 1) float32, ml or grades
-    "The volume of a structure in every case, or the grade."
+    "Return the volume of a structure in every case, or the grade."
     if of == "grade":
         if (cohort.grade < 0).any(): raise VfmError(f"Task 'regression': case {cohort.names[int((cohort.grade < 0).argmax())]} of cohort '{cohort.card.name}' has no grade; add it or leave the case out.")
         return cohort.grade[:, None].astype(np.float32)
