@@ -279,11 +279,11 @@ def test_intervals_hold_and_nothing_is_found_where_nothing_is(seeds, spread):
     r, held, wrong = np.random.default_rng(seeds), 0, 0
     seed_sd, case_sd = SPREADS[spread]
     for _ in range(400):
-        for gain in (0.0, 10.0):
-            t, m = two_networks(r, seeds, 40, seed_sd, case_sd, 0.05, gain)
+        for size in (0.0, 10.0):
+            t, m = two_networks(r, seeds, 40, seed_sd, case_sd, 0.05, size)
             found = gain_interval(Pair(Means(t), Means(m), list(range(seeds)), np.arange(40)), "psnr")
-            held += found.low <= gain <= found.high
-            if not gain: wrong += found.p <= 0.05
+            held += found.low <= size <= found.high
+            if not size: wrong += found.p <= 0.05
             assert (found.p <= 0.05) == (not found.low <= 0 <= found.high)
     assert held / 800 >= 0.94 and wrong / 400 <= 0.06, (held / 800, wrong / 400)
     assert seeds < 5 or held / 800 <= 0.98, held / 800
