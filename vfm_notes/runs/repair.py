@@ -60,6 +60,6 @@ def sweep(study: str) -> int:  # how many were there
 def sweep_cache() -> int:  # how many were there
     "Remove folders in which cohorts were prepared by processes that no longer live, see data.load."
     here = re.compile(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.[^.]+")
-    dead = [p for p in cache_root().glob(".*") if (m := here.fullmatch(p.name)) and not lives(int(m[1]))]
+    dead = [p for p in cache_root().glob(".*") if p.is_dir() and (m := here.fullmatch(p.name)) and not lives(int(m[1]))]
     for path in dead: shutil.rmtree(path, ignore_errors=True)
     return len(dead)
