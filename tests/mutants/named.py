@@ -482,6 +482,40 @@ NAMED = [
         "(m := here.fullmatch(p.name))]",
         "a cohort that is being prepared is swept",
     ),
+    (
+        "runs",
+        'if p.is_dir() and (m := here.fullmatch(p.name))',
+        'if (m := here.fullmatch(p.name))',
+        "a file that nobody made is counted as a folder of the cache",
+    ),
+    ("foundation", "fsync(part) os.replace", "os.replace", "a text has its name before it is on the disk"),
+    (
+        "foundation",
+        "fsync(part) os.replace(part, path)",
+        "fsync(part); path.write_bytes(part.read_bytes())",
+        "a text is copied to its place, not renamed",
+    ),
+    ("foundation", "f.flush() os.fsync(handle)", "f.flush()", "a site key not synced"),
+    ("pretrain", "f.flush(); os.fsync(f.fileno())", "f.flush()", "a checkpoint not synced"),
+    (
+        "pretrain",
+        "os.replace(part, path) return True",
+        "path.write_bytes(part.read_bytes()); return True",
+        "a checkpoint is copied to its place, not renamed",
+    ),
+    (
+        "data",
+        "try: return os.rename(new, folder)",
+        "try: return shutil.copytree(new, folder)",
+        "a prepared cohort is copied to its place, not renamed",
+    ),
+    (
+        "report",
+        "os.rename(new, target) fsync(target.parent)",
+        "shutil.copytree(new, target); fsync(target.parent)",
+        "a site is copied to its place, not renamed",
+    ),
+    ("report", "fsync(target.parent) erase(old)", "erase(old)", "the renaming of a site not synced"),
 ]
 
 # Changes that change nothing that can be seen: sub-package, what stands there then, and why.
