@@ -527,6 +527,7 @@ EQUIVALENT = {
         "runs",
         "lost = helpers.lost(10.0)",
     ): "a longer wait for helpers that are lost; what is done with them is the same",
+    ("tune", "not 0 < counter <= int(share))"): "the counter stays at 0, as released, and nothing is frozen",
     (
         "tune",
         "guess = train.target.mean(0, keepdim=False).expand_as",
