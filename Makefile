@@ -9,7 +9,7 @@ READY   := .venv/.ready
 
 help:
 	@echo "make report [STUDY=phantom|hippocampus|natural|my.yaml] [VFM_DATA=folder]   run a study and build its site"
-	@echo "make test      export check, notebook tests, pytest"
+	@echo "make test      lint, export check, notebook tests, pytest"
 	@echo "make lab       JupyterLab on nbs/, the tour first"
 	@echo "make bench     benchmarks, as ratios against named alternatives"
 	@echo "make evidence  what lies beside the pages, how it is made and from which commit; NAME=as_released makes one anew"
@@ -26,10 +26,11 @@ report: $(READY)
 	@$(BIN)/vfm run $(STUDY); ran=$$?; [ $$ran -le 1 ] || exit $$ran; $(BIN)/vfm site $(STUDY) && exit $$ran
 
 test: $(READY) programs
-	@echo "1/3 export check"; before=$$(mktemp -d); cp -r vfm_notes $$before/; $(BIN)/nbdev_export; \
+	@echo "1/4 lint"; $(BIN)/ruff check --quiet vfm_notes tests nbs
+	@echo "2/4 export check"; before=$$(mktemp -d); cp -r vfm_notes $$before/; $(BIN)/nbdev_export; \
 	diff -r -x __pycache__ $$before/vfm_notes vfm_notes || { echo "vfm_notes/ was not what nbs/ exports: run nbdev_export and commit both."; exit 1; }
-	@echo "2/3 notebook tests"; home=$$(mktemp -d); env -u VFM_DATA -u VFM_WEIGHTS HOME=$$home XDG_CONFIG_HOME=$$home/.config XDG_CACHE_HOME=$$home/.cache VFM_RUNS=$$home/runs OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|runs|report|studies)' --timing
-	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25 tests
+	@echo "3/4 notebook tests"; home=$$(mktemp -d); env -u VFM_DATA -u VFM_WEIGHTS HOME=$$home XDG_CONFIG_HOME=$$home/.config XDG_CACHE_HOME=$$home/.cache VFM_RUNS=$$home/runs OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|runs|report|studies)' --timing
+	@echo "4/4 pytest"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25 tests
 
 # The site and JupyterLab are tested in a real browser, accessibility with axe-core, batches on a real Slurm of one node. On a Debian machine where we are root they are installed; elsewhere those tests skip and say so.
 AXE     := .venv/share/axe

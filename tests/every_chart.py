@@ -7,7 +7,7 @@ from vfm_notes.analysis.association import cell_points, run_points
 from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
 from vfm_notes.analysis.crossed import crossed
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import points, prediction_table
+from vfm_notes.analysis.prediction import prediction_points, prediction_table
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.report import curves, evidence, explorer, figures, live, measured
 
@@ -33,7 +33,7 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "curve_panels": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}),
         "trajectories": curves.trajectories(tables.curves, metrics, "t", "s"),
         "reached_panels": curves.reached_panels(reached_curves(run_convergence(tables)), "t", "s"),
-        "score_panels": evidence.score_panels(points(tables, gains), "t", "s"),
+        "score_panels": evidence.score_panels(prediction_points(tables, gains), "t", "s"),
         "regret_chart": evidence.regret_chart(picks, "t", "s"),
         "moment_panels": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"),
         "seed_panels": evidence.seed_panels(run_points(tables), "t", "s"),

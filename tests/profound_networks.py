@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfm_notes.nets.convnext3d import Block, ChannelNorm, ConvNeXt3d
+from vfm_notes.nets.convnext3d import ConvNeXtBlock, ChannelNorm, ConvNeXt3d
 from vfm_notes.nets.dense_heads import FCNHead, UNETRDecoder, UPerHead
 from vfm_notes.nets.mae3d import to_patches
 
@@ -13,9 +13,9 @@ from vfm_notes.nets.mae3d import to_patches
 class Classifier(nn.Module):
     "ProFound's classification layout."
     def __init__(self,
-                 encoder: ConvNeXt3d, # dense
-                 n_classes: int = 4, # number of scores; 4 are PI-RADS 2 to 5
-                 hidden: int = 256, # width between
+                 encoder: ConvNeXt3d,  # dense
+                 n_classes: int = 4,  # number of scores; 4 are PI-RADS 2 to 5
+                 hidden: int = 256,  # width between
                 ):
         super().__init__()
         self.encoder, e = encoder, encoder.norm.normalized_shape[0]
@@ -25,8 +25,8 @@ class Classifier(nn.Module):
 
 
 def stage_widths(
-    encoder: ConvNeXt3d, # any size
-) -> list[int]: # channels per stage
+    encoder: ConvNeXt3d,  # any size
+) -> list[int]:  # channels per stage
     "The widths of an encoder's maps."
     return [stage[-1].pwconv2.out_features for stage in encoder.stages]
 
@@ -34,10 +34,10 @@ def stage_widths(
 class UPerNet(nn.Module):
     "ProFound's UPerNet layout: one score map per class at full size, and a second one while training."
     def __init__(self,
-                 encoder: ConvNeXt3d, # dense
-                 n_classes: int = 1, # 1 lesion, 9 anatomy
-                 width: int = 512, # channels of the head
-                 aux_width: int = 256, # channels of the training head
+                 encoder: ConvNeXt3d,  # dense
+                 n_classes: int = 1,  # 1 lesion, 9 anatomy
+                 width: int = 512,  # channels of the head
+                 aux_width: int = 256,  # channels of the training head
                 ):
         super().__init__()
         self.encoder, widths = encoder, stage_widths(encoder)
@@ -55,9 +55,9 @@ class UPerNet(nn.Module):
 class UNETR(nn.Module):
     "ProFound's UNETR layout: class scores at full size; the encoder's own norm serves the last stage."
     def __init__(self,
-                 encoder: ConvNeXt3d, # dense
-                 n_classes: int = 1, # number of scores
-                 feature: int = 32, # channels at full size
+                 encoder: ConvNeXt3d,  # dense
+                 n_classes: int = 1,  # number of scores
+                 feature: int = 32,  # channels at full size
                 ):
         super().__init__()
         self.encoder, widths = encoder, stage_widths(encoder)
@@ -73,21 +73,21 @@ class UNETR(nn.Module):
 class FCMAE(nn.Module):
     "ProFound's masked auto-encoder with a dense encoder that skips hidden cells."
     def __init__(self,
-                 encoder: ConvNeXt3d, # dense
-                 width: int = 512, # channels of the decoder
-                 kernel: int = 7, # side of the decoder's depthwise kernel
+                 encoder: ConvNeXt3d,  # dense
+                 width: int = 512,  # channels of the decoder
+                 kernel: int = 7,  # side of the decoder's depthwise kernel
                 ):
         super().__init__()
         self.encoder, self.patch = encoder, encoder.strides[-1]
         channels = encoder.downsample_layers[0][0].in_channels
         self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1, 1))
-        self.proj, self.decoder = nn.Conv3d(stage_widths(encoder)[-1], width, 1), nn.Sequential(Block(width, kernel))
+        self.proj, self.decoder = nn.Conv3d(stage_widths(encoder)[-1], width, 1), nn.Sequential(ConvNeXtBlock(width, kernel))
         self.pred = nn.Conv3d(width, self.patch[0] * self.patch[1] * self.patch[2] * channels, 1)
 
     def forward(self,
-                x: Tensor, # b c d h w
-                keep: Tensor, # b 1 d h w on the coarsest grid: 1 kept, 0 hidden
-               ) -> Tensor: # b patches (d·h·w·c), the predicted voxels
+                x: Tensor,  # b c d h w
+                keep: Tensor,  # b 1 d h w on the coarsest grid: 1 kept, 0 hidden
+               ) -> Tensor:  # b patches (d·h·w·c), the predicted voxels
         y = self.proj(self.encoder(x, keep)[-1])
         y = self.pred(self.decoder(y * keep + self.mask_token * (1 - keep)))
         return rearrange(y, "b v d h w -> b (d h w) v")
@@ -101,23 +101,23 @@ class FCMAE(nn.Module):
 
 
 def sparse_kernel(
-    weight: Tensor, # out in d h w
-    depthwise: bool, # one channel in, per group
-) -> Tensor: # (offset, in, out), (in, out), or (offset, channels)
+    weight: Tensor,  # out in d h w
+    depthwise: bool,  # one channel in, per group
+) -> Tensor:  # (offset, in, out), (in, out), or (offset, channels)
     "A dense convolution's weight as a sparse kernel."
     kernel = rearrange(weight, "o i d h w -> (w h d) i o")
     return kernel[:, 0] if depthwise else kernel[0] if len(kernel) == 1 else kernel
 
 
 def sparse_state(
-    model: FCMAE, # with a dense encoder
-) -> dict[str, Tensor]: # the published names and shapes
+    model: FCMAE,  # with a dense encoder
+) -> dict[str, Tensor]:  # the published names and shapes
     "The state of a pretraining network as ProFound publishes it."
     out = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
     for name, value in model.encoder.state_dict().items():
         part = name.split(".")
         conv = part[0] == "downsample_layers" and part[2] == "1" or part[-2] == "dwconv"
-        if name.startswith("norm."): continue # has no place in a pretraining checkpoint
+        if name.startswith("norm."): continue  # has no place in a pretraining checkpoint
         if part[:2] == ["downsample_layers", "0"]: pass
         elif conv and part[-1] == "weight": name, value = name[:-6] + "kernel", sparse_kernel(value, "dwconv" in name)
         elif conv or part[-2] == "grn": value = value.reshape(1, -1)

@@ -15,7 +15,7 @@ from vfm_notes.nets.files import read_state, strip
 class Segmenter(nn.Module):
     "MONAI's SegResNetDS for volumes `b 1 d h w`; scores of one class at full size."
     def __init__(self,
-                 width: int = 32, # channels at full size
+                 width: int = 32,  # channels at full size
                 ):
         super().__init__()
         from monai.networks.nets.segresnet_ds import SegResNetDS
@@ -32,7 +32,7 @@ class Segmenter(nn.Module):
         return sliding_window_inference(x, size, 1, self, overlap)
 
 
-def gland_segmenter() -> Segmenter: # gland where the sigmoid exceeds 0.55
+def gland_segmenter() -> Segmenter:  # gland where the sigmoid exceeds 0.55
     "The TAPS network with its published weights, ready to be used or fine-tuned."
     model, state = Segmenter(), read_state(fetch("segresnet_ds.taps"))
     encoder = {f"encoder.{k}": v for k, v in strip(state, "encoder.model.").items()}
@@ -40,7 +40,7 @@ def gland_segmenter() -> Segmenter: # gland where the sigmoid exceeds 0.55
     return model.eval()
 
 
-def box_segmenter() -> LiteMedSAM: # in eval mode
+def box_segmenter() -> LiteMedSAM:  # in eval mode
     "LiteMedSAM with its published weights, ready to be used or fine-tuned."
     model = LiteMedSAM()
     name = lambda k: f"image_{k}" if k.startswith("encoder.") else k
@@ -49,8 +49,8 @@ def box_segmenter() -> LiteMedSAM: # in eval mode
 
 
 def unit_range(
-    volume: torch.Tensor, # d h w, raw intensities
-) -> torch.Tensor: # d h w in [0, 1]
+    volume: torch.Tensor,  # d h w, raw intensities
+) -> torch.Tensor:  # d h w in [0, 1]
     "Clip at percentiles of the non-zero voxels and scale."
     seen = volume[volume != 0].float()
     low, high = (seen.kthvalue(max(round(len(seen) * q), 1)).values for q in (0.005, 0.995))
@@ -58,9 +58,9 @@ def unit_range(
 
 
 def mask_boxes(
-    mask: torch.Tensor, # d h w, boolean
-    margin: int = 0, # pixels around
-) -> tuple[torch.Tensor, torch.Tensor]: # slices with something in them, and x0 y0 x1 y1 of each
+    mask: torch.Tensor,  # d h w, boolean
+    margin: int = 0,  # pixels around
+) -> tuple[torch.Tensor, torch.Tensor]:  # slices with something in them, and x0 y0 x1 y1 of each
     "The box of a mask in every slice that has one."
     slices = mask.flatten(1).any(1).nonzero()[:, 0]
     boxes = []
@@ -72,11 +72,11 @@ def mask_boxes(
 
 @torch.no_grad()
 def segment_boxes(
-    model: LiteMedSAM, # in eval mode
-    volume: torch.Tensor, # d h w in [0, 1]
-    slices: torch.Tensor, # slice numbers
-    boxes: torch.Tensor, # a box per slice, x0 y0 x1 y1 pixels
-) -> torch.Tensor: # d h w, boolean
+    model: LiteMedSAM,  # in eval mode
+    volume: torch.Tensor,  # d h w in [0, 1]
+    slices: torch.Tensor,  # slice numbers
+    boxes: torch.Tensor,  # a box per slice, x0 y0 x1 y1 pixels
+) -> torch.Tensor:  # d h w, boolean
     "Masks of boxes, slice by slice."
     side, (h, w) = model.prompt_encoder.image, volume.shape[1:]
     scale = side / max(h, w)

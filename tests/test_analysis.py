@@ -9,12 +9,12 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from scipy import stats
 from counting import calls
 from vfm_notes.analysis import gain
-from vfm_notes.analysis.association import associate, cell_points, in_words, orders, run_points
+from vfm_notes.analysis.association import associate, cell_points, association_words, orders, run_points
 from vfm_notes.analysis.contrasts import cell_scores
-from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, reached_curves, reached_table, run_convergence, time_words
+from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, run_convergence, time_words
 from vfm_notes.analysis.crossed import association_table
 from vfm_notes.analysis.findings import findings
-from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, match, rpg, run_gains
+from vfm_notes.analysis.gain import Agreement, Means, Pair, Ranking, bootstrap, exchange_test, gain_table, holm, rpg, run_gains
 from vfm_notes.analysis.tables import class_scores, load_tables, positive_score
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
@@ -320,7 +320,7 @@ def first(curve, target, direction=1):
 
 def test_convergence_by_hand(study):
     runs = run_convergence(study).set_index(["task", "backbone", "strategy", "seed", "rule"])
-    ref, own = 0.2 + np.minimum(EPOCHS * 0.1, 0.5), 0.2 + 1.1 * np.minimum(EPOCHS * 0.2, 0.5)
+    own = 0.2 + 1.1 * np.minimum(EPOCHS * 0.2, 0.5)
     for rule, target in (("scratch", 0.95 * 0.7), ("rise", 0.2 + 0.95 * 0.5), ("own", 0.95 * own.max())):
         row = runs.loc[("segmentation", "a.x", "full", 0, rule)]
         assert row.target == pytest.approx(target) and row.epochs == first(own, target) and row.seconds == 2 * row.epochs and not row.censored
@@ -481,7 +481,7 @@ def test_orders_stay_in_their_block():
 def test_too_few_or_nothing():
     for x, y in (([], []), ([1], [2]), ([1, 2, 3], [3, 2, 1]), ([1, 2, np.nan, 4], [1, 2, 3, 4]), ([1, 1, 1, 1, 1], [1, 2, 3, 4, 5])):
         a = associate(x, y)
-        assert not a.tested and np.isnan(a.p) and "not tested" in in_words(a)
+        assert not a.tested and np.isnan(a.p) and "not tested" in association_words(a)
     assert associate([1, 2, 3], [3, 2, 1]).rho == -1
 
 
@@ -515,7 +515,7 @@ def test_findings_say_what_the_tables_hold(study):
 
 
 def test_findings_of_nothing_claim_nothing(runs_root):
-    assert len(findings("nothing")) >= 3 and all("nothing can be said" in s for s in findings("nothing"))
+    assert len(findings("nothing")) >= 3 and all("there is no result yet" in s for s in findings("nothing"))
     write("one", RunSpec(strategy="full"), "dice", np.linspace(0, 1, 5))
     assert len(findings("one")) >= 3 and "none of the 1 cells" in findings("one")[0]
     write("one", RunSpec(strategy="scratch"), "dice", np.linspace(0, 1, 5))

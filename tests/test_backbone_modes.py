@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from vfm_notes.backbones.protocol import backbone_card, blocks, checkpoint_blocks
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones
-from vfm_notes.tune import catalog # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 
 NAMES, QUICK = list(backbones), ("profound_toy", "efficientnet_toy", "dinov2_small", "simple_mhl")
 
@@ -22,7 +22,7 @@ def same_network(name):
 
 
 @pytest.fixture(scope="module")
-def firsts(): # signature → the first backbone that has it
+def firsts():  # signature → the first backbone that has it
     found = {}
     for n in NAMES: found.setdefault(same_network(n), n)
     return set(found.values())

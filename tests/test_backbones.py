@@ -11,10 +11,10 @@ pytest.importorskip("transformers")
 from vfm_notes.backbones.protocol import backbone_card, build, check_backbone, load
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.backbones.weights import normalisation, weights
-from vfm_notes.data.loader import RULES
+from vfm_notes.data.loader import NORMALISATIONS
 from vfm_notes.foundation.places import report_notebooks
 from vfm_notes.foundation.registry import VfmError, backbones
-from vfm_notes.tune import catalog # fills the registries
+from vfm_notes.tune import backbone_cards
 
 NAMES = list(backbones)
 
@@ -40,7 +40,7 @@ def test_shapes_names_and_dtype(model):
 def test_card(model):
     card = model.card
     assert card.name == model.name and card.title and card.source and card.licence and card.sequences
-    assert card.normalisation in RULES and len(card.size) == len(card.spacing) == 3
+    assert card.normalisation in NORMALISATIONS and len(card.size) == len(card.spacing) == 3
     assert card == backbone_card(model.name)
 
 
@@ -107,9 +107,9 @@ def test_build_with_a_state(name):
 
 
 def test_the_cards_of_the_report_are_up_to_date(tmp_path):
-    catalog.write_cards(tmp_path/"cards.json")
+    backbone_cards.write_cards(tmp_path/"cards.json")
     kept = report_notebooks()[0].parent/"backbones.json"
-    assert (tmp_path/"cards.json").read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), "run: python -c 'from vfm_notes.tune.catalog import write_cards; write_cards()'"
+    assert (tmp_path/"cards.json").read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), "run: python -c 'from vfm_notes.tune.backbone_cards import write_cards; write_cards()'"
 
 
 def test_the_costs_of_the_report_are_measured_or_say_why_not():
@@ -123,7 +123,7 @@ def test_the_costs_of_the_report_are_measured_or_say_why_not():
 
 
 def test_the_weights_own_rule_comes_before_the_backbones():
-    for name in weights: assert normalisation(name) in RULES, name
+    for name in weights: assert normalisation(name) in NORMALISATIONS, name
     assert [normalisation(n) for n in ("swin_unetr_48", "swin_unetr_48.ssl", "dinov2_base.rad_dino", "profound_toy.mae")] == ["zscore_nonzero", "unit_range", "cohort", "zscore_nonzero"]
 
 

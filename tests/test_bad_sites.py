@@ -1,4 +1,4 @@
-"""Sites from what studies leave behind when things went wrong: the report is built, and says so."""
+"""Sites from what studies leave behind when things went wrong: the report is built, and states it."""
 import json
 import math
 import re
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from fake_runs import write_study
-from test_site import STUDY, browser, silent, use, visit  # noqa: F401: browser is a fixture
+from test_site import STUDY, browser, silent, use, visit  # noqa: F401 (browser is a fixture)
 
 from vfm_notes.foundation.places import notebook_file, run_folder
 from vfm_notes.foundation.spec import load_study, run_id
@@ -97,7 +97,7 @@ def test_numbers_lead_to_their_records(ruins):
     assert made and int(made[1]) == 14
 
 
-def test_ruins_in_a_browser(ruins, browser):  # noqa: F811
+def test_ruins_in_a_browser(ruins, browser):
     "Long names do not push pages out of a phone's screen, every figure can be saved, no page has an error."
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
     try:

@@ -18,10 +18,11 @@ from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec, load_study, run_id
 from vfm_notes.runs import batch, calls, forkserver, notebook, preflight
-from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, summarise, to_do
+from vfm_notes.runs.batch import Batch, Summary, complete, run_job, stale_records, startable, count_records, to_do
 from vfm_notes.runs.executors import Cancelled, Died, LocalExecutor, Lost
 from vfm_notes.runs.grid import Job, known_records, plan
-from vfm_notes.runs.locks import job_lock, lives, progress_file
+from vfm_notes.foundation.disk import lives
+from vfm_notes.runs.locks import job_lock, progress_file
 from vfm_notes.runs.watch import Look, look_at
 from vfm_notes.runs.record import failed_record, new_record, read_record, write_record
 
@@ -117,7 +118,7 @@ def test_a_batch_does_what_is_needed_first_and_counts(toy):
         and f"done    {others[0].name}: 6 runs, 2 s" in show
         and show.updates[0][:2] == (1, 0)
     )
-    total = summarise("toy", toy.jobs, 5.0, made.ran)
+    total = count_records("toy", toy.jobs, 5.0, made.ran)
     assert (total.done, total.failed, total.missing, total.skipped, total.problems, total.others, total.status) == (
         7,
         {},
@@ -136,7 +137,7 @@ def test_what_stands_in_a_summary(toy):
     keep(job.specs[0])
     keep(job.specs[1], "no")
     keep(RunSpec(seed=77))
-    total = summarise("toy", toy.jobs)
+    total = count_records("toy", toy.jobs)
     assert (
         total.done == 2
         and total.failed == {job.runs[1]: "ValueError: no"}
@@ -220,7 +221,7 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     assert (
         states(toy.jobs[0]) == [None]
         and made.ran == 0
-        and f"lost    {toy.jobs[0].name}: gone The same command goes on." in show
+        and f"lost    {toy.jobs[0].name}: gone The same command continues." in show
     )
 
 
@@ -228,7 +229,7 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     ("end", "said"),
     [
         (Cancelled("by hand"), "cancelled {}: by hand"),
-        ("left", "left    {}: it was asked to; the same command goes on where it stopped"),
+        ("left", "paused  {}: as requested; the same command continues where it stopped"),
     ],
 )
 def test_who_leaves_leaves_nothing_behind(toy, end, said):
@@ -253,7 +254,7 @@ def test_a_batch_that_is_asked_to_leave_starts_nothing_more(toy, monkeypatch):
     monkeypatch.setattr(batch, "asked", lambda: signal.SIGTERM)
     made, show = run(toy, pool := Pool("toy"))
     assert (
-        pool.asked == [] and made.stopped == "Asked to leave (SIGTERM); the same command goes on." and not made.pending
+        pool.asked == [] and made.stopped == "Stop requested (SIGTERM); the same command continues." and not made.pending
     )
 
 
@@ -373,11 +374,11 @@ def test_the_disk_must_hold_what_is_missing(toy, monkeypatch):
 def test_a_call_and_its_answer_travel_whole(tmp_path):
     spec = RunSpec(seed=3, size=(4, 8, 8), cases={"train": 2})
     values = [None, True, 2, 0.5, "x", tmp_path, (1, (2, "a")), {"k": [1], 2: (3,)}, spec]
-    assert calls.unpacked(json.loads(json.dumps(calls.packed(values)))) == values
+    assert calls.unpack_value(json.loads(json.dumps(calls.packed(values)))) == values
     with pytest.raises(VfmError, match="A set cannot be handed"):
         calls.packed({1})
     with pytest.raises(VfmError, match="none of vfm_notes"):
-        calls.unpacked({"class": "os:system", "fields": {}})
+        calls.unpack_value({"class": "os:system", "fields": {}})
     call, result = tmp_path / "c", tmp_path / "r"
 
     def answered(function, *args):
@@ -393,7 +394,7 @@ def test_a_call_and_its_answer_travel_whole(tmp_path):
         (ValueError(1, 2), ValueError, "(1, 2)"),
         (Odd("o"), RuntimeError, "Odd: o"),
     ):
-        result.write_text(json.dumps(calls.told(error)))
+        result.write_text(json.dumps(calls.pack_error(error)))
         fine, back = calls.read_answer(result)
         assert not fine and type(back) is kind and str(back) == text
     fine, error = answered(load_study, "nowhere.yaml")
@@ -531,7 +532,7 @@ def test_kernels_are_those_forked_and_those_started_plainly(monkeypatch):
     children.append(SimpleNamespace(pid=12, cmdline=lambda: ["sleep"]))
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: children))
     monkeypatch.setattr(forkserver.Forked, "started", {os.getpid(), 2**22 + 1})
-    assert notebook.kernels() == [os.getpid(), 11]
+    assert notebook.kernel_processes() == [os.getpid(), 11]
 
 
 def test_a_look_extrapolates_when_a_twentieth_is_done():
@@ -580,16 +581,16 @@ def test_progress_names_the_run_at_work(tmp_path, monkeypatch):
 def test_a_cluster_is_asked_in_words_and_answers_in_words(monkeypatch):
     from vfm_notes.runs import slurm
 
-    assert slurm.ask("echo", "two words") == "two words\n"
+    assert slurm.run_slurm("echo", "two words") == "two words\n"
     for command, said in (
         (["sh", "-c", "echo a note; echo why >&2; exit 3"], "sh failed: why"),
         (["sh", "-c", "echo all; exit 1"], "sh failed: all"),
         (["no-such-command"], "There is no no-such-command on PATH"),
     ):
         with pytest.raises(VfmError, match=said):
-            slurm.ask(*command)
+            slurm.run_slurm(*command)
     rows = "1_0|RUNNING|None\n1_1|PENDING|Resources\n2|PENDING|\n"
-    monkeypatch.setattr(slurm, "ask", lambda *command: rows)
+    monkeypatch.setattr(slurm, "run_slurm", lambda *command: rows)
     assert slurm.in_queue() == {"1_0": "RUNNING", "1_1": "PENDING (Resources)", "2": "PENDING"}
 
 
@@ -623,10 +624,10 @@ def test_a_notebook_is_given_its_parameters_and_its_error_comes_back(toy, monkey
 
 def test_a_plan_is_told_line_by_line(toy, monkeypatch, capsys):
     from vfm_notes.report import cli
-    from vfm_notes.tune import catalog
+    from vfm_notes.tune import study_names
 
-    monkeypatch.setattr(catalog, "weights_problems", lambda spec: ["one", "two"])
-    monkeypatch.setattr(preflight, "conflicts", lambda spec, jobs: ["one", f"{len(jobs)} jobs"])
+    monkeypatch.setattr(study_names, "weights_problems", lambda spec: ["one", "two"])
+    monkeypatch.setattr(preflight, "known_conflicts", lambda spec, jobs: ["one", f"{len(jobs)} jobs"])
     finish(toy.jobs[0])
     cli.show_plan(str(toy.study), None, toy.templates, False)
     said, width = capsys.readouterr().out.splitlines(), max(len(j.name) for j in toy.jobs)

@@ -12,9 +12,9 @@ from every_chart import PARTS, every_chart
 from fake_runs import write_study
 from vfm_notes.analysis.convergence import reached_curves, run_convergence
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import points
+from vfm_notes.analysis.prediction import prediction_points
 from vfm_notes.analysis.tables import load_tables
-from vfm_notes.foundation.chart import MEDIA, chart_html
+from vfm_notes.foundation.chart import MEDIA, chart_html, use_charts
 from vfm_notes.foundation.spec import load_study
 from vfm_notes.report import curves, evidence, explorer, figures, live, measured
 
@@ -96,7 +96,7 @@ def test_the_signs_of_a_legend_can_be_seen(tables, charts):
 
 
 def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(charts):
-    figures.use_charts()
+    use_charts()
     for name, (chart, _) in charts.items():
         stored = chart._repr_mimebundle_()[MEDIA]
         assert stored.get("width") != "container" and "container" not in json.dumps({k: v for k, v in stored.items() if k != "datasets"}), name
@@ -111,13 +111,13 @@ def test_charts_hold_what_the_tables_hold(tables):
     assert row.loc["at the end"].value == pytest.approx(own.mean()) and row.loc["after 5 % of training"].value == pytest.approx(0.2 * own.mean()) and row.loc["random weights"].value == pytest.approx(2 * own.mean())
     old = evidence.distances_at(tables.d2p, tables.moments[:0])
     assert set(old.when) == {"at the end"} and evidence.distances_at(tables.d2p[:0], tables.moments[:0]).empty
-    data = pd.DataFrame(evidence.score_panels(points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
+    data = pd.DataFrame(evidence.score_panels(prediction_points(tables, gain_table(tables, draws=50)), "t", "s").to_dict()["datasets"].popitem()[1])
     assert np.allclose(data.groupby(["panel", "question"]).more.sum(), 0, atol=0.05) and set(data.panel) == {"LogME", "nearest neighbours", "GBC", "early distance"}
 
 
 def test_a_large_study_is_drawn_with_few_points():
     many = pd.DataFrame([dict(task="segmentation", backbone=b, strategy=s, seed=k, epoch=e, value=float(e + k)) for b in ("profound_toy.mae", "provicnet_toy.contrast") for s in ("scratch", "full") for k in range(40) for e in range(301)])
-    figures.use_charts()
+    use_charts()
     drawn = curves.curve_panels(many, "t", "s", {"segmentation": "Dice"}).to_dict()
     rows = pd.DataFrame([r for d in drawn["datasets"].values() for r in d])
     assert len(many) == 48160 and len(rows) == 2 * 2 * curves.EPOCHS and set(rows.seed) == {"mean"} and {0, 300} <= set(rows.epoch)

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from vfm_notes.data.cohort import SPLITS, load_cohort, problems
+from vfm_notes.data.cohort import load_cohort, problems
+from vfm_notes.foundation.spec import SPLITS
 from vfm_notes.data.load import cohort_maker, load_entries
 from vfm_notes.foundation.registry import VfmError, cohorts
 

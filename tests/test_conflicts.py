@@ -1,4 +1,4 @@
-"""What cannot work is told before anything is computed, by one function, with the smallest change that helps; and what `vfm init` writes runs."""
+"""What cannot work is reported before anything is computed, by one function, with the smallest change that helps; and what `vfm init` writes runs."""
 import copy
 import gc
 import json
@@ -15,7 +15,7 @@ from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
 from vfm_notes.report.cli import main
 from vfm_notes.foundation.spec import RunSpec, StudySpec, pretrain_specs, run_specs
-from vfm_notes.runs.preflight import conflicts as of_jobs
+from vfm_notes.runs.preflight import known_conflicts as of_jobs
 from vfm_notes.runs.preflight import preflight
 from vfm_notes.runs.grid import plan
 from vfm_notes.tune.conflicts import cohort_facts, conflicts, empty_network, next_size, read_empty, size_conflicts, strategy_conflicts

@@ -11,7 +11,7 @@ from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import StudySpec, canonical, run_id
 from vfm_notes.pretrain.loop import pretrain
 from vfm_notes.pretrain.product import adaptation_plan
-from vfm_notes.tune import catalog
+from vfm_notes.tune import starting_weights, study_names
 from vfm_notes.tune.transfer import run_cohort
 
 ON = replace(SPEC, backbone="profound_toy.further", start="profound_toy.mine", objective="autoencoding", epochs=1)
@@ -29,7 +29,7 @@ def test_a_start_has_a_name_of_its_own_and_none_keeps_the_old_one():
 
 def test_it_begins_where_the_weights_are(made, places):
     carry(made, places)
-    begin, seen = catalog.starting_point(ON, "s"), run_cohort(ON).subset("pretrain")
+    begin, seen = starting_weights.starting_point(ON, "s"), run_cohort(ON).subset("pretrain")
     assert state_hash(begin.state) == made[1].weights_hash
     volumes = torch.from_numpy(normalise(seen.volumes))
     still = pretrain(replace(ON, lr=1e-12, weight_decay=0.0), volumes, None, 3, state=begin.state).backbone.state_dict()
@@ -40,7 +40,7 @@ def test_it_begins_where_the_weights_are(made, places):
 
 def test_its_plan_names_the_parent_and_carries_licences_and_patients(made, places):
     carry(made, places, licences=("CC BY-NC 4.0",))
-    begin = catalog.starting_point(ON, "s")
+    begin = starting_weights.starting_point(ON, "s")
     begin.patients["another key"] = ["somebody-else"]
     seen = run_cohort(ON).subset("pretrain")
     result = pretrain(ON, torch.from_numpy(normalise(seen.volumes)), None, 3, state=begin.state)
@@ -52,7 +52,7 @@ def test_its_plan_names_the_parent_and_carries_licences_and_patients(made, place
 def test_weights_that_have_seen_the_judges_are_refused(made, places):
     judged = run_cohort(ON).subset("test")
     carry(made, places, data=made[1].data | {"patients": patient_prints(judged.card.name, judged.patients[:1])})
-    with pytest.raises(VfmError, match="patients that this run is judged on were in the pretraining"): catalog.starting_point(ON, "s")
+    with pytest.raises(VfmError, match="patients that this run is judged on were in the pretraining"): starting_weights.starting_point(ON, "s")
 
 
 def test_a_start_that_was_not_given_is_an_error():
@@ -62,10 +62,10 @@ def test_a_start_that_was_not_given_is_an_error():
 
 @pytest.mark.parametrize("start, told", [("provicnet_toy.mine", "which is another architecture"), ("profound_toy.further", "which this study makes itself"), ("profound_toy.nowhere", "needs weights that its 'pretrain' section does not make")])
 def test_a_study_is_refused_before_it_runs(start, told, places):
-    with pytest.raises(VfmError, match=told): catalog.check_names(study(start=start))
+    with pytest.raises(VfmError, match=told): study_names.check_names(study(start=start))
 
 
 def test_a_study_may_go_on_from_carried_weights(made, places):
     carry(made, places)
-    catalog.check_names(study(start="profound_toy.mine"))
-    catalog.check_names(study())
+    study_names.check_names(study(start="profound_toy.mine"))
+    study_names.check_names(study())

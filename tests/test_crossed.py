@@ -190,8 +190,8 @@ def points(tasks=5, backbones=2, slope=4.0, strategies=("full",), seed=0):
 
 def test_words_say_what_the_cells_share():
     clear, none, few, one = (crossed_words(crossed(p, draws=500)) for p in (points(), points(slope=0), points(1, 3), points(5, 1)))
-    assert "5 tasks and 2 backbones" in clear and "240 exchanges" in clear and "The ranks show an association" in clear and "2 backbones cannot say what holds for others" in clear
-    assert "do not show an association, nor that there is none" in none and "mixed model" in none
+    assert "5 tasks and 2 backbones" in clear and "240 exchanges" in clear and "The ranks show an association" in clear and "2 backbones cannot show what holds for others" in clear
+    assert "The ranks show neither an association nor its absence" in none and "mixed model" in none
     assert "not tested" in few and "5 tasks and 1 backbone:" in one
     six = crossed(points(5, 2, strategies=("full", "probe", "lora", "top", "decoder")), draws=200)
     assert six.simple.n == 50 and six.ways == 201 and np.isfinite(six.line.low) and set(six.without_backbone) == {"b0", "b1"}

@@ -17,10 +17,10 @@ from hypothesis import given, settings, strategies as st
 
 from vfm_notes.data import cohort as cohort_module
 from vfm_notes.data.cache import read_cohort
-from vfm_notes.data.cohort import Cohort, CohortCard, check_arguments, content_hash, load_cohort, problems, split_by_patient, stratified_order, validate
+from vfm_notes.data.cohort import Cohort, CohortCard, check_arguments, load_cohort, problems, split_by_patient, stratified_order, validate
 from vfm_notes.data.datasets import HIPPOCAMPUS, PROSTATES
 from vfm_notes.data.load import cache_key, cohort_maker
-from vfm_notes.data.loader import RULES, batches, cohort_moments, moments, normalise, standardise
+from vfm_notes.data.loader import NORMALISATIONS, batches, cohort_moments, moments, normalise, standardise
 from vfm_notes.data.volume import centre_of, crop_or_pad, grid_around, read_image, read_mask, resample, to_array
 from vfm_notes.foundation.registry import VfmError, cohorts
 
@@ -85,7 +85,7 @@ def test_every_prefix_of_the_order_is_stratified(grade, seed):
 
 
 def test_too_many_cases_are_refused():
-    assert "30 cases are asked for" in message(split_by_patient, ["a"] * 5, [0] * 5, dict(train=30), 0)
+    assert "30 cases are requested" in message(split_by_patient, ["a"] * 5, [0] * 5, dict(train=30), 0)
     assert "has 2" in message(toy().subset, "train", 9)
     assert "Did you mean 'train'" in message(toy().subset, "trian")
 
@@ -447,7 +447,7 @@ def test_moments_bring_back_raw_intensities():
 
 def test_rules_are_named_and_others_refused():
     raw = np.random.default_rng(0).random((2, 2, 3, 8, 8)) * 900
-    for how in RULES:
+    for how in NORMALISATIONS:
         out = normalise(raw, how, cohort_moments(raw))
         assert out.dtype == np.float32 and np.isfinite(out).all()
     assert "Did you mean 'zscore" in message(normalise, raw, "z_score")

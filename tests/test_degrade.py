@@ -168,7 +168,7 @@ def test_distortion_of_a_cohort_keeps_lines_and_can_be_undone(cohort):
 def test_a_studys_options_reach_the_degradation(cohort):
     "What a study file says under a task is what its input has gone through."
     from vfm_notes.data.loader import moments, standardise
-    from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+    from vfm_notes.tune import catalog  # fills the registries
     from vfm_notes.tune.task import build_task
     def input_of(name, options): return build_task(name, cohort.card, options).prepare(cohort).inputs.numpy()[:, :3]
     same = lambda ours, volumes: np.testing.assert_allclose(ours, standardise(volumes, *moments(volumes)), rtol=1e-4, atol=1e-4)

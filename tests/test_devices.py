@@ -121,7 +121,7 @@ def test_notebooks_of_a_study_share_two_made_up_gpus(tmp_path, toy_server):
     none = Toy(tmp_path/"none", seeds=[0], strategies=["scratch"])
     none.server = toy_server
     big = none.run("--gpus", "one:20", "--profile", write(tmp_path/"mine.yaml", "gpu_memory: 30\n"))
-    assert big.returncode == 2 and "asks for 30 GiB of a GPU, and the largest here has 20.0 GiB" in big.stderr and not none.records()
+    assert big.returncode == 2 and "needs 30 GiB of a GPU, and the largest here has 20.0 GiB" in big.stderr and not none.records()
 
 
 def write(path: Path, text: str) -> str:

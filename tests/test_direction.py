@@ -17,8 +17,8 @@ from vfm_notes.analysis.crossed import crossed, moved, outcomes
 from vfm_notes.analysis.findings import convergence_finding, findings, gain_findings
 from vfm_notes.analysis.gain import gain_table, rpg, run_gains
 from vfm_notes.analysis.prediction import answers, ended, prediction_table
-from vfm_notes.analysis.search import OWN, agreement, rank_table, scored
-from vfm_notes.analysis.tables import candidates, load_tables, validation
+from vfm_notes.analysis.search import OWN, compare_settings, rank_table, scored
+from vfm_notes.analysis.tables import search_candidates, load_tables, validation
 from vfm_notes.analysis.tradeoff import compared, front_table, tradeoff_findings, tradeoff_table
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.spec import SEARCHABLE, load_study, run_id, run_specs
@@ -174,7 +174,7 @@ def test_a_search_ranks_low_first():
     ranked = rank_table(scored(tables)).set_index(["setting", "backbone"])
     assert ranked["rank"].to_dict() == {("lr 0.001", "a"): 1, ("lr 0.01", "a"): 2, ("lr 0.001", "b"): 2, ("lr 0.01", "b"): 1, (OWN, "a"): 1, (OWN, "b"): 2}
     assert ranked.loc[(OWN, "a"), ["mean", "least", "most"]].tolist() == pytest.approx([2.1, 2.0, 2.2])
-    agreed = agreement(scored(tables)).set_index("setting")
+    agreed = compare_settings(scored(tables)).set_index("setting")
     assert agreed.tau.to_dict() == {"lr 0.001": 1.0, "lr 0.01": -1.0} and agreed.same_best.to_dict() == {"lr 0.001": True, "lr 0.01": False} and agreed.stays.to_dict() == {"lr 0.001": 1.0, "lr 0.01": 0.0}
 
 
@@ -182,7 +182,7 @@ def test_agreement_needs_the_sign_where_backbones_are_more_than_two():
     "The first place of three is another one when the metric is turned round."
     rows = [{"task": "t", "strategy": "full", "n_train": 8, "backbone": b, "setting": s, "seed": k, "value": v, "metric": "mae", "unit": "", "direction": -1}
             for s, values in (("x", (1.0, 2.0, 9.0)), (OWN, (1.0, 3.0, 2.0))) for b, v in zip("abc", values) for k in (0, 1)]
-    found = agreement(pd.DataFrame(rows)).iloc[0]
+    found = compare_settings(pd.DataFrame(rows)).iloc[0]
     assert found.same_best and found.stays == 1 and found.tau == pytest.approx(1 / 3)  # the worst differs: turned round, the first place would change
 
 
@@ -191,7 +191,7 @@ def test_the_interval_of_an_agreement_is_one_of_95_percent():
     levels = {"x": {"a": (0.0, 2.5, 2.5), "b": (1.0, 0.0, 0.0)}, OWN: {"a": (1.0,) * 3, "b": (0.0,) * 3}}
     rows = [{"task": "t", "strategy": "full", "n_train": 8, "backbone": b, "setting": s, "seed": k, "value": v,
              "metric": "dice", "unit": "", "direction": 1} for s, own in levels.items() for b, values in own.items() for k, v in enumerate(values)]
-    found = agreement(pd.DataFrame(rows)).iloc[0]
+    found = compare_settings(pd.DataFrame(rows)).iloc[0]
     assert (found.tau, found.low, found.high) == (1, -1, 1) and found.stays == pytest.approx(26 / 27, abs=0.015)
 
 
@@ -202,7 +202,7 @@ def test_validation_keeps_the_low_score():
     grid = pd.concat([runs.assign(kind="transfer", status="done", task="t", backbone="b", strategy="full", n_train=8, seed=0, lr=lr, id=runs.id + str(lr)) for lr in (0.1, 0.2)])
     scores = pd.DataFrame([{"id": f"{k}{lr}", "name": "val_hd95", "epoch": e, "value": v + 10 * lr} for k in ("best", "last") for lr in (0.1, 0.2) for e, v in enumerate((9.0, 4.0, 6.0))])
     for keep in ("best", "last"):
-        tried = candidates(grid[grid.keep == keep].assign(**{c: 0 for c in SEARCHABLE if c not in grid}), scores)
+        tried = search_candidates(grid[grid.keep == keep].assign(**{c: 0 for c in SEARCHABLE if c not in grid}), scores)
         assert tried.set_index("lr").chosen.to_dict() == {0.1: True, 0.2: False}
 
 

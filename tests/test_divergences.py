@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import linalg, spatial, stats
 from vfm_notes.foundation.registry import VfmError, divergences
-from vfm_notes.shift import divergences as module, mmd  # noqa: F401 (mmd registers mmd2)
+from vfm_notes.shift import divergences as module, mmd  # mmd registers mmd2
 from vfm_notes.shift.mmd import mmd2_paired
 from vfm_notes.shift.divergences import (cka_linear, cka_rbf, coral, cosine_drift, energy, frechet, mean_shift, paired_interval, procrustes, sliced_wasserstein)
 from vfm_notes.shift.bootstrap import resamples

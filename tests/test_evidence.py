@@ -7,7 +7,7 @@ import torch
 
 from vfm_notes.foundation.registry import VfmError, objectives
 from vfm_notes.pretrain import evidence
-from vfm_notes.analysis.probes import gains, headline, read_evidence, verdict
+from vfm_notes.analysis.probes import gains, headline, read_evidence, objective_verdict
 from vfm_notes.pretrain.evidence import Plan, probe_cell, probe_gain, random_cell
 
 SMALL = Plan(size=(4, 16, 16), spacing=(12.0, 6.0, 6.0), cases={"pretrain": 8, "train": 12, "test": 10}, epochs=1)
@@ -17,7 +17,7 @@ def test_dice_by_monai():
     from monai.metrics import DiceMetric
     torch.manual_seed(0)
     found, true = torch.rand(6, 3, 8, 8) > 0.5, torch.rand(6, 3, 8, 8) > 0.8
-    true[2] = False # a case without any is left out
+    true[2] = False  # a case without any is left out
     there = [i for i in range(6) if i != 2]
     assert np.isclose(evidence.dice_of(found, true), DiceMetric(include_background=True)(found[there, None].float(), true[there, None].float()).mean(), atol=1e-6)
 
@@ -99,10 +99,10 @@ def test_verdicts_hold_after_correction():
     assert np.allclose(table.p, p) and np.allclose(table.p_holm, corrected)
     assert list(table.verdict) == ["raises", "undecided", "lowers", "undecided"] and table.low[1] > 0 and table.p[1] < 0.05 < table.p_holm[1]
     assert headline(table) == "On a 1 of 2 objectives raises a probe and 1 lowers one and on b none of 2 objectives raises a probe"
-    assert verdict("good", "good one", table) == "Good one: on a it raises AUC (+0.200 [+0.180, +0.220]); on b it shows no gain in 5 seeds, uncorrected intervals alone would say a rise of AUC (+0.021 [+0.001, +0.041])."
-    assert "lowers AUC (−0.20" in verdict("bad", "bad", table) and verdict("other", "other", table) == "Other: not measured."
+    assert objective_verdict("good", "good one", table) == "Good one: on a it raises AUC (+0.200 [+0.180, +0.220]); on b it shows no gain in 5 seeds, uncorrected intervals alone would suggest a rise of AUC (+0.021 [+0.001, +0.041])."
+    assert "lowers AUC (−0.20" in objective_verdict("bad", "bad", table) and objective_verdict("other", "other", table) == "Other: not measured."
 
 
 def test_a_reader_that_finds_nothing_is_said():
     frame = made_up(a={("x", "Dice"): 0.1}).assign(value=0.0, random=0.0, gain=0.0)
-    assert list(gains(frame).verdict) == ["reads nothing"] and "finds nothing before or after: Dice" in verdict("a", "a", gains(frame))
+    assert list(gains(frame).verdict) == ["reads nothing"] and "finds nothing before or after: Dice" in objective_verdict("a", "a", gains(frame))

@@ -12,7 +12,7 @@ from published import published_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "evidence"))
-import make as ev  # noqa: E402
+import make as ev
 
 HAND = {"published_gains.json"}
 

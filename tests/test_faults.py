@@ -11,7 +11,7 @@ import toy_batch
 from toy_batch import alive_with, Toy, wait_until
 
 from vfm_notes.runs.forkserver import ForkServer, python_path
-from vfm_notes.runs.locks import lives
+from vfm_notes.foundation.disk import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks and forks as on Linux")
 

@@ -75,8 +75,8 @@ def test_sigterm_ends_the_epoch_and_leaves_a_checkpoint(tmp_path, trained, whom)
     worker = int((toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock").read_text(encoding="utf-8").split()[0])
     os.kill({"runner": runner.pid, "worker": worker, "kernel": kernel}[whom], signal.SIGTERM)
     out, err = runner.communicate(timeout=300)
-    assert runner.returncode == 1 and "left    pretrain" in out and not any(r["status"] == "failed" for r in toy.records().values()), out + err
-    assert whom != "runner" or ("asked to leave" in out and not toy.records() and "SIGTERM" in err)
+    assert runner.returncode == 1 and "paused  pretrain" in out and not any(r["status"] == "failed" for r in toy.records().values()), out + err
+    assert whom != "runner" or ("stop requested" in out and not toy.records() and "SIGTERM" in err)
     kept, = (toy.runs/"toy"/"checkpoints").glob("*.pt")
     epochs = (toy.flags/"epochs").read_text(encoding="utf-8").split()
     import torch
@@ -97,7 +97,7 @@ def test_an_epoch_that_is_too_long_is_cut_but_its_steps_are_kept(tmp_path, train
     wait_until(lambda: (toy.flags/"endless").exists())
     runner.send_signal(signal.SIGTERM)
     out, err = runner.communicate(timeout=300)
-    assert runner.returncode == 1 and "left    pretrain" in out and not toy.records(), out + err
+    assert runner.returncode == 1 and "paused  pretrain" in out and not toy.records(), out + err
     toy.flag("endless-step-7", False)
     assert toy.run(*ONLY).returncode == 0 and numbers(toy) == trained
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from vfm_notes.foundation.registry import VfmError
-from vfm_notes.shift.features import collect, distance_to_pretraining, distance, standardise
+from vfm_notes.shift.features import collect, distance_to_pretraining, distance, standardise_pair
 
 
 class Noisy(nn.Module):
@@ -46,14 +46,14 @@ def test_collect_disturbs_nothing():
 def test_standardised_by_the_pretrained_features_only():
     r = np.random.default_rng(0)
     before, after = r.normal(5, [1.0, 100.0, 1e-3], (30, 3)), r.normal(6, [2.0, 300.0, 1e-3], (30, 3))
-    a, b, dropped = standardise(torch.from_numpy(before), torch.from_numpy(after))
+    a, b, dropped = standardise_pair(torch.from_numpy(before), torch.from_numpy(after))
     np.testing.assert_allclose(a, (before - before.mean(0)) / before.std(0), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(b, (after - before.mean(0)) / before.std(0), rtol=1e-9, atol=1e-9)
     assert dropped == 0
     before[:, 1] = 7.25
-    a, b, dropped = standardise(torch.from_numpy(before).float(), torch.from_numpy(after).float())
+    a, b, dropped = standardise_pair(torch.from_numpy(before).float(), torch.from_numpy(after).float())
     assert dropped == 1 and a.shape == b.shape == (30, 2)
-    with pytest.raises(VfmError, match="layer 'x'"): standardise(torch.ones(5, 2), torch.rand(5, 2), "x")
+    with pytest.raises(VfmError, match="layer 'x'"): standardise_pair(torch.ones(5, 2), torch.rand(5, 2), "x")
 
 
 def test_distance_says_everything_and_agrees():

@@ -108,6 +108,38 @@ def test_public_functions_are_typed_and_told(path):
         assert len(untyped) <= 2, f"{node.name}: arguments without type: {untyped}"
 
 
+VERBS = set("""
+    Adapt Add Advise Allocate Apply Augment Average Be Begin Block Bootstrap Break Bring Build Call Carry Change
+    Check Choose Close Collect Colour Combine Compare Compute Convert Convolve Copy Correct Count Cut Dash Deal
+    Decode Delete Describe Distinguish Distort Divide Do Download Draw Drop Encode End Enlarge Escape Estimate
+    Exchange Execute Explain Express Fill Find Fine-tune Fit Forget Freeze Gather Get Give Go Hand Hash Have
+    Hide Hold Import Index Interpolate Join Keep Kill Lay Leave Let List Load Look Make Map Mark Match Measure
+    Merge Mirror Mix Move Multiply Name Normalise Note Number Open Order Pack Paint Pair Pass Pick Place Plan
+    Point Prepare Pretrain Print Probe Publish Put Queue Raise Read Redistribute Refresh Refuse Register Remove
+    Rename Render Repeat Replace Report Request Resample Resize Return Reverse Round Run Scale Scan Score See
+    Seed Send Serve Set Shape Shorten Show Signal Solve Sort Split Spread Stamp Standardise Start State Store
+    Strip Submit Subtract Suggest Swap Switch Take Test Thin Tidy Train Turn Unpack Wait Wrap Write
+""".split())  # the first words of docstrings; a new one is added here when it is a verb
+QUESTION = {("report/cli.py", "options")}  # the help of the whole program is the question that it answers
+
+
+def documented(body, within=""):
+    "Public functions and methods with their docstrings."
+    for node in body:
+        if isinstance(node, ast.ClassDef): yield from documented(node.body, node.name + ".")
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+            yield within + node.name, ast.get_docstring(node)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_public_docstrings_begin_with_a_verb(path):
+    texts = documented(ast.parse(path.read_text(encoding="utf-8")).body)
+    where = path.relative_to(ROOT/"vfm_notes").as_posix()
+    other = [f"{name}: {text.splitlines()[0]}" for name, text in texts
+             if text.split()[0].rstrip(",:;") not in VERBS and (where, name) not in QUESTION]
+    assert not other, f"begin with a verb, and add it to VERBS: {other}"
+
+
 LIGHT = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if p.parent.name in ("foundation", "runs", "analysis", "report")]
 
 

@@ -13,13 +13,13 @@ from vfm_notes.foundation.places import package_root
 from vfm_notes.foundation.schema import from_values
 from vfm_notes.foundation.spec import StudySpec
 from vfm_notes.report.cli import app
-from vfm_notes.report.convert import joined, read_notebook
+from vfm_notes.report.convert import join_lines, read_notebook
 from vfm_notes.report.folder import init_folder
 from vfm_notes.runs.slurm import SlurmSettings
 
 ROOT = package_root().parent
 PAGES = sorted((ROOT/"nbs"/"report").glob("guide_*.ipynb"))
-TEXTS = {p.stem: "\n\n".join(joined(c["source"]) for c in read_notebook(p)["cells"]) for p in PAGES}
+TEXTS = {p.stem: "\n\n".join(join_lines(c["source"]) for c in read_notebook(p)["cells"]) for p in PAGES}
 TEXTS |= {name: (ROOT/name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 COMMAND = typer.main.get_command(app)
 
@@ -61,7 +61,7 @@ def test_commands_parse(name):
 
 def test_a_wrong_command_would_be_noticed():
     for wrong in ("vfm rum study.yaml", "vfm run study.yaml --shards 1/3", "vfm data import table", "vfm status"):
-        with pytest.raises(Exception): parse(wrong)  # noqa: PT011: click's or our own
+        with pytest.raises(Exception): parse(wrong)  # noqa: B017 (click's or our own)
 
 
 def test_commands_of_a_new_folder_parse(tmp_path):

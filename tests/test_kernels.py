@@ -104,7 +104,7 @@ def test_p_value_of_a_kernel_written_out(kernel):
 
 @pytest.mark.parametrize("kernel", FORMS)
 def test_float32_and_many_points(kernel, monkeypatch):
-    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "FLOAT64_POINTS", 0)
     x, y = (t.astype(np.float32) for t in sets(300, 200, 8))
     exact = written_out(lambda a, b: FORMS[kernel](a, b, SIGMA), x.astype(float), y.astype(float))
     assert mmd2(x, y, kernel=kernel, **given_sigma(kernel)) == pytest.approx(exact, rel=1e-5, abs=2e-8)
@@ -123,7 +123,7 @@ def test_own_mixture_and_wrong_names():
 # ---- bandwidths ----
 
 def test_the_median_rule_where_it_draws(monkeypatch):
-    monkeypatch.setattr(module, "EXACT", 500); monkeypatch.setattr(module, "DRAWN", 300); monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "MEDIAN_EXACT", 500); monkeypatch.setattr(module, "MEDIAN_DRAWN", 300); monkeypatch.setattr(module, "FLOAT64_POINTS", 0)
     x, y = (t.astype(np.float32) for t in sets(700, 600, 16))
     drawn, exact = two_sample_test(x, y, paired=False, permutations=1), np.sqrt(np.median(pdist(np.concatenate([x, y]).astype(float), "sqeuclidean")) / 2)
     assert drawn.bandwidth_rule == "median of 300 of 1300 points" and 1e-6 < abs(drawn.bandwidth / exact - 1) < 0.02

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vfm_notes.runs.forkserver import python_path
-from vfm_notes.runs.locks import lives
+from vfm_notes.foundation.disk import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals as on Linux")
 ROUNDS = 12  # kills of each kind
@@ -78,11 +78,11 @@ def killed(tmp_path):
         rng = random.Random(kind)
         try:
             assert parent.stdout.readline() == "ready\n"
-            for round in range(20 * ROUNDS):
-                if round >= ROUNDS and enough(): break
-                parent.stdin.write(f"{round}\n")
+            for turn in range(20 * ROUNDS):
+                if turn >= ROUNDS and enough(): break
+                parent.stdin.write(f"{turn}\n")
                 pid = int(parent.stdout.readline())
-                time.sleep(rng.uniform(0, longest * (1 + round // ROUNDS)))
+                time.sleep(rng.uniform(0, longest * (1 + turn // ROUNDS)))
                 os.kill(pid, signal.SIGKILL)
                 while lives(pid): time.sleep(0.001)
                 after_each()

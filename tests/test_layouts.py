@@ -13,7 +13,7 @@ import profound_networks as pn
 from vfm_notes.backbones import profound_layouts as pl
 from vfm_notes.backbones import provicnet_layouts as vl
 from vfm_notes.backbones.protocol import build
-from vfm_notes.backbones.keys import compare, load_weights
+from vfm_notes.backbones.keys import compare_keys, load_weights
 from vfm_notes.backbones.weights import weights
 from vfm_notes.nets.convnext3d import ConvNeXt3d
 from vfm_notes.nets.dense_heads import ResidualUnit, UNETRDecoder
@@ -21,7 +21,7 @@ from vfm_notes.nets.mae3d import ConvMAE3d, MAE3d
 from vfm_notes.nets.vit import ViT
 
 MRI = dict(n_classes=4, contrast={})
-LAYOUTS = { # published list → (network, number of keys, number of values)
+LAYOUTS = {  # published list → (network, number of keys, number of values)
     "profound_convnextv2_tiny_encoder": (ConvNeXt3d, 198, 29_311_680),
     "profound_classification_risk": (lambda: pn.Classifier(ConvNeXt3d()), 207, 29_510_597),
     "profound_upernet_lesion": (lambda: pn.UPerNet(ConvNeXt3d(), 1), 249, 122_372_866),
@@ -175,17 +175,17 @@ def test_whole_checkpoint_loads_into_the_backbone():
     torch.manual_seed(0)
     state = pn.sparse_state(pn.FCMAE(ConvNeXt3d(3)))
     with torch.device("meta"): net = build("profound_tiny", 3)
-    report = compare(weights["profound_tiny.alpha"](state), net, "profound_tiny.alpha")
+    report = compare_keys(weights["profound_tiny.alpha"](state), net, "profound_tiny.alpha")
     assert (len(report.matched), report.missing, report.unexpected, report.reshaped) == (196, ("encoder.norm.weight", "encoder.norm.bias"), (), ())
     assert 0.98 < report.share < 1
     with torch.device("meta"): fine = pn.UPerNet(ConvNeXt3d(3)).state_dict()
-    assert compare(weights["profound_tiny.finetuned"](fine), net).share == 1
+    assert compare_keys(weights["profound_tiny.finetuned"](fine), net).share == 1
 
 
 @pytest.mark.parametrize("name", ["profound_vit", "profound_convmae"])
 def test_mae_checkpoints_fill_their_backbones(name):
     with torch.device("meta"): net, file = build(name, 3), (MAE3d if name == "profound_vit" else ConvMAE3d)()
-    report = compare(weights[f"{name}.alpha"](file.state_dict()), net)
+    report = compare_keys(weights[f"{name}.alpha"](file.state_dict()), net)
     assert report.share == 1 and not report.missing and all("dec" in k or "pred" in k or "mask" in k or ".down." in k for k in report.unexpected)
 
 
@@ -255,7 +255,7 @@ def test_mae_equals_transformers_in_a_plane(tmp_path, evidence):
     theirs, info = ViTMAEModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     x = torch.randn(2, 2, 16, 16)
-    noise = torch.arange(16.)[None].expand(2, -1) # keeps the order of patches
+    noise = torch.arange(16.)[None].expand(2, -1)  # keeps the order of patches
     with torch.no_grad(): wanted, got = theirs.eval()(x, noise=noise).last_hidden_state, ours.encode(x[:, :, None])[-1]
     assert (wanted - got).abs().max() < 1e-5
     evidence("equality", "ProFound-ViT's encoder in a plane (small)", against="transformers' ViTMAEModel", difference=(wanted - got).abs().max().item(), largest=wanted.abs().max().item())
@@ -307,7 +307,7 @@ def test_published_files_fill_the_backbone():
     with torch.device("meta"):
         file, trus = vl.ProViCNetSegmenter(**MRI).state_dict(), vl.ProViCNetSegmenter(slices=9, **MRI).state_dict()
         one, nine = build("provicnet_small", 1), build("provicnet_trus", 1)
-    assert compare(weights["provicnet_small.t2"](file), one).share == 1 and compare(weights["provicnet_trus.trus"](trus), nine).share == 1
+    assert compare_keys(weights["provicnet_small.t2"](file), one).share == 1 and compare_keys(weights["provicnet_trus.trus"](trus), nine).share == 1
 
 
 def test_weight_norm_equals_torch():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
-from vfm_notes.data.augment import AUGMENTATIONS, affine, affine_matrices, augment, draw, flip, gamma, intensity, noise, quarter_turns, tensors, warp
+from vfm_notes.data.augment import AUGMENTATIONS, affine, affine_matrices, augment, draw_parameter, flip, gamma, intensity, noise, quarter_turns, tensors, warp
 from vfm_notes.data.loader import LAST, Loader, batches, cohort_moments, normalise
 from vfm_notes.foundation.registry import VfmError
 
@@ -188,8 +188,8 @@ def test_every_augmentation_keeps_shapes_types_and_data(name, seed, n):
 
 
 def test_a_parameter_broadcasts_over_its_sample():
-    assert draw(np.array([1.0, 2.0]), torch.zeros(2, 3, 4, 5, 6)).shape == (2, 1, 1, 1, 1)
-    assert draw(np.ones((2, 3)), torch.zeros(2, 3, 4, 5, 6)).shape == (2, 3, 1, 1, 1)
+    assert draw_parameter(np.array([1.0, 2.0]), torch.zeros(2, 3, 4, 5, 6)).shape == (2, 1, 1, 1, 1)
+    assert draw_parameter(np.ones((2, 3)), torch.zeros(2, 3, 4, 5, 6)).shape == (2, 3, 1, 1, 1)
 
 
 # --- normalisation by the statistics of a cohort ---

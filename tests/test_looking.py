@@ -461,14 +461,14 @@ def test_a_training_of_this_notebook_is_looked_on():
 
 def test_slices_of_a_volume():
     volume = np.arange(24).reshape(2, 3, 4)
-    assert widgets.cut(volume, "axial", 1).tolist() == volume[1].tolist() and widgets.cut(
+    assert widgets.slice_plane(volume, "axial", 1).tolist() == volume[1].tolist() and widgets.slice_plane(
         volume, "coronal", 2
     ).tolist() == [volume[1, 2].tolist(), volume[0, 2].tolist()]
-    assert widgets.cut(volume, "sagittal", 0).tolist() == [
+    assert widgets.slice_plane(volume, "sagittal", 0).tolist() == [
         volume[1, :, 0].tolist(),
         volume[0, :, 0].tolist(),
     ]  # the last slice on top
-    assert [widgets.extent((2, 3, 4), (5.0, 2.0, 1.0), p) for p in widgets.PLANES] == [(6, 4), (10, 4), (10, 6)]
+    assert [widgets.slice_extent((2, 3, 4), (5.0, 2.0, 1.0), p) for p in widgets.PLANES] == [(6, 4), (10, 4), (10, 6)]
     grey, mask = np.full((1, 2), 100, np.uint8), np.array([[True, False]])
     assert widgets.blend(grey, [(mask, widgets.rgb("#ff0a00"))], 0.25).tolist() == [[[139, 78, 75], [100, 100, 100]]]
 

@@ -255,7 +255,7 @@ def test_given_splits_are_kept_and_nested(a, b, seed):
 def test_too_many_cases_are_told_in_one_sentence(tmp_path, runs_root):
     manifest = boxes(tmp_path)
     manifest.table.insert(2, "split", ["train"] * 4 + ["test"] * 2)
-    assert "asked for are 5 of split 'train', which has 4" in message(manifest_cohort, manifest, **GRID, n={"train": 5})
+    assert "requested are 5 of split 'train', which has 4" in message(manifest_cohort, manifest, **GRID, n={"train": 5})
     (tmp_path/"c0_t2w.nii.gz").unlink()
     said = message(manifest_cohort, manifest, **GRID, n={"train": 4}, exclude_bad=True)
     assert "boxes without its 1 bad case has too few cases" in said and "4 of split 'train', which has 3" in said

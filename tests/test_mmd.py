@@ -41,7 +41,7 @@ def test_value_against_brute_force(offset, unbiased, tile, monkeypatch):
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_float32_keeps_the_small_differences(offset, monkeypatch):
-    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "FLOAT64_POINTS", 0)
     x, y = (a.astype(np.float32) for a in sets(700, 600, offset=offset, move=0.02))
     exact = brute(x, y, 8.0)
     assert mmd2(x, y, bandwidth=8.0) == pytest.approx(exact, abs=2e-9)
@@ -61,8 +61,8 @@ def test_the_result_says_what_was_done():
 
 
 def test_subsampled_median_is_said_and_close(monkeypatch):
-    monkeypatch.setattr(module, "EXACT", 500)
-    monkeypatch.setattr(module, "DRAWN", 400)
+    monkeypatch.setattr(module, "MEDIAN_EXACT", 500)
+    monkeypatch.setattr(module, "MEDIAN_DRAWN", 400)
     x, y = sets(400, 400, 16)
     r = two_sample_test(x, y, paired=False, permutations=1)
     assert r.bandwidth_rule == "median of 400 of 800 points"

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import vfm_notes.tune.catalog  # noqa: F401
+import vfm_notes.tune.catalog  # fills the registries
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import scores
 from vfm_notes.foundation.spec import RunSpec

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import vfm_notes.backbones.natural as natural
-import vfm_notes.backbones.profound_layouts # noqa: F401 (registers)
-import vfm_notes.backbones.promptable # noqa: F401 (registers)
-import vfm_notes.backbones.provicnet_layouts # noqa: F401 (registers)
+import vfm_notes.backbones.profound_layouts  # registers
+import vfm_notes.backbones.promptable  # registers
+import vfm_notes.backbones.provicnet_layouts  # registers
 from vfm_notes.backbones.lifted import LIFTS, Lifted, inflate
-from vfm_notes.backbones.keys import build_tiny, compare, load_weights
+from vfm_notes.backbones.keys import build_tiny, compare_keys, load_weights
 from vfm_notes.backbones.weights import weights, weights_card
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.nets.focal import FocalBlock, FocalModulation, FocalNet
@@ -83,7 +83,7 @@ def test_dinov2_gives_a_transformer_head_its_patches_before_the_norm(name, extra
 def test_other_transformers_give_their_patches_after_the_last_block(name):
     model, tokens, out = head_tokens(name)
     assert tokens.shape == (2, 24, 24) and torch.equal(tokens, out.last_hidden_state[:, 1:])
-    if name == "blip_base_token1": # the study's reading takes the first patch for the class token
+    if name == "blip_base_token1":  # the study's reading takes the first patch for the class token
         assert torch.equal(model.embed(torch.zeros(1, 3, 1, 32, 32)), model.tokens(torch.zeros(1, 3, 1, 32, 32))[:, 0])
 
 
@@ -110,7 +110,7 @@ def test_tokens_of_a_volume_are_those_of_its_slices():
 def test_sam_without_neck_equals_transformers_at_its_own_size(evidence):
     import transformers
     torch.manual_seed(0)
-    net = transformers.SamVisionModel(natural.settings("sam_vit_b", tiny=True)).eval()
+    net = transformers.SamVisionModel(natural.network_config("sam_vit_b", tiny=True)).eval()
     with torch.no_grad():
         for p in net.parameters(): p.copy_(torch.randn_like(p) * 0.1)
         x, seen = torch.randn(1, 3, 32, 32), {}
@@ -120,7 +120,7 @@ def test_sam_without_neck_equals_transformers_at_its_own_size(evidence):
         maps, vector = reader(x)
         evidence("equality", "SAM's encoder without neck (small)", against="transformers' SamVisionModel, before its neck", difference=(maps[-1].permute(0, 2, 3, 1) - seen["x"]).abs().max().item(), largest=seen["x"].abs().max().item())
         assert torch.allclose(maps[-1].permute(0, 2, 3, 1), seen["x"], atol=1e-5) and torch.allclose(vector, seen["x"].mean((1, 2)), atol=1e-5)
-        assert reader(torch.randn(1, 3, 24, 40))[0][-1].shape == (1, 24, 3, 5) # other sizes: resized position tables
+        assert reader(torch.randn(1, 3, 24, 40))[0][-1].shape == (1, 24, 3, 5)  # other sizes: resized position tables
 
 
 @pytest.mark.parametrize("name", natural.NETS)
@@ -162,7 +162,7 @@ def test_inflated_resnet_starts_as_the_slicewise_one():
         assert torch.allclose(flat.embed(x), deep.embed(x), atol=1e-4)
     middle = [p for n, p in deep.named_parameters() if p.ndim == 5 and p.shape[2] == 3][0]
     deep.pyramid(x)[-1].square().mean().backward()
-    assert middle.grad[:, :, 0].abs().sum() > 0 # neighbours can learn
+    assert middle.grad[:, :, 0].abs().sum() > 0  # neighbours can learn
 
 
 def test_lifts_and_attention_start_equal():
@@ -184,7 +184,7 @@ def test_inflate_leaves_nothing_flat():
 def drawn(name, seed):
     torch.manual_seed(seed)
     import transformers
-    net = getattr(transformers, natural.NETS[name][0])(natural.settings(name, tiny=True))
+    net = getattr(transformers, natural.NETS[name][0])(natural.network_config(name, tiny=True))
     with torch.no_grad():
         for v in net.state_dict().values():
             if v.is_floating_point(): v.copy_(torch.rand(v.shape) * 0.2)
@@ -198,9 +198,9 @@ def test_hub_files_load_whole(name, tmp_path):
     from safetensors.torch import load_file
     net = drawn(name, 3)
     net.save_pretrained(tmp_path)
-    opened = natural.Lifted(name, natural.wrapped(name, natural.open_folder(name, tmp_path)[0]), 3).eval()
+    opened = natural.Lifted(name, natural.wrapped(name, natural.open_model(name, tmp_path)[0]), 3).eval()
     model = tiny(name, 3, 7).eval()
-    state = natural.hub_state(load_file(tmp_path/"model.safetensors"), name, natural.settings(name, tiny=True))
+    state = natural.hub_state(load_file(tmp_path/"model.safetensors"), name, natural.network_config(name, tiny=True))
     report = load_weights(model, state)
     assert report.share == 1 and not report.missing, str(report)
     x = volume(model)
@@ -211,15 +211,15 @@ def test_values_that_transformers_would_draw_do_not_count(tmp_path):
     from safetensors.torch import load_file
     drawn("dinov2_small", 3).save_pretrained(tmp_path)
     state = {k: v for k, v in load_file(tmp_path/"model.safetensors").items() if "mlp" not in k}
-    mapped = natural.hub_state(state, "dinov2_small", natural.settings("dinov2_small", tiny=True))
-    report = compare(mapped, tiny("dinov2_small", 3))
+    mapped = natural.hub_state(state, "dinov2_small", natural.network_config("dinov2_small", tiny=True))
+    report = compare_keys(mapped, tiny("dinov2_small", 3))
     assert len(report.missing) == 8 and all("mlp" in k for k in report.missing)
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path):
-    with pytest.raises(VfmError, match="folder"): natural.open_folder("dinov2_small", tmp_path/"nothing")
+    with pytest.raises(VfmError, match="folder"): natural.open_model("dinov2_small", tmp_path/"nothing")
     drawn("resnet50", 0).save_pretrained(tmp_path)
-    assert natural.open_folder("dinov2_small", tmp_path)[1].share < 0.9
+    assert natural.open_model("dinov2_small", tmp_path)[1].share < 0.9
 
 
 def test_original_vit_files_give_the_same_tokens(evidence):
@@ -234,7 +234,7 @@ def test_original_vit_files_give_the_same_tokens(evidence):
         s |= {p + "norm1.weight": r(e), p + "norm1.bias": r(e), p + "norm2.weight": r(e), p + "norm2.bias": r(e), p + "attn.qkv.weight": r(3 * e, e), p + "attn.qkv.bias": r(3 * e),
               p + "attn.proj.weight": r(e, e), p + "attn.proj.bias": r(e), p + "mlp.fc1.weight": r(48, e), p + "mlp.fc1.bias": r(48), p + "mlp.fc2.weight": r(e, 48), p + "mlp.fc2.bias": r(e)}
     x = torch.randn(2, 3, 32, 32, generator=g)
-    f, config = nn.functional, natural.settings("deit_base", tiny=True)
+    f, config = nn.functional, natural.network_config("deit_base", tiny=True)
     norm = lambda t, k: f.layer_norm(t, (e,), s[k + ".weight"], s[k + ".bias"], config.layer_norm_eps)
     lin = lambda t, k: f.linear(t, s[k + ".weight"], s[k + ".bias"])
     t = torch.cat([s["cls_token"].expand(2, -1, -1), f.conv2d(x, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=8).flatten(2).mT], 1) + s["pos_embed"]
@@ -294,7 +294,7 @@ def test_focal_block_without_its_convolutions_is_a_post_norm_block():
 def test_seem_files_load_by_their_prefix():
     model = tiny("seem_focal_t", 3)
     file = {f"backbone.{k.removeprefix('encoder.')}": v for k, v in model.state_dict().items()} | {"sem_seg_head.x": torch.zeros(1)}
-    assert compare(weights["seem_focal_t.v0"](file), model).share == 1
+    assert compare_keys(weights["seem_focal_t.v0"](file), model).share == 1
     keys = {k.split(".", 1)[1] for k in model.state_dict()}
     assert {"patch_embed.proj.weight", "patch_embed.norm.bias", "layers.0.blocks.0.dw1.weight", "layers.0.blocks.0.modulation.focal_layers.2.0.weight",
             "layers.0.blocks.0.gamma_1", "layers.0.downsample.proj.weight", "norm3.weight"} <= keys and not [k for k in keys if k.startswith("layers.3.downsample")]

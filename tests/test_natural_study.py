@@ -19,11 +19,11 @@ from vfm_notes.data.picture_sets import medmnist_example
 from vfm_notes.foundation.places import run_folder, studies
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
-from vfm_notes.runs.preflight import conflicts
+from vfm_notes.runs.preflight import known_conflicts
 from vfm_notes.report.pages import report_pages
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import new_record, write_record
-from vfm_notes.tune import catalog
+from vfm_notes.tune import starting_weights, study_names
 from vfm_notes.tune.transfer import settle, transfer
 
 FULL = [s for s in studies() if s.startswith("natural_full")]
@@ -46,7 +46,7 @@ def test_full_studies_plan_and_say_what_is_missing(name, monkeypatch, tmp_path):
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path))
     study = load_study(name)
     assert len(plan(study)) == 16 and sum(len(j.specs) for j in plan(study)) == 8 * 2 * 4 * 3
-    said = [*conflicts(study, plan(study)), *catalog.weights_problems(study)]
+    said = [*known_conflicts(study, plan(study)), *study_names.weights_problems(study)]
     assert "vfm data import" in said[0] and str(tmp_path) in said[0]
     for weight in study.backbones: assert any(f"'{weight}'" in s for s in said[1:]), weight
     assert len(FULL) == 4 and "nall" in plan(study)[0].name
@@ -55,9 +55,9 @@ def test_full_studies_plan_and_say_what_is_missing(name, monkeypatch, tmp_path):
 def test_licences_that_nobody_accepted_are_listed_one_by_one(monkeypatch, tmp_path):
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path))
     study = replace(load_study(FULL[0]), backbones=["vit_base.mae_in1k", "dinov3_base.lvd1689m", "resnet152.in1k"])
-    said = catalog.weights_problems(study)
+    said = study_names.weights_problems(study)
     for licence in ("CC-BY-NC-4.0", "DINOv3-License"): assert any(f"licences: [{licence}]" in s for s in said)
-    accepted = catalog.weights_problems(replace(study, licences=["CC-BY-NC-4.0", "DINOv3-License"]))
+    accepted = study_names.weights_problems(replace(study, licences=["CC-BY-NC-4.0", "DINOv3-License"]))
     assert not any("licences: [" in s for s in accepted) and len(accepted) == 4  # three backbones and the head
 
 
@@ -68,9 +68,9 @@ def test_a_wrong_rule_is_told(rule):
 
 def test_a_task_may_have_a_name_of_its_own():
     study = load_study("natural")
-    catalog.check_names(replace(study, cohort="phantom"))
-    with pytest.raises(VfmError, match="Did you mean 'classification'"): catalog.check_names(replace(study, cohort="phantom", tasks={"linear_head": {"task": "clasification"}}))
-    with pytest.raises(VfmError, match="no card"): catalog.check_names(replace(study, cohort="phantom", tasks={"deit_head": {"task": "classification", "head": "deit", "deit": "deit_base.imagenet"}}))
+    study_names.check_names(replace(study, cohort="phantom"))
+    with pytest.raises(VfmError, match="Did you mean 'classification'"): study_names.check_names(replace(study, cohort="phantom", tasks={"linear_head": {"task": "clasification"}}))
+    with pytest.raises(VfmError, match="no card"): study_names.check_names(replace(study, cohort="phantom", tasks={"deit_head": {"task": "classification", "head": "deit", "deit": "deit_base.imagenet"}}))
 
 
 def test_new_fields_change_no_name():
@@ -97,7 +97,7 @@ def test_real_pictures_without_hand_work(real_data, monkeypatch, tmp_path):
     monkeypatch.setenv("VFM_DATA", str(real_data))
     monkeypatch.setenv("VFM_RUNS", str(tmp_path))
     study = load_study("natural")
-    assert not [s for s in conflicts(study, plan(study)) if "VFM_DATA" in s]
+    assert not [s for s in known_conflicts(study, plan(study)) if "VFM_DATA" in s]
     cohort = load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
     assert [e["case"] for e in cohort.excluded] == ["breastmnist-test-0076"] and "train-0115" in cohort.excluded[0]["reason"]
     assert cohort.split.count("train") == 256 and cohort.split.count("test") == 155
@@ -194,7 +194,7 @@ def test_published_files_stand_in_the_record(small, tmp_path):
         backbones._entries["deit_base"] = lambda in_channels=3, **_: make(in_channels=in_channels, tiny=True)
         spec = next(r for r in run_specs(small) if r.strategy == "decoder" and r.task == "deit_head" and r.backbone.startswith("dino"))
         spec = replace(spec, backbone=names[0], options=dict(spec.options) | {"deit": names[1]})
-        done = transfer(spec, catalog.published_state(names[0], 1, "tiny")).summary
+        done = transfer(spec, starting_weights.published_state(names[0], 1, "tiny")).summary
     finally:
         backbones._entries["deit_base"] = make
         for name in names: weights._entries.pop(name), weights._cards.pop(name)
@@ -245,10 +245,10 @@ def test_words_count_what_the_table_has():
     table = pd.DataFrame({"difference": [0.1, -0.05, np.nan], "low": [0.02, -0.1, np.nan], "high": [0.2, 0.01, np.nan], "p_holm": [0.01, 0.3, np.nan], "n_seeds": [3, 3, 0], "n_cases": [155, 155, 0], "contrast": "c", "metric": "auc", "direction": 1})
     said = contrast_words(table, "tuned", "frozen")
     assert "+0.025 AUC on average over 2 cells (−0.050 to +0.100)" in said and "1 is better and 0 worse" in said and ", 1 with p ≤ 0.05" in said and "1 of 3 pairs are missing" in said
-    assert "nothing can be said yet" in contrast_words(table[2:], "tuned", "frozen")
+    assert "there is no result yet" in contrast_words(table[2:], "tuned", "frozen")
 
 
 def test_what_a_study_lacks_is_not_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setenv("VFM_DATA", str(tmp_path))
     study = load_study("natural")
-    assert not [l for l in conflicts(study, plan(study)) if "leave_out" in l]
+    assert not [l for l in known_conflicts(study, plan(study)) if "leave_out" in l]

@@ -6,7 +6,7 @@ import torch
 from published import published_keys
 from torch.nn import functional as F
 
-from vfm_notes.nets.convnext3d import GRN, Block, ChannelNorm, ConvNeXt3d, enlarge
+from vfm_notes.nets.convnext3d import GRN, ConvNeXtBlock, ChannelNorm, ConvNeXt3d, enlarge
 from vfm_notes.nets.lift import slice_triplets, triplet_index
 from vfm_notes.nets.vit import ViT, patch_map
 
@@ -66,7 +66,7 @@ def test_channel_norm_closed_form():
 def test_grn_closed_form():
     grn, x = GRN(5).double(), torch.randn(2, 2, 3, 4, 5, dtype=torch.double)
     grn.gamma.data, grn.beta.data = torch.randn_like(grn.gamma), torch.randn_like(grn.beta)
-    for b in range(2): # each sample on its own
+    for b in range(2):  # each sample on its own
         lengths = [math.sqrt((x[b, ..., c] ** 2).sum()) for c in range(5)]
         for c in range(5):
             n = lengths[c] / (sum(lengths) / 5 + 1e-6)
@@ -82,7 +82,7 @@ def test_strides_and_sizes():
 
 def test_masked_pass_ignores_hidden_voxels_and_their_gradient_is_zero():
     net = small()
-    for p in net.parameters(): p.data.add_(torch.randn_like(p) * 0.1) # GRN and biases no longer trivial
+    for p in net.parameters(): p.data.add_(torch.randn_like(p) * 0.1)  # GRN and biases no longer trivial
     x, keep = torch.randn(2, 2, 4, 16, 16, requires_grad=True), (torch.rand(2, 1, 2, 2, 2) > 0.4).float()
     seen = enlarge(keep, x.shape[2:]).expand_as(x).bool()
     maps = net(x, keep)
@@ -99,7 +99,7 @@ def test_masked_pass_with_everything_kept_is_the_plain_pass():
 def test_masked_block_equals_sparse_computation():
     "A block written site by site over the kept voxels only."
     torch.manual_seed(1)
-    block, x = Block(3, kernel=3).double(), torch.randn(1, 3, 2, 3, 4, dtype=torch.double)
+    block, x = ConvNeXtBlock(3, kernel=3).double(), torch.randn(1, 3, 2, 3, 4, dtype=torch.double)
     for p in block.parameters(): p.data.copy_(torch.randn_like(p) * 0.5)
     keep = (torch.rand(1, 1, 2, 3, 4) > 0.5).double()
     sites = [tuple(s) for s in keep[0, 0].nonzero().tolist()]
@@ -110,7 +110,7 @@ def test_masked_block_equals_sparse_computation():
             if max(abs(z - z2), abs(h - h2), abs(w - w2)) <= 1:
                 y = y + block.dwconv.weight[:, 0, z2 - z + 1, h2 - h + 1, w2 - w + 1] * x[0, :, z2, h2, w2]
         hidden.append(F.gelu(block.pwconv1(F.layer_norm(y, (3,), block.norm.weight, block.norm.bias, 1e-6))))
-    hidden = torch.stack(hidden) # kept sites x 12
+    hidden = torch.stack(hidden)  # kept sites x 12
     g = hidden.norm(dim=0)
     hidden = block.grn.gamma.flatten() * hidden * g / (g.mean() + 1e-6) + block.grn.beta.flatten() + hidden
     out = block(x, keep)
@@ -128,8 +128,8 @@ def test_vit_equals_transformers():
     head = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens", "pos_embed": "position_embeddings",
             "patch_embed.proj.weight": "patch_embeddings.projection.weight", "patch_embed.proj.bias": "patch_embeddings.projection.bias"}
     for ours, name in head.items(): state[ours] = theirs[f"embeddings.{name}"]
-    inner = next(k for k in theirs if k.endswith("0.norm1.weight")).removesuffix("0.norm1.weight") # "encoder.layer." in most versions
-    def attention(i, short, long, kind): # names of newer and older transformers
+    inner = next(k for k in theirs if k.endswith("0.norm1.weight")).removesuffix("0.norm1.weight")  # "encoder.layer." in most versions
+    def attention(i, short, long, kind):  # names of newer and older transformers
         return next(theirs[k] for k in (f"{inner}{i}.attention.{short}.{kind}", f"{inner}{i}.attention.{long}.{kind}") if k in theirs)
     for i in range(2):
         for kind in ("weight", "bias"):
@@ -140,7 +140,7 @@ def test_vit_equals_transformers():
         for n in (1, 2): state[f"blocks.{i}.ls{n}.gamma"] = theirs[f"{inner}{i}.layer_scale{n}.lambda1"]
     for kind in ("weight", "bias"): state[f"norm.{kind}"] = theirs[f"layernorm.{kind}"]
     net.load_state_dict(state)
-    for size in ((40, 40), (64, 48)): # the stored grid, and a resized one
+    for size in ((40, 40), (64, 48)):  # the stored grid, and a resized one
         x = torch.randn(2, 3, *size)
         with torch.no_grad(): assert (net(x)[-1] - other(x).last_hidden_state).abs().max() < 1e-5
 

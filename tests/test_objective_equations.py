@@ -50,7 +50,7 @@ def test_dense_masked_loss_equals_the_sparse_encoders():
     keep[0, 0, 0, 1, 0] = keep[0, 0, 1, 0, 1] = keep[0, 0, 1, 1, 1] = 0
     with torch.no_grad():
         seen = sparse_encoder(x, sparse_state(layout), SMALL["depths"], 3, active=lambda u: keep[0, 0, u[0] // 4, u[1] // 4, u[2] // 4] > 0)[-1]
-        assert len(seen) == int(keep.sum()) # nothing else exists
+        assert len(seen) == int(keep.sum())  # nothing else exists
         y = objective.proj(dense(seen, objective.backbone.masked_pyramid(x, keep)[-1])) * keep + objective.mask_token * (1 - keep)
         wanted = objective.pred(objective.decoder(y))
         got = objective(x, keep)
@@ -92,7 +92,7 @@ def test_only_visible_tokens_are_encoded(tokens):
     hooks = [m.register_forward_hook(lambda m, given, out: lengths.add(given[0].shape[1] if given[0].ndim == 3 else 0)) for m in objective.backbone.modules() if type(m) is nn.LayerNorm]
     objective.read(objective.backbone, x, torch.arange(whole // 2).expand(sequences, -1))
     for hook in hooks: hook.remove()
-    assert whole // 2 <= max(lengths) <= whole // 2 + 7 # class, register and slice tokens
+    assert whole // 2 <= max(lengths) <= whole // 2 + 7  # class, register and slice tokens
 
 
 def test_with_all_tokens_visible_it_is_the_encoder(tokens):
@@ -155,7 +155,7 @@ def test_centre_and_teacher_follow_their_recursions():
     student = nn.Linear(3, 4).double()
     teacher = Teacher(student, 4, momentum=0.8, centre_momentum=0.7).double()
     w, c = [student.weight.detach().clone()], torch.zeros(4, dtype=torch.float64)
-    for step in range(5):
+    for _ in range(5):
         views = [torch.randn(6, 3, dtype=torch.float64) for _ in range(2)]
         out = torch.cat([v @ w[-1].T + teacher.net.bias for v in views])
         assert torch.allclose(torch.cat(teacher(views)), out, atol=1e-12)
@@ -176,7 +176,7 @@ def test_the_trainer_moves_the_teacher_and_gradients_do_not_reach_it():
     assert all(p.grad is None for p in objective.teacher.parameters())
     assert any(not torch.equal(p, start[n]) for n, p in objective.teacher.net.named_parameters()) and objective.teacher.centre.abs().sum() > 0
     again = SelfDistillation(provicnet_toy(), momentum=0.5)
-    again.load_state_dict(objective.state_dict()) # a checkpoint holds teacher and centre
+    again.load_state_dict(objective.state_dict())  # a checkpoint holds teacher and centre
     assert torch.equal(again.teacher.centre, objective.teacher.centre)
 
 
@@ -243,7 +243,7 @@ def test_each_term_moves_its_own_parameters_only(game):
 def test_one_backward_gives_the_gradients_of_two_optimisers(game):
     objective, x = game
     made = objective(x)
-    rec = (made - x).square().mean() + 0.3 * real_or_made(objective.discriminator(made), True) # plain: then only the generator's gradients are read
+    rec = (made - x).square().mean() + 0.3 * real_or_made(objective.discriminator(made), True)  # plain: then only the generator's gradients are read
     g = gradients(objective, rec)
     score = lambda v: objective.discriminator(v)
     d = gradients(objective, (F.softplus(-score(x)).mean() + F.softplus(score(objective(x).detach())).mean()) / 2)

@@ -113,7 +113,7 @@ def test_unlabelled_batches():
 def test_objectives_that_compare_cases_say_so():
     whole = {n for n in objectives if getattr(objectives[n], "whole_batches", False)}
     assert whole == {"nt_xent", "self_distillation"}
-    for name in set(objectives) - whole - {"patch_contrast", "diffusion"}: # the loss of a batch is the mean of its cases'; patch_contrast weighs classes, diffusion draws steps
+    for name in set(objectives) - whole - {"patch_contrast", "diffusion"}:  # the loss of a batch is the mean of its cases'; patch_contrast weighs classes, diffusion draws steps
         torch.manual_seed(0)
         objective, data, losses = objectives[name](provicnet_toy()).eval(), batch(2), []
         keep = torch.ones(2, 1, 4, 4, 4)
@@ -131,7 +131,7 @@ def test_random_keep_hides_the_asked_share_of_every_case():
         keep = reconstruction.random_keep(50, (3, 4, 4), ratio)
         assert ((1 - keep).flatten(1).sum(1) == round(48 * ratio)).all()
     keep = reconstruction.random_keep(4000, (1, 2, 2), 0.5).flatten(1).mean(0)
-    assert (keep - 0.5).abs().max() < 0.05 # every patch equally often
+    assert (keep - 0.5).abs().max() < 0.05  # every patch equally often
 
 
 def test_reconstruction_loss_by_explicit_loop():
@@ -142,7 +142,7 @@ def test_reconstruction_loss_by_explicit_loop():
     prediction, (pd, ph, pw), errors = objective(x, keep), (4, 16, 16), []
     for b, _, z, y, w in (keep == 0).nonzero().tolist():
         patch = x[b, :, z * pd:(z + 1) * pd, y * ph:(y + 1) * ph, w * pw:(w + 1) * pw]
-        patch = patch.permute(1, 2, 3, 0).reshape(-1) # channel fastest
+        patch = patch.permute(1, 2, 3, 0).reshape(-1)  # channel fastest
         target = (patch - patch.mean()) / torch.sqrt(patch.var(unbiased=True) + 1e-6)
         errors.append(((prediction[b, :, z, y, w] - target) ** 2).mean())
     assert torch.allclose(loss, torch.stack(errors).mean(), rtol=1e-5)

@@ -111,7 +111,7 @@ def test_what_a_reader_sees_twice_is_the_same(heard):
     assert f"{saved} [{low}, {high}]" in row and re.search(rf"{re.escape(saved)}\W+percentage\W+points\W+of\W+gain", heard["texts"]["prediction"]), (saved, low, high, row)
     sooner = found(heard, r"([Tt]uned runs reached 95 % of scratch's rise.*?) on average \((95 % interval \S+ to \S+);", "index", "convergence", "site")
     assert len({(a[1:], b) for a, b in sooner}) == 1, sooner
-    assert found(heard, r"rise in validation score (.*?) on average", "index") <= found(heard, r"Fine-tuned runs get there (.*?) on average", "convergence")  # the title of the rise's figure
+    assert found(heard, r"rise in validation score (.*?) on average", "index") <= found(heard, r"Fine-tuned runs reach the target (.*?) on average", "convergence")  # the title of the rise's figure
     gains = [set(re.findall(r'"value": "([+−]\S+ %)".*?"interval": "(\[\S+, \S+\])"', heard["texts"][place])) for place in ("index", "tour")]
     assert gains[0] == gains[1] and len(gains[0]) > 4, gains
     counts = found(heard, r"Of (\d+) cells, (\d+) gains? and (\d+) loses?", "index", "site").pop()

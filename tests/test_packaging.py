@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import vfm_notes
-from vfm_notes.data.prostate_layouts import save, toy_case
-from vfm_notes.foundation.places import library_notebooks, package_root, project_root
-from vfm_notes.report.convert import joined, read_notebook
+from vfm_notes.data.prostate_layouts import write_image, toy_case
+from vfm_notes.foundation.places import library_notebooks, package_root
+from vfm_notes.report.convert import join_lines, read_notebook
 
 ROOT = package_root().parent
 GUIDE = ROOT/"nbs"/"report"/"guide_cohort.ipynb"
@@ -97,7 +97,7 @@ def test_one_version_everywhere(built, installed):
     version = re.search(r"^version = (\S+)", (ROOT/"settings.ini").read_text(encoding="utf-8"), re.M)[1]
     assert vfm_notes.__version__ == version and f"-{version}-" in built["wheel"].name and f"-{version}.tar" in built["sdist"].name
     assert shell(installed, "vfm --version", installed).strip() == version
-    headings = re.findall(r"^## (\S+)", "\n".join(joined(c["source"]) for c in read_notebook(ROOT/"nbs"/"report"/"changelog.ipynb")["cells"]), re.M)
+    headings = re.findall(r"^## (\S+)", "\n".join(join_lines(c["source"]) for c in read_notebook(ROOT/"nbs"/"report"/"changelog.ipynb")["cells"]), re.M)
     assert headings[0] == version, "the page of changes begins with the current version"
 
 
@@ -123,7 +123,7 @@ def walk_through() -> str:
     "The commands of the guide, as one script."
     script = []
     for cell in read_notebook(GUIDE)["cells"]:
-        for language, body in re.findall(r"^```(\w+)\n(.*?)^```", joined(cell["source"]), re.S | re.M):
+        for language, body in re.findall(r"^```(\w+)\n(.*?)^```", join_lines(cell["source"]), re.S | re.M):
             if language == "sh": script.append(body)
             if language == "yaml": script.append(f"cat > study.yaml <<'END'\n{body}END\n")
     return "\n".join(script)
@@ -132,7 +132,7 @@ def walk_through() -> str:
 def test_walk_through_from_nifti_files_to_a_report(installed, tmp_path, lend_library):
     for i in range(1, 15):
         case = toy_case(i, False)
-        for name in ("t2w", "adc", "gland"): save(case[name], tmp_path/"scans"/f"P{i:02d}"/f"{name}.nii.gz")
+        for name in ("t2w", "adc", "gland"): write_image(case[name], tmp_path/"scans"/f"P{i:02d}"/f"{name}.nii.gz")
     script = walk_through()
     assert all(w in script for w in ("vfm init", "vfm data import", "vfm data check", "vfm run", "vfm table", "vfm site"))
     lend_library(tmp_path/"my-study")

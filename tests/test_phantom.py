@@ -10,7 +10,7 @@ from scipy.special import hyp1f1
 
 from counting import calls
 from vfm_notes.data.anatomy import IDS, TISSUES, make_grid, smooth_field
-from vfm_notes.data.phantom import BLOCK, SCANNERS, PhantomCase, diffusion_weighting, draw_patient, fit_adc, phantom_case, rician, scan, spin_echo
+from vfm_notes.data.phantom import GRADE_CYCLE, SCANNERS, PhantomCase, diffusion_weighting, draw_patient, fit_adc, phantom_case, rician, scan, spin_echo
 
 SMALL = dict(size=(8, 32, 32), spacing=(6.0, 3.0, 3.0))
 
@@ -129,7 +129,7 @@ def test_smooth_fields_are_standard_and_live_in_millimetres():
 
 def test_grades_come_in_blocks_of_ten():
     grades = [phantom_case(3, i, (2, 16, 16), (8.0, 6.0, 6.0)).grade for i in range(30)]
-    for i in range(0, 30, 10): assert sorted(grades[i:i + 10]) == sorted(BLOCK)
+    for i in range(0, 30, 10): assert sorted(grades[i:i + 10]) == sorted(GRADE_CYCLE)
     assert grades[:10] != grades[10:20], "in random order"
 
 

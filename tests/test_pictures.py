@@ -19,7 +19,7 @@ from vfm_notes.data.cohort import problems
 from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.loader import normalise
 from vfm_notes.data.manifest import layouts
-from vfm_notes.data.picture import read_picture, resize, resize_crop
+from vfm_notes.data.picture import read_picture, resize_picture, resize_crop
 from vfm_notes.data.picture_sets import MEDMNIST, aptos2019, cbis_ddsm, chexpert, isic2019, medmnist
 from vfm_notes.data.picture_splits import CHEXPERT, ISIC, STATISTICS, chexpert_labels, chexpert_parts, keep_together, one_hot_grades, shuffled_split
 from vfm_notes.foundation.registry import VfmError
@@ -176,14 +176,14 @@ def test_bad_entries_are_told(tmp_path, part, words):
 def test_resizing_is_torchs(h, w, out_h, out_w):
     x = np.random.default_rng(h * w).random((2, 1, h, w), dtype=np.float32)
     theirs = torch.nn.functional.interpolate(torch.from_numpy(x), size=(out_h, out_w), mode="bilinear", antialias=True, align_corners=False)
-    np.testing.assert_allclose(resize(x, (out_h, out_w)), theirs.numpy(), atol=2e-5)
+    np.testing.assert_allclose(resize_picture(x, (out_h, out_w)), theirs.numpy(), atol=2e-5)
 
 
 def test_the_published_cut(tmp_path):
     x = RNG.random((3, 1, 300, 500), dtype=np.float32)
-    np.testing.assert_array_equal(resize_crop(x), resize(x, (256, 256))[..., 16:240, 16:240])
+    np.testing.assert_array_equal(resize_crop(x), resize_picture(x, (256, 256))[..., 16:240, 16:240])
     path = png(tmp_path/"x.png", RGB, 24, 8, 2)
-    np.testing.assert_array_equal(read_picture(path, (8, 12)), resize(read_picture(path), (8, 12)))
+    np.testing.assert_array_equal(read_picture(path, (8, 12)), resize_picture(read_picture(path), (8, 12)))
     assert "larger than the whole" in message(resize_crop, x, (100, 100), (224, 224)) and "two positive whole numbers" in message(read_picture, path, (0, 4))
 
 

@@ -20,7 +20,7 @@ from vfm_notes.foundation.spec import PretrainSpec, RunSpec, run_id
 from vfm_notes.pretrain.loop import pretrain
 from vfm_notes.pretrain.product import adaptation_plan
 from vfm_notes.runs.record import new_record, write_record
-from vfm_notes.tune import catalog
+from vfm_notes.tune import starting_weights, study_names
 from vfm_notes.tune.transfer import run_cohort, transfer
 
 SIZE, SPACING, CASES = (4, 32, 32), (12.0, 3.0, 3.0), {"pretrain": 8, "train": 4, "val": 2, "test": 3}
@@ -203,27 +203,27 @@ def in_study(made, places, **spec):
 
 def test_a_run_of_the_same_study_starts_from_it(made, places):
     spec = in_study(made, places)
-    start = catalog.starting_point(spec, "mine")
+    start = starting_weights.starting_point(spec, "mine")
     assert start.notes == [] and start.state.keys() == load_file(made[0]).keys()
-    assert catalog.starting_point(replace(spec, strategy="scratch", parent=""), "mine") == Start()
+    assert starting_weights.starting_point(replace(spec, strategy="scratch", parent=""), "mine") == Start()
 
 
 def test_weights_without_a_plan_are_used_and_told(made, places):
     spec = in_study(made, places)
     weights = {k: v.numpy() for k, v in load_file(made[0]).items()}
     write_record(run_folder("mine", run_id(SPEC)), new_record(SPEC, "mine"), weights=weights)
-    start = catalog.starting_point(spec, "mine")
+    start = starting_weights.starting_point(spec, "mine")
     assert start.state and "carry no adaptation plan" in start.notes[0] and start.licences == []
 
 
 def test_a_missing_pretraining_is_told_by_the_run(places):
     spec = replace(RUN, parent="pretrain-gone")
-    with pytest.raises(VfmError, match="which are missing: run the pretraining"): transfer(spec, catalog.starting_point(spec, "mine").state)
+    with pytest.raises(VfmError, match="which are missing: run the pretraining"): transfer(spec, starting_weights.starting_point(spec, "mine").state)
 
 
 def test_another_spacing_is_written_into_the_record(made, places):
     spec = in_study(made, places, spacing=(12.0, 2.0, 2.0))
-    start = catalog.starting_point(spec, "mine")
+    start = starting_weights.starting_point(spec, "mine")
     outcome = transfer(spec, start.state, start=start)
     assert any("are used at 12 x 2 x 2 mm" in n for n in outcome.summary["notes"])
 
@@ -234,13 +234,13 @@ def test_carried_weights_are_known_by_name(made, places):
     row = w.list_weights().set_index("name").loc["profound_toy.mine"]
     assert row.here and row["where"] == "with its plan"
     spec = replace(RUN, cases=CASES | {"pretrain": 0})
-    start = catalog.starting_point(spec, "by_hand")
+    start = starting_weights.starting_point(spec, "by_hand")
     assert all(torch.equal(v, start.state[k]) for k, v in load_file(made[0]).items())
 
 
 def test_the_licence_of_the_data_reaches_the_record_of_the_run(made, places):
     carry(made, places, licences=("CC-BY-SA-4.0",))
-    start = catalog.starting_point(RUN, "by_hand")
+    start = starting_weights.starting_point(RUN, "by_hand")
     outcome = transfer(RUN, start.state, start=start)
     assert outcome.summary["licences"] == [run_cohort(RUN).card.licence, "CC-BY-SA-4.0"]
     assert outcome.summary["weights_files"][0] | {"source_sha256": ""} == {"part": "backbone", "weights": "profound_toy.mine", "licence": "CC-BY-SA-4.0", "source_sha256": "", "checksum": "that of its plan", "file": "profound_toy.mine.safetensors"}
@@ -249,9 +249,9 @@ def test_the_licence_of_the_data_reaches_the_record_of_the_run(made, places):
 
 def test_non_commercial_data_must_be_accepted(made, places, monkeypatch):
     carry(made, places, licences=("CC-BY-NC-4.0",), data=made[1].data | {"non_commercial": True})
-    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'"): catalog.starting_point(RUN, "by_hand")
+    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'"): starting_weights.starting_point(RUN, "by_hand")
     monkeypatch.setenv("VFM_JOB", "a batch, which asked before")
-    assert catalog.starting_point(RUN, "by_hand").state
+    assert starting_weights.starting_point(RUN, "by_hand").state
 
 
 def test_a_name_that_contradicts_the_plan(made, places):
@@ -268,14 +268,14 @@ def study(places, **more):
 
 
 def test_a_study_may_name_carried_weights(made, places):
-    with pytest.raises(VfmError, match="no card of published weights names"): catalog.check_names(study(places))
+    with pytest.raises(VfmError, match="no card of published weights names"): study_names.check_names(study(places))
     path = carry(made, places)
-    catalog.check_names(study(places))
+    study_names.check_names(study(places))
     save_file(load_file(made[0]), path)
-    with pytest.raises(VfmError, match="carries no adaptation plan"): catalog.check_names(study(places))
+    with pytest.raises(VfmError, match="carries no adaptation plan"): study_names.check_names(study(places))
     carry(made, places, licences=("CC-BY-NC-4.0",), data=made[1].data | {"non_commercial": True})
-    with pytest.raises(VfmError, match="non-commercial"): catalog.check_names(study(places))
-    catalog.check_names(study(places, licences=["CC-BY-NC-4.0"]))
+    with pytest.raises(VfmError, match="non-commercial"): study_names.check_names(study(places))
+    study_names.check_names(study(places, licences=["CC-BY-NC-4.0"]))
 
 
 # ---- the command ------------------------------------------------------------------------------------------------------

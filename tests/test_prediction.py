@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from vfm_notes.analysis.findings import findings
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import Question, answer, answers, ask, ended, points, pooled, prediction_finding, prediction_table, prediction_words, predictors, random_regret, regret, right_pairs, rights_test, task_rights
+from vfm_notes.analysis.prediction import Question, answer, answers, judge_predictor, ended, prediction_points, pooled, prediction_finding, prediction_table, prediction_words, predictors, random_regret, regret, right_pairs, rights_test, task_rights
 from vfm_notes.analysis.tables import load_tables, moments_table, scores_table
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
@@ -143,7 +143,7 @@ def test_a_study_where_the_score_knows(runs_root):
         for b, v in brought.items(): assert v[0] == pytest.approx(gains.loc[(key[0], b)].rpg) and abs(np.percentile(v[1:], 97.5) - gains.loc[(key[0], b)].high) < 1
     by = answers(tables, draws=50)
     assert len(by) == 3 * (2 * 2 + 1) and (by.picked == "c.x").all() and (by.best == "c.x").all()
-    shown = points(tables, gain_table(tables, draws=50))
+    shown = prediction_points(tables, gain_table(tables, draws=50))
     assert len(shown) == 3 * 3 * 3 and shown.groupby(["predictor", "task"]).place.mean().abs().max() < 1e-9 and (shown[shown.backbone == "c.x"].place > 0.9).all()
     assert any(f.startswith("Known before fine-tuning") for f in findings(tables))
     with pytest.raises(VfmError, match="Did you mean 'score'"): prediction_table(tables, outcome="scor")
@@ -162,7 +162,7 @@ def test_missing_values_are_left_out_and_named(runs_root):
     row = t[t.counts & (t.predictor == "logme")].iloc[0]
     assert row.pairs == 3 and row.missing == 3 and row.backbones == 2
     assert by[by.predictor == "logme"].missing.eq("a.x: one class only").all() and by[by.predictor == "early distance"].missing.eq("").all()
-    asked = ask(predictors(tables).query("predictor == 'logme' and layer == 'embed'"), ended(tables, draws=5))
+    asked = judge_predictor(predictors(tables).query("predictor == 'logme' and layer == 'embed'"), ended(tables, draws=5))
     assert all(q.backbones == ("b.x", "c.x") and "a.x" in q.missing for q in asked)
 
 
@@ -179,8 +179,8 @@ def test_records_without_scores(runs_root):
     for s in ("scratch", "full"): write("task", "a.x", s, 0, 1.0)
     tables = load_tables("s")
     tables.scores = tables.scores[:0]
-    assert prediction_table(tables).empty and answers(tables).empty and points(tables, gain_table(tables)).empty
-    assert "nothing can be said yet" in prediction_finding(prediction_table(tables)) and not any("Known" in f for f in findings(tables))
+    assert prediction_table(tables).empty and answers(tables).empty and prediction_points(tables, gain_table(tables)).empty
+    assert "there is no result yet" in prediction_finding(prediction_table(tables)) and not any("Known" in f for f in findings(tables))
     empty = load_tables("nothing")
     assert prediction_table(empty).empty and empty.scores.empty and empty.moments.empty
 
@@ -188,7 +188,7 @@ def test_records_without_scores(runs_root):
 def test_one_backbone_has_nothing_to_choose(runs_root):
     for s in ("scratch", "full"): write("task", "a.x", s, 0, 1.0, 0.7)
     t = prediction_table(load_tables("s"), draws=20)
-    assert (t.pairs == 0).all() and t.why.str.contains("two backbones").all() and "two backbones" in prediction_words(t.iloc[0]) and "nothing can be said" in prediction_finding(t)
+    assert (t.pairs == 0).all() and t.why.str.contains("two backbones").all() and "two backbones" in prediction_words(t.iloc[0]) and "there is no result yet" in prediction_finding(t)
 
 
 def test_tables_of_records(runs_root):

@@ -164,7 +164,7 @@ def test_cohorts_with_nothing_to_read(cohort):
     probe, why = make_probe(cohort.pick([i for i, s in enumerate(cohort.split) if s != "val"]), {"how": "zscore_nonzero"})
     assert probe is None and "12 train and 0 val cases" in why
     bare = replace(cohort, labels=np.zeros_like(cohort.labels), grade=np.full_like(cohort.grade, -1), card=replace(cohort.card, grades=()))
-    assert make_probe(bare, {"how": "zscore_nonzero"}) == (None, "no probe: the cases have neither labels nor two grades that a reader could learn")
+    assert make_probe(bare, {"how": "zscore_nonzero"}) == (None, "no probe: the cases have neither labels nor two grades that a probe could learn")
     graded, _ = make_probe(replace(cohort, labels=np.zeros_like(cohort.labels)), {"how": "zscore_nonzero"})
     assert list(graded(profound_toy(3))) == ["AUC of clinically significant (ISUP 2-5)"]
 

@@ -17,7 +17,7 @@ from vfm_notes.data.decode import manifest_cohort
 from vfm_notes.data.dicom import write_series
 from vfm_notes.data.manifest import layouts, manifest_problems, read_manifest, write_manifest
 from vfm_notes.data.prostate_layouts import PICAI_LESIONS, picai, prostate158, toy_case
-from vfm_notes.data.table_layouts import msd, profound, table
+from vfm_notes.data.table_layouts import msd, profound, table_manifest
 from vfm_notes.data.tree_layouts import bids, prostatex
 from vfm_notes.data.volume import read_image, split_address, to_array
 from vfm_notes.foundation.registry import VfmError
@@ -156,7 +156,7 @@ def test_picai_folds(tmp_path):
     assert "patient 10003 is in the splits" in told(picai, folder, splits=folds(tmp_path/"a.json", [*cases[:2], ["10003_1000003"], ["10003_1000004", "10002_1000002"]]), fold=2)
     assert "10002_1000002 is in no fold" in told(picai, folder, splits=folds(tmp_path/"b.json", [*cases[:2], cases[3]]))
     assert "in two folds" in told(picai, folder, splits=folds(tmp_path/"c.json", [*cases, cases[0]]))
-    assert "4 folds, 4 is asked for" in told(picai, folder, splits=path, fold=4)
+    assert "4 folds, but fold 4 is requested" in told(picai, folder, splits=path, fold=4)
     (tmp_path/"d.json").write_text("[1, 2]")
     assert "no list of folds" in told(picai, folder, splits=tmp_path/"d.json")
 
@@ -204,7 +204,7 @@ def test_prostatex_sheets_and_repeats(tmp_path):
 
 def test_prostatex_with_masks_of_the_gland(tmp_path):
     folder, masks = source("prostatex", tmp_path/"src"), tmp_path/"masks"
-    for i in range(3): prostate_layouts.save(toy_case(i, False)["gland"], masks/f"ProstateX-{i:04d}.nii.gz")
+    for i in range(3): prostate_layouts.write_image(toy_case(i, False)["gland"], masks/f"ProstateX-{i:04d}.nii.gz")
     manifest = prostatex(folder, gland=masks)
     assert manifest.card.classes == ("background", "gland") and manifest.crop == "mask_gland" and manifest.table["mask_gland"][2] == "masks/ProstateX-0002.nii.gz"
     (masks/"ProstateX-0002.nii.gz").unlink()
@@ -306,22 +306,22 @@ def by_hand(folder: Path) -> Path:
 
 def test_a_table_by_hand(tmp_path):
     folder = by_hand(tmp_path)
-    manifest = table(folder, columns=HEADINGS, grades=("cancer", "benign"), licence="CC0")
+    manifest = table_manifest(folder, columns=HEADINGS, grades=("cancer", "benign"), licence="CC0")
     assert manifest.card.grades == ("cancer", "benign") and not manifest.card.non_commercial and manifest.card.classes == ("background", "gland") and manifest.crop == "mask_gland"
     assert manifest.table["note_psa"].tolist() == ["4", "5", "6", "7"] and manifest.table["patient"].tolist() == manifest.table["case"].tolist()
-    assert "grade is 'cancer'" in told(table, folder, columns=HEADINGS, grades=("benign", "malignant"))
-    assert "no column 'T2 file' (for t2w) and no 'ident' (for case)" in told(table, folder, columns={"t2w": "T2 file", "case": "ident"})
-    assert "no column for case or patient" in told(table, folder) and "no column for an image" in told(table, folder, columns={"case": "id"})
+    assert "grade is 'cancer'" in told(table_manifest, folder, columns=HEADINGS, grades=("benign", "malignant"))
+    assert "no column 'T2 file' (for t2w) and no 'ident' (for case)" in told(table_manifest, folder, columns={"t2w": "T2 file", "case": "ident"})
+    assert "no column for case or patient" in told(table_manifest, folder) and "no column for an image" in told(table_manifest, folder, columns={"case": "id"})
     shutil.copy(folder/"cases.csv", folder/"old.csv")
-    assert "has 2 sheets" in told(table, folder, columns=HEADINGS)
-    assert len(table(folder/"old.csv", columns=HEADINGS)) == len(table(folder, columns=HEADINGS, sheet="old.csv")) == 4
+    assert "has 2 sheets" in told(table_manifest, folder, columns=HEADINGS)
+    assert len(table_manifest(folder/"old.csv", columns=HEADINGS)) == len(table_manifest(folder, columns=HEADINGS, sheet="old.csv")) == 4
 
 
 def test_a_table_lists_everything_that_is_wrong(tmp_path):
     folder = by_hand(tmp_path)
     (folder/"P1"/"ADC.nrrd").unlink()
     edit(folder/"cases.csv", lambda t: t.assign(id=["P0", "P1", "P0", ""], **{"prostate mask": ["", *t["prostate mask"][1:]], "T2 path": [*t["T2 path"][:3], "../T2.nrrd"]}))
-    text = told(table, folder, columns=HEADINGS)
+    text = told(table_manifest, folder, columns=HEADINGS)
     for words in ("P1/ADC.nrrd does not exist", "case P0 has 2 rows", "case is missing", "mask_gland is missing", "lies outside the root"): assert words in text, text
 
 

@@ -104,7 +104,7 @@ def house(tmp_path_factory):
         for name, value in {"gethostname": lambda: HOST}.items(): patch.setattr(socket, name, value)
         patch.setattr(fake_runs, "cases", fake_cases)
         patch.setattr(site, "build_reference", lambda *_: library)
-        patch.setattr(pages, "report_notebooks", lambda all=pages.report_notebooks(): [p for p in all if p.stem in OWN])
+        patch.setattr(pages, "report_notebooks", lambda own=pages.report_notebooks(): [p for p in own if p.stem in OWN])
         for where in ("device_name",): patch.setattr(origin, where, lambda: f"cpu ({CHIP})")
         study = root/"house.yaml"
         study.write_text(yaml.safe_dump(STUDY | {"cohort": str(root/"secret_hospital"/"pelvis"), "external": {"cohort": str(root/"St_Elsewhere"), "task": "segmentation"}}))
@@ -169,7 +169,7 @@ def test_the_same_stand_in_wherever_a_name_stood(house):
 
 def test_numbers_and_origin_stay(house):
     "Versions, commit, hashes, kind of device; a case called 12 changes no epoch."
-    for kind, (folder, _) in house["made"].items():
+    for folder, _ in house["made"].values():
         job = next(j for j in plan(house["spec"]) if house["good"] in j.runs)
         record, kept = json.loads((folder/"records"/f"{job.name}.json").read_text(encoding="utf-8")), look(run_folder("house", house["good"]))[0]
         same = ("id", "status", "metrics", "d2p", "cost", "versions", "commit", "threads", "created", "files", "weights_hash", "cohort_hash")

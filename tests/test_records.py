@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
 
 from vfm_notes.foundation.places import run_folder, study_root
 from vfm_notes.foundation.registry import VfmError
@@ -52,29 +54,30 @@ def test_tables_come_back(runs_root):
 
 
 def test_a_record_is_on_the_disk_before_it_has_its_name(runs_root, monkeypatch):
+    from vfm_notes.foundation import disk
     from vfm_notes.runs import record as module
-    folder, done, sync, rename = run_folder("s", run_id(SPEC)), [], module.fsync, os.rename
-    monkeypatch.setattr(module, "fsync", lambda path: done.append(("sync", Path(path).name)) or sync(path))
+    folder, done, sync, rename = run_folder("s", run_id(SPEC)), [], disk.fsync, os.rename
+    for m in (disk, module): monkeypatch.setattr(m, "fsync", lambda path: done.append(("sync", Path(path).name)) or sync(path))
     monkeypatch.setattr(os, "rename", lambda a, b: done.append(("rename", Path(b).name)) or rename(a, b))
     for _ in range(2):  # the first, and one in its place
         done.clear()
         write()
-        own = [(w, n if not n.startswith(".") else "hidden") for w, n in done]
+        own = [(w, n if not n.startswith(".") else "part of " + n[1:].split(f".{socket.gethostname()}.")[0]) for w, n in done]
+        part = f"part of {folder.name}"
         files = [("sync", f) for f in ("cases.parquet", "curves.parquet", "features.safetensors", "weights.safetensors")]
-        assert own == [*files, ("sync", "record.json"), ("sync", "hidden"), ("rename", "hidden"), ("rename", folder.name), ("sync", "s")]
+        assert own == [*files, ("sync", "part of record.json"), ("sync", part), ("sync", part), ("rename", part), ("rename", folder.name), ("sync", "s")]
     assert not list(folder.parent.glob(".*")) and read_record(folder)
 
 
 def test_only_what_dead_writers_of_this_machine_left_is_swept(runs_root):
-    import socket
     from vfm_notes.foundation.places import cache_root
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     here, name, root, cache = socket.gethostname(), run_id(SPEC), study_root("s"), cache_root()
-    left = {root/f".{name}.{host}.{pid}.{n}": stays for n, (host, pid, stays) in enumerate([(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)])}
-    left |= {cache/f".{host}.{pid}.x": stays for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]}
+    left = {root/f".{name}.{host}.{pid}.{n}.part": stays for n, (host, pid, stays) in enumerate([(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)])}
+    left |= {cache/f".x.{host}.{pid}.0.part": stays for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]}
     for path in left: path.mkdir(parents=True)
-    stray = cache/f".{here}.{gone.pid}.file"
+    stray = cache/f".file.{here}.{gone.pid}.0.part"
     stray.touch()  # no folder: left where it is, not counted, and no reason to stop
     assert sweep("s") == 2 and {p: p.exists() for p in left} == left
     assert sweep("s") == 0 and stray.exists()
@@ -159,7 +162,7 @@ def test_what_a_bad_disk_does_is_found_where_it_is_read(runs_root, monkeypatch):
         read_table("s", id, "curves")
     assert read_table("s", id, "cases") is not None and repair("s", [id]) == [id]
     write()
-    monkeypatch.setattr("vfm_notes.runs.repair.SMALL", 10)  # as if the weights were large
+    monkeypatch.setattr("vfm_notes.runs.repair.SMALL_FILE", 10)  # as if the weights were large
     flip(folder/"weights.safetensors", hidden=True)
     with pytest.raises(DamagedFile, match="weights.safetensors is damaged"): read_arrays("s", id, "weights")
     assert repair("s", [id]) == [] and repair("s", [id], everything=True) == [id]
@@ -246,10 +249,10 @@ def consistent(record) -> bool:
 
 
 def test_kill_in_the_middle_of_writing_leaves_no_half_record(runs_root, tmp_path, capsys):
-    rng, process, seen, hidden, round = random.Random(0), writer("fork", tmp_path), set(), 0, 0
-    while round < 15 or (round < 200 and (len(seen) < 8 or not hidden)):  # on a busy machine a kill hits nothing more often
-        round += 1
-        process.stdin.write(f"{round}\n")
+    rng, process, seen, hidden, turn = random.Random(0), writer("fork", tmp_path), set(), 0, 0
+    while turn < 15 or (turn < 200 and (len(seen) < 8 or not hidden)):  # on a busy machine a kill hits nothing more often
+        turn += 1
+        process.stdin.write(f"{turn}\n")
         pid = int(process.stdout.readline())
         time.sleep(rng.uniform(0, 0.15))
         os.kill(pid, signal.SIGKILL)
@@ -276,7 +279,7 @@ def test_a_reader_never_sees_half_of_a_replacement(runs_root, tmp_path, capsys):
 
 def test_a_failing_write_leaves_what_was_there(runs_root):
     before = write()
-    with pytest.raises(Exception): write_record(run_folder("s", run_id(SPEC)), new_record(SPEC, "s"), weights={"w": "no array"})
+    with pytest.raises(SafetensorError): write_record(run_folder("s", run_id(SPEC)), new_record(SPEC, "s"), weights={"w": "no array"})
     assert read_record(run_folder("s", run_id(SPEC))) == before and len(list(study_root("s").iterdir())) == 1
 
 

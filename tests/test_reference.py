@@ -6,7 +6,7 @@ import re
 import pytest
 
 from vfm_notes.foundation.places import library_notebooks
-from vfm_notes.report.convert import joined
+from vfm_notes.report.convert import join_lines
 from vfm_notes.report.reference import addresses, index_page, read_library, reference_page, search_entries
 
 BOOKS = read_library()
@@ -48,12 +48,12 @@ def test_arguments_as_fastcore_reads_them(name):
 
 def test_pages_have_every_name_once_and_no_directive():
     known = addresses(BOOKS)
-    index = "".join(joined(c["source"]) for c in index_page(BOOKS)["cells"])
+    index = "".join(join_lines(c["source"]) for c in index_page(BOOKS)["cells"])
     for b in BOOKS:
         cells = reference_page(b, known)["cells"]
-        headings = [m for c in cells if c["cell_type"] == "markdown" for m in re.findall(r"^### .+ \{#(\w+)\}$", joined(c["source"]), re.M)]
+        headings = [m for c in cells if c["cell_type"] == "markdown" for m in re.findall(r"^### .+ \{#(\w+)\}$", join_lines(c["source"]), re.M)]
         assert headings == [d.name for d in b.names], b.path.name
-        assert not [c for c in cells if re.search(r"^#\|\s*(?!\s|code-)", joined(c["source"]), re.M)], b.path.name
+        assert not [c for c in cells if re.search(r"^#\|\s*(?!\s|code-)", join_lines(c["source"]), re.M)], b.path.name
         assert len({c["id"] for c in cells}) == len(cells)
         for d in b.names: assert f'href="{b.path.stem}.html#{d.name}"' in index
 
@@ -75,10 +75,10 @@ def test_a_heading_that_reads_like_a_name_has_another_anchor():
 
 def test_what_is_left_out_of_a_page_says_why():
     from vfm_notes.report.convert import LIMIT, convert_output
-    def page(data): return "".join(joined(v) for o in convert_output({"output_type": "display_data", "metadata": {}, "data": data}, "k", "see there") for v in o["data"].values()).removeprefix("```{=html}\n").removesuffix("\n```")
+    def page(data): return "".join(join_lines(v) for o in convert_output({"output_type": "display_data", "metadata": {}, "data": data}, "k", "see there") for v in o["data"].values()).removeprefix("```{=html}\n").removesuffix("\n```")
     long, asks = "x" * (LIMIT["html"] + 1), '<img src="https://example.org/a.png">'
     assert page({"text/html": long}).endswith(f"Here an output of {len(long):,} characters is left out; see there.</p>")
-    assert page({"text/html": asks}).endswith("Here an output that asks the network is left out; see there.</p>")
+    assert page({"text/html": asks}).endswith("Here an output that loads from the network is left out; see there.</p>")
     assert page({"text/html": "<b>kept</b>"}) == "<b>kept</b>" and page({"text/html": " ", "text/plain": "p"}) == "" and page({"text/plain": "p"}) == "p"
 
 
@@ -88,7 +88,7 @@ def test_a_page_is_its_notebook_without_raw_cells():
     out = [{"output_type": "stream", "name": "stdout", "text": "1\n"}]
     nb = {"cells": [cell("raw", "---"), cell("markdown", "words"), cell("code", ["x = 1\n", "print(x)"], outputs=out, execution_count=3), cell("code", "%%html\n<b>", outputs=[])]}
     page = to_page(nb, {"title": "t"}, "p")["cells"]
-    assert [c["cell_type"] for c in page] == ["raw", "markdown", "code", "code"] and "title: t" in joined(page[0]["source"])
+    assert [c["cell_type"] for c in page] == ["raw", "markdown", "code", "code"] and "title: t" in join_lines(page[0]["source"])
     assert page[1]["source"] == "words" and page[2]["source"] == "#| code-fold: true\nx = 1\nprint(x)" and page[3]["source"] == "%%html\n<b>"
     assert page[2]["outputs"] == out and page[2]["execution_count"] == 3 and to_page(nb, {}, "p", fold=False)["cells"][2]["source"] == "x = 1\nprint(x)"
     tagged = {"cells": [cell("code", "a = 0", metadata={"tags": ["parameters"]}), cell("code", "b")]}

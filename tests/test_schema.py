@@ -103,7 +103,7 @@ def test_any_value_in_any_schema_gives_an_object_or_a_sentence(cls, data):
 
 # ---- YAML
 
-TEXTS = {"duplicate": (b"name: a\ntitle: b\nname: c\n", ["line 3", "'name' stands here a second time"]), "nested duplicate": (b"budget:\n  lr: 1\n  lr: 2\n", ["line 3", "'lr'"]),
+TEXTS = {"duplicate": (b"name: a\ntitle: b\nname: c\n", ["line 3", "'name' occurs a second time"]), "nested duplicate": (b"budget:\n  lr: 1\n  lr: 2\n", ["line 3", "'lr'"]),
          "deep": (b"a: " + b"[" * 100_000, ["line 1", "nest"]), "NUL": (b"name: a\ntitle: \0\n", ["line 2", "'\\x00'"]), "not utf-8": (b"name: a\ntitle: caf\xe9\n", ["line 2", "0xe9", "UTF-8"]),
          "utf-16": ("name: a".encode("utf-16"), ["UTF-16"]), "empty": (b"", ["is empty"]), "comment": (b"# nothing\n", ["is empty"]), "list": (b"- a\n", ["expected a mapping"]), "tag": (b"a: !!python/object/apply:os.system [ls]\n", ["line 1", "tag"]),
          "own tag": (b"x: 1\na: !mine b\n", ["line 2", "!mine"]), "two documents": (b"a: 1\n---\nb: 2\n", ["line 2", "second document"]), "open": (b"a: 1\nb: [1, 2\n", ["not valid YAML", "line"]), "tab": (b"a:\n\tb: 1\n", ["line 2"]),

@@ -7,8 +7,8 @@ import torch
 from scipy import optimize, stats
 from torch import nn
 from vfm_notes.foundation.registry import VfmError, scores
-from vfm_notes.shift.scores import gbc, hscore, knn, leep, logme, nleep, one_hot, principal, probe
-from vfm_notes.shift.transferability import cell_labels, cell_rows, cell_values, draw, transferability
+from vfm_notes.shift.scores import gbc, hscore, knn_score, leep, logme, nleep, one_hot, principal, probe_score
+from vfm_notes.shift.transferability import cell_labels, cell_rows, cell_values, draw_cells, transferability
 
 NAMES = ["logme", "hscore", "gbc", "nleep", "knn", "probe"]
 TAKES = [(name, kind) for name in scores for kind in scores.card(name)["takes"]]
@@ -163,8 +163,8 @@ def test_knn_by_loops():
             near = sorted((j for j in range(40) if groups[j] != groups[i]), key=lambda j: ((z[i] - z[j]) ** 2).sum())[:5]
             guess.append(np.bincount(y[near], minlength=3).argmax() if kind == "classes" else y[near].mean(0))
         from sklearn.metrics import balanced_accuracy_score, r2_score
-        assert knn(x, y, groups) == pytest.approx((balanced_accuracy_score if kind == "classes" else r2_score)(y, np.array(guess)), rel=1e-12)
-    with pytest.raises(VfmError, match="one group"): knn(x, y, np.zeros(40))
+        assert knn_score(x, y, groups) == pytest.approx((balanced_accuracy_score if kind == "classes" else r2_score)(y, np.array(guess)), rel=1e-12)
+    with pytest.raises(VfmError, match="one group"): knn_score(x, y, np.zeros(40))
 
 
 def test_held_out_rows_are_of_other_groups():
@@ -189,8 +189,8 @@ def test_probe_by_hand():
         a = np.logspace(0, 4, 5)[np.argmin(fits)]
         pred[test] = c + z[test] @ np.linalg.solve(z[~test].T @ z[~test] + a * np.eye(4), z[~test].T @ (y[~test] - c))
     from sklearn.metrics import r2_score
-    assert probe(x, y) == pytest.approx(r2_score(y, pred), abs=1e-6)
-    with pytest.raises(VfmError, match="one class only"): probe(x, np.r_[np.zeros(58, int), 1, 1], np.r_[np.arange(58), 58, 58])
+    assert probe_score(x, y) == pytest.approx(r2_score(y, pred), abs=1e-6)
+    with pytest.raises(VfmError, match="one class only"): probe_score(x, np.r_[np.zeros(58, int), 1, 1], np.r_[np.arange(58), 58, 58])
 
 
 # ---- rows ----
@@ -224,7 +224,7 @@ def test_cells_are_where_they_should_be():
             assert values[case, i].tolist() == [t[case, 2 * d + a, 4 * h + b, 4 * w + c].item() for a in (0, 1) for b in (1, 3) for c in (1, 3)]
     assert cell_values(t[:, None], (1, 1, 1)).shape == (2, 256, 1)
     labels = np.r_[np.zeros(900), np.ones(80), np.full(5, 2)]
-    cells = draw(labels, 985, 90, np.random.default_rng(0))
+    cells = draw_cells(labels, 985, 90, np.random.default_rng(0))
     assert np.bincount(labels[cells].astype(int)).tolist() == [30, 30, 5] and len(set(cells)) == 65
 
 

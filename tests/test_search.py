@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.tables import candidates, curves_table, load_tables, runs_table
+from vfm_notes.analysis.tables import search_candidates, curves_table, load_tables, runs_table
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import Budget, StudySpec, run_id, run_specs
@@ -116,7 +116,7 @@ def test_test_scores_are_never_looked_at():
         assert choice(load_tables("s")) == first
     runs = runs_table(read_records("s"))
     curves = curves_table("s")
-    assert candidates(runs.assign(value=np.nan, control=np.nan), curves).equals(candidates(runs, curves))
+    assert search_candidates(runs.assign(value=np.nan, control=np.nan), curves).equals(search_candidates(runs, curves))
 
 
 def test_gains_compare_chosen_with_chosen():

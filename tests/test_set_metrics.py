@@ -9,10 +9,10 @@ from sklearn.metrics import recall_score
 from test_tasks import SPEC
 
 from vfm_notes.analysis import set_metrics
-from vfm_notes.analysis.gain import Pair, _scores, bootstrap, exchange_test, match
+from vfm_notes.analysis.gain import Pair, _scores, bootstrap, exchange_test, pair_cases
 from vfm_notes.analysis.set_metrics import SET_METRICS, columns_of, exchanged, set_metric, weighted_auc
 from vfm_notes.foundation.registry import tasks
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.transfer import build_model, run_data
 
 NAMES = list(tasks)
@@ -83,7 +83,7 @@ def test_a_registered_metric_has_gain_interval_and_test(metric):
         return pd.concat([pd.DataFrame({"case": [f"c{i:02d}" for i in range(40)], "patient": [f"p{i // 2}" for i in range(40)], "metric": k, "value": v}) for k, v in rows.items()])
     cases = {"t0": run(1), "t1": run(1), "r0": run(0), "r1": run(0)}
     table = lambda side: pd.DataFrame({"id": [f"{side}0", f"{side}1"], "seed": [0, 1], "positive": np.nan})
-    pair = match(cases, table("t"), table("r"), metric, -1 if metric == "rmse" else 1)
+    pair = pair_cases(cases, table("t"), table("r"), metric, -1 if metric == "rmse" else 1)
     assert isinstance(pair, Pair) and pair.n_cases == 40
     found = bootstrap(pair, 300)
     assert found["low"] < found["rpg"] < found["high"] and found["rpg"] > 0 and found["undefined"] < 0.05

@@ -129,7 +129,7 @@ def test_the_time_left_is_what_the_closest_runs_took():
 def test_of_two_hundred_failures_a_few_are_shown_and_the_rest_counted(capsys):
     many = Summary("big", done=3, failed={f"run-{i}": "ValueError: no" for i in range(200)}, problems={f"job-{i}": "cell 4: ValueError: no" for i in range(30)}, missing=[f"m{i}" for i in range(50)])
     lines = failures(many)
-    assert len(lines) == 22 and lines[10] == "failed  190 more; all with their errors: vfm table big -o failed.csv" and lines[-1] == "stopped 20 more notebooks; their logs tell why"
+    assert len(lines) == 22 and lines[10] == "failed  190 more; for all with their errors: vfm table big -o failed.csv" and lines[-1] == "stopped 20 more notebooks; see their logs"
     print_summary(many)
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 24 and "missing 50 runs" in out and "200 of 253 runs of study big failed" in out

@@ -19,7 +19,7 @@ from vfm_notes.foundation.places import library_notebooks, notebook_file, run_fo
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import load_study, run_id
 from vfm_notes.report import reference, site as site_module
-from vfm_notes.report.convert import joined
+from vfm_notes.report.convert import join_lines
 from vfm_notes.report.site import build_site
 from vfm_notes.runs.grid import plan
 from vfm_notes.runs.record import new_record, write_record
@@ -99,12 +99,12 @@ def test_pages_are_written_as_quarto_needs_them(project):
             assert all(isinstance(v, list) and all(line.endswith("\n") for line in v[:-1]) for v in texts), path.name
             assert not [o for o in c.get("outputs", []) if "text/html" in o.get("data", {})], path.name
             if c["cell_type"] == "markdown":
-                made = list(headings(joined(c["source"])))
+                made = list(headings(join_lines(c["source"])))
                 ids += [i for _, i in made]
                 levels += [level for level, _ in made]
-            shown = [joined(v) for v in texts] if c["cell_type"] != "code" else [joined(v) for v in texts[1:]]
+            shown = [join_lines(v) for v in texts] if c["cell_type"] != "code" else [join_lines(v) for v in texts[1:]]
             ids += [i for text in shown for i in re.findall(r"<[a-z]+\b[^<>]*?\sid=\"([^\"]+)\"", text)]
-        assert nb["cells"][0]["cell_type"] == "raw" and "title:" in joined(nb["cells"][0]["source"]) and 1 not in levels, path.name
+        assert nb["cells"][0]["cell_type"] == "raw" and "title:" in join_lines(nb["cells"][0]["source"]) and 1 not in levels, path.name
         twice = {i for i in ids if ids.count(i) > 1 or i == "title"}  # both renderers name the list of headings toc-title
         assert not twice, f"{path.name}: {twice}"
 
@@ -124,7 +124,7 @@ def test_wide_pages_are_wide_by_each_renderer(project):
     "What is written for smalldocs is said to Quarto, too."
     seen = 0
     for path, nb in generated(project["root"]).items():
-        front = yaml.safe_load(joined(nb["cells"][0]["source"]).strip().strip("-"))
+        front = yaml.safe_load(join_lines(nb["cells"][0]["source"]).strip().strip("-"))
         assert front.get("grid", {}).get("body-width") == front.get("max-width"), path.name
         seen += "max-width" in front
     assert seen > 5
@@ -155,7 +155,7 @@ def test_definitions_are_one_click_away(project):
 
 def test_huge_and_remote_outputs_are_cut_with_a_link(project):
     text = (project["root"] / "_site" / "run-pretrain-profound_toy.mae_of_a_long_name.html").read_text(encoding="utf-8")
-    assert "characters left out here" in text and "asks the network is left out" in text and "cdn.example.org" not in text
+    assert "characters left out here" in text and "loads from the network is left out" in text and "cdn.example.org" not in text
     assert 'href="notebooks/pretrain-profound_toy.mae_of_a_long_name.ipynb"' in text and len(text) < 200_000
 
 

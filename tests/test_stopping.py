@@ -11,7 +11,7 @@ from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import Budget, PretrainSpec, RunSpec, StudySpec, run_id, run_specs
 from vfm_notes.pretrain.trainer import Keeper, Recipe, Stopped, Trainer
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.fit import fit
 from vfm_notes.tune.transfer import run_data
 

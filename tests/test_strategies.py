@@ -13,7 +13,7 @@ from vfm_notes.foundation.spec import RunSpec, StudySpec, load_study, run_id, ru
 from vfm_notes.nets.decoder import ClassificationHead, DenseDecoder, Network
 from vfm_notes.pretrain.trainer import Recipe, Trainer
 from vfm_notes.runs.grid import job_parameters, job_specs, parse_only, plan
-from vfm_notes.tune import catalog
+from vfm_notes.tune import study_names
 from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.probe import Cached, cached
 from vfm_notes.tune.strategy import apply_strategy, block_names, depths
@@ -148,7 +148,7 @@ def test_a_wrong_line_is_told_in_one_sentence(line, told):
 
 def test_a_study_is_told_of_wrong_and_doubled_strategies():
     study = load_study("phantom")
-    def check(*lines): catalog.check_names(replace(study, strategies=list(lines)))
+    def check(*lines): study_names.check_names(replace(study, strategies=list(lines)))
     check(*EVERY)
     for lines, told in ((("full", "full decay=1"), "are the same"), (("top", "top k=one"), "expected a whole number"), (("lora rnak=2",), "Did you mean 'rank'")):
         with pytest.raises(VfmError, match=f"Study 'phantom'.*{told}"): check(*lines)

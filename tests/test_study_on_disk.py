@@ -12,7 +12,7 @@ from vfm_notes.data.manifest import layouts, read_manifest, write_manifest
 from vfm_notes.foundation.spec import RunSpec, canonical, load_study, run_id, run_specs
 from vfm_notes.report import cli
 from vfm_notes.runs.record import new_record, read_record, write_record
-from vfm_notes.tune.catalog import check_names
+from vfm_notes.tune.study_names import check_names
 from vfm_notes.tune.transfer import transfer
 
 STUDY = dict(name="mine", title="made", cohort="cohorts/boxes", size=[4, 32, 32], spacing=[3.0, 1.0, 1.0], cases={"pretrain": 0, "train": 4, "val": 2, "test": 4}, backbones=["profound_toy.mae_phantom"],
@@ -154,7 +154,7 @@ def test_the_data_page_tells_licences_and_cases_left_out(study, tmp_path, runs_r
     assert [e["case"] for e in cohort.excluded] == ["c3"]
     write_record(runs_root/"mine"/run_id(spec), new_record(spec, "mine", licences=[cohort.card.licence, "MIT"], excluded=cohort.excluded, metrics={"dice": 0.5}, primary="dice", n={"test": 4}))
     html = page(str(tmp_path/"mine.yaml"))
-    assert "must not be used commercially: cohort boxes (CC BY-NC 4.0)" in html and "weights profound_toy.mae_phantom" in html
+    assert "is not licensed for commercial use: cohort boxes (CC BY-NC 4.0)" in html and "weights profound_toy.mae_phantom" in html
     assert "c3" in html and "c3_adc.nii.gz is empty (0 bytes)" in html
 
 
@@ -162,4 +162,4 @@ def test_the_data_page_of_a_free_study_has_no_notice(study, tmp_path, runs_root)
     spec, = run_specs(study())
     write_record(runs_root/"mine"/run_id(spec), new_record(spec, "mine", licences=["Apache-2.0"], metrics={"dice": 0.5}, primary="dice", n={"test": 4}))
     html = page(str(tmp_path/"mine.yaml"))
-    assert "commercially" not in html and "every case that the runs asked for could be used" in html and "Boxes" in html
+    assert "not licensed for commercial use" not in html and "every case that the runs needed could be used" in html and "Boxes" in html

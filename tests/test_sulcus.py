@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from vfm_notes.data.brainvisa import CENTRES, brainvisa, brainvisa_example, sequential_split, sulcus_labels
 from vfm_notes.data.cohort import load_cohort, problems
 from vfm_notes.data.decode import manifest_cohort
-from vfm_notes.data.sulcus import BLOCK, GRADES, Fold, SulcusCase, fold_distance, skeleton, sulcus_case, unroll
+from vfm_notes.data.sulcus import PCS_CYCLE, PCS_CLASSES, Fold, SulcusCase, fold_distance, draw_sheets, sulcus_case, unroll
 from vfm_notes.foundation.registry import VfmError
 
 SIZE, SPACING, N = (32, 32, 32), (2.0, 2.0, 2.0), 300
@@ -73,8 +73,8 @@ def test_the_same_brain_on_another_grid():
 
 def test_grades_come_in_blocks_of_ten(cases):
     grades = [c.grade for c in cases]
-    for i in range(0, N, 10): assert sorted(grades[i:i + 10]) == sorted(BLOCK)
-    assert GRADES == ("absent", "prominent", "present")
+    for i in range(0, N, 10): assert sorted(grades[i:i + 10]) == sorted(PCS_CYCLE)
+    assert PCS_CLASSES == ("absent", "prominent", "present")
 
 
 def test_readers_rules(cases):
@@ -91,7 +91,7 @@ def test_readers_rules(cases):
 def test_the_second_fold_is_thin_and_runs_beside_the_first(cases):
     for i, case in enumerate(cases[:60]):
         if case.pcs is None: continue
-        main = skeleton([case.folds[1]], places(i), SPACING) > 0.5
+        main = draw_sheets([case.folds[1]], places(i), SPACING) > 0.5
         away = distance_transform_edt(~main, sampling=SPACING)[case.label == 2]
         assert 4 < np.median(away) < 13, "mm from the cingulate sulcus"
         assert distance_transform_edt(case.label == 2, sampling=SPACING).max() < 5, "mm to the nearest voxel outside it"

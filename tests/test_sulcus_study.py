@@ -11,9 +11,9 @@ import torch
 import yaml
 from sklearn.metrics import f1_score, roc_auc_score
 
-import vfm_notes.tune.catalog as catalog
+from vfm_notes.tune import study_names
 from vfm_notes.analysis.tables import Tables, load_tables, serving
-from vfm_notes.analysis.tradeoff import COSTS, compared, contrasts, front_table, grid_runs, pareto_front, placed, tradeoff_findings, tradeoff_table
+from vfm_notes.analysis.tradeoff import COST_TITLES, compared, contrasts, front_table, grid_runs, pareto_front, placed, tradeoff_findings, tradeoff_table
 from vfm_notes.backbones.protocol import build
 from vfm_notes.data.brainvisa import brainvisa, brainvisa_example
 from vfm_notes.data.loader import normalise
@@ -32,7 +32,7 @@ PRETRAININGS, TUNINGS = ["none", "adversarial", "contrastive", "reconstruction",
 @pytest.mark.parametrize("name, networks, seeds", [("sulcus", 3, 3), ("sulcus_full", 4, 5)])
 def test_the_study_files_give_the_whole_grid_once(name, networks, seeds):
     study = load_study(name)
-    catalog.check_names(study)
+    study_names.check_names(study)
     runs = run_specs(study)
     lora = next(s for s in study.strategies if s.startswith("lora"))
     cells = {tuple(placed(r.backbone, r.strategy).values()) + (r.seed,) for r in runs}
@@ -52,7 +52,7 @@ def test_random_weights_have_one_name_for_every_strategy():
     both = replace(study, strategies=["scratch", "full", "random", "decoder"], backbones=["unet_toy.random"])
     assert [r.strategy for r in run_specs(both) if r.seed == 0] == ["scratch", "random"]
     assert parse_only("strategy=scratch", study) == {"strategy": {"scratch"}}
-    with pytest.raises(VfmError, match="those that nobody trained"): pretrain_specs(replace(study, pretrain={"random": {"backbone": "unet_toy"}}, backbones=["unet_toy.random"]))
+    with pytest.raises(VfmError, match="reserved for untrained weights"): pretrain_specs(replace(study, pretrain={"random": {"backbone": "unet_toy"}}, backbones=["unet_toy.random"]))
     with pytest.raises(VfmError, match="'swin_mt.diffusion' does not use the weights of its own architecture"): replace(study, backbones=["swin_mt.diffusion"])
 
 
@@ -68,7 +68,7 @@ def tiny(tmp_path_factory):
         patch.setenv("VFM_RUNS", str(root/"runs"))
         (root/"tiny.yaml").write_text(yaml.safe_dump(TINY))
         study = load_study(root/"tiny.yaml")
-        catalog.check_names(study)
+        study_names.check_names(study)
         made, = pretrain_specs(study)
         seen = run_cohort(made).subset("pretrain")
         state = pretrain(made, torch.from_numpy(normalise(seen.volumes, **input_scale(made.backbone, seen))), None, 1).backbone.state_dict()
@@ -82,10 +82,10 @@ def tiny(tmp_path_factory):
 def test_a_tiny_study_fills_its_grid_and_tells_what_is_missing(tiny):
     _, study, tables = tiny
     whole = tradeoff_table(tables)
-    assert {"dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity", *COSTS} == set(whole.what)
+    assert {"dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity", *COST_TITLES} == set(whole.what)
     assert len(whole) == 8 * 11 and (whole[whole.pretraining == "none"].n[whole.what == "dice"] == 2).all()
     gone = whole[(whole.pretraining == "reconstruction") & whole.tuning.str.startswith("lora")]
-    costs = gone[gone.what.isin(COSTS)]
+    costs = gone[gone.what.isin(COST_TITLES)]
     assert set(costs.n) == {1} and costs.low.isna().all()  # one seed of two; scores are drawn over cases, too
     runs = grid_runs(tables)
     for r in whole[(whole.what == "dice") & (whole.n == 2)].itertuples():
@@ -168,7 +168,7 @@ def test_the_page_of_nothing(tmp_path, runs_root):
     values = run_page(tmp_path/"none.yaml", tmp_path)
     assert "No finished run of study" in "".join(v.html for v in values) and not any(hasattr(v, "to_dict") for v in values)
     empty = load_tables("none")
-    assert tradeoff_findings(empty, {}, {}) == ["No run of the grid is finished, so nothing can be said yet."] and front_table(empty, "dice", "seconds_training").empty
+    assert tradeoff_findings(empty, {}, {}) == ["No run of the grid is finished, so there is no result yet."] and front_table(empty, "dice", "seconds_training").empty
 
 
 def test_the_study_on_a_cohort_in_the_layout_of_brainvisa(tmp_path, runs_root):
@@ -176,7 +176,7 @@ def test_the_study_on_a_cohort_in_the_layout_of_brainvisa(tmp_path, runs_root):
     write_manifest(brainvisa(tmp_path/"scans"), tmp_path/"cohort")
     (tmp_path/"mine.yaml").write_text(yaml.safe_dump(TINY | {"name": "mine", "cohort": "cohort", "spacing": [4.0, 4.0, 4.0], "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 2}, "budget": {"epochs": 1, "batch_size": 2}}))
     study = load_study(tmp_path/"mine.yaml")
-    catalog.check_names(study)
+    study_names.check_names(study)
     spec = run_specs(study)[0]
     assert {"absent", "prominent", "present"} == set(run_cohort(spec).card.grades) and run_cohort(spec).card.classes == ("background", "skeleton", "PCS")
     outcome = transfer(spec)

@@ -16,12 +16,12 @@ from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError, cohorts, tasks
 from vfm_notes.foundation.spec import RunSpec, load_study, run_specs
 from vfm_notes.nets.decoder import Network
-from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+from vfm_notes.tune import study_names
 from vfm_notes.tune.case_task import corn_loss, corn_probabilities
-from vfm_notes.tune.fit import fit, predict, training_batches
-from vfm_notes.tune.lesions import Candidate, Found, average_precision, candidates, match
+from vfm_notes.tune.fit import predict
+from vfm_notes.tune.lesions import Candidate, Found, average_precision, lesion_candidates, match_lesions
 from vfm_notes.foundation.quantity import METRICS
-from vfm_notes.tune.metric import f1, hits, r2, recall_parts
+from vfm_notes.tune.metric import binary_f1, hits, r_squared, recall_parts
 from vfm_notes.tune.task import build_task
 from vfm_notes.tune.transfer import build_model, run_data, transfer
 
@@ -117,7 +117,7 @@ def test_macro_recall_f1_and_hits_are_those_of_scikit_learn():
     label, predicted = rng.integers(0, 4, (2, 60))
     assert recall_parts(label, predicted).mean() == pytest.approx(recall_score(label, predicted, average="macro"))
     a, b = label > 1, predicted > 1
-    assert f1(a, b) == pytest.approx(f1_score(a, b)) and math.isnan(f1(a & False, b))
+    assert binary_f1(a, b) == pytest.approx(f1_score(a, b)) and math.isnan(binary_f1(a & False, b))
     assert np.nanmean(hits(a, b, 1)) == pytest.approx(recall_score(a, b)) and np.nanmean(hits(a, b, 0)) == pytest.approx(recall_score(~a, ~b))
 
 
@@ -218,7 +218,7 @@ def test_volume_is_counted_in_ml_and_comes_back_in_ml(cohort):
     assert task.unit("mae") == task.unit("rmse") == "ml" and task.unit("r2") == ""
     truth = data["test"].target[:, 0].numpy()
     assert task.summary(task.evaluate(data["test"].target + 1, data["test"])) == pytest.approx({"mae": 1, "rmse": 1, "r2": 1 - 1/truth.var()}, rel=1e-4)
-    assert math.isnan(r2(np.ones(3), np.arange(3.)))
+    assert math.isnan(r_squared(np.ones(3), np.arange(3.)))
 
 
 # --- detection ---
@@ -246,18 +246,18 @@ def test_candidates_and_lesions_are_paired_one_to_one_with_most_pairs_first():
     one, two = box(0, 6), box(8, 12)
     wide = Candidate(box(0, 12), 0.9)   # overlaps both: 6/12 and 4/12
     left = Candidate(box(0, 5), 0.8)    # overlaps the first: 5/6
-    result = match([wide, left], one | two)
+    result = match_lesions([wide, left], one | two)
     assert (result.lesions, result.hit) == (2, [True, True]), "the wide one takes the second lesion"
-    result = match([wide, left, Candidate(box(15, 17), 0.3)], one)
+    result = match_lesions([wide, left, Candidate(box(15, 17), 0.3)], one)
     assert result.confidence == [0.8, 0.3] and result.hit == [True, False], "an overlapping candidate without a lesion is neither"
-    assert match([Candidate(box(0, 1), 0.5)], box(0, 10)).hit == [True] and match([Candidate(box(0, 1), 0.5)], box(0, 11)).hit == [False], "intersection over union of at least 0.10"
-    assert match([], one).lesions == 1 and match([left], one & False).hit == [False]
+    assert match_lesions([Candidate(box(0, 1), 0.5)], box(0, 10)).hit == [True] and match_lesions([Candidate(box(0, 1), 0.5)], box(0, 11)).hit == [False], "intersection over union of at least 0.10"
+    assert match_lesions([], one).lesions == 1 and match_lesions([left], one & False).hit == [False]
 
 
 def test_candidates_do_not_touch_and_fall_in_confidence():
     rng = np.random.default_rng(1)
     p = rng.random((8, 24, 24))**6
-    found = candidates(p, (3.0, 1.5, 1.5), smallest=7.5)
+    found = lesion_candidates(p, (3.0, 1.5, 1.5), smallest=7.5)
     assert len(found) == 5 or found
     assert [c.confidence for c in found] == sorted((c.confidence for c in found), reverse=True)
     for i, c in enumerate(found):
@@ -270,7 +270,7 @@ def test_detection_scores_can_be_computed_again_from_the_rows(cohort):
     data = task.prepare(cohort)
     noisy = (data.target + 0.8*torch.rand(data.target.shape, generator=torch.Generator().manual_seed(0)))/2
     cases = task.evaluate(noisy, data)
-    found = [match(candidates(p, data.spacing), t) for p, t in zip(noisy.double().numpy(), data.target.bool().numpy())]
+    found = [match_lesions(lesion_candidates(p, data.spacing), t) for p, t in zip(noisy.double().numpy(), data.target.bool().numpy())]
     got = task.summary(cases)
     assert got["ap"] == pytest.approx(brute_average_precision(found))
     assert got["auc"] == pytest.approx(roc_auc_score([f.lesions > 0 for f in found], [max(f.confidence, default=0) for f in found]))
@@ -313,9 +313,9 @@ def test_a_study_runs_its_specialists_once_and_gains_refer_to_them():
     study = replace(load_study("phantom"), specialists={"segmentation": "unet_3d"})
     more = run_specs(study)[len(run_specs(load_study("phantom"))):]
     assert [(s.task, s.backbone, s.strategy, s.seed, s.parent) for s in more] == [("segmentation", "unet_3d", "specialist", k, "") for k in study.seeds]
-    catalog.check_names(study)
+    study_names.check_names(study)
     with pytest.raises(VfmError, match="specialists"): replace(study, specialists={"detection": "unet_3d"})
-    with pytest.raises(VfmError, match="Did you mean 'unet_3d'"): catalog.check_names(replace(study, specialists={"segmentation": "unet_3"}))
+    with pytest.raises(VfmError, match="Did you mean 'unet_3d'"): study_names.check_names(replace(study, specialists={"segmentation": "unet_3"}))
     runs = [("a", "profound_toy.x", "full", 0.8), ("b", "unet_3d", "specialist", 0.5), ("c", "provicnet_toy.x", "scratch", 0.4)]
     rows = pd.DataFrame([dict(id=i, task="segmentation", backbone=b, strategy=s, n_train=8, seed=0, kind="transfer", status="done", positive=None) for i, b, s, _ in runs])
     cases = pd.DataFrame([dict(id=i, case=f"c{k}", patient=f"c{k}", metric="dice", value=v + 0.01*k) for i, _, _, v in runs for k in range(3)])
@@ -372,7 +372,7 @@ def test_a_cohort_with_another_spacing_is_refused(monkeypatch):
     from vfm_notes.tune import transfer as module
     made = load_cohort("everything", SPEC.size, SPEC.spacing, CASES)
     monkeypatch.setattr(module, "run_cohort", lambda spec: replace(made, card=replace(made.card, spacing=(4.0, 3.0, 3.0))))
-    with pytest.raises(VfmError, match="voxels of .4.0, 3.0, 3.0. mm, but the study asks for"): run_data(SPEC)
+    with pytest.raises(VfmError, match="voxels of .4.0, 3.0, 3.0. mm, but the study requires"): run_data(SPEC)
     for off, fine in ((0.0009, True), (0.0015, False)):  # a thousandth of a millimetre is rounding
         monkeypatch.setattr(module, "run_cohort", lambda spec: replace(made, card=replace(made.card, spacing=(8.0, 3.0, 3.0 + off))))
         try: assert run_data(SPEC) and fine

@@ -9,7 +9,7 @@ import pytest
 from toy_batch import Toy, alive_with, wait_until, write_template
 
 from vfm_notes.runs.forkserver import Forked, python_path
-from vfm_notes.runs.locks import lives
+from vfm_notes.foundation.disk import lives
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sockets as on Linux")
 
@@ -162,7 +162,7 @@ def test_a_notebook_in_two_processes_leaves_when_asked_and_goes_on(tmp_path, ser
     wait_until(lambda: (two.flags/"epochs").exists())
     runner.send_signal(signal.SIGTERM)
     out, err = runner.communicate(timeout=300)
-    assert runner.returncode == 1 and "left    pretrain" in out and not two.records(), out + err
+    assert runner.returncode == 1 and "paused  pretrain" in out and not two.records(), out + err
     assert list((two.runs/"toy"/"checkpoints").glob("*.pt"))
     again = run(two, server)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from vfm_notes.data.loader import Loader
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.pretrain.trainer import Diverged, Keeper, Recipe, Stopped, Trainer, parts, rate, train
 
@@ -32,7 +31,8 @@ def toy(**recipe):
     loader = Loader({"inputs": x, "target": x.roll(1, -1)}, 4, seed=3, change=augment(("flip",)))
     return Trainer(net, loss, loader, Recipe(**{"epochs": 6, "lr": 0.01} | recipe))
 '''
-exec(TOY)
+exec(TOY, made := {})
+toy = made["toy"]
 
 
 def run(code: str, *args, **env) -> subprocess.CompletedProcess:
@@ -82,7 +82,8 @@ if __name__ == "__main__":  # a process that says when it has taken so many step
         return trainer
     finish(Path(sys.argv[1]))
 '''
-exec(KILLED.split("if __name__")[0])
+exec(KILLED.split("if __name__")[0], made)
+finish = made["finish"]
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def one_thread():
 
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_weights(tmp_path, one_thread):
     want, want_rows = finish(tmp_path/"a.pt")
-    for kill in range(2):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", TOY + KILLED, tmp_path/"b.pt", "4"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "now\n", "it ended before it was killed"
         process.send_signal(signal.SIGKILL)  # a few checkpoints, then the end, in whatever step it is
@@ -192,7 +193,7 @@ def test_a_request_that_comes_between_two_epochs_loses_none(tmp_path):
             asked.append(epochs)
     asked, seen = [], []
     keeper = Late(tmp_path/"c.pt", "run", stop=lambda: bool(asked))
-    with pytest.raises(Stopped, match="after epoch 1 of 6.*goes on from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
+    with pytest.raises(Stopped, match="after epoch 1 of 6.*continues from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
     assert seen == [1] and (tmp_path/"c.pt").is_file()
     train(toy(), lambda e, l: seen.append(e) or {}, [], Keeper(tmp_path/"c.pt", "run"))
     assert seen == [1, 2, 3, 4, 5, 6]
@@ -201,7 +202,7 @@ def test_a_request_that_comes_between_two_epochs_loses_none(tmp_path):
 def test_asked_to_stop_it_leaves_after_the_epoch_and_goes_on_later(tmp_path):
     seen = []
     keeper = Keeper(tmp_path/"c.pt", "run", stop=lambda: len(seen) == 2)
-    with pytest.raises(Stopped, match="after epoch 2 of 6.*goes on from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
+    with pytest.raises(Stopped, match="after epoch 2 of 6.*continues from there"): train(toy(), lambda e, l: seen.append(e) or {}, [], keeper)
     later, rows = toy(), []
     train(later, lambda e, l: {}, rows, Keeper(tmp_path/"c.pt", "run"))
     whole = toy()

@@ -11,10 +11,10 @@ from scipy.stats import rankdata
 from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec
-from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.pretrain.trainer import rate
 from vfm_notes.tune.fit import fit, predict, training_batches
-from vfm_notes.tune.metric import auc, dice_per_class, hausdorff_per_class, one_hot, psnr, quadratic_kappa, ssim
+from vfm_notes.tune.metric import auc, dice_per_class, hausdorff_per_class, class_masks, psnr, quadratic_kappa, ssim
 from vfm_notes.tune.task import TaskData, build_task
 from vfm_notes.tune.transfer import build_model, input_scale, run_data, transfer
 
@@ -51,7 +51,7 @@ def test_hausdorff_distances_equal_a_distance_transform_and_monai():
                 edge = [m & ~binary_erosion(m) for m in (a, b)]
                 ways = [distance_transform_edt(~edge[1 - n], sampling=spacing)[edge[n]] for n in (0, 1)]
                 assert got[j, i, k - 1] == pytest.approx(max(np.percentile(d, percentile) for d in ways))
-        theirs = compute_hausdorff_distance(one_hot(made[:2], 3), one_hot(true[:2], 3), percentile=percentile, spacing=list(spacing)).numpy()
+        theirs = compute_hausdorff_distance(class_masks(made[:2], 3), class_masks(true[:2], 3), percentile=percentile, spacing=list(spacing)).numpy()
         np.testing.assert_allclose(got[j, :2], theirs, rtol=1e-5)
 
 

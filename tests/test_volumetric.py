@@ -4,9 +4,9 @@ import torch
 
 pytest.importorskip("monai")
 from segmenters import Segmenter
-import vfm_notes.backbones.sulcal # noqa: F401 (registers)
+import vfm_notes.backbones.sulcal  # registers
 import vfm_notes.backbones.volumetric as v
-from vfm_notes.backbones.keys import build_tiny, compare
+from vfm_notes.backbones.keys import build_tiny, compare_keys
 from vfm_notes.backbones.weights import weights
 from vfm_notes.foundation.registry import backbones
 
@@ -18,7 +18,7 @@ def tiny(name, channels, seed=0):
 
 def test_sequences_start_as_their_mean():
     one, three = tiny("simple_3d", 1).eval(), tiny("simple_3d", 3, 1).eval()
-    report = compare(one.state_dict(), three)
+    report = compare_keys(one.state_dict(), three)
     assert report.missing == ("channels.reduce",)
     three.load_state_dict(one.state_dict(), strict=False)
     x = torch.randn(1, 3, 16, 16, 16)
@@ -60,7 +60,7 @@ def test_swin_files_of_three_layouts():
     whole = {f"swinViT.{k}": t for k, t in own.items()} | {"encoder1.layer.conv1.conv.weight": torch.zeros(2), "decoder1.x": torch.zeros(1)}
     disrupted = {f"encoder.{k}" if k.startswith("patch_embed") else f"encoder.{k[:10]}0.{k[10:]}": t for k, t in own.items()} | {"encoder.norm.weight": torch.zeros(1)}
     for state in (tang, whole, disrupted):
-        report = compare(v.swin_keys(state), model)
+        report = compare_keys(v.swin_keys(state), model)
         assert report.share == 1 and not report.unexpected, str(report)
 
 
@@ -88,7 +88,7 @@ def test_taps_names_from_an_export():
     got = weights["segresnet_ds.taps"](state)
     assert all(torch.equal(got[k.replace("encoder.", "encoder.model.", 1) if k.startswith("encoder.") else k], t) for k, t in net.state_dict().items() if "head" not in k or "2.head" in k)
     encoder = tiny("segresnet_ds", 1)
-    assert compare(got, encoder).share == 1
+    assert compare_keys(got, encoder).share == 1
 
 
 def test_segmenter_trains_and_keeps_the_size():
@@ -125,7 +125,7 @@ def test_diffusion_maps_equal_monai():
 
 def test_swin_mt_is_swin_unetr_without_its_deepest_level():
     deep, shallow = tiny("swin_unetr_24", 1).eval(), tiny("swin_mt", 1, 1).eval()
-    report = compare(deep.state_dict(), shallow)
+    report = compare_keys(deep.state_dict(), shallow)
     assert report.share == 1 and all(".layers4." in k for k in report.unexpected)
     shallow.load_state_dict({k: v for k, v in deep.state_dict().items() if ".layers4." not in k})
     x = torch.randn(1, 1, 32, 32, 32)

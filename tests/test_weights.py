@@ -17,7 +17,7 @@ from vfm_notes.backbones import weights as w
 from vfm_notes.backbones.protocol import build
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.nets.files import read_onnx, read_state
-from vfm_notes.tune import catalog as full_catalog
+from vfm_notes.tune import starting_weights, study_names
 
 
 class Net(nn.Module):
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     "An empty weights folder, no network, and a registry that forgets what a test adds."
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path/"weights"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # read once, when imported
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read once, when imported
     entries, cards = dict(w.weights._entries), dict(w.weights._cards)
     yield tmp_path/"weights"
     w.weights._entries, w.weights._cards = entries, cards
@@ -58,7 +58,7 @@ def test_fetch_verifies_converts_once_and_keeps_the_origin(folder):
     name = register(sha256=sha)
     path = w.fetch(name)
     assert all(torch.equal(v, state[k]) for k, v in load_file(path).items()) and len(load_file(path)) == len(state)
-    assert w.provenance(name) == {"weights": name, "licence": "MIT", "source_sha256": sha, "checksum": "that of the card", "file": "net.pth"}
+    assert w.weights_origin(name) == {"weights": name, "licence": "MIT", "source_sha256": sha, "checksum": "that of the card", "file": "net.pth"}
     (folder/"net.pth").unlink()
     stamp = path.stat().st_mtime_ns
     assert w.fetch(name) == path and path.stat().st_mtime_ns == stamp
@@ -75,13 +75,13 @@ def test_a_checksum_that_nobody_knows_is_kept_from_the_first_file(folder):
     "The card has none: say so, keep what was found, refuse another content later."
     sha, name = publish(folder, Net().state_dict()), register()
     with pytest.warns(UserWarning, match=f"No checksum of weights 'net.test' is known: {sha}"): path = w.fetch(name)
-    assert (folder/"net.test.sha256").read_text(encoding="utf-8") == f"{sha}  net.pth\n" and "not known before" in w.provenance(name)["checksum"]
+    assert (folder/"net.test.sha256").read_text(encoding="utf-8") == f"{sha}  net.pth\n" and "not known before" in w.weights_origin(name)["checksum"]
     path.unlink()
     assert publish(folder, {"other": torch.ones(1)}) != sha
     with pytest.raises(VfmError, match=f"expected {sha} .that of the first file"): w.fetch(name)
     assert not path.exists() and sha in (folder/"net.test.sha256").read_text(encoding="utf-8")
     assert publish(folder, Net().state_dict() | {"x": torch.ones(1)}) != sha
-    (folder/"net.test.sha256").unlink() # somebody decided that the new file is right
+    (folder/"net.test.sha256").unlink()  # somebody decided that the new file is right
     with pytest.warns(UserWarning, match="No checksum"): assert "x" in load_file(w.fetch(name))
 
 
@@ -182,8 +182,8 @@ def test_licence_must_be_accepted_by_name(folder):
     with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'"): w.fetch(name)
     with pytest.raises(VfmError, match="gated"): w.fetch(register("net.gated", gated=True))
     assert w.fetch(name, accepted=["CC-BY-NC-4.0"]).is_file()
-    with pytest.raises(VfmError): w.fetch(name) # having the file is not having the licence
-    assert k.check(name, Net(), accepted=[name]).share == 1
+    with pytest.raises(VfmError): w.fetch(name)  # having the file is not having the licence
+    assert k.check_match(name, Net(), accepted=[name]).share == 1
 
 
 def test_every_card_is_complete(folder):
@@ -285,7 +285,7 @@ def test_report_names_every_key():
     state = Net().state_dict()
     state["other"] = state.pop("head.bias")
     state["head.weight"] = torch.zeros(5, 4)
-    report = k.compare(state, Net(), "x")
+    report = k.compare_keys(state, Net(), "x")
     assert report.matched == ("stem.weight", "stem.bias") and report.missing == ("head.bias",) and report.unexpected == ("other",)
     assert report.reshaped == (("head.weight", (5, 4), (2, 4)),) and report.share == 0.5
     assert "2 matched; 1 missing (head.bias); 1 unexpected (other); 1 reshaped" in str(report)
@@ -294,8 +294,8 @@ def test_report_names_every_key():
 def test_share_counts_tensors_and_values():
     big = nn.Sequential(nn.Linear(100, 100), *[nn.LayerNorm(2) for _ in range(9)])
     state = big.state_dict()
-    assert k.compare({k: v for k, v in state.items() if k != "0.weight"}, big).share < 0.1
-    assert k.compare({k: v for k, v in state.items() if k.startswith("0.")}, big).share == 0.1
+    assert k.compare_keys({k: v for k, v in state.items() if k != "0.weight"}, big).share < 0.1
+    assert k.compare_keys({k: v for k, v in state.items() if k.startswith("0.")}, big).share == 0.1
 
 
 def test_low_share_is_refused_and_nothing_is_loaded():
@@ -308,15 +308,15 @@ def test_low_share_is_refused_and_nothing_is_loaded():
 
 
 def test_channel_mismatch_says_what_to_pass():
-    with pytest.raises(VfmError, match="pass in_channels=3"): k.check(Net(3).state_dict(), Net(1))
+    with pytest.raises(VfmError, match="pass in_channels=3"): k.check_match(Net(3).state_dict(), Net(1))
     toy = build("profound_toy", 3).state_dict()
-    with pytest.raises(VfmError, match="3 input channels"): k.check(toy, build("profound_toy", 1), share=1)
+    with pytest.raises(VfmError, match="3 input channels"): k.check_match(toy, build("profound_toy", 1), share=1)
 
 
 def test_keys_of_another_model_name_the_nearest_card():
-    with pytest.raises(VfmError, match="backbone 'profound"): k.check(build("profound_toy", 3).state_dict(), build("provicnet_toy", 3))
-    with pytest.raises(VfmError, match="backbone 'provicnet"): k.check(build("provicnet_toy", 3).state_dict(), Net())
-    with pytest.raises(VfmError) as e: k.check({"x": torch.ones(1)}, Net())
+    with pytest.raises(VfmError, match="backbone 'profound"): k.check_match(build("profound_toy", 3).state_dict(), build("provicnet_toy", 3))
+    with pytest.raises(VfmError, match="backbone 'provicnet"): k.check_match(build("provicnet_toy", 3).state_dict(), Net())
+    with pytest.raises(VfmError) as e: k.check_match({"x": torch.ones(1)}, Net())
     assert "look like" not in str(e.value)
 
 
@@ -335,10 +335,9 @@ def test_importing_the_module_is_enough_to_list(tmp_path):
 # ---- a file and an architecture, studies and the command line -----------------------------------------------------------
 
 @pytest.fixture
-def catalog(folder):
+def full_registries(folder):
     "All registries, with a published toy."
     w.weights("profound_toy.test", title="a test", licence="CC-BY-NC-4.0", non_commercial=True, source="a page", file="toy.pth")(lambda s: {f"encoder.{k}": v for k, v in s.items()})
-    return full_catalog
 
 
 def toy_file(folder, name="toy.pth"):
@@ -348,24 +347,24 @@ def toy_file(folder, name="toy.pth"):
     return state
 
 
-def test_check_file_finds_architecture_size_and_layout(folder, catalog, tmp_path):
+def test_check_file_finds_architecture_size_and_layout(folder, full_registries, tmp_path):
     toy_file(folder)
-    report, _, share = k.check_file(folder/"toy.pth", "profound_toy")
+    report, _, share = k.check_weights_file(folder/"toy.pth", "profound_toy")
     assert report.share == 1 and report.name.endswith("profound_toy.test") and share == 0.9
-    for name in ("profound_toy", "profound_atto"): # their keys differ in numbers and sizes alone
+    for name in ("profound_toy", "profound_atto"):  # their keys differ in numbers and sizes alone
         torch.save(build(name, 3).state_dict(), tmp_path/"own.pth")
-        report, state, _ = k.check_file(tmp_path/"own.pth")
+        report, state, _ = k.check_weights_file(tmp_path/"own.pth")
         assert report.share == 1 and report.name.endswith(name), str(report)
-    report, state, share = k.check_file(tmp_path/"own.pth", "provicnet_toy")
-    with pytest.raises(VfmError, match="look like those of backbone 'profound"): k.refuse(report, state, share, "the backbone")
+    report, state, share = k.check_weights_file(tmp_path/"own.pth", "provicnet_toy")
+    with pytest.raises(VfmError, match="look like those of backbone 'profound"): k.check_filled(report, state, share, "the backbone")
     torch.save({"x": torch.ones(1)}, tmp_path/"x.pth")
-    with pytest.raises(VfmError, match="no registered backbone, nor near to any: .*--arch"): k.check_file(tmp_path/"x.pth")
+    with pytest.raises(VfmError, match="no registered backbone, nor near to any: .*--arch"): k.check_weights_file(tmp_path/"x.pth")
     part = {key: v for key, v in build("profound_toy", 3).state_dict().items() if "grn" in key} | {f"other.{'abc'[i % 3] * (i + 1)}": torch.ones(1) for i in range(12)}
     torch.save(part, tmp_path/"part.pth")
-    with pytest.raises(VfmError, match="nearest card is 'profound_.*--arch profound_"): k.check_file(tmp_path/"part.pth")
-    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): k.check_file("profound_toy.tset")
-    with pytest.raises(VfmError, match="No weights file"): k.check_file(tmp_path/"none.pth")
-    with pytest.raises(VfmError, match="Did you mean 'profound_toy'"): k.check_file(tmp_path/"own.pth", "profund_toy")
+    with pytest.raises(VfmError, match="nearest card is 'profound_.*--arch profound_"): k.check_weights_file(tmp_path/"part.pth")
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): k.check_weights_file("profound_toy.tset")
+    with pytest.raises(VfmError, match="No weights file"): k.check_weights_file(tmp_path/"none.pth")
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy'"): k.check_weights_file(tmp_path/"own.pth", "profund_toy")
 
 
 def hub_file(name):
@@ -374,7 +373,7 @@ def hub_file(name):
     import transformers
     from vfm_notes.backbones import natural
     with tempfile.TemporaryDirectory() as d:
-        getattr(transformers, natural.NETS[name][0])(natural.settings(name, tiny=True)).save_pretrained(d)
+        getattr(transformers, natural.NETS[name][0])(natural.network_config(name, tiny=True)).save_pretrained(d)
         return load_file(f"{d}/model.safetensors")
 
 
@@ -399,54 +398,54 @@ def layout(name):
 @pytest.mark.parametrize("name, wanted", [("fcmae", "profound_tiny"), ("upernet", "profound_tiny"), ("classifier", "profound_tiny"), ("mae", "profound_vit"), ("convmae", "profound_convmae"),
                                           ("provicnet", "provicnet_small"), ("tang", "swin_unetr_48"), ("seem", "seem_focal_t"), ("medicalnet", "resnet18_3d"), ("dinov2_small", "dinov2_small"),
                                           ("sam_vit_b", "sam_vit_b"), ("siglip2_base", "siglip2_base"), ("resnet50", "resnet50")])
-def test_the_network_of_a_published_layout_is_found_by_its_keys(catalog, monkeypatch, name, wanted):
+def test_the_network_of_a_published_layout_is_found_by_its_keys(full_registries, monkeypatch, name, wanted):
     "Other sizes of the same network are as near, a network of another kind is not."
     from vfm_notes.backbones import natural
-    real = natural.settings
-    monkeypatch.setattr(natural, "settings", lambda n, tiny=True: real(n, True)) # the files here are small ones
+    real = natural.network_config
+    monkeypatch.setattr(natural, "network_config", lambda n, tiny=True: real(n, True))  # the files here are small ones
     with torch.device("meta") if name in ("fcmae", "upernet", "classifier", "mae", "convmae", "provicnet") else torch.device("cpu"): state = layout(name)
     kind = {"profound_tiny": "profound_", "provicnet_small": "provicnet_", "swin_unetr_48": "swin_", "dinov2_small": "dinov2_", "resnet50": "resnet", "resnet18_3d": "resnet18"}.get(wanted, wanted)
     found = k.similar(state)
     assert wanted in found and all(n.startswith(kind) for n in found), found
 
 
-def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(folder, catalog, tmp_path):
+def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(folder, full_registries, tmp_path):
     with torch.device("meta"): state = layout("fcmae")
     save_file({key: torch.zeros(v.shape) for key, v in state.items()}, tmp_path/"fcmae.safetensors")
-    report, _, share = k.check_file(tmp_path/"fcmae.safetensors")
+    report, _, share = k.check_weights_file(tmp_path/"fcmae.safetensors")
     assert report.missing == ("encoder.norm.weight", "encoder.norm.bias") and not report.reshaped and "profound_tiny" in report.name and report.share > share
 
 
-def test_a_study_with_published_weights(catalog):
+def test_a_study_with_published_weights(full_registries):
     from dataclasses import replace
     from vfm_notes.foundation.spec import load_study
     study = replace(load_study("phantom"), pretrain={}, backbones=["profound_toy.test"])
-    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"): catalog.check_names(study)
-    for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): catalog.check_names(replace(study, licences=[accepted]))
-    catalog.check_names(replace(study, strategies=["scratch"])) # needs no weights
-    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): catalog.check_names(replace(study, backbones=["profound_toy.tset"]))
-    catalog.check_names(replace(study, backbones=["dinov2_small.lvd142m", "segresnet_ds.taps"]))
-    with pytest.raises(VfmError, match="gated"): catalog.check_names(replace(study, backbones=["dinov3_base.lvd1689m"]))
+    with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"): study_names.check_names(study)
+    for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): study_names.check_names(replace(study, licences=[accepted]))
+    study_names.check_names(replace(study, strategies=["scratch"]))  # needs no weights
+    with pytest.raises(VfmError, match="Did you mean 'profound_toy.test'"): study_names.check_names(replace(study, backbones=["profound_toy.tset"]))
+    study_names.check_names(replace(study, backbones=["dinov2_small.lvd142m", "segresnet_ds.taps"]))
+    with pytest.raises(VfmError, match="gated"): study_names.check_names(replace(study, backbones=["dinov3_base.lvd1689m"]))
 
 
-def test_published_state_for_a_run(folder, catalog, monkeypatch):
+def test_published_state_for_a_run(folder, full_registries, monkeypatch):
     monkeypatch.delenv("VFM_JOB", raising=False)
-    assert catalog.published_state("profound_toy.mae_phantom", 3, "phantom") is None # made by the study
+    assert starting_weights.published_state("profound_toy.mae_phantom", 3, "phantom") is None  # made by the study
     state = toy_file(folder)
-    with pytest.raises(VfmError, match="non-commercial"): catalog.published_state("profound_toy.test", 3, "phantom")
+    with pytest.raises(VfmError, match="non-commercial"): starting_weights.published_state("profound_toy.test", 3, "phantom")
     monkeypatch.setenv("VFM_JOB", "a batch, which has checked the study")
-    got = catalog.published_state("profound_toy.test", 3, "phantom")
+    got = starting_weights.published_state("profound_toy.test", 3, "phantom")
     assert got.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in got.items())
-    with pytest.raises(VfmError, match="profound_alpha.pth"): catalog.published_state("profound_tiny.alpha", 3, "phantom")
+    with pytest.raises(VfmError, match="profound_alpha.pth"): starting_weights.published_state("profound_tiny.alpha", 3, "phantom")
 
 
-def test_what_a_file_does_not_fill_is_the_same_every_time(folder, catalog, monkeypatch):
+def test_what_a_file_does_not_fill_is_the_same_every_time(folder, full_registries, monkeypatch):
     monkeypatch.setenv("VFM_JOB", "x")
     state = build("efficientnet_lite0", 3).state_dict()
     folder.mkdir(parents=True)
     save_file(state, w.converted_file("efficientnet_lite0.in1k"))
     seen = torch.get_rng_state()
-    a, b = (catalog.published_state("efficientnet_lite0.in1k", 2, "x") for _ in range(2))
+    a, b = (starting_weights.published_state("efficientnet_lite0.in1k", 2, "x") for _ in range(2))
     assert set(a) - set(state) and all(torch.equal(a[k], b[k]) for k in a) and torch.equal(torch.get_rng_state(), seen)
 
 
@@ -463,7 +462,7 @@ def vfm(*words):
     return status, out.getvalue(), err.getvalue()
 
 
-def test_the_command_lists_fetches_and_checks(folder, catalog):
+def test_the_command_lists_fetches_and_checks(folder, full_registries):
     toy_file(folder)
     status, out, _ = vfm("list")
     rows = {line.split()[0]: line for line in out.splitlines()}
@@ -480,7 +479,7 @@ def test_the_command_lists_fetches_and_checks(folder, catalog):
 
 @pytest.mark.parametrize("words, said", [(("fetch", "profound_toy.tset"), "Did you mean 'profound_toy.test'?"), (("fetch", "profound_tiny.alpha"), "put it at"), (("check", "none.pth"), "No weights file"),
                                          (("check", "{toy}", "--arch", "profund_toy"), "Did you mean 'profound_toy'?"), (("check", "{toy}", "--arch", "provicnet_toy"), "do not fit")])
-def test_the_command_refuses_in_one_sentence(folder, catalog, words, said):
+def test_the_command_refuses_in_one_sentence(folder, full_registries, words, said):
     toy_file(folder)
     status, _, err = vfm(*(word.format(toy=folder/"toy.pth") for word in words))
     assert status == 2 and err.count("\n") == 1 and err.startswith("vfm: ") and said in err, err

@@ -9,7 +9,7 @@ from torch import nn
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import ExternalSpec, RunSpec, run_id
 from vfm_notes.nets.flops import forward_flops
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.fit import OVERLAP, middle, predict, training_batches
 from vfm_notes.tune.task import TaskData
 from vfm_notes.tune.transfer import build_model, run_data, transfer

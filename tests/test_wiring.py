@@ -19,7 +19,7 @@ from vfm_notes.nets.decoder import Network
 from vfm_notes.nets.mae3d import sincos_positions
 from vfm_notes.nets.vit import resize_positions
 from vfm_notes.pretrain.contrast import PatchContrast
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune import transfer as wiring
 from vfm_notes.tune.fit import training_batches
 from vfm_notes.tune.lora import merge

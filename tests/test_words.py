@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vfm_notes.analysis.association import Association, in_words
+from vfm_notes.analysis.association import Association, association_words
 from vfm_notes.analysis.contrasts import contrast_words
-from vfm_notes.analysis.crossed import Crossed, crossed_words, verdict
+from vfm_notes.analysis.crossed import Crossed, crossed_words, crossed_verdict
 from vfm_notes.analysis.findings import convergence_finding, extremes, gain_findings, gain_words
 from vfm_notes.analysis.mixed import Mixed
 from vfm_notes.analysis.prediction import prediction_finding, prediction_verdict
@@ -95,7 +95,7 @@ def contrasts(cells):
 
 def test_contrasts_in_words():
     said = contrast_words(contrasts([*EVERY, (1, True, 0.014)]), "one", "other")
-    assert "3 are better and 2 worse with a 95 % interval that leaves out 0 (3 seeds, 40 test cases), 5 with p ≤ 0.05" in said
+    assert "3 are better and 2 worse with a 95 % interval that excludes 0 (3 seeds, 40 test cases), 5 with p ≤ 0.05" in said
     assert "One against other: +0.011 Dice on average over 9 cells (−0.100 to +0.100)" in said
     less = contrast_words(contrasts([(1, True, 0.014)]).assign(metric="hd95", direction=-1), "one", "other")
     assert "+0.10 95 % Hausdorff distance (positive: less, which is better)" in less and "1 is better and 0 worse" in less
@@ -118,9 +118,9 @@ def crossing(rho, p, low, high, tested=True):
 def test_an_association_needs_test_and_interval(rho, p, out):
     c = crossing(rho, p, *sorted((rho - np.sign(rho) * (0.3 if out else 0.9), rho + np.sign(rho) * 0.2)))
     shown = p <= 0.05 and out
-    assert c.shown == shown and ("show an association, and it shows no cause" in verdict(c)) == shown == ("do not show" not in verdict(c))
+    assert c.shown == shown and ("show an association, but not a cause" in crossed_verdict(c)) == shown == ("show neither" not in crossed_verdict(c))
     more = "more" if rho > 0 else "less"
-    assert alignment_title(c) == (f"Cells whose features moved further gained {more}" if shown else "No association of distance and gain is shown over 20 cells")
+    assert alignment_title(c) == (f"Cells whose features moved further gained {more}" if shown else "No clear association of distance and gain over 20 cells")
     said = crossed_words(c)
     assert f"rank correlation {'+' if rho > 0 else '−'}0.70" in said and f"p = {p:g} from 240" in said and f"{1 - p:g}" not in said
 
@@ -128,9 +128,9 @@ def test_an_association_needs_test_and_interval(rho, p, out):
 @pytest.mark.parametrize(("rho", "p"), list(product((0.7, -0.7), (0.01, 0.2))))
 def test_one_rank_correlation_in_words(rho, p):
     a = Association(rho, -0.9, 0.9, p, 20, 0, True, 100, 0.5, True)
-    said = in_words(a)
-    assert (f"{'more' if rho > 0 else 'less'} gain goes with more distance" in said) == (p <= 0.05) == ("does not show" not in said)
-    assert "shown, not tested" in in_words(replace(a, tested=False, why="too few"))
+    said = association_words(a)
+    assert (f"{'more' if rho > 0 else 'less'} gain goes with more distance" in said) == (p <= 0.05) == ("show neither" not in said)
+    assert "too few; not tested" in association_words(replace(a, tested=False, why="too few"))
 
 
 @pytest.mark.parametrize(("sign", "clear", "p"), EVERY)
@@ -140,7 +140,7 @@ def test_objectives_in_words(sign, clear, p):
     row = pd.DataFrame([dict(probe="AUC", objective="o", gain=sign * 0.2, low=low, high=high, n=3, verdict=sure if p <= 0.05 else "undecided")])
     said = told_on(row)
     assert (f"{sure} AUC ({'+' if sign > 0 else '−'}0.200" in said) == (p <= 0.05) == ("shows no gain in 3 seeds" not in said)
-    weak = f"uncorrected intervals alone would say {'a rise' if sign > 0 else 'a fall'} of AUC"
+    weak = f"uncorrected intervals alone would suggest {'a rise' if sign > 0 else 'a fall'} of AUC"
     assert (weak in said) == (p > 0.05 and clear)
 
 
@@ -153,16 +153,16 @@ def predicted(cells):
 def test_scores_that_know_are_named_and_no_others():
     said = prediction_verdict(predicted(EVERY))
     assert "score 0 picked better than chance" in said and not any(f"score {i}" in said for i in range(1, 8))
-    assert "of 8 early numbers, asked for the best of 4 backbones in 3 to 10 tasks" in said
-    assert "none is shown to pick better than chance" in prediction_verdict(predicted([c for c in EVERY if c != (1, True, 0.014)]))
+    assert "of 8 early measures, used to pick the best of 4 backbones in 3 to 10 tasks" in said
+    assert "none clearly picked better than chance" in prediction_verdict(predicted([c for c in EVERY if c != (1, True, 0.014)]))
 
 
 def test_the_best_score_is_the_same_everywhere_also_in_a_tie():
     from vfm_notes.analysis.prediction import best_predictors
     table = predicted([(1, True, 0.014)] * 3)
-    assert best_predictors(table).predictor.tolist() == ["score_0"] and "As good" not in prediction_finding(table)
+    assert best_predictors(table).predictor.tolist() == ["score_0"] and "Equally good" not in prediction_finding(table)
     tied = table.assign(saved=[1.5, 1.5 + 1e-12, 1.0])
-    assert best_predictors(tied).predictor.tolist() == ["score_0", "score_1"] and prediction_finding(tied).endswith("As good: score 1.")
+    assert best_predictors(tied).predictor.tolist() == ["score_0", "score_1"] and prediction_finding(tied).endswith("Equally good: score 1.")
     assert prediction_finding(predicted([(1, False, 0.5)] * 3)) == prediction_verdict(predicted([(1, False, 0.5)] * 3))  # the first of the unclear ones is not named
 
 
@@ -173,12 +173,12 @@ def test_convergence_in_words(sign, clear):
     said = convergence_finding(pd.DataFrame(cells))
     way = "sooner" if sign > 0 else "later"
     assert f"{'3.0' if clear else '1.0'} epochs {way} on average" in said
-    assert ("neither sooner nor later is shown" in said) == (not clear)
+    assert ("no clear difference" in said) == (not clear)
     assert f"sooner in {int((sooner > 0).sum())} cells, later in {int((sooner < 0).sum())}" in said
     assert ("soonest in task 2 with net.made (+4.0 epochs)" in said) == (clear and sign > 0) == ("soonest" in said)
     assert "1 of 6 tuned runs did not get there within 8 epochs" in said
     alone = convergence_finding(pd.DataFrame(cells[:1]))
-    assert "interval" not in alone and "neither sooner nor later is shown" in alone  # one cell has no interval and shows nothing
+    assert "interval" not in alone and "no clear difference" in alone  # one cell has no interval and shows nothing
 
 
 @pytest.mark.parametrize(("taus", "same"), [((1.0, 1.0), (True, True)), ((1.0, -1.0), (True, False)), ((0.0, -1.0), (False, False))])

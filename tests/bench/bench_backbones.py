@@ -44,7 +44,7 @@ def one(name, size, threads):
     import torch
     from vfm_notes.foundation.meter import PeakMemory
     from vfm_notes.foundation.registry import backbones
-    from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+    from vfm_notes.tune import catalog  # fills the registries
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
@@ -96,8 +96,8 @@ def attempt(name, size, a):
 def measure(name, a):
     "A row: the largest size at which a whole step could be measured, or the largest forward."
     from vfm_notes.backbones.protocol import backbone_card
-    from vfm_notes.tune.catalog import describe
-    card, told = backbone_card(name), describe(name)
+    from vfm_notes.tune.backbone_cards import describe_backbone
+    card, told = backbone_card(name), describe_backbone(name)
     row, left, best = dict(name=name, card_size=list(card.size), channels=told["in_channels"], parameters=told["parameters"]), [], {}
     for size in sizes(card, told["strides"][-1]):
         found, why = attempt(name, size, a)
@@ -132,7 +132,7 @@ def main():
     from vfm_notes.backbones.protocol import backbone_card
     from vfm_notes.foundation.origin import provenance
     from vfm_notes.foundation.registry import backbones
-    from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+    from vfm_notes.tune import catalog  # fills the registries
     import torch
     names = list(backbones) if a.all else a.names or [n for n in backbones if backbone_card(n).toy]
     run = {k: v for k, v in provenance().items() if k != "host"} | dict(kind="cuda" if torch.cuda.is_available() else "cpu", threads=a.threads, seconds=a.seconds, gib=a.gib, note=a.note,

@@ -24,7 +24,7 @@ def notebook(path):
 def engines(folder):
     "Seconds of overhead of both engines, and the proof that they give the same."
     import papermill
-    import vfm_notes.runs.engine  # noqa: F401  (registers the engine)
+    import vfm_notes.runs.engine  # registers the engine
     from vfm_notes.runs.forkserver import ForkServer
     notebook(folder/"in.ipynb")
     took, cells = {"forked": [], "papermill": []}, {}

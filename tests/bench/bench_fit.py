@@ -21,7 +21,7 @@ from vfm_notes.backbones.protocol import build
 from vfm_notes.data.cohort import load_cohort
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.nets.decoder import Network
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.fit import fit, predict, training_batches
 from vfm_notes.tune.task import Segmentation
 

@@ -23,7 +23,7 @@ from vfm_notes.data.manifest import Manifest, as_text, write_manifest
 from vfm_notes.data.phantom import phantom_case
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.nets.decoder import Network
-from vfm_notes.tune import catalog  # noqa: F401  (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.fit import fit, training_batches
 from vfm_notes.tune.task import Segmentation
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from vfm_notes.shift.mmd import EXACT, choose_bandwidth, mmd2, two_sample_test
+from vfm_notes.shift.mmd import MEDIAN_EXACT, choose_bandwidth, mmd2, two_sample_test
 
 THREADS, N, D, B, SIGMA = 2, 5000, 384, 1000, 19.6  # cores, cases in each set, features, permutations, bandwidth
 
@@ -116,7 +116,7 @@ def others(x, y):
         def ours(): return mmd2(x, y, kernel=kernel, **({} if kernel in ("linear", "polynomial") else {"bandwidth": SIGMA}))
         line(f"{kernel} kernel; scikit-learn's whole table", ours, other, "sum of absolute differences there" if kernel == "laplace" else f"values differ by {abs(ours() - other()):.0e}")
     z = torch.cat([x, y])
-    line("median bandwidth of 2048 drawn points; scipy's pdist of all", lambda: choose_bandwidth(z.repeat(2, 1)[: EXACT + 1], "median"), lambda: np.median(pdist(z.numpy(), "sqeuclidean")))
+    line("median bandwidth of 2048 drawn points; scipy's pdist of all", lambda: choose_bandwidth(z.repeat(2, 1)[: MEDIAN_EXACT + 1], "median"), lambda: np.median(pdist(z.numpy(), "sqeuclidean")))
 
 
 def gpu():

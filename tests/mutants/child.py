@@ -79,9 +79,9 @@ def judge(groups: list) -> int:
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     REPORT = os.dup(1)
-    import altair, hypothesis, monai.losses, monai.metrics, nibabel, numpy, pandas, pyarrow.parquet  # noqa: E401, F401
-    import nbclient, scipy.stats, SimpleITK, sklearn.linear_model, sklearn.metrics, torch, yaml  # noqa: E401, F401
-    import peft, transformers  # noqa: E401, F401
+    import altair, hypothesis, monai.losses, monai.metrics, nibabel, numpy, pandas, pyarrow.parquet  # noqa: F401
+    import nbclient, scipy.stats, SimpleITK, sklearn.linear_model, sklearn.metrics, torch, yaml  # noqa: F401
+    import peft, transformers  # noqa: F401
 
     early = [m for m in sys.modules if m.startswith("vfm_notes")]
     assert not early, f"{early[0]} is imported before it can be changed"  # papermill, say, would do so

@@ -35,8 +35,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KEPT = Path(os.environ.get("VFM_MUTANTS", ROOT / ".mutants"))  # what was seen and judged
 sys.path.insert(0, str(HERE))
-from named import EQUIVALENT, NAMED  # noqa: E402
-from operators import Mutant, mutants, places, statement_lines, words  # noqa: E402
+from named import EQUIVALENT, NAMED
+from operators import Mutant, mutants, places, statement_lines, words
 
 PACKAGES = ("analysis", "tune", "runs", "report")  # where mutants are made if nothing else is asked for
 SLOW = re.compile(

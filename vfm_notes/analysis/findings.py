@@ -26,7 +26,7 @@ def cell_words(
     row: pd.Series | dict,  # task, backbone, strategy
     many: bool = False,  # the study has several tuned strategies: name it
 ) -> str:
-    "A cell as words."
+    "Return a cell as words."
     return f"{str(row['task']).replace('_', ' ')} with {row['backbone']}" + (f" ({row['strategy']})" if many else "")
 
 # %% ../../nbs/85_findings.ipynb #9f45f77a
@@ -35,7 +35,7 @@ def gain_words(
     lead: str,  # first words, e.g. "Largest gain"
     many: bool = False,
 ) -> str:
-    "A gain as a sentence."
+    "Return a gain as a sentence."
     of = meaning("rpg", row)
     n = f"{how_many([row.n_seeds], 'seed', 'seeds')}, {how_many([row.n_cases], 'test case', 'test cases')}"
     said = f"{lead}: {cell_words(row, many)}, {told(row.rpg, 'gain', of, unit=True)} {metric_card(row.metric).title} against {row.versus}"
@@ -44,14 +44,14 @@ def gain_words(
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table
 ) -> list[str]:
-    "How many cells are clear, and the largest clear gain and loss; an unclear one can change its place by rounding."
+    "Return how many cells are clear, and the largest clear gain and loss."
     gains = of_pretrained(gains)
     known = gains[gains.rpg.notna()]
-    if known.empty: return [f"Gain: none of the {len(gains)} cells has finished tuned and reference runs to compare, so nothing can be said yet."]
+    if known.empty: return [f"Gain: none of the {len(gains)} cells has finished tuned and reference runs to compare, so there is no result yet."]
     many = gains.strategy.nunique() > 1
     up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)
     said = [gain_words(row, first, many) for row, first in extremes(known)]
-    none = "" if said else " None of them is named as the largest: which one is can change with the seed or the processor."
+    none = "" if said else "None is named as the largest, because that can change with the seed or the processor."
     missing = f" {len(gains) - n} of {len(gains)} cells are missing ({'; '.join(dict.fromkeys(gains.reason[gains.rpg.isna()]))})." if n < len(gains) else ""
     rest = n - up - down
     clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
@@ -62,7 +62,7 @@ def gain_findings(
 def of_pretrained(
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:
-    "The cells that begin with pretrained weights."
+    "Return the cells that begin with pretrained weights."
     return gains[np.array([not weightless(b, s) for b, s in zip(gains.backbone, gains.strategy)], bool)]
 
 def extremes(
@@ -80,12 +80,12 @@ def extremes(
 def sooner_interval(
     t: pd.DataFrame,  # rows of convergence_table of one rule, the reference's own left out
 ) -> tuple[float, float, float]:  # epochs: mean, low, high
-    "How much sooner cells get there on average; nobody is sooner by more than the budget."
+    "Return how much sooner cells get there on average; nobody is sooner by more than the budget."
     most = float(t.budget.max())
     return mean_interval(t.sooner.to_numpy(), -most, most)
 
 def sooner_words(mean: float, of: str = "") -> str:
-    "Epochs sooner, later, or neither."
+    "State epochs sooner, later, or neither."
     text = told(mean, "sooner", of)
     return f"{text[1:]} epochs {'later' if text[0] == '−' else 'sooner'}" if float(text[1:]) else "as soon"
 
@@ -103,13 +103,13 @@ def convergence_finding(
     table: pd.DataFrame,  # from convergence_table
     reference: str = "scratch",
 ) -> str:
-    "How much sooner tuned runs get there."
+    "Return how much sooner tuned runs get there."
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
-    if t.empty: return "Convergence: no tuned run has a reference run whose validation score rose, so nothing can be said yet."
+    if t.empty: return "Convergence: no tuned run has a reference run whose validation score rose, so there is no result yet."
     mean, low, high, of = *sooner_interval(t), f"sooner, rise, against {reference}"
     late, runs, budget = int(t.censored.sum()), int(t.n_seeds.sum()), rounded(t.budget.max(), 0)
     never = f"; {late} of {runs} tuned runs did not get there within {budget} epochs and count as if they just had" if late else ""
-    sure = "" if low > 0 or high < 0 else "; neither sooner nor later is shown" + ", because the interval includes 0" * bool(low <= 0 <= high)
+    sure = "" if low > 0 or high < 0 else "; no clear difference" + ", because the interval includes 0" * bool(low <= 0 <= high)
     between = f"95 % interval {told_span(low, high, 'sooner', of)}; " if np.isfinite(low) else ""
     return (f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {sooner_words(mean, of)} on average "
             f"({between}{how_many([len(t)], 'cell', 'cells')}, {runs} runs, {budget} epochs each): sooner in {int((t.sooner > 0).sum())} cells, "
@@ -121,13 +121,13 @@ def findings(
     layer: str = "embed",  # of the distance
     gains: pd.DataFrame | None = None,  # from gain_table, if it is there already
 ) -> list[str]:  # at least three sentences
-    "What a study found, in plain English, with n and intervals."
+    "Return what a study found, in plain English, with n and intervals."
     tables = study if isinstance(study, Tables) else load_tables(study)
     gains = gain_table(tables) if gains is None else gains
     said = [*gain_findings(gains), convergence_finding(convergence_table(tables))]
-    if tables.d2p.empty or gains.empty: return said + ["Distance to pretraining and gain: no cell has both numbers, so nothing can be said yet."]
+    if tables.d2p.empty or gains.empty: return said + ["Distance to pretraining and gain: no cell has both numbers, so there is no result yet."]
     layer = layer if layer in set(tables.d2p.layer) else tables.d2p.layer.iloc[-1]
     points = cell_points(tables, gains, layer)
     failed = int((tables.runs.status == "failed").sum())
     known = [] if tables.scores.empty else [prediction_finding(prediction_table(tables))]
-    return said + [crossed_words(crossed(points)), *known] + ([f"{failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} missing from all of this."] if failed else [])
+    return said + [crossed_words(crossed(points)), *known] + ([f"{failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} missing from these findings."] if failed else [])

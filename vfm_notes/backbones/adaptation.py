@@ -21,25 +21,25 @@ from ..foundation.registry import VfmError
 
 # %% ../../nbs/312_adaptation.ipynb #887ba840
 def input_axes(
-    architecture: str, # registered backbone
-    n: int, # input channels
-) -> dict[str, int]: # tensor → its axis that runs over the input channels
-    "Where a network knows how many channels come in."
+    architecture: str,  # registered backbone
+    n: int,  # input channels
+) -> dict[str, int]:  # tensor → its axis that runs over the input channels
+    "Return where a network knows how many channels come in."
     few, more = ({k: tuple(v.shape) for k, v in skeleton(architecture, c).state_dict().items()} for c in (n, n + 1))
     axes = {}
     for key in few.keys() & more.keys():
         differ = [i for i, (a, b) in enumerate(zip(few[key], more[key])) if a != b]
         if len(differ) == 1 and few[key][differ[0]] % n == 0 and few[key][differ[0]] // n * (n + 1) == more[key][differ[0]]: axes[key] = differ[0]
-        elif differ: raise VfmError(f"Backbone '{architecture}' does not tell its input channels apart ('{key}' is {few[key]} for {n} of them and {more[key]} for {n + 1}).")
+        elif differ: raise VfmError(f"Backbone '{architecture}' does not distinguish its input channels ('{key}' is {few[key]} for {n} of them and {more[key]} for {n + 1}).")
     return axes
 
 # %% ../../nbs/312_adaptation.ipynb #1b56827d
 def picked(
-    tensor: Tensor, # of a network for n channels
-    axis: int, # that runs over the channels
-    n: int, # channels that it was made for
-    chosen: list[int], # channels to keep, in their new order
-    together: bool, # do the entries of one channel lie side by side?
+    tensor: Tensor,  # of a network for n channels
+    axis: int,  # that runs over the channels
+    n: int,  # channels that it was made for
+    chosen: list[int],  # channels to keep, in their new order
+    together: bool,  # do the entries of one channel lie side by side?
 ) -> Tensor:
     "Keep the entries of some input channels."
     x = tensor.movedim(axis, 0)
@@ -49,12 +49,12 @@ def picked(
 # %% ../../nbs/312_adaptation.ipynb #52cdf273
 @torch.no_grad()
 def alike(
-    architecture: str, # registered backbone
-    state: dict[str, Tensor], # for n channels
-    fewer: dict[str, Tensor], # for the chosen ones
+    architecture: str,  # registered backbone
+    state: dict[str, Tensor],  # for n channels
+    fewer: dict[str, Tensor],  # for the chosen ones
     n: int,
     chosen: list[int],
-) -> bool: # do both networks see the same?
+) -> bool:  # do both networks see the same?
     "Compare two networks on noise."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -66,12 +66,12 @@ def alike(
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
 
 def pick_channels(
-    architecture: str, # registered backbone
-    state: dict[str, Tensor], # for n channels
+    architecture: str,  # registered backbone
+    state: dict[str, Tensor],  # for n channels
     n: int,
-    chosen: list[int], # channels to keep, in their new order
-) -> dict[str, Tensor] | None: # None: this network cannot be taken apart so
-    "The weights for some of the input channels, or for another order."
+    chosen: list[int],  # channels to keep, in their new order
+) -> dict[str, Tensor] | None:  # None: this network cannot be taken apart so
+    "Return the weights for some of the input channels, or for another order."
     try: axes = input_axes(architecture, n)
     except VfmError: return None
     if skeleton(architecture, len(chosen)).state_dict().keys() != state.keys(): return None
@@ -81,20 +81,20 @@ def pick_channels(
     return None
 
 # %% ../../nbs/312_adaptation.ipynb #90c59226
-@dataclass
+@dataclass(frozen=True)
 class Start:
     "What a run begins with."
-    state: dict[str, Tensor] | None = None # of the backbone
-    notes: list[str] = field(default_factory=list) # how it was adapted
-    licences: list[str] = field(default_factory=list) # that come with it
-    patients: dict[str, list[str]] = field(default_factory=dict) # id of a site key → fingerprints, as far as known
+    state: dict[str, Tensor] | None = None  # of the backbone
+    notes: list[str] = field(default_factory=list)  # how it was adapted
+    licences: list[str] = field(default_factory=list)  # that come with it
+    patients: dict[str, list[str]] = field(default_factory=dict)  # id of a site key → fingerprints, as far as known
 
 def channels(
     plan: AdaptationPlan,
-    state: dict[str, Tensor], # by the plan
-    sequences: tuple[str, ...], # of the run
-) -> tuple[dict[str, Tensor], list[str]]: # for these, and what was done
-    "Input channels in the run's order."
+    state: dict[str, Tensor],  # by the plan
+    sequences: tuple[str, ...],  # of the run
+) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
+    "Choose input channels in the run's order."
     if tuple(sequences) == plan.sequences: return state, []
     told = f"weights '{plan.name}' were made from {', '.join(plan.sequences)}, in this order, and this cohort has {', '.join(sequences)}"
     if unknown := [s for s in sequences if s not in plan.sequences]: raise VfmError(f"{told[0].upper()}{told[1:]}: nothing was learned about {', '.join(unknown)}; choose other weights, or name the channels on the cohort's card as the plan does.")
@@ -105,10 +105,10 @@ def channels(
 # %% ../../nbs/312_adaptation.ipynb #23330acf
 def scales(
     plan: AdaptationPlan,
-    size: tuple, # of the run, voxels
-    spacing: tuple, # of the run, mm
-) -> list[str]: # what differs
-    "Say where a run's voxels are others."
+    size: tuple,  # of the run, voxels
+    spacing: tuple,  # of the run, mm
+) -> list[str]:  # what differs
+    "State where a run's voxels are others."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)
     notes = []
     if any(abs(a / b - 1) > 0.01 for a, b in zip(spacing, plan.spacing)):
@@ -119,18 +119,18 @@ def scales(
 # %% ../../nbs/312_adaptation.ipynb #a48c0a2c
 def adapt(
     plan: AdaptationPlan,
-    state: dict[str, Tensor], # by the plan
-    name: str, # architecture.weights of the run
-    sequences: tuple[str, ...], # of the run, in its order
-    size: tuple, # of the run, voxels
-    spacing: tuple, # of the run, mm
-    normalisation: str, # of the run: a rule of data.loader.normalise
-    judged: tuple[str, Iterable[str]] = ("", ()), # name on the cohort's card, and the patients that the run is judged on
+    state: dict[str, Tensor],  # by the plan
+    name: str,  # architecture.weights of the run
+    sequences: tuple[str, ...],  # of the run, in its order
+    size: tuple,  # of the run, voxels
+    spacing: tuple,  # of the run, mm
+    normalisation: str,  # of the run: a rule of data.loader.normalise
+    judged: tuple[str, Iterable[str]] = ("", ()),  # name on the cohort's card, and the patients that the run is judged on
 ) -> Start:
-    "Weights for a run, as their plan allows."
+    "Adapt weights to a run, as their plan allows."
     if name.partition(".")[0] != plan.architecture: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}', and the run builds '{name.partition('.')[0]}': name {plan.architecture}.{name.partition('.')[2]} as its backbone.")
-    if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can ask for: register that network under a name of its own.")
-    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan says.")
+    if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}: raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can request: register that network under a name of its own.")
+    if normalisation != plan.normalisation.get("how"): raise VfmError(f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the run normalises by '{normalisation}': set the normalisation of the backbone's card as the plan states.")
     overlap, both = patient_overlap(plan, *judged)
     if both: raise VfmError(f"{both} of the {len(set(judged[1]))} patients that this run is judged on were in the pretraining of weights '{plan.name}': choose other splits or other weights.")
     fitted, notes = channels(plan, state, tuple(sequences))

@@ -16,9 +16,9 @@ from ..nets.convnext3d import ConvNeXt3d
 class ProFound(Backbone):
     "3D ConvNeXt V2 with the backbone protocol."
     def __init__(self,
-                 name: str, # registered name
-                 in_channels: int = 3, # input sequences
-                 **sizes, # depths, dims, kernel, stem, downs, drop_path of ConvNeXt3d
+                 name: str,  # registered name
+                 in_channels: int = 3,  # input sequences
+                 **sizes,  # depths, dims, kernel, stem, downs, drop_path of ConvNeXt3d
                 ):
         super().__init__()
         self.name, self.in_channels = name, in_channels
@@ -42,10 +42,10 @@ class ProFound(Backbone):
            sequences=("T2w", "high-b DWI", "ADC"), size=(64, 224, 224), spacing=(1.0, 0.5, 0.5),
            note="dense; the published weights carry no values for the final norm")
 def profound_tiny(
-    in_channels: int = 3, # input sequences
-    tiny: bool = False, # a version for tests
-) -> ProFound: # 29,311,680 parameters with three sequences
-    "ProFound's published encoder with random weights."
+    in_channels: int = 3,  # input sequences
+    tiny: bool = False,  # a version for tests
+) -> ProFound:  # 29,311,680 parameters with three sequences
+    "Build ProFound's published encoder with random weights."
     return ProFound("profound_tiny", in_channels, **(dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64), kernel=3) if tiny else {}))
 
 # %% ../../nbs/32_profound.ipynb #9dbf922f
@@ -54,8 +54,8 @@ def profound_tiny(
            sequences=("T2w", "high-b DWI", "ADC"), size=(12, 64, 64), spacing=(4.0, 1.5, 1.5),
            note="ProFound's class with 5 blocks, widths 16 to 128, 3-wide kernels and a 2x4x4 stem")
 def profound_toy(
-    in_channels: int = 3, # input sequences
+    in_channels: int = 3,  # input sequences
 ) -> ProFound:
-    "ProFound small enough to pretrain on a CPU in half a minute."
+    "Build ProFound small enough to pretrain on a CPU in half a minute."
     return ProFound("profound_toy", in_channels, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128), kernel=3,
                     stem=(2, 4, 4), downs=((2, 2, 2), (1, 2, 2), (1, 1, 1)))

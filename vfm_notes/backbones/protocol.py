@@ -24,27 +24,27 @@ from ..nets.convnext3d import enlarge
 @dataclass(frozen=True)
 class BackboneCard:
     "Where a backbone comes from and what it expects."
-    name: str # registered name
-    title: str # for tables and figures
-    source: str # paper or repository
-    licence: str # SPDX name of the published weights' licence, or of this code for toys
-    sequences: tuple[str, ...] # channel order that it was published with
-    size: tuple[int, int, int] # published input size (d, h, w)
-    spacing: tuple[float, float, float] # mm per voxel (d, h, w)
-    normalisation: str = "zscore_nonzero" # a rule of data.loader.normalise; a weights' card may name another
-    family: str = "" # reconstruction or contrast: what it is usually pretrained with
-    toy: bool = False # small enough for a laptop's CPU
-    non_commercial: bool = False # licence forbids commercial use
-    note: str = "" # what differs from the published model
-    compile: bool = True # torch.compile captures it as one graph, after one uncompiled call
-    bf16: bool = True # bfloat16 autocast gives close to the same features
-    checkpointing: bool = True # `checkpoint_blocks` gives the same gradients
+    name: str  # registered name
+    title: str  # for tables and figures
+    source: str  # paper or repository
+    licence: str  # SPDX name of the published weights' licence, or of this code for toys
+    sequences: tuple[str, ...]  # channel order that it was published with
+    size: tuple[int, int, int]  # published input size (d, h, w)
+    spacing: tuple[float, float, float]  # mm per voxel (d, h, w)
+    normalisation: str = "zscore_nonzero"  # a rule of data.loader.normalise; a weights' card may name another
+    family: str = ""  # reconstruction or contrast: what it is usually pretrained with
+    toy: bool = False  # small enough for a laptop's CPU
+    non_commercial: bool = False  # licence forbids commercial use
+    note: str = ""  # what differs from the published model
+    compile: bool = True  # torch.compile captures it as one graph, after one uncompiled call
+    bf16: bool = True  # bfloat16 autocast gives close to the same features
+    checkpointing: bool = True  # `checkpoint_blocks` gives the same gradients
 
 # %% ../../nbs/30_protocol.ipynb #78f00625
 def backbone_card(
-    name: str, # registered backbone
-) -> BackboneCard: # its card
-    "The card of a registered backbone."
+    name: str,  # registered backbone
+) -> BackboneCard:  # its card
+    "Return the card of a registered backbone."
     card, known = backbones.card(name), [f.name for f in fields(BackboneCard)]
     for key in card:
         if key not in known: raise VfmError(f"Card of backbone '{name}' has an unknown field '{key}'.{nearest(key, known)}")
@@ -54,12 +54,12 @@ def backbone_card(
 # %% ../../nbs/30_protocol.ipynb #5c6957ba
 class Backbone(nn.Module):
     "An encoder of volumes `b c d h w`; subclasses fill in the sizes, `pyramid`, `embed` and `layers`."
-    name: str # registered name
-    in_channels: int # input sequences
-    embed_dim: int # length of `embed`
-    widths: list[int] # channels per pyramid level
-    strides: list[tuple[int, int, int]] # voxels per cell (d, h, w) per pyramid level, fine to coarse
-    ragged: bool = False # takes any size: the last cell of a row may be cut
+    name: str  # registered name
+    in_channels: int  # input sequences
+    embed_dim: int  # length of `embed`
+    widths: list[int]  # channels per pyramid level
+    strides: list[tuple[int, int, int]]  # voxels per cell (d, h, w) per pyramid level, fine to coarse
+    ragged: bool = False  # takes any size: the last cell of a row may be cut
 
     @property
     def card(self) -> BackboneCard: return backbone_card(self.name)
@@ -67,19 +67,19 @@ class Backbone(nn.Module):
     def pyramid(self, x: Tensor) -> list[Tensor]: raise NotImplementedError
     def embed(self, x: Tensor) -> Tensor: raise NotImplementedError
     def layers(self, x: Tensor) -> dict[str, Tensor]: raise NotImplementedError
-    def tokens(self, x: Tensor) -> Tensor: return rearrange(self.pyramid(x)[-1], "b e d h w -> b (d h w) e") # what a transformer head reads
+    def tokens(self, x: Tensor) -> Tensor: return rearrange(self.pyramid(x)[-1], "b e d h w -> b (d h w) e")  # what a transformer head reads
     def forward(self, x: Tensor) -> Tensor: return self.embed(x)
 
     def masked_pyramid(self,
-                       x: Tensor, # b c d h w
-                       keep: Tensor, # b 1 d h w on the grid of the coarsest stride: 1 kept, 0 hidden
+                       x: Tensor,  # b c d h w
+                       keep: Tensor,  # b 1 d h w on the grid of the coarsest stride: 1 kept, 0 hidden
                       ) -> list[Tensor]:
-        "The pyramid of the kept voxels; the default sets the hidden ones to zero."
+        "Return the pyramid of the kept voxels; the default sets the hidden ones to zero."
         return self.pyramid(x * enlarge(keep, x.shape[2:]))
 
     def check_input(self,
-                    x: Tensor, # b c d h w
-                   ) -> Tensor: # the same
+                    x: Tensor,  # b c d h w
+                   ) -> Tensor:  # the same
         "Refuse a volume with the wrong channels, or a size that the coarsest stride does not divide where that matters."
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise VfmError(f"Backbone '{self.name}' was built for {self.in_channels} channels, b c d h w, and got "
@@ -92,19 +92,19 @@ class Backbone(nn.Module):
 
 # %% ../../nbs/30_protocol.ipynb #3fd27d51
 def build(
-    name: str, # "architecture" or "architecture.weights"
-    in_channels: int, # input sequences
-    state: dict[str, Tensor] | None = None, # weights to load; None leaves the random ones
+    name: str,  # "architecture" or "architecture.weights"
+    in_channels: int,  # input sequences
+    state: dict[str, Tensor] | None = None,  # weights to load; None leaves the random ones
 ) -> Backbone:
-    "A backbone with random weights, or with `state`, every key of which must fit."
+    "Build a backbone with random weights, or with `state`, every key of which must fit."
     model = backbones[name.split(".")[0]](in_channels=in_channels)
     if state is not None: load(model, state)
     return model
 
 # %% ../../nbs/30_protocol.ipynb #d5845bae
 def load(
-    model: Backbone, # changed in place
-    state: dict[str, Tensor], # its parameters by name
+    model: Backbone,  # changed in place
+    state: dict[str, Tensor],  # its parameters by name
 ) -> None:
     "Load a state whose keys and shapes are exactly the model's."
     own = model.state_dict()
@@ -117,9 +117,9 @@ def load(
 
 # %% ../../nbs/30_protocol.ipynb #c74d416a
 def blocks(
-    net: nn.Module, # any
-) -> list[nn.Module]: # in the order that the network has them
-    "The repeated parts of a network."
+    net: nn.Module,  # any
+) -> list[nn.Module]:  # in the order that the network has them
+    "Return the repeated parts of a network."
     listed = {m for owner in net.modules() if isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) for m in owner.children() if list(m.children())}
     def count(m): return sum(isinstance(c, (nn.Linear, nn.Conv2d, nn.Conv3d)) for c in m.modules())
     for least in (2, 1):
@@ -130,7 +130,7 @@ def blocks(
 # %% ../../nbs/30_protocol.ipynb #e6a1f377
 @contextmanager
 def still_statistics(
-    block: nn.Module, # changed only inside the `with`
+    block: nn.Module,  # changed only inside the `with`
 ) -> Iterator[None]:
     "Keep the running statistics of batch norms."
     norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -142,20 +142,20 @@ def still_statistics(
             m.num_batches_tracked.copy_(seen)
 
 def recomputed(
-    block: nn.Module, # with parameters
-    forward, # its own forward
-    *args, **kwargs, # of its forward
-): # what its forward gives
-    "A block's forward that remembers its inputs alone."
+    block: nn.Module,  # with parameters
+    forward,  # its own forward
+    *args, **kwargs,  # of its forward
+):  # what its forward gives
+    "Return a block's forward that remembers its inputs alone."
     if not torch.is_grad_enabled(): return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), still_statistics(block)), **kwargs)
 
 # %% ../../nbs/30_protocol.ipynb #573cda44
 def checkpoint_blocks(
-    model: Backbone, # changed in place; names of its parameters stay
-) -> int: # number of blocks
+    model: Backbone,  # changed in place; names of its parameters stay
+) -> int:  # number of blocks
     "Switch gradient checkpointing on."
-    if not model.card.checkpointing: raise VfmError(f"Backbone '{model.name}' does not support gradient checkpointing (its card says so).")
+    if not model.card.checkpointing: raise VfmError(f"Backbone '{model.name}' does not support gradient checkpointing (see its card).")
     chosen = blocks(model)
     if not chosen: raise VfmError(f"Backbone '{model.name}' has no repeated blocks to checkpoint.")
     for block in chosen:
@@ -164,9 +164,9 @@ def checkpoint_blocks(
 
 # %% ../../nbs/30_protocol.ipynb #679ffc70
 def check_backbone(
-    model: Backbone, # any
-    x: Tensor, # a volume it accepts, b c d h w
-) -> dict[str, tuple]: # name → shape of everything it gives
+    model: Backbone,  # any
+    x: Tensor,  # a volume it accepts, b c d h w
+) -> dict[str, tuple]:  # name → shape of everything it gives
     "Compare what a backbone gives with what it announces; raise VfmError at the first difference."
     def same(what, got, wanted):
         if got != wanted: raise VfmError(f"Backbone '{model.name}': {what} is {got}, announced is {wanted}.")

@@ -20,10 +20,10 @@ from ..nets.vit import ViT, patch_map
 class ProViCNet(Backbone):
     "2.5D vision transformer with two slice-position tokens and the backbone protocol."
     def __init__(self,
-                 name: str, # registered name
-                 in_channels: int = 1, # input sequences
-                 levels: tuple[int, ...] = (3, 6, 9, 12), # blocks whose maps make the pyramid, counted from 1
-                 **sizes, # patch, dim, depth, heads, registers, grid, drop_path of ViT
+                 name: str,  # registered name
+                 in_channels: int = 1,  # input sequences
+                 levels: tuple[int, ...] = (3, 6, 9, 12),  # blocks whose maps make the pyramid, counted from 1
+                 **sizes,  # patch, dim, depth, heads, registers, grid, drop_path of ViT
                 ):
         super().__init__()
         self.name, self.in_channels, self.levels = name, in_channels, levels
@@ -35,17 +35,17 @@ class ProViCNet(Backbone):
         self.widths = [self.embed_dim] * len(levels)
         self.strides = [(1, self.backbone.patch, self.backbone.patch)] * len(levels)
 
-    def images(self, x: Tensor) -> tuple[Tensor, Tensor]: # b c d h w → (b d) 3 h w, and the slice tokens (b d) 2 e
-        "The slices as the transformer sees them."
+    def images(self, x: Tensor) -> tuple[Tensor, Tensor]:  # b c d h w → (b d) 3 h w, and the slice tokens (b d) 2 e
+        "Return the slices as the transformer sees them."
         images = slice_triplets(self.check_input(x))
         j, n = slice_numbers(len(x), x.shape[2], x)
         return self.ChannelReducer(images) if self.in_channels > 1 else images, torch.cat([self.axis_pos(j), self.axis_max(n)], 1)
 
     def maps(self,
-             x: Tensor, # b c d h w
-             keep: Tensor | None = None, # b 1 d h w on the patch grid: 1 kept, 0 hidden
-            ) -> list[Tensor]: # b e d h w after every block; the last block's is normalised
-        "Patch tokens of every block as volumes."
+             x: Tensor,  # b c d h w
+             keep: Tensor | None = None,  # b 1 d h w on the patch grid: 1 kept, 0 hidden
+            ) -> list[Tensor]:  # b e d h w after every block; the last block's is normalised
+        "Return patch tokens of every block as volumes."
         images, place = self.images(x if keep is None else x * enlarge(keep, x.shape[2:]))
         seen = None if keep is None else rearrange(keep.to(x.dtype), "b 1 d h w -> (b d) 1 h w")
         *tokens, _, last = self.backbone(images, place, seen)
@@ -68,10 +68,10 @@ class ProViCNet(Backbone):
            note="published weights are z-scored inside the gland mask; with more than one sequence a 1x1 convolution "
                 "reduces the triplets to three channels and has no published values")
 def provicnet_small(
-    in_channels: int = 1, # input sequences
-    tiny: bool = False, # a version for tests
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a version for tests
 ) -> ProViCNet:
-    "ProViCNet's published encoder with random weights."
+    "Build ProViCNet's published encoder with random weights."
     return ProViCNet("provicnet_small", in_channels, **(dict(levels=(1, 2), patch=4, dim=24, depth=2, heads=2, registers=2, grid=4) if tiny else {}))
 
 # %% ../../nbs/33_provicnet.ipynb #2991dcc0
@@ -80,7 +80,7 @@ def provicnet_small(
            sequences=("T2w", "high-b DWI", "ADC"), size=(12, 64, 64), spacing=(4.0, 1.5, 1.5),
            note="ProViCNet's class with 3 blocks of width 64, 4 heads, 2 registers and 8x8 patches")
 def provicnet_toy(
-    in_channels: int = 3, # input sequences
+    in_channels: int = 3,  # input sequences
 ) -> ProViCNet:
-    "ProViCNet small enough to pretrain on a CPU in half a minute."
+    "Build ProViCNet small enough to pretrain on a CPU in half a minute."
     return ProViCNet("provicnet_toy", in_channels, levels=(1, 2, 3), patch=8, dim=64, depth=3, heads=4, registers=2, grid=8)

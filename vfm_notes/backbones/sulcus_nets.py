@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/386_sulcus_nets.ipynb #6af88831
-from .specialists import OURS, Levels
-from .sulcal import SULCUS, EightCells, Headed, diffusion_maps, swin_maps
+from .specialists import SPECIALIST_CARD, Levels
+from .sulcal import EightCells, Headed, diffusion_maps, swin_maps
 from .volumetric import NOTE, Volumetric
 from ..foundation.registry import backbones
 from ..nets.decoder import space_to_depth
 
 # %% ../../nbs/386_sulcus_nets.ipynb #e8376133
 HALVING = (2, 2, 2)
-FULL = OURS | dict(size=(64, 64, 64), spacing=(1.0, 1.0, 1.0), source="arXiv 2405.19204, the comparison; arXiv 1904.08128, the levels")
+FULL = SPECIALIST_CARD | dict(size=(64, 64, 64), spacing=(1.0, 1.0, 1.0), source="arXiv 2405.19204, the comparison; arXiv 1904.08128, the levels")
 TOY = FULL | dict(size=(24, 24, 16), spacing=(2.0, 2.0, 3.0), toy=True)
 
 @backbones("sulcus_unet", title="U-Net encoder (sulcus study)", note="32 to 256 channels; embedding: mean of the coarsest map; no published weights", **FULL)
@@ -33,7 +33,7 @@ def swin_toy(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # it is tiny
 ) -> Volumetric:
-    "Swin UNETR's encoder with two levels of attention."
+    "Build Swin UNETR's encoder with two levels of attention."
     from monai.networks.nets.swin_unetr import SwinTransformer
     net = SwinTransformer(1, 12, (4,) * 3, HALVING, (1, 2, 1, 1), (2, 4, 8, 8), spatial_dims=3)
     del net.layers3, net.layers4
@@ -47,7 +47,7 @@ def diffusion_toy(
     in_channels: int = 1,  # sequences
     tiny: bool = False,  # it is tiny
 ) -> Volumetric:
-    "The way down and the middle of MONAI's diffusion U-Net, on folded cells."
+    "Build the way down and the middle of MONAI's diffusion U-Net, on folded cells."
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
     net = DiffusionModelUNet(3, 8, 8, 1, [8, 16, 32], (False, False, True), norm_num_groups=4, num_head_channels=8)
     del net.up_blocks, net.out

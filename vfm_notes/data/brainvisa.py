@@ -11,9 +11,9 @@ from pathlib import Path
 import SimpleITK as sitk
 from .cohort import CohortCard
 from .manifest import Manifest, layouts
-from .prostate_layouts import chosen, finished, save
+from .prostate_layouts import check_choice, finished, write_image
 from .sheets import sheet_rows
-from .sulcus import GRADES, sulcus_case
+from .sulcus import PCS_CLASSES, sulcus_case
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError, nearest
 
@@ -24,17 +24,17 @@ def sulcus_labels(
     column: int = 2,  # that has the labels, counted from 1
     classes: int = 3,  # 3: absent, prominent, present; 2: absent, present
 ) -> tuple[dict[str, int], list[str]]:  # name → grade, problems
-    "Grades of some names in a label file."
+    "Return grades of some names in a label file."
     if classes not in (2, 3): raise VfmError(f"A sulcus cohort has 2 or 3 classes, not {classes}.")
     check_fetched(path)
     if not path.is_file():
-        raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(GRADES)} "
+        raise VfmError(f"{path} does not exist; expected a CSV file with names in column 1 and {', '.join(PCS_CLASSES)} "
             f"in column {column}.")
     rows = [cells for _, cells in sheet_rows(path)]
     words = {n: [r[column - 1] if len(r) >= column else "" for r in rows if r[0] == n] for n in names}
     bad = [f"{path.name} has {len(w) or 'no'} line{'s' * (len(w) > 1)} for {n}, expected one" for n, w in words.items() if len(w) != 1]
-    bad += [f"{path.name}: {n} is '{w[0]}' in column {column}.{nearest(w[0], GRADES)} Expected {', '.join(GRADES)}" for n, w in words.items() if len(w) == 1 and w[0] not in GRADES]
-    return {n: min(GRADES.index(w[0]), classes - 1) for n, w in words.items() if len(w) == 1 and w[0] in GRADES}, bad
+    bad += [f"{path.name}: {n} is '{w[0]}' in column {column}.{nearest(w[0], PCS_CLASSES)} Expected {', '.join(PCS_CLASSES)}" for n, w in words.items() if len(w) == 1 and w[0] not in PCS_CLASSES]
+    return {n: min(PCS_CLASSES.index(w[0]), classes - 1) for n, w in words.items() if len(w) == 1 and w[0] in PCS_CLASSES}, bad
 
 # %% ../../nbs/185_brainvisa.ipynb #03148e5b
 CENTRES = {"top": {"L": (45, 122, 171), "R": (115, 35, 171)}, "benemin": {"L": (60, 109, 85), "R": (130, 9, 85)}}  # cohort, hemisphere: voxel (x, y, z) of the files
@@ -43,7 +43,7 @@ CENTRES = {"top": {"L": (45, 122, 171), "R": (115, 35, 171)}, "benemin": {"L": (
 def sequential_split(
     n: int,  # subjects, sorted by name
 ) -> list[str]:  # split of each
-    "60/20/20 in order, rounded down."
+    "Split 60/20/20 in order, rounded down."
     a, b = int(n * 0.6), int(n * 0.2)
     return ["train"] * a + ["val"] * b + ["test"] * (n - a - b)
 
@@ -51,22 +51,22 @@ def sequential_split(
 ANALYSIS = "t1mri/default_acquisition/default_analysis/segmentation"
 
 def brainvisa_example(folder: Path) -> None:
-    "Ten subjects of the sulcus phantom in BrainVISA's tree."
+    "Write ten subjects of the sulcus phantom in BrainVISA's tree."
     lines = []
     for i in range(10):
         case, subject = sulcus_case(0, i, (16, 16, 16), (4.0, 4.0, 4.0)), f"sub{i:02d}_T1"
         for array, path in ((case.volume[0], folder/"subjects"/subject/ANALYSIS/f"Lskeleton_{subject}.nii.gz"), (case.label, folder/"labels"/f"L{subject}.nii.gz")):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing((4.0, 4.0, 4.0))
-            save(image, path)
-        lines.append(f"sub{i:02d},{GRADES[case.grade]}")
+            write_image(image, path)
+        lines.append(f"sub{i:02d},{PCS_CLASSES[case.grade]}")
     (folder/"labels.csv").write_text("\n".join(lines) + "\n")
 
 # %% ../../nbs/185_brainvisa.ipynb #47388675
 def mask_file(
     folder: Path, name: str,  # without ending
 ) -> Path:
-    "The .nii or .nii.gz of a name."
+    "Return the .nii or .nii.gz of a name."
     plain = folder/f"{name}.nii"
     return plain if plain.is_file() else folder/f"{name}.nii.gz"
 
@@ -84,15 +84,15 @@ def brainvisa(
     crop: str = "volume",  # the file's middle; top, benemin: the published centre of that cohort; or "voxel x y z"
     licence: str = "not stated: ask the owner of the cohort",
 ) -> Manifest:
-    "Sulcal skeletons, PCS masks and labels of one hemisphere."
+    "Build the manifest of sulcal skeletons, PCS masks and labels of one hemisphere."
     src = Path(src).resolve()
-    chosen("hemisphere", hemisphere, ("L", "R"))
-    chosen("split", split, ("study", "sequential"))
+    check_choice("hemisphere", hemisphere, ("L", "R"))
+    check_choice("split", split, ("study", "sequential"))
     if not (src/subjects).is_dir(): raise VfmError(f"{src} has no folder {subjects}; expected one folder per subject in it.")
     names = sorted(p.name for p in (src/subjects).iterdir() if p.is_dir())
     key = {n: n[:len(n) - key_drop] for n in names}
     grades, found = sulcus_labels(src/labels, list(dict.fromkeys(key.values())), column, classes)
-    known = GRADES if classes == 3 else ("absent", "present")
+    known = PCS_CLASSES if classes == 3 else ("absent", "present")
     name = lambda n: known[grades[key[n]]] if key[n] in grades else "unknown"
     rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz",
         grade=name(n)) for n in names]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'Source', 'Plan', 'deal', 'code_hash', 'stamps', 'case_key', 'marks_of', 'write_text', 'write_cohort',
-           'open_cohort', 'read_cohort', 'put', 'progress', 'Known', 'checked', 'fill', 'decoded', 'plan_problems']
+           'open_cohort', 'read_cohort', 'put', 'progress', 'Known', 'check_decoded', 'fill', 'decoded',
+           'plan_problems']
 
 # %% ../../nbs/125_cache.ipynb #603827e8
 import hashlib
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from ..foundation.disk import fsync
 from ..foundation.registry import VfmError, failure
-from .cohort import SPLITS, Cohort, CohortCard, case_problems, content_hash, copies, fingerprints, split_by_patient, stratified_order
+from ..foundation.spec import SPLITS
+from .cohort import Cohort, CohortCard, case_problems, content_hash, copies, voxel_fingerprints, split_by_patient, stratified_order
 
 # %% ../../nbs/125_cache.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -52,14 +55,14 @@ def deal(
     plan: Plan,
     out: dict[str, str],  # bad cases that are left out
 ) -> list[tuple[Source, str]]:  # case and its split
-    "The cases that are used, sorted by split."
+    "Return the cases that are used, sorted by split."
     cases, grade = [s for s in plan.sources if s.name not in out], lambda of: [s.grade for s in of]
     without = f" without its {len(out)} bad case{'s' * (len(out) > 1)}" if out else ""
     if not plan.n: chosen = [(s, s.split or "test") for s in cases]
     elif any(s.split for s in plan.sources):
         homes = {k: [s for s in cases if s.split == k] for k in SPLITS}
         short = [f"{k} of split '{s}', which has {len(homes[s])}" for s, k in plan.n.items() if k > len(homes[s])]
-        if short: raise VfmError(f"Cohort {plan.card.name}{without} has too few cases: asked for are {' and '.join(short)}; ask for fewer.")
+        if short: raise VfmError(f"Cohort {plan.card.name}{without} has too few cases: requested are {' and '.join(short)}; request fewer.")
         chosen = [(homes[k][i], k) for k, m in plan.n.items() for i in sorted(stratified_order(grade(homes[k]), plan.seed)[:m])]
     else:
         try: chosen = list(zip(cases, split_by_patient([s.patient for s in cases], grade(cases), plan.n, plan.seed)))
@@ -70,7 +73,7 @@ def deal(
 def code_hash(
     *modules: str,  # dotted names
 ) -> str | None:  # None where one has no file, e.g. a function of a notebook
-    "Hash of source code, found without importing it."
+    "Hash source code, found without importing it."
     def file(module: str) -> str | None:
         try: return importlib.util.find_spec(module).origin
         except (AttributeError, ImportError, ValueError): return None
@@ -80,26 +83,26 @@ def code_hash(
 def stamps(
     path: Path,  # a file or a folder of files
 ) -> list:  # [path, bytes, time] of each
-    "What changes when a file does."
+    "Return what changes when a file does."
     try:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding tells
+    except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding reports
 
 def case_key(
     plan: Plan,
     source: Source,
     code: str,  # hash of the code that decodes
 ) -> str:
-    "Under which the voxels of a case are found again."
+    "Return the key under which the voxels of a case are found again."
     return content_hash([source.name, [stamps(p) for p in source.files], source.recipe, plan.size, plan.card.spacing, plan.card.sequences, plan.card.classes, code])
 
 # %% ../../nbs/125_cache.ipynb #4069d133
 ARRAYS = ("volumes", "labels", "zones")
 
 def marks_of(cohort: Cohort, i: int) -> list[str]:  # sequences, label, zones
-    "Fingerprints of the voxels of one case."
-    return fingerprints([*cohort.volumes[i], cohort.labels[i], *([] if cohort.zones is None else [cohort.zones[i]])])
+    "Return fingerprints of the voxels of one case."
+    return voxel_fingerprints([*cohort.volumes[i], cohort.labels[i], *([] if cohort.zones is None else [cohort.zones[i]])])
 
 def write_text(
     cohort: Cohort,
@@ -150,7 +153,7 @@ def put(
 ) -> None:
     "Give a folder its name in one step; one that is damaged makes room, one that is sound stays."
     for _ in range(3):
-        try: return os.rename(new, folder)
+        try: os.rename(new, folder)
         except OSError:
             if read_cohort(folder) is not None: return shutil.rmtree(new)
             more = sorted(set(os.listdir(folder) if folder.is_dir() else []) - {"cohort.json",
@@ -159,6 +162,7 @@ def put(
                 raise VfmError(f"{folder} is the place of a prepared cohort, and holds {', '.join(more[:3])}: move "
                                "that away.") from None
             shutil.rmtree(folder, ignore_errors=True)
+        else: return fsync(folder.parent)
     raise VfmError(f"{folder} cannot be written; is the disk full, or does another process hold it? It is a cache and safe to delete.")
 
 # %% ../../nbs/125_cache.ipynb #3c7bf1de
@@ -196,18 +200,18 @@ class Known:
         if len(cohort.volumes) == len(keys) == len(marks): self.at |= {k: (cohort, i, marks[i]) for i, k in enumerate(keys)}
 
     def get(self, key: str) -> tuple | None:  # volume, label, zones; None where it is not known, or damaged
-        "The voxels of a case."
+        "Return the voxels of a case."
         cohort, i, marks = self.at.get(key, (None, 0, []))
         if cohort is None or marks_of(cohort, i) != marks: return None
         return cohort.volumes[i], cohort.labels[i], None if cohort.zones is None else cohort.zones[i]
 
 # %% ../../nbs/125_cache.ipynb #6caa855c
-def checked(
+def check_decoded(
     plan: Plan,
     source: Source,
     parts: tuple | None,  # volume, label, zones of a known case; None to decode it
 ) -> tuple[tuple | None, str]:  # volume, label, zones; what is wrong
-    "A decoded case, or what is wrong with it."
+    "Return a decoded case, or what is wrong with it."
     try:
         parts = parts or source.decode()
         return parts, "; ".join(case_problems(plan.card, *parts[:2], source.grade))
@@ -230,7 +234,7 @@ def fill(
     cohort = Cohort(plan.card, **arrays, grade=np.array([s.grade for s in sources], np.int64), names=[s.name for s in sources], patients=[s.patient for s in sources], split=list(homes), targets=targets)
     bad, marks = {}, []
     for i, source in enumerate(progress(sources, f"decoding {plan.card.name}")):
-        parts, wrong = checked(plan, source, known.get(keys[i]))
+        parts, wrong = check_decoded(plan, source, known.get(keys[i]))
         if wrong: bad[source.name] = wrong
         else:
             for k, values in zip(arrays, parts): arrays[k][i] = 0 if values is None else values
@@ -247,7 +251,7 @@ def decoded(
     code: str,  # hash of the code that decodes
     exclude: bool,  # leave bad cases out
 ) -> Path:  # a complete folder in `work`
-    "Decode what a plan asks for."
+    "Decode the cases of a plan."
     out, refused = (dict(plan.bad), {}) if exclude else ({}, plan.bad)
     for turn in range(len(plan.sources) + 1):
         used = [u for u in deal(plan, out) if u[0].name not in refused]
@@ -265,11 +269,11 @@ def decoded(
 def plan_problems(
     plan: Plan,
 ) -> list[str]:  # one sentence each, that begins with the case
-    "Everything that is wrong with the cases of a plan."
+    "List everything that is wrong with the cases of a plan."
     bad, marks = {k: [v] for k, v in plan.bad.items()}, []
     for source in progress(plan.sources, f"checking {plan.card.name}"):
-        parts, wrong = checked(plan, source, None) if source.name not in bad else (None, "")
+        parts, wrong = check_decoded(plan, source, None) if source.name not in bad else (None, "")
         if wrong: bad[source.name] = [wrong]
-        marks.append(fingerprints(parts[0]) if parts and not wrong else [])
+        marks.append(voxel_fingerprints(parts[0]) if parts and not wrong else [])
     for i, j, c in copies(marks): bad.setdefault(plan.sources[i].name, []).append(f"has the same {plan.card.sequences[c]} as {plan.sources[j].name}")
     return [f"{k}: {p}" if k else p for k, found in bad.items() for p in found]

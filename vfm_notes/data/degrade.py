@@ -20,7 +20,7 @@ def line_weights(
     n: int,  # voxels along the axis
     keep: int,  # k-space lines that are measured
 ) -> np.ndarray:  # weight of the frequencies 0, 1, ..., n // 2
-    "Which non-negative frequencies `keep` centred lines contain."
+    "Return which non-negative frequencies `keep` centred lines contain."
     k = np.arange(n // 2 + 1)
     return np.where(2*k < keep, 1.0, np.where((2*k == keep) & (keep < n), 0.5, np.where(keep >= n, 1.0, 0.0))).astype(np.float32)
 
@@ -48,7 +48,7 @@ def case_rng(
     seed: int,
     name: str,  # of the case
 ) -> np.random.Generator:
-    "Random numbers that belong to a case, whichever subset it is in."
+    "Make random numbers that belong to a case, whichever subset it is in."
     return np.random.default_rng(np.random.SeedSequence((seed, zlib.crc32(name.encode()))))
 
 # %% ../../nbs/14_degrade.ipynb #c085265a
@@ -58,7 +58,7 @@ def dipole(
     centre: tuple[float, float, float],  # of the bubble from the centre of the view, as shares of the view
     radius: float,  # of the bubble, mm
 ) -> np.ndarray:  # (d, h, w), largest magnitude 1
-    "Field of a gas bubble, smoothed inside it; negative in front of the bubble."
+    "Compute the field of a gas bubble, smoothed inside it; negative in front of the bubble."
     z, y, x = (((np.arange(n) - (n - 1) / 2) * s - c * n * s).reshape([-1 if i == k else 1 for i in range(3)]) for k, (n, s, c) in enumerate(zip(shape, spacing, centre)))
     field = (2*z*z - y*y - x*x) / (z*z + y*y + x*x + radius**2)**2.5
     return (field / np.abs(field).max()).astype(np.float32)
@@ -80,7 +80,7 @@ def epi_field(
     amplitude: float = 3.0,  # typical largest shift, voxels along h; a case has 0.7 to 1.3 of it
     roughness: float = 0.12,  # sd of the random part over the dipole's strength
 ) -> np.ndarray:  # (d, h, w) float32: shift along h in voxels, positive to higher index
-    "Displacement field of one echo-planar scan; random in place and strength."
+    "Draw the displacement field of one echo-planar scan, random in place and strength."
     centre = (rng.uniform(-0.25, 0.25), rng.uniform(0.42, 0.52), rng.uniform(-0.08, 0.08))
     field = dipole(shape, spacing, centre, shape[1] * spacing[1] * rng.uniform(0.25, 0.33))
     rough = rng.standard_normal((6, 8, 8)).astype(np.float32) / np.float32((151 / 315)**1.5)
@@ -99,14 +99,14 @@ def epi_fields(
     seed: int = 0,
     roughness: float = 0.12,  # sd of the random part over the dipole's strength
 ) -> np.ndarray:  # (n, d, h, w) float32, voxels along h
-    "One field per case, that depends on nothing but the seed, the grid and the case's name."
+    "Draw one field per case, which depends on nothing but the seed, the grid and the case's name."
     return np.stack([epi_field(tuple(shape), tuple(spacing), case_rng(seed, name), amplitude, roughness) for name in names])
 
 # %% ../../nbs/14_degrade.ipynb #755f8fb8
 def borders(
     field: np.ndarray,  # (lines, h) shifts in voxels
 ) -> np.ndarray:  # (lines, h + 1) positions of the moved voxel borders
-    "Where the borders between voxels go."
+    "Return where the borders between voxels go."
     padded = np.pad(field.astype(np.float64), ((0, 0), (1, 1)), mode="edge")
     moved = np.arange(field.shape[1] + 1) + (padded[:, 1:] + padded[:, :-1]) / 2
     if np.diff(moved).min(initial=1) <= 0: raise VfmError(f"The displacement field folds: it squeezes a voxel to {np.diff(moved).min():.2f} of its width, expected more than 0; make it smoother or weaker.")

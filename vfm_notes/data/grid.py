@@ -19,7 +19,7 @@ def displacement(
     image: sitk.Image,
     other: sitk.Image,  # of the same size, both from `read_image`
 ) -> float:  # mm
-    "How far a corner voxel lies from its counterpart."
+    "Return how far a corner voxel lies from its counterpart."
     a, b = (corners(affine_of(i), i.GetSize()) for i in (image, other))
     return float(np.linalg.norm(a - b, axis=1).max())
 
@@ -30,7 +30,7 @@ def axis_differences(
     a: np.ndarray,  # (3, 3) unit vectors of the image's axes, in columns
     b: np.ndarray,  # the same of the mask
 ) -> list[str]:
-    "Axes that point the other way, and the angle between the others."
+    "Find axes that point the other way, and the angle between the others."
     along = (a * b).sum(0)
     turned = ["xyz"[k] for k in range(3) if along[k] < -0.5]
     words = ("its axis", "points") if len(turned) == 1 else ("its axes", "point")
@@ -44,7 +44,7 @@ def grid_differences(
     image: sitk.Image,
     mask: sitk.Image,  # of the same size, both from `read_image`
 ) -> list[str]:  # e.g. "its spacing is 1x1x1 mm instead of 1.5x1.5x3"
-    "What is different in the geometry of two files."
+    "Return what is different in the geometry of two files."
     (a, size), (b, other) = stored_geometry(image), stored_geometry(mask)
     unit = lambda m: m[:3, :3] / np.linalg.norm(m[:3, :3], axis=0)
     if size != other or (np.abs((unit(a) * unit(b)).sum(0)) < 0.5).any(): a, b = affine_of(image), affine_of(mask)

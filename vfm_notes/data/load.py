@@ -10,7 +10,6 @@ __all__ = ['ENTRIES', 'load_entries', 'manifest_folder', 'layout_folder', 'manif
 import importlib
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from .cache import ARRAYS, Known, Plan, case_key, code_hash, decoded, open_cohort, put, read_cohort, write_cohort
 from .cohort import Cohort, content_hash, validate
+from ..foundation.disk import part_folder
 from ..foundation.places import cache_root
 from ..foundation.registry import VfmError, cohorts
 
@@ -27,13 +27,13 @@ from ..foundation.registry import VfmError, cohorts
 ENTRIES = ("datasets", "sulcus_cohort", "prostate_layouts", "tree_layouts", "table_layouts", "picture_sets", "brainvisa")  # modules that register cohorts and layouts
 
 def load_entries() -> None:
-    "Import them; not done before one is asked for."
+    "Import them; not done before one is needed."
     for module in ENTRIES: importlib.import_module(f"vfm_notes.data.{module}")
 
 def manifest_folder(
     name: str,  # a path, or a name under VFM_DATA
 ) -> Path | None:
-    "The folder of a cohort on disk."
+    "Return the folder of a cohort on disk."
     here, data = Path(name).expanduser(), os.environ.get("VFM_DATA")
     if here.name in ("card.yaml", "manifest.csv", "manifest.parquet"): here = here.parent
     places = [here, Path(data).expanduser()/name] if data else [here]
@@ -43,7 +43,7 @@ def manifest_folder(
 def layout_folder(
     name: str,  # LAYOUT:FOLDER, e.g. "medmnist:breastmnist_28"
 ) -> tuple[str, Path]:  # the layout and the folder as it was downloaded
-    "The folder of a cohort that a layout reads."
+    "Return the folder of a cohort that a layout reads."
     from vfm_notes.data.manifest import layouts
     load_entries()
     (layout, _, folder), data = name.partition(":"), os.environ.get("VFM_DATA")
@@ -57,7 +57,7 @@ def layout_folder(
 def manifest_of(
     name: str,  # not that of a registered cohort
 ):  # Manifest, or None where it is none on disk
-    "The manifest of a cohort on disk: the one in its folder, or the one that a layout makes."
+    "Return the manifest of a cohort on disk: the one in its folder, or the one that a layout makes."
     from vfm_notes.data.manifest import layouts, read_manifest
     if folder := manifest_folder(name): return read_manifest(folder)
     if ":" not in name: return None
@@ -68,7 +68,7 @@ def manifest_of(
 def cohort_maker(
     name: str,
 ) -> tuple[Callable, dict]:  # (size, spacing, n, seed) → Cohort or Plan; its card in the registry
-    "Who makes a cohort."
+    "Return the function that makes a cohort."
     if name not in cohorts: load_entries()
     manifest = None if name in cohorts else manifest_of(name)
     if manifest:
@@ -84,7 +84,7 @@ def cache_key(
     arguments: dict,  # size, spacing, n, seed
     exclude: bool,
 ) -> str | None:  # None where the code that makes it has no file
-    "A key of all that decides the content."
+    "Return a key of all that decides the content."
     own = ("vfm_notes.data.cohort", "vfm_notes.data.cache", "vfm_notes.data.load")
     if isinstance(made, tuple):
         code, card = code_hash(made[0].__module__, own[0], *made[1].get("modules", ())), made[1]
@@ -97,7 +97,7 @@ def cache_folder(name: str, key: str) -> Path: return cache_root()/f"{re.sub(r'[
 
 # %% ../../nbs/127_load.ipynb #0780de97
 def may_keep() -> bool:
-    "May prepared cohorts be kept? A page only looks (it has VFM_LOOKING), and some folders are only to be read."
+    "Return whether prepared cohorts may be kept: a page only looks (VFM_LOOKING), and some folders are read-only."
     root = cache_root()
     there = next(p for p in (root, *root.parents) if p.exists())
     return not os.environ.get("VFM_LOOKING") and os.access(there, os.W_OK | os.X_OK)
@@ -119,9 +119,7 @@ def kept_cohort(
     folder = folder if may_keep() else None
     whole = None if planned else validate(made[0](**arguments))
     if not folder and whole: return whole
-    if folder: folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{socket.gethostname()}.{os.getpid()}.", dir=folder
-                                     and folder.parent) as work:
+    with part_folder(folder) if folder else tempfile.TemporaryDirectory() as work:
         if whole: write_cohort(whole, new := Path(tempfile.mkdtemp(dir=work)))
         else: new = decoded(made, Path(work), known, code_hash(*made.modules) or "", exclude)
         if folder: put(new, folder)

@@ -20,7 +20,7 @@ TOLERANCE, PARTS = 1e-3, 20  # how far from a whole number a value may be; the h
 def some(
     values: np.ndarray,  # sorted, each once
 ) -> str:
-    "A few values in full, and how many there are."
+    "Return a few values in full, and how many there are."
     plain = lambda v: f"{v}".removesuffix(".0")  # as many digits as its type has
     more = f" and {len(values) - 5} more up to {plain(values[-1])}" * (len(values) > 5)
     return ", ".join(map(plain, values[:5])) + more
@@ -30,7 +30,7 @@ def kinds_of(
     file: str | Path,  # for messages
     advice: str,
 ) -> np.ndarray:  # the whole numbers that occur, sorted
-    "The values of a mask, which must be whole."
+    "Return the values of a mask, which must be whole."
     found = np.unique(values)
     off = found[abs(found - np.rint(found)) > TOLERANCE]
     if len(off):
@@ -44,7 +44,7 @@ def label_values(
     file: str | Path,  # for messages
     allowed: Iterable[int],  # that may occur
 ) -> np.ndarray:  # uint8, the same shape
-    "The classes of a label file."
+    "Return the classes of a label file."
     allowed = sorted(allowed)
     wrong = (found := np.unique(values))[~(abs(found - np.rint(found)) <= TOLERANCE) | ~np.isin(np.rint(found),
         allowed)]
@@ -59,7 +59,7 @@ def mask_values(
     allowed: Iterable[int] | None = None,  # classes of a label file; None: a mask of one structure
     threshold: float | None = None,  # of the card: from here on a value belongs to the structure
 ) -> np.ndarray:  # uint8, the same shape; of a structure 0 or 1
-    "The values of a mask, or what is wrong with them."
+    "Return the values of a mask, or what is wrong with them."
     if threshold is not None and allowed in (None, range(2)): return (values >= threshold).astype(np.uint8)
     if allowed is not None: return label_values(values, file, allowed)
     middle = float(values.max() / 2 + values.min() / 2)

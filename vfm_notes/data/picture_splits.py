@@ -25,7 +25,7 @@ STATISTICS = {  # layout: mean and sd per channel, of pictures in 0..1
 def statistics_note(
     name: str,  # a key of STATISTICS
 ) -> str:
-    "The sentence of a card's note on normalisation."
+    "Return the sentence of a card's note on normalisation."
     mean, sd = (", ".join(f"{v:.3f}" for v in values) for values in STATISTICS[name])
     return f"Published normalisation: resize to 256 x 256, cut the middle 224 x 224, mean ({mean}), sd ({sd}) of pictures in 0..1."
 
@@ -34,7 +34,7 @@ def shuffled_split(
     n: int,  # rows
     held: float,  # share for validation and test together
 ) -> list[str]:  # split of each row
-    "The released split of a table by its row numbers."
+    "Return the released split of a table by its row numbers."
     order, count = list(range(n)), int(n * held)
     random.Random(42).shuffle(order)
     split = ["train"] * n
@@ -45,7 +45,7 @@ def keep_together(
     split: Sequence[str],  # of each row
     group: Sequence[str],  # patient or lesion of each row
 ) -> list[str]:  # split of each row
-    "A group in several splits goes to the first of val, test, train that it is in."
+    "Move a group that is in several splits to the first of val, test, train that it is in."
     rank = {s: i for i, s in enumerate(("val", "test", "train"))}
     home: dict[str, str] = {}
     for s, g in zip(split, group): home[g] = min(home.get(g, s), s, key=rank.__getitem__)
@@ -59,7 +59,7 @@ def one_hot_grades(
     names: Sequence[str],
     key: str,  # column that names a row
 ) -> tuple[list[int], list[str]]:  # index of the one that is 1 (-1 where there is none), problems
-    "Grades of a table with one column per class."
+    "Return grades of a table with one column per class."
     values = table[list(names)].apply(pd.to_numeric, errors="coerce").to_numpy()
     good = np.isin(values, (0, 1)).all(1) & (values.sum(1) == 1)
     bad = [f"{table[key].iloc[i]}: the classes are {dict(zip(names, table[list(names)].iloc[i]))}, expected a single 1 among them" for i in np.flatnonzero(~good)]
@@ -72,7 +72,7 @@ def chexpert_parts(
     paths: Sequence[str],  # the column Path in the file's order
     extra: int = 15,  # rows beyond 20 % that are held out
 ) -> dict[str, list[int]]:  # split → row numbers; neighbours share one, as released
-    "The released split: slices by label of the sorted table."
+    "Return the released split: slices by label of the sorted table."
     order = sorted(range(len(paths)), key=paths.__getitem__)
     place = {row: i for i, row in enumerate(order)}
     cut = int(len(paths) * 0.2) + extra
@@ -86,7 +86,7 @@ def chexpert_parts(
 def chexpert_labels(
     table: pd.DataFrame,  # text
 ) -> tuple[np.ndarray, list[str]]:  # (n, 14) of 0 and 1, problems
-    "U-zeros, and No Finding where nothing is found."
+    "Read U as zero, and No Finding where nothing is found."
     numbers = table[list(CHEXPERT)].replace("", "0").apply(pd.to_numeric, errors="coerce").to_numpy()
     bad = [f"{table['Path'].iloc[i]}: {CHEXPERT[k]} is {table[CHEXPERT[k]].iloc[i]!r}, expected 1, 0, -1 or blank" for i, k in np.argwhere(~np.isin(numbers, (-1, 0, 1)))]
     labels = (numbers == 1).astype(int)

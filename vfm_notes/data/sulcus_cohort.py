@@ -7,9 +7,10 @@ __all__ = ['sulcus_cohort']
 
 # %% ../../nbs/165_sulcus_cohort.ipynb #6cb5e6ab
 import numpy as np
-from .cohort import SPLITS, Cohort, CohortCard
-from .sulcus import GRADES, sulcus_case
+from .cohort import Cohort, CohortCard
+from .sulcus import PCS_CLASSES, sulcus_case
 from ..foundation.registry import VfmError, cohorts
+from ..foundation.spec import SPLITS
 
 # %% ../../nbs/165_sulcus_cohort.ipynb #2a4e634c
 @cohorts("sulcus_phantom", modules=("vfm_notes.data.anatomy", "vfm_notes.data.sulcus"))
@@ -19,13 +20,13 @@ def sulcus_cohort(
     n: dict[str, int],  # split → cases
     seed: int,
 ) -> Cohort:
-    "The synthetic cohort of sulcal skeletons with or without a paracingulate sulcus."
+    "Build the synthetic cohort of sulcal skeletons with or without a paracingulate sulcus."
     if not n: raise VfmError(f"The sulcus phantom needs a number of cases in n, e.g. {{'train': 24}}; splits: {', '.join(SPLITS)}.")
     box = [s * m for s, m in zip(size, spacing)]
-    if min(box) < 48 or max(spacing) > 4: raise VfmError(f"The sulcus phantom is asked for a box of {' x '.join(f'{b:g}' for b in box)} mm with voxels of {' x '.join(f'{m:g}' for m in spacing)} mm; expected at least 48 mm and voxels of at most 4 mm, e.g. size [32, 32, 32] at spacing [2, 2, 2].")
+    if min(box) < 48 or max(spacing) > 4: raise VfmError(f"The sulcus phantom is requested for a box of {' x '.join(f'{b:g}' for b in box)} mm with voxels of {' x '.join(f'{m:g}' for m in spacing)} mm; expected at least 48 mm and voxels of at most 4 mm, e.g. size [32, 32, 32] at spacing [2, 2, 2].")
     index = [(s, i) for s in n for i in range(n[s])]
     cases = [sulcus_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
     names = [f"sulcus-{s}-{i:03d}" for s, i in index]
-    card = CohortCard("sulcus_phantom", "Synthetic sulcal skeletons", "Apache-2.0", "vfm_notes.data.sulcus", "none: simulated, no patient behind it", ("skeleton",), ("background", "skeleton", "PCS"), GRADES, spacing,
+    card = CohortCard("sulcus_phantom", "Synthetic sulcal skeletons", "Apache-2.0", "vfm_notes.data.sulcus", "none: simulated, no patient behind it", ("skeleton",), ("background", "skeleton", "PCS"), PCS_CLASSES, spacing,
         "Left hemispheres, medial wall; half without a paracingulate sulcus (PCS), 30 % prominent (40 mm and more), 20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.")
     return Cohort(card, np.stack([c.volume for c in cases]), np.stack([c.label for c in cases]), np.array([c.grade for c in cases], np.int64), names, names, [s for s, _ in index])

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MSD_NAMES', 'TABLE_SEQUENCES', 'TABLE_KEPT', 'PREFIXES', 'UNSAID', 'PROFOUND_GRADES', 'msd_example', 'msd_index',
            'msd_pairs', 'msd', 'checked_columns', 'option', 'our_name', 'mapped', 'table_example', 'sheet_of',
-           'is_image', 'table_columns', 'picture_columns', 'table_labels', 'table', 'profound_example', 'profound']
+           'is_image', 'table_columns', 'picture_columns', 'table_labels', 'table_manifest', 'profound_example',
+           'profound']
 
 # %% ../../nbs/182_table_layouts.ipynb #bf90ec11
 import json
@@ -19,10 +20,10 @@ import SimpleITK as sitk
 import yaml
 from .cohort import CohortCard
 from .manifest import Manifest, grade_order, layouts
-from .picture import ENDINGS, read_picture
-from .prostate_layouts import chosen, finished, names_in, native_spacing, save, toy_case, tried
+from .picture import PICTURE_ENDINGS, read_picture
+from .prostate_layouts import check_choice, finished, names_in, native_spacing, write_image, toy_case, tried
 from .sheets import read_sheet
-from .volume import SUFFIXES, split_address
+from .volume import VOLUME_SUFFIXES, split_address
 from ..foundation.names import as_name
 from ..foundation.pointers import check_fetched
 from ..foundation.registry import VfmError
@@ -31,12 +32,12 @@ from ..foundation.registry import VfmError
 MSD_NAMES = {"T2": "t2w", "ADC": "adc"}  # other modalities keep their name, in small letters
 
 def msd_example(folder: Path) -> None:
-    "Three labelled cases of two channels, and a test image."
+    "Write three labelled cases of two channels, and a test image."
     for i in range(3):
         case = toy_case(i, False)
-        save(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTr"/f"prostate_{i:02d}.nii.gz")
-        save(case["zones"], folder/"labelsTr"/f"prostate_{i:02d}.nii.gz")
-    save(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTs"/"prostate_03.nii.gz")
+        write_image(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTr"/f"prostate_{i:02d}.nii.gz")
+        write_image(case["zones"], folder/"labelsTr"/f"prostate_{i:02d}.nii.gz")
+    write_image(sitk.JoinSeries([case["t2w"], case["adc"]]), folder/"imagesTs"/"prostate_03.nii.gz")
     pairs = [{"image": f"./imagesTr/prostate_{i:02d}.nii.gz", "label": f"./labelsTr/prostate_{i:02d}.nii.gz"} for i in range(3)]
     (folder/"dataset.json").write_text(json.dumps(dict(name="PROSTATE", modality={"0": "T2", "1": "ADC"}, labels={"0": "background", "1": "PZ", "2": "TZ"}, numTraining=3, numTest=1, training=pairs, test=["./imagesTs/prostate_03.nii.gz"])))
 
@@ -44,7 +45,7 @@ def msd_example(folder: Path) -> None:
 def msd_index(
     path: Path,  # dataset.json
 ) -> dict:
-    "The index of a task, with the fields that are needed."
+    "Return the index of a task, with the fields that are needed."
     check_fetched(path)
     try: index = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError: raise VfmError(f"{path} does not exist; expected the index of a Decathlon task.") from None
@@ -67,7 +68,7 @@ def msd_pairs(
     path: Path,  # dataset.json
     index: dict,
 ) -> list[tuple[Path, Path]]:  # image and label, absolute
-    "The training cases; each must name an image and a label inside the folder."
+    "Return the training cases; each must name an image and a label inside the folder."
     src, pairs = path.parent, index["training"]
     good = lambda p: isinstance(p, dict) and all(isinstance(p.get(k), str) and p[k] for k in ("image", "label"))
     odd = [p for p in pairs if not good(p)] if isinstance(pairs, list) else [pairs]
@@ -86,7 +87,7 @@ def msd_pairs(
 def msd(
     src: Path,  # folder with dataset.json
 ) -> Manifest:
-    "The manifest of one task of the Decathlon."
+    "Build the manifest of one task of the Decathlon."
     src, rows, found = Path(os.path.abspath(src)), [], []
     index = msd_index(src/"dataset.json")
     in_order = lambda values: [str(values[str(k)]) for k in range(len(values))]
@@ -117,7 +118,7 @@ def checked_columns(
     have: list[str],  # headings
     path: Path,  # of the sheet, for messages
 ) -> dict[str, str]:
-    "The mapping of a table, whose names and headings exist."
+    "Check the mapping of a table, whose names and headings must exist."
     if not isinstance(columns or {}, dict):
         raise VfmError(f"columns is {columns!r}, expected our names with the headings of {path.name}, e.g. "
             f"{option({'case': have[0]})}.")
@@ -132,7 +133,7 @@ def checked_columns(
 
 # %% ../../nbs/182_table_layouts.ipynb #f87b0908
 def option(columns: dict[str, str]) -> str:
-    "The option columns as it is typed."
+    "Write the option columns as it is typed."
     return "-o " + shlex.quote("columns=" + yaml.safe_dump(columns, default_flow_style=True, width=10**6,
         allow_unicode=True, sort_keys=False).strip())
 
@@ -141,7 +142,7 @@ def our_name(
     heading: str,  # that is not mapped
     taken: dict[str, str],  # our names that are mapped
 ) -> str:
-    "A heading that we know, or a note."
+    "Return a heading that we know, or a note."
     low = heading.lower()
     if low in TABLE_KEPT + TABLE_SEQUENCES and low not in taken: return low
     start = next((p for p in PREFIXES if low.startswith(p)), "")
@@ -154,7 +155,7 @@ def mapped(
     columns: dict[str, str] | None,  # our name → heading
     path: Path,  # of the sheet, for messages
 ) -> list[dict[str, str]]:
-    "Rows under our names; headings that are nobody's become notes."
+    "Put rows under our names; headings that are nobody's become notes."
     have = list(rows[0]) if rows else []
     columns = checked_columns(columns, have, path)
     names = {h: [c for c, of in columns.items() if of == h] or [our_name(h, columns)] for h in have}
@@ -168,11 +169,11 @@ def mapped(
 
 # %% ../../nbs/182_table_layouts.ipynb #9e0ddf37
 def table_example(folder: Path) -> None:
-    "Four cases in a sheet with our names, and one column more."
+    "Write four cases in a sheet with our names, and one column more."
     rows = []
     for i in range(4):
         case = toy_case(i, i % 2 == 1)
-        for name, ours in (("T2", "t2w"), ("ADC", "adc"), ("prostate", "gland")): save(case[ours], folder/f"P{i}"/f"{name}.nrrd")
+        for name, ours in (("T2", "t2w"), ("ADC", "adc"), ("prostate", "gland")): write_image(case[ours], folder/f"P{i}"/f"{name}.nrrd")
         rows.append({"case": f"P{i}", "t2w": f"P{i}/T2.nrrd", "adc": f"P{i}/ADC.nrrd", "mask_gland": f"P{i}/prostate.nrrd", "grade": ("benign", "cancer")[i % 2], "PSA": 4 + i})
     pd.DataFrame(rows).to_csv(folder/"cases.csv", index=False)
 
@@ -181,7 +182,7 @@ def sheet_of(
     src: Path,  # a sheet, or a folder with one
     name: str,  # of the sheet in the folder; "" for the only one
 ) -> Path:
-    "The sheet of a table layout."
+    "Return the sheet of a table layout."
     if name: return src/name
     sheets = [src] if src.is_file() else sorted(p for p in src.glob("*") if p.suffix in (".csv", ".tsv"))
     if len(sheets) != 1: raise VfmError(f"{src} has {len(sheets)} sheets (.csv or .tsv){': ' * bool(sheets)}{', '.join(p.name for p in sheets)}; expected one, or its name in the option sheet.")
@@ -192,8 +193,8 @@ def is_image(
     cell: str,  # of a table
     folder: Path,  # that paths are relative to
 ) -> bool:
-    "Whether a cell looks like the path of an image: a file by its ending, a folder that exists."
-    if split_address(cell)[0].name.lower().endswith(SUFFIXES + ENDINGS): return True
+    "Return whether a cell looks like the path of an image: a file by its ending, a folder that exists."
+    if split_address(cell)[0].name.lower().endswith(VOLUME_SUFFIXES + PICTURE_ENDINGS): return True
     return bool(cell) and (folder/cell).is_dir()
 
 # %% ../../nbs/182_table_layouts.ipynb #28edd73f
@@ -202,7 +203,7 @@ def table_columns(
     columns: dict[str, str] | None,  # option
     path: Path,  # of the sheet
 ) -> tuple[list[dict[str, str]], tuple[str, ...]]:  # rows under our names, sequences
-    "Rows with a case, a patient and images, or what to map."
+    "Find the columns of case, patient and images, or state what to map."
     out, have, given = mapped(rows, columns, path), list(rows[0]), {str(k): str(v) for k, v in (columns or {}).items()}
     if not {"case", "patient"} & set(out[0]):
         who = re.compile(r"(?i)\bcase|patient|subject|participant|(^|[^a-z])(id|nr|no)($|[^a-z])|record")
@@ -231,9 +232,9 @@ def picture_columns(
     folder: Path,  # that paths are relative to
     found: list[str],  # problems so far; grows
 ) -> tuple[list[dict[str, str]], tuple[str, ...], tuple[float, float, float], str]:  # rows, sequences, spacing, a note
-    "Images that are pictures: colour ones, by the first row, are three sequences; nobody knows their millimetres."
+    "Find images that are pictures: colour ones, by the first row, are three sequences; nobody knows their millimetres."
     first = folder/rows[0][sequences[0]]
-    if not split_address(first)[0].name.lower().endswith(ENDINGS):
+    if not split_address(first)[0].name.lower().endswith(PICTURE_ENDINGS):
         return rows, sequences, native_spacing(first, found), ""
     names = {}
     for s in sequences:
@@ -254,10 +255,10 @@ UNSAID = ("na", "n/a", "nan", ".", "-", "?")  # what other programs write for a 
 def table_labels(
     rows: list[dict[str, str]],
     path: Path,  # of the sheet
-    classes: tuple[str, ...],  # options of `table`
+    classes: tuple[str, ...],  # options of `table_manifest`
     grades: tuple[str, ...],
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # classes, grades
-    "The names of classes and grades, given or read from the sheet."
+    "Find the names of classes and grades, given or read from the sheet."
     have, classes, grades = list(rows[0]), names_in("classes", classes), names_in("grades", grades)
     drawn = tuple(c.removeprefix("mask_") for c in have if c.startswith("mask_"))
     if "label" in have and not classes:
@@ -278,7 +279,7 @@ def table_labels(
 
 # %% ../../nbs/182_table_layouts.ipynb #53cb7892
 @layouts("table", title="any sheet of paths, with a mapping of its columns", example=table_example)
-def table(
+def table_manifest(
     src: Path,  # a sheet, or a folder with one; paths are relative to its folder
     columns: dict[str, str] | None = None,  # our name (case, patient, t2w, mask_gland, grade ...) → heading
     sheet: str = "",  # name of the sheet
@@ -289,7 +290,7 @@ def table(
     empty_labels: bool = False,  # whether a case may have nothing in any mask
     threshold: float | None = None,  # of masks that are no whole numbers: from here on it is the structure
 ) -> Manifest:
-    "The manifest of a hand-written table."
+    "Build the manifest of a hand-written table."
     path, found = sheet_of(Path(src).absolute(), sheet), []
     rows, sequences = table_columns(read_sheet(path), columns, path)
     classes, grades = table_labels(rows, path, classes, grades)
@@ -305,11 +306,11 @@ def table(
 PROFOUND_GRADES = {"pirads": ("2", "3", "4", "5"), "result": ("0", "1"), "gleason": ("0", "1", "2", "3", "4")}
 
 def profound_example(folder: Path) -> None:
-    "Four cases with PI-RADS and masks."
+    "Write four cases with PI-RADS and masks."
     rows = []
     for i in range(4):
         case, at = toy_case(i, i > 1), f"study{i}"
-        for name in ("t2w", "dwi", "adc", "gland", "lesion"): save(case[name], folder/at/f"{name}.nii.gz")
+        for name in ("t2w", "dwi", "adc", "gland", "lesion"): write_image(case[name], folder/at/f"{name}.nii.gz")
         rows.append(dict(t2w=f"{at}/t2w.nii.gz", highb=f"{at}/dwi.nii.gz", adc=f"{at}/adc.nii.gz", pirads=2 + i, lesion=f"{at}/lesion.nii.gz", mask=f"{at}/gland.nii.gz"))
     pd.DataFrame(rows).to_csv(folder/"train.csv", index=False)
 
@@ -321,20 +322,20 @@ def profound(
     sheet: str = "",  # name of the sheet
     licence: str = "not stated",
 ) -> Manifest:
-    "The manifest of a sheet in ProFound's form."
+    "Build the manifest of a sheet in ProFound's form."
     path, found = sheet_of(Path(src).absolute(), sheet), []
     rows = read_sheet(path, ("t2w", "adc"))
     rows = [r | {c: r[c].removesuffix(".0") for c in PROFOUND_GRADES if c in r} for r in rows]
     have = set(rows[0]) if rows else set()
     if len({"highb", "dwi"} & have) != 1: raise VfmError(f"{path} has {' and '.join(sorted({'highb', 'dwi'} & have)) or 'no column highb or dwi'}, expected one of the two.")
     could = [c for c in PROFOUND_GRADES if c in have]
-    if grade: chosen("grade", grade, tuple(could))
+    if grade: check_choice("grade", grade, tuple(could))
     elif len(could) > 1: raise VfmError(f"{path} has the columns {', '.join(could)}; set the option grade to one of them.")
     grade = grade or "".join(could)
     who = next((c for c in ("patient", "patient_id", "case", "id") if c in have), "")
     ours = dict(t2w="t2w", dwi="highb" if "highb" in have else "dwi", adc="adc") | {m: c for m, c in (("mask_gland", "mask"), ("mask_lesion", "lesion"), ("grade", grade), ("split", "split")) if c in have}
     folder = lambda r: str(Path(r["t2w"]).parent)
-    if not who: found += [f"{path.name}: {f} is the folder of several rows, so it cannot tell the patients apart; add a column patient" for f in dict.fromkeys(map(folder, rows)) if [*map(folder, rows)].count(f) > 1]
+    if not who: found += [f"{path.name}: {f} is the folder of several rows, so it does not identify the patients; add a column patient" for f in dict.fromkeys(map(folder, rows)) if [*map(folder, rows)].count(f) > 1]
     out = [{"case": r[who] if who else folder(r), "patient": r[who] if who else folder(r)} | {k: r[c] for k, c in ours.items()} | {f"note_{c}": r[c] for c in r if c not in {*ours.values(), who}} for r in rows]
     found += [f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(PROFOUND_GRADES[grade])} or unknown" for r in out if grade and r["grade"] not in (*PROFOUND_GRADES[grade], "unknown")]
     if grade:

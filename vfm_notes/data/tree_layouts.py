@@ -18,7 +18,7 @@ from .cache import progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
 from .manifest import Manifest, grade_order, layouts
-from .prostate_layouts import chosen, finished, keyed, native_spacing, save, toy_case, tried
+from .prostate_layouts import check_choice, finished, rows_by_name, native_spacing, write_image, toy_case, tried
 from .sheets import read_sheet
 from ..foundation.registry import VfmError
 
@@ -35,7 +35,7 @@ def near_top(
     src: Path,
     pattern: str,  # of a name
 ) -> list[Path]:
-    "What has such a name at most two folders down: the tree has 300 000 files."
+    "Find what has such a name at most two folders down: the tree has 300 000 files."
     return sorted((p for below in ("", "*/", "*/*/") for p in src.glob(below + pattern)), key=lambda p: p.name)
 
 # %% ../../nbs/181_tree_layouts.ipynb #4ba05014
@@ -43,7 +43,7 @@ def series_folders(
     patient: Path,
     found: list[str],  # problems so far; grows
 ) -> list[tuple[Path, str, int]]:  # folder, description, number of each series
-    "The series of a patient, by the header of one file of each folder."
+    "Return the series of a patient, by the header of one file of each folder."
     out = []
     for folder in sorted({p.parent for p in patient.rglob("*") if p.is_file() and not p.name.startswith(".")}):
         header = tried(found, read_header, min(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")))
@@ -58,7 +58,7 @@ def one_of(
     have: list[str],  # descriptions of all
     repeat: str,  # "refuse", "first" or "last"
 ) -> Path:
-    "The one series that fits, or what to do about none or several."
+    "Pick the one series that fits, or state what to do about none or several."
     if not fits: raise VfmError(f"{who} has no series for {sequence}; it has {', '.join(sorted(set(have))) or 'no series at all'}.")
     ordered = sorted(fits, key=lambda f: f[2])
     if len(fits) > 1 and repeat == "refuse": raise VfmError(f"{who} has {len(fits)} series for {sequence}: {', '.join(f'{d} (number {n}, {p.name})' for p, d, n in ordered)}; expected one, set repeat to 'first' or 'last' (by number).")
@@ -69,7 +69,7 @@ def prostatex_findings(
     src: Path,
     found: list[str],  # problems so far; grows
 ) -> dict[str, str]:  # patient → grade
-    "Whether a patient has a clinically significant finding; unknown for the patients of the test sheet."
+    "Return whether a patient has a clinically significant finding; unknown for the patients of the test sheet."
     sheets = {kind: near_top(src, f"*Findings*{kind}*.csv") for kind in ("Train", "Test")}
     if len(sheets["Train"]) != 1: found.append(f"{len(sheets['Train'])} sheets are named *Findings*Train*.csv, expected one (ProstateX-Findings-Train.csv)")
     grade = {r["ProxID"]: -1 for p in sheets["Test"] for r in tried(found, read_sheet, p, ("ProxID",)) or ()}
@@ -82,7 +82,7 @@ def prostatex_findings(
 
 # %% ../../nbs/181_tree_layouts.ipynb #4400ae7d
 def prostatex_example(folder: Path) -> None:
-    "Three patients, four series each, and the sheets of findings."
+    "Write three patients, four series each, and the sheets of findings."
     for i in range(3):
         case = toy_case(i, i == 1)
         many = {"t2_tse_tra": case["t2w"], "t2_tse_sag": sitk.DICOMOrient(case["t2w"], "PIL"), "ep2d_diff_tra_DYNDIST_ADC": case["adc"], "ep2d_diff_tra_DYNDISTCALC_BVAL": case["dwi"]}
@@ -97,12 +97,12 @@ def prostatex(
     repeat: str = "refuse",  # or "first", "last": which of several series that fit
     gland: Path | str = "",  # folder with a mask per patient; "" for none
 ) -> Manifest:
-    "The manifest of PROSTATEx."
+    "Build the manifest of PROSTATEx."
     src, found, rows = Path(src).absolute(), [], []
-    chosen("repeat", repeat, ("refuse", "first", "last"))
+    check_choice("repeat", repeat, ("refuse", "first", "last"))
     grade = prostatex_findings(src, found)
     patients = [p for p in near_top(src, "ProstateX-[0-9]*") if p.is_dir()]
-    keyed([{"name": p.name} for p in patients], lambda r: r["name"], str(src), found)
+    rows_by_name([{"name": p.name} for p in patients], lambda r: r["name"], str(src), found)
     for patient in progress(patients, "series of PROSTATEx"):
         series, row = series_folders(patient, found), {"case": patient.name, "patient": patient.name}
         for sequence, pattern in PROSTATEX_SERIES.items():
@@ -112,7 +112,7 @@ def prostatex(
         rows.append(row | {"grade": grade.get(patient.name, "unknown")} | ({"mask_gland": tried(found, mask_of, Path(gland).absolute(), patient.name) or "none"} if gland else {}))
     absent = sorted(set(grade) - {p.name for p in patients})
     card = CohortCard("prostatex", "PROSTATEx", "CC BY 3.0", "doi 10.7937/K9TCIA.2017.MURS5CL (The Cancer Imaging Archive)", "Litjens et al., Computer-aided detection of prostate cancer in MRI, IEEE TMI 2014; Litjens et al., ProstateX Challenge data, TCIA 2017", ("t2w", "dwi", "adc"), ("background", "gland") if gland else ("background",), PROSTATEX_GRADES, (3.6, 0.5, 0.5),
-        f"DWI is the calculated high-b image; the grade says whether any finding of the patient is clinically significant, and is unknown for the challenge's test patients. {len(absent)} patients of the sheets have no folder here.")
+        f"DWI is the calculated high-b image; the grade states whether any finding of the patient is clinically significant, and is unknown for the challenge's test patients. {len(absent)} patients of the sheets have no folder here.")
     return finished("prostatex", src, rows, card, found, "mask_gland" if gland else "volume")
 
 # %% ../../nbs/181_tree_layouts.ipynb #28470192
@@ -120,7 +120,7 @@ def mask_of(
     folder: Path,
     name: str,  # of the patient
 ) -> Path:
-    "The one mask whose file name holds a patient's."
+    "Return the one mask whose file name holds a patient's."
     fits = sorted(p for p in folder.glob("*") if re.search(rf"{re.escape(name)}(?!\d)", p.name))
     if len(fits) != 1: raise VfmError(f"{folder} has {len(fits)} files for {name}{': ' * bool(fits)}{', '.join(p.name for p in fits[:4])}, expected one mask.")
     return fits[0]
@@ -134,7 +134,7 @@ def bids_file(
     pattern: str,  # below it
     what: str,  # for the message
 ) -> Path:
-    "The one file that a pattern finds."
+    "Return the one file that a pattern finds."
     fits = sorted(p for f in folders for p in f.glob(pattern))
     if len(fits) != 1: raise VfmError(f"{what}: {len(fits)} files fit {pattern} in {' and '.join(map(str, folders)) or 'no folder'}{' (' * bool(fits)}{', '.join(p.name for p in fits[:4])}{')' * bool(fits)}, expected one.")
     return fits[0]
@@ -143,7 +143,7 @@ def bids_file(
 def highest_b(
     path: Path,  # ..._dwi.nii.gz
 ) -> str:  # "#number" of its volume, "" where there is no .bval beside it
-    "Which volume of a diffusion series has the highest b-value."
+    "Return which volume of a diffusion series has the highest b-value."
     sheet = path.with_name(path.name.split(".nii")[0] + ".bval")
     if not sheet.is_file(): return ""
     try: b = [float(v) for v in sheet.read_text(encoding="utf-8").split()]
@@ -153,14 +153,14 @@ def highest_b(
 
 # %% ../../nbs/181_tree_layouts.ipynb #1223fe81
 def bids_example(folder: Path) -> None:
-    "Three participants, one of them with two sessions."
+    "Write three participants, one of them with two sessions."
     for i, (sub, ses) in enumerate((("01", ""), ("02", "1"), ("02", "2"), ("03", ""))):
         case, below, name = toy_case(i, i > 1), f"sub-{sub}" + f"/ses-{ses}" * bool(ses), f"sub-{sub}" + f"_ses-{ses}" * bool(ses)
-        save(case["t2w"], folder/below/"anat"/f"{name}_T2w.nii.gz")
-        save(case["adc"], folder/below/"dwi"/f"{name}_ADC.nii.gz")
-        save(sitk.JoinSeries([case["dwi"] + 300, case["dwi"]]), folder/below/"dwi"/f"{name}_dwi.nii.gz")
+        write_image(case["t2w"], folder/below/"anat"/f"{name}_T2w.nii.gz")
+        write_image(case["adc"], folder/below/"dwi"/f"{name}_ADC.nii.gz")
+        write_image(sitk.JoinSeries([case["dwi"] + 300, case["dwi"]]), folder/below/"dwi"/f"{name}_dwi.nii.gz")
         (folder/below/"dwi"/f"{name}_dwi.bval").write_text("50 1000\n")
-        save(case["gland"], folder/"derivatives"/"reader1"/below/"anat"/f"{name}_label-gland_mask.nii.gz")
+        write_image(case["gland"], folder/"derivatives"/"reader1"/below/"anat"/f"{name}_label-gland_mask.nii.gz")
     pd.DataFrame(dict(participant_id=["sub-01", "sub-02", "sub-03"], age=[61, 70, 66], isup=[0, 2, 3])).to_csv(folder/"participants.tsv", sep="\t", index=False)
 
 # %% ../../nbs/181_tree_layouts.ipynb #fa8b351d
@@ -174,10 +174,10 @@ def bids(
     empty_labels: bool = False,  # whether a case may have nothing in any mask
     threshold: float | None = None,  # of masks that are no whole numbers: from here on it is the structure
 ) -> Manifest:
-    "The manifest of a BIDS folder."
+    "Build the manifest of a BIDS folder."
     src, found, rows = Path(src).absolute(), [], []
     sheet = tried(found, read_sheet, src/"participants.tsv", ("participant_id", *([grade] if grade else [])))
-    people = keyed(sheet or [], lambda r: r["participant_id"], "participants.tsv", found)
+    people = rows_by_name(sheet or [], lambda r: r["participant_id"], "participants.tsv", found)
     folders = sorted(p for p in src.glob("sub-*") if p.is_dir())
     if sheet is not None: found += [f"{n} is in participants.tsv but has no folder" for n in people if n not in {p.name for p in folders}] + [f"{p.name} has a folder but is not in participants.tsv" for p in folders if p.name not in people]
     for folder in (s for p in folders for s in (sorted(p.glob("ses-*")) or [p])):

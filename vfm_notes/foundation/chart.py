@@ -23,7 +23,7 @@ INK = {"light": ("#1f2328", "#59636e", "#d1d9e0"), "dark": ("#e6e6e6", "#a8adb4"
 def chart_theme(
     mode: str = "lab",  # "lab" (as light, on a white sheet), "light" or "dark"
 ) -> dict:  # a Vega-Lite config
-    "Calm charts: transparent ground, quiet axes, title at the left that says the finding."
+    "Make charts calm: transparent ground, quiet axes, title at the left that states the finding."
     ink, faint, line = INK["dark" if mode == "dark" else "light"]
     axis = dict(labelColor=faint, titleColor=faint, domainColor=line, tickColor=line, gridColor=line, gridOpacity=0.6, titleFontWeight="normal", labelFontSize=12, titleFontSize=12)
     return dict(background="#ffffff" if mode == "lab" else "transparent", font=FONT, view=dict(stroke="transparent"), axis=axis,
@@ -48,7 +48,7 @@ def finite(
 ROOM = 640  # pixels: width in a notebook of a chart that takes all there is in the site
 
 def title_words(spec: dict) -> dict:  # spec: Vega-Lite specification
-    "The title of a chart as a mapping, however it was written; empty when there is none."
+    "Return the title of a chart as a mapping, however it was written; empty when there is none."
     title = spec.get("title") or {}
     return dict(title) if isinstance(title, dict) else {"text": title}
 

@@ -22,14 +22,14 @@ class Stopped(VfmError):
     "Asked to leave: what was computed is kept, and nothing has failed."
 
 def asked() -> int:
-    "The signal that asked this process to leave; 0: none."
+    "Return the signal that requested this process to stop; 0: none."
     return _noted["signal"]
 
 # %% ../../nbs/08_leave.ipynb #5b34b6e0
 def listen(
     then: Callable[[int], None] = lambda signum: None,  # what to do at once, e.g. tell others
 ) -> None:
-    "From now on note a request to leave; only a main thread can do so, elsewhere nothing changes."
+    "Note a request to stop from now on; only a main thread can do so, elsewhere nothing changes."
     def note(signum, frame):
         _noted["signal"] = _noted["signal"] or signum
         then(signum)
@@ -40,7 +40,7 @@ def listen(
 def listening(
     then: Callable[[int], None] = lambda signum: None,  # see listen
 ) -> Iterator[None]:
-    "Listen inside the block."
+    "Note a request to stop inside the block."
     before, _noted["signal"] = {s: signal.getsignal(s) for s in SIGNALS}, 0
     listen(then)
     try: yield

@@ -18,7 +18,7 @@ from .registry import VfmError
 def value_of(
     text: str,  # right of the equals sign
 ) -> int | float | str:
-    "A whole number, a number or a word."
+    "Read a whole number, a number or a word."
     for kind in (int, float):
         try: return kind(text)
         except ValueError: pass
@@ -46,7 +46,7 @@ def parse_strategy(
 def strategy_text(
     text: str,  # as somebody wrote it
 ) -> str:  # as records have it
-    "The one way to write a strategy."
+    "Write a strategy in the one way that is used everywhere."
     name, options = parse_strategy(text)
     short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
     return " ".join([name, *(f"{k}={v}" for k, v in short.items())])
@@ -76,7 +76,7 @@ def parent_of(
     strategy: str,  # a strategy's line
     parent: str,  # run id of the pretraining that made the backbone's weights
 ) -> str:  # the same, or "" where no weights are used
-    "The pretraining that a run depends on."
+    "Return the pretraining that a run depends on."
     return "" if parse_strategy(strategy)[0] in DRAWN else parent
 
 # %% ../../nbs/025_options.ipynb #f4665b45
@@ -86,13 +86,13 @@ def weightless(
     backbone: str,  # architecture.weights
     strategy: str = "",  # its line
 ) -> bool:
-    "Does a run start as its network was drawn?"
+    "Return whether a run starts as its network was drawn."
     return backbone.partition(".")[2] == RANDOM or strategy.partition(" ")[0] in DRAWN
 
 def called(
     strategy: str,  # as somebody wrote it
     backbone: str,  # architecture.weights
 ) -> str:  # as records have it
-    "The one way to write a strategy on a backbone."
+    "Write a strategy on a backbone in the one way that is used everywhere."
     text = strategy_text(strategy)
     return {"full": "scratch", "decoder": "random"}.get(text, text) if weightless(backbone) else text

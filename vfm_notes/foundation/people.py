@@ -11,17 +11,17 @@ import hmac
 import json
 import os
 import secrets
-import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 # %% ../../nbs/09_people.ipynb #76bc2d1a
+from .disk import write_whole
 from .registry import VfmError
 
 # %% ../../nbs/09_people.ipynb #3de12020
 def key_file() -> Path:
-    "The file of the site key: `VFM_SITE_KEY`, or `vfm_notes/site.key` in the user's folder for settings."
+    "Return the file of the site key: `VFM_SITE_KEY`, or `vfm_notes/site.key` in the user's folder for settings."
     if own := os.environ.get("VFM_SITE_KEY"): return Path(own).expanduser()
     settings = os.environ.get("XDG_CONFIG_HOME", "")
     return (Path(settings) if os.path.isabs(settings) else Path("~/.config").expanduser())/"vfm_notes"/"site.key"
@@ -31,15 +31,8 @@ def make_key(
 ) -> None:
     "Write a random key that only its owner can read; of two who do so at once, both find the same one."
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=".site.key.", dir=path.parent)  # readable by its owner alone
-    try:
-        with os.fdopen(handle, "w") as f:
-            f.write(secrets.token_hex(32) + "\n")
-            f.flush()
-            os.fsync(handle)
-        os.link(part, path)  # in one step, and never over another
+    try: write_whole(path, secrets.token_hex(32) + "\n", mode=0o600, over=False)
     except FileExistsError: pass
-    finally: os.unlink(part)
 
 # %% ../../nbs/09_people.ipynb #874beacc
 def site_key() -> bytes:  # 32
@@ -67,7 +60,7 @@ def keyed(
     purpose: str,  # gets a key of its own
     *values: str,
 ) -> bytes:  # 32
-    "HMAC-SHA256 of some texts."
+    "Hash some texts by HMAC-SHA256."
     own = hmac.digest(site_key(), purpose.encode(), "sha256")
     return hmac.digest(own, json.dumps(values).encode(), "sha256")
 
@@ -77,14 +70,14 @@ def fingerprints(
     cohort: str,  # name on its card
     patients: Iterable[str],  # their ids
 ) -> list[str]:  # 32 hexadecimal digits each, sorted, every patient once
-    "Fingerprints of patients."
+    "Make fingerprints of patients."
     return sorted({keyed("patients", cohort, str(p)).hex()[:32] for p in patients})
 
 def pseudonym(
     study: str,  # another study, another pseudonym
     name: str,  # of a case or a patient
 ) -> str:  # e.g. anon-k3f9x2a7qm
-    "A name's stand-in, always the same, that tells neither the name nor its place in a sorted list."
+    "Make a name's stand-in, always the same, that reveals neither the name nor its place in a sorted list."
     made = keyed("pseudonyms", study, unicodedata.normalize("NFC", name))
     return "anon-" + base64.b32encode(made).decode().lower()[:10]
 
@@ -94,5 +87,5 @@ MARKS = "\u2068\u2069"  # first strong isolate, pop directional isolate
 def marked(
     name: object,  # of a case or a patient
 ) -> str:
-    "Set a name apart, so that a published report can tell it from other text."
+    "Mark a name, so that a published report can distinguish it from other text."
     return f"{MARKS[0]}{name}{MARKS[1]}"

@@ -18,34 +18,34 @@ from .registry import VfmError, nearest
 
 # %% ../../nbs/02_places.ipynb #918a6a75
 def package_root() -> Path:
-    "The folder of the package."
+    "Return the folder of the package."
     if "__file__" in globals(): return Path(__file__).resolve().parents[1]
     return next(p for p in (Path.cwd(), *Path.cwd().parents) if (p/"settings.ini").exists())/"vfm_notes"  # in this notebook
 
 def checkout() -> Path | None:
-    "The working tree that the package runs from; None when it is installed."
+    "Return the working tree that the package runs from; None when it is installed."
     tree = package_root().parent
     return tree if (tree/"nbs").is_dir() and (tree/"settings.ini").is_file() else None
 
 def project_root() -> Path:
-    "The folder that holds `nbs/` and `_quarto.yml`: the working tree, or the share of an installed package."
+    "Return the folder that holds `nbs/` and `_quarto.yml`: the working tree, or the share of an installed package."
     root = checkout() or package_root()/"share"
     if not root.is_dir(): raise VfmError(f"{root} does not exist: this installation of vfm_notes lacks its templates and pages; install the wheel again, or use a clone.")
     return root
 
 # %% ../../nbs/02_places.ipynb #a1b4b49d
 def studies() -> list[str]:
-    "Names of the studies that the project ships."
+    "Return names of the studies that the project ships."
     return sorted(p.stem for p in (project_root()/"nbs"/"studies").glob("*.yaml"))
 
 def own_studies() -> list[str]:
-    "Names of the studies in `studies/` of the current folder."
+    "Return names of the studies in `studies/` of the current folder."
     return sorted(p.stem for p in Path("studies").glob("*.yaml"))
 
 def study_file(
     name_or_path: str | Path,  # "phantom" or "somewhere/my.yaml"
 ) -> Path:
-    "The YAML file of a study."
+    "Return the YAML file of a study."
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file(): return path
@@ -59,21 +59,21 @@ def study_file(
 def template_file(
     kind: str,  # pretrain, transfer or external
 ) -> Path:
-    "The papermill template of a kind of job."
+    "Return the papermill template of a kind of job."
     return project_root()/"nbs"/"runs"/f"{kind}.ipynb"
 
 def report_notebooks() -> list[Path]:
-    "The page notebooks, in alphabetical order."
+    "Return the page notebooks, in alphabetical order."
     return sorted((project_root()/"nbs"/"report").glob("*.ipynb"))
 
 def library_notebooks() -> list[Path]:
-    "The notebooks that the package is exported from, in reading order: 12, 125, 13."
+    "Return the notebooks that the package is exported from, in reading order: 12, 125, 13."
     found = (project_root()/"nbs").glob("[0-9][0-9]*_*.ipynb")
     return sorted((p for p in found if p.name != "00_tour.ipynb"), key=lambda p: p.name.split("_")[0])
 
 # %% ../../nbs/02_places.ipynb #3316a326
 def data_root() -> Path:
-    "The folder of the cohorts, from `VFM_DATA`."
+    "Return the folder of the cohorts, from `VFM_DATA`."
     value = os.environ.get("VFM_DATA")
     if not value: raise VfmError("VFM_DATA is not set: set it to the folder that holds the cohorts, e.g. VFM_DATA=/data vfm run hippocampus.")
     path = Path(value).expanduser().resolve()
@@ -81,7 +81,7 @@ def data_root() -> Path:
     return path
 
 def weights_root() -> Path:
-    "The folder of downloaded weights, from `VFM_WEIGHTS` (default: ~/.cache/vfm_notes/weights)."
+    "Return the folder of downloaded weights, from `VFM_WEIGHTS` (default: ~/.cache/vfm_notes/weights)."
     return Path(os.environ.get("VFM_WEIGHTS") or "~/.cache/vfm_notes/weights").expanduser().resolve()
 
 # %% ../../nbs/02_places.ipynb #1d84fbba
@@ -89,7 +89,7 @@ def below(
     root: Path,
     *parts: str,  # one name for each level
 ) -> Path:
-    "A place below a folder, whatever the names are."
+    "Return a place below a folder, whatever the names are."
     for part in parts:
         if not isinstance(part, str) or part in ("", ".", "..") or any(c in part for c in "/\\\0"):
             raise VfmError(f"{shown(part)} cannot be a file or folder of {root}: expected a name, without slashes.")
@@ -97,7 +97,7 @@ def below(
 
 # %% ../../nbs/02_places.ipynb #a3306317
 def runs_root() -> Path:
-    "The folder of all records, from `VFM_RUNS` (default: `runs/` of the working tree, or of the current folder outside it)."
+    "Return the folder of all records, from `VFM_RUNS` (default: `runs/` of the working tree or current folder)."
     if os.environ.get("VFM_RUNS"): return Path(os.environ["VFM_RUNS"]).expanduser().resolve()
     root, here = checkout(), Path.cwd().resolve()
     return (root if root and here.is_relative_to(root) else here)/"runs"
@@ -108,7 +108,7 @@ def cache_root() -> Path: return runs_root()/"cache"  # prepared cohorts; safe t
 def study_root(
     study: str,  # its name
 ) -> Path:
-    "The records of a study."
+    "Return the records of a study."
     if study in OURS: raise VfmError(f"'{study}' cannot be the name of a study: {runs_root()/study} is a folder of vfm_notes itself.")
     return below(runs_root(), study)
 

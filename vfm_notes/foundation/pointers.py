@@ -20,7 +20,7 @@ DVC = re.compile(rb"(\w+: .*\n)*outs:\n- ")
 def fetch_command(
     path: Path,  # a file, a link, or the place where one should be
 ) -> tuple[str, Path]:  # "" where it is no pointer; the folder to run it in
-    "What gets the content that a pointer stands for."
+    "Return what gets the content that a pointer stands for."
     here = path.parent
     if path.is_symlink() and not path.exists():
         target = os.readlink(path).replace(os.sep, "/")
@@ -39,7 +39,7 @@ def fetch_command(
 def pointer_problem(
     path: str | Path,  # of anything that is about to be read
 ) -> str:  # "" when it is no pointer
-    "What to do about a file that was never fetched, in one sentence."
+    "Return what to do about a file that was never fetched, in one sentence."
     command, folder = fetch_command(Path(path))
     return f"{path} is a pointer to content that was never fetched: run '{command}' in {folder}" if command else ""
 

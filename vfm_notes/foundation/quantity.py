@@ -99,7 +99,7 @@ def rounded(
 def told(
     value: float,
     kind: str,  # of KINDS
-    of: str = "",  # what the number is of, e.g. "rpg, segmentation, a.x, full, 40"; "": of nothing that is said twice
+    of: str = "",  # what the number is of, e.g. "rpg, segmentation, a.x, full, 40"; "": of nothing that is written twice
     metric: str = "",  # for score and difference
     unit: bool = False,  # write the kind's unit behind
 ) -> str:  # "missing" where there is none
@@ -130,7 +130,7 @@ def meaning(
     row: Mapping | object = (),  # of a table: task, backbone, strategy and so on, those that it has
     *more: str,
 ) -> str:
-    "Say in words what a number is of."
+    "Describe in words what a number is of."
     have = row.get if hasattr(row, "get") else lambda k: getattr(row, k, None)
     names = ("contrast", "task", "backbone", "strategy", "n_train", "metric", "versus")
     return ", ".join([what, *(f"{k} {have(k)}" for k in names if have(k) is not None), *more])

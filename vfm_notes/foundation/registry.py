@@ -17,16 +17,16 @@ class VfmError(ValueError):
 def failure(
     error: Exception,  # of a library
 ) -> str:  # e.g. "MemoryError", "RuntimeError: bad allocation"
-    "An exception in one line, for a sentence."
+    "Write an exception in one line, for a sentence."
     told = (str(error).strip().splitlines() or [""])[-1].strip().rstrip(".")
     return f"{type(error).__name__}{': ' * bool(told)}{told}"
 
 # %% ../../nbs/01_registry.ipynb #29d0f600
 def nearest(
-    name: str,  # what was asked for
+    name: str,  # the requested name
     names: Iterable[str],  # what there is
 ) -> str:  # " Did you mean 'x'?" or "" when nothing is close
-    "A suggestion for a misspelt name."
+    "Suggest a name for a misspelt one."
     close = get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.4)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -56,7 +56,7 @@ class Registry:
         raise VfmError(f"Unknown {self.kind} '{name}'.{nearest(name, self)} Known: {known}.")
 
     def card(self, name: str) -> dict:
-        "The keywords that `name` was registered with."
+        "Return the keywords that `name` was registered with."
         self[name]
         return self._cards[name]
 

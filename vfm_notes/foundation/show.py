@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'FIXED', 'OUTLINES', 'SEQUENCES', 'colours', 'png', 'diverging', 'windowed', 'strokes', 'outline', 'Figure',
-           'window_of', 'pick_slices', 'masks_of', 'scale_length', 'panel', 'shown_name', 'words', 'legend', 'number',
-           'slices', 'check_shapes', 'frame']
+           'window_of', 'pick_slices', 'masks_of', 'scale_length', 'panel', 'shown_name', 'svg_text', 'legend',
+           'number', 'slices', 'check_shapes', 'frame']
 
 # %% ../../nbs/04_show.ipynb #270c5123
 import base64
@@ -59,7 +59,7 @@ def png(
 
 # %% ../../nbs/04_show.ipynb #1a2e2619
 def diverging() -> np.ndarray:  # (256, 3) uint8, light blue through near-black to light orange
-    "Colours of a signed map: index 0 is the most negative, 127.5 is zero."
+    "Return colours of a signed map: index 0 is the most negative, 127.5 is zero."
     ends = np.array([[165, 215, 255], [30, 115, 190], [24, 24, 27], [200, 85, 15], [255, 205, 140]], float)
     at = np.linspace(0, 4, 256)
     return np.stack([np.interp(at, np.arange(5), ends[:, k]) for k in range(3)], axis=1).round().astype(np.uint8)
@@ -187,7 +187,7 @@ def panel(
     for i, z in enumerate(at):
         data = base64.b64encode(png(windowed(volume[z], *window), diverging() if signed else None)).decode()
         out.append(f'<g transform="translate({x + i * (wide + 4):.1f} {y:.1f})"><image width="{wide:.1f}" height="{high:.1f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>')
-        for (name, mask), colour in zip(masks.items(), OUTLINES):
+        for mask, colour in zip(masks.values(), OUTLINES):
             path = outline(mask[z], (high / h, wide / w))
             if path: out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.3" stroke-linecap="square"/>')
         out.append("</g>")
@@ -203,7 +203,7 @@ def shown_name(
     return re.sub(r"[a-z0-9]+", lambda word: SEQUENCES.get(word[0], word[0]), str(name))
 
 # %% ../../nbs/04_show.ipynb #ebdc27c5
-def words(
+def svg_text(
     text: str,  # what to write; escaped here
     x: float,  # left edge, drawing units
     y: float,  # base line, drawing units
@@ -225,7 +225,7 @@ def legend(
     "Name the outlines."
     out = []
     for name, colour in zip(masks, OUTLINES):
-        out.append(f'<rect x="{x:.1f}" y="{y - 9:.1f}" width="16" height="11" rx="2" fill="#333"/><path d="M{x + 3:.1f} {y - 3.5:.1f}h10" stroke="{colour}" stroke-width="2.4"/>' + words(name, x + 21, y))
+        out.append(f'<rect x="{x:.1f}" y="{y - 9:.1f}" width="16" height="11" rx="2" fill="#333"/><path d="M{x + 3:.1f} {y - 3.5:.1f}h10" stroke="{colour}" stroke-width="2.4"/>' + svg_text(name, x + 21, y))
         x += 34 + 7 * len(name)
     return "".join(out)
 
@@ -257,14 +257,14 @@ def slices(
     depth, h, w = next(iter(rows.values())).shape
     at = [z for z in at if 0 <= z < depth] if at is not None else pick_slices(depth, masks, count)
     high, left, top = width * h * spacing[1] / (w * spacing[2]), (112 if any(rows) else 0), (26 if title else 4)
-    out, y = [words(title, 0, 14, 13, bold=True)] if title else [], top
-    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
+    out, y = [svg_text(title, 0, 14, 13, bold=True)] if title else [], top
+    for i, z in enumerate(at): out.append(svg_text(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
     y += 15
     for name, v in rows.items():
         is_signed = name in set(signed)
         low, top_value = (window.get(name) if isinstance(window, Mapping) else window) or window_of(v, is_signed)
         said = f"±{number(top_value)}" if is_signed else f"{number(low)} to {number(top_value)}"
-        out += [words(shown_name(name), 0, y + 13, 12.5, bold=True), words("window", 0, y + 31, faint=True), words(said, 0, y + 46, faint=True)] if left else []
+        out += [svg_text(shown_name(name), 0, y + 13, 12.5, bold=True), svg_text("window", 0, y + 31, faint=True), svg_text(said, 0, y + 46, faint=True)] if left else []
         out.append(panel(v, at, {} if is_signed else masks, (left, y, width, high), (low, top_value), is_signed))
         y += high + 4
     return frame(out, left, y, max(left + len(at) * (width + 4) - 4, 330), width / (w * spacing[2]), w * spacing[2], masks, title, "" if left else f"window {said}", unit)
@@ -298,7 +298,7 @@ def frame(
     bar = scale_length(width_mm)
     parts.append(f'<path d="M{left + 1:.1f} {y + 9:.1f}h{bar * per_mm:.1f}M{left + 1:.1f} {y + 6:.1f}v6m{bar * per_mm:.1f} 0v-6" stroke="currentColor" stroke-width="1.4" fill="none"/>')
     x = left + bar * per_mm + 8
-    parts.append(words(f"{bar} {unit}" + (f"  ·  {window}" if window else ""), x, y + 13, faint=True))
+    parts.append(svg_text(f"{bar} {unit}" + (f"  ·  {window}" if window else ""), x, y + 13, faint=True))
     x += 50 + (6.8 * len(window) + 18 if window else 0)
     parts.append(legend(masks, x, y + 13))
     wide = max(wide, x + sum(34 + 7 * len(n) for n in masks), 8.2 * len(title))

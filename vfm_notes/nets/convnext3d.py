@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'OWN_FROM', 'ChannelNorm', 'GRN', 'DropPath', 'kernel_gradient', 'DepthwiseConv', 'depthwise_conv3d',
-           'DepthwiseConv3d', 'Block', 'triple', 'enlarge', 'initialise', 'ConvNeXt3d']
+           'DepthwiseConv3d', 'ConvNeXtBlock', 'triple', 'enlarge', 'initialise', 'ConvNeXt3d']
 
 # %% ../../nbs/20_convnext3d.ipynb #e89a417f
 from itertools import accumulate
@@ -20,8 +20,8 @@ from ..foundation.registry import VfmError
 class ChannelNorm(nn.LayerNorm):
     "LayerNorm of each voxel over the channels of a `b c d h w` tensor."
     def __init__(self,
-                 channels: int, # length of axis 1
-                 eps: float = 1e-6, # added to the variance
+                 channels: int,  # length of axis 1
+                 eps: float = 1e-6,  # added to the variance
                 ):
         super().__init__(channels, eps=eps)
 
@@ -33,7 +33,7 @@ class ChannelNorm(nn.LayerNorm):
 class GRN(nn.Module):
     "Global response normalisation of `b d h w c`, per sample over the three spatial axes."
     def __init__(self,
-                 channels: int, # length of the last axis
+                 channels: int,  # length of the last axis
                 ):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, 1, channels))
@@ -48,7 +48,7 @@ class GRN(nn.Module):
 class DropPath(nn.Module):
     "Zero the whole sample with probability `p` while training, and divide the rest by 1 − p."
     def __init__(self,
-                 p: float = 0., # probability, 0 ≤ p < 1
+                 p: float = 0.,  # probability, 0 ≤ p < 1
                 ):
         super().__init__()
         self.p = p
@@ -59,21 +59,21 @@ class DropPath(nn.Module):
         return x * kept / (1 - self.p)
 
 # %% ../../nbs/20_convnext3d.ipynb #349de309
-PIECE = 8192 # voxels of one channel that one call correlates
+PIECE = 8192  # voxels of one channel that one call correlates
 
 def kernel_gradient(
-    x: Tensor, # input, b c d h w
-    g: Tensor, # gradient of the output, b c d h w
-    kernel: tuple[int, int, int], # (kd, kh, kw), odd
-) -> Tensor: # c 1 kd kh kw
-    "The depthwise kernel's gradient: every input channel convolved with its output gradient, piece by piece."
+    x: Tensor,  # input, b c d h w
+    g: Tensor,  # gradient of the output, b c d h w
+    kernel: tuple[int, int, int],  # (kd, kh, kw), odd
+) -> Tensor:  # c 1 kd kh kw
+    "Return the depthwise kernel's gradient: every input channel convolved with its output gradient, piece by piece."
     (pd, ph, pw), (d, h, w) = (k // 2 for k in kernel), x.shape[2:]
     planes = min(max(PIECE // (h * w), 1), d)
     cases, total = max(PIECE // (planes * h * w), 1), 0
     for xs, gs in zip(x.split(cases), g.split(cases)):
         for z in range(0, d, planes):
             gz = rearrange(gs[:, :, z:z + planes], "b c d h w -> (b c) 1 d h w")
-            first, last = z - pd, min(z + planes, d) + pd # slices that the piece looks at, some of them outside
+            first, last = z - pd, min(z + planes, d) + pd  # slices that the piece looks at, some of them outside
             xz = rearrange(xs[:, :, max(first, 0):last], "b c d h w -> 1 (b c) d h w")
             before, after = max(-first, 0), max(last - d, 0)
             if before != after: xz, before = F.pad(xz, (0, 0, 0, 0, before, after)), 0
@@ -98,22 +98,22 @@ class DepthwiseConv(torch.autograd.Function):
                 g.sum((0, 2, 3, 4)) if to_bias else None)
 
 # %% ../../nbs/20_convnext3d.ipynb #8ee70729
-OWN_FROM = 150_000 # multiply-adds of the forward pass below which the framework's call overhead is the smaller one
+OWN_FROM = 150_000  # multiply-adds of the forward pass below which the framework's call overhead is the smaller one
 
 def depthwise_conv3d(
-    x: Tensor, # b c d h w
-    weight: Tensor, # c 1 kd kh kw, odd sides
-    bias: Tensor | None = None, # c
-    own: bool | None = None, # our gradients (True), the framework's (False), or by the rule
-) -> Tensor: # b c d h w
-    "Depthwise 3D convolution with stride 1 and zero padding to the same size."
+    x: Tensor,  # b c d h w
+    weight: Tensor,  # c 1 kd kh kw, odd sides
+    bias: Tensor | None = None,  # c
+    own: bool | None = None,  # our gradients (True), the framework's (False), or by the rule
+) -> Tensor:  # b c d h w
+    "Convolve in 3D and depthwise, with stride 1 and zero padding to the same size."
     if weight.shape[:2] != (x.shape[1], 1) or not all(k % 2 for k in weight.shape[2:]):
         raise VfmError(f"depthwise_conv3d: a weight of shape {tuple(weight.shape)} for {x.shape[1]} channels; expected ({x.shape[1]}, 1, kd, kh, kw) with odd sides.")
     if own is None:
         own = (x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
                and x.numel() * weight[0].numel() >= OWN_FROM)
     if own and (x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)):
-        raise VfmError(f"depthwise_conv3d: own gradients were asked for in {x.dtype} or under autocast; they are for float32 and float64, leave `own` out.")
+        raise VfmError(f"depthwise_conv3d: own gradients were requested in {x.dtype} or under autocast; they are for float32 and float64, leave `own` out.")
     if own: return DepthwiseConv.apply(x, weight, bias)
     return F.conv3d(x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=len(weight))
 
@@ -121,19 +121,19 @@ def depthwise_conv3d(
 class DepthwiseConv3d(nn.Conv3d):
     "A `nn.Conv3d` with one kernel per channel, computed by `depthwise_conv3d`."
     def __init__(self,
-                 channels: int, # width
-                 kernel: int, # side, odd
+                 channels: int,  # width
+                 kernel: int,  # side, odd
                 ): super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor: return depthwise_conv3d(x, self.weight, self.bias)
 
 # %% ../../nbs/20_convnext3d.ipynb #380af210
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     "One ConvNeXt V2 block on `b c d h w`."
     def __init__(self,
-                 channels: int, # width C
-                 kernel: int = 7, # side of the depthwise kernel, odd
-                 drop_path: float = 0., # probability that the residual of a sample is dropped
+                 channels: int,  # width C
+                 kernel: int = 7,  # side of the depthwise kernel, odd
+                 drop_path: float = 0.,  # probability that the residual of a sample is dropped
                 ):
         super().__init__()
         self.dwconv = DepthwiseConv3d(channels, kernel)
@@ -154,25 +154,25 @@ class Block(nn.Module):
 
 # %% ../../nbs/20_convnext3d.ipynb #db757494
 def triple(
-    size: int | tuple[int, int, int], # one number for all axes, or (d, h, w)
-) -> tuple[int, int, int]: # (d, h, w)
-    "One number per axis."
+    size: int | tuple[int, int, int],  # one number for all axes, or (d, h, w)
+) -> tuple[int, int, int]:  # (d, h, w)
+    "Give one number per axis."
     return (size,) * 3 if isinstance(size, int) else tuple(int(s) for s in size)
 
 # %% ../../nbs/20_convnext3d.ipynb #f47c0f5f
 def enlarge(
-    grid: Tensor, # b c d h w on a coarse grid
-    size: tuple[int, int, int], # finer grid (d, h, w), a whole multiple of the coarse one
-) -> Tensor: # b c d h w
+    grid: Tensor,  # b c d h w on a coarse grid
+    size: tuple[int, int, int],  # finer grid (d, h, w), a whole multiple of the coarse one
+) -> Tensor:  # b c d h w
     "Repeat every cell of a coarse grid over the finer grid's cells that it covers."
     fd, fh, fw = (s // g for s, g in zip(size, grid.shape[2:]))
     return repeat(grid, "b c d h w -> b c (d fd) (h fh) (w fw)", fd=fd, fh=fh, fw=fw)
 
 # %% ../../nbs/20_convnext3d.ipynb #f12a06dd
 def initialise(
-    module: nn.Module, # changed in place if it is a 3D convolution or linear
+    module: nn.Module,  # changed in place if it is a 3D convolution or linear
 ) -> None:
-    "Truncated normal weights of standard deviation 0.02 and zero biases."
+    "Draw truncated normal weights of standard deviation 0.02, and set biases to zero."
     if isinstance(module, (nn.Conv3d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -181,13 +181,13 @@ def initialise(
 class ConvNeXt3d(nn.Module):
     "3D ConvNeXt V2 encoder; the defaults are the published ProFound tiny."
     def __init__(self,
-                 in_channels: int = 3, # input sequences
-                 depths: tuple[int, ...] = (3, 3, 9, 3), # blocks per stage
-                 dims: tuple[int, ...] = (96, 192, 384, 768), # width per stage
-                 kernel: int = 7, # side of the depthwise kernels, odd
-                 stem: int | tuple[int, int, int] = 4, # patch side of the stem
-                 downs: tuple = (2, 2, 1), # stride before stages 2, 3, … (int or per axis)
-                 drop_path: float = 0., # drop probability of the last block; grows linearly from 0
+                 in_channels: int = 3,  # input sequences
+                 depths: tuple[int, ...] = (3, 3, 9, 3),  # blocks per stage
+                 dims: tuple[int, ...] = (96, 192, 384, 768),  # width per stage
+                 kernel: int = 7,  # side of the depthwise kernels, odd
+                 stem: int | tuple[int, int, int] = 4,  # patch side of the stem
+                 downs: tuple = (2, 2, 1),  # stride before stages 2, 3, … (int or per axis)
+                 drop_path: float = 0.,  # drop probability of the last block; grows linearly from 0
                 ):
         super().__init__()
         steps = [triple(stem)] + [triple(s) for s in downs]
@@ -198,16 +198,16 @@ class ConvNeXt3d(nn.Module):
             self.downsample_layers.append(nn.Sequential(ChannelNorm(a), nn.Conv3d(a, b, step, stride=step)))
         rates = (drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(c, kernel, next(rates)) for _ in range(n)]) for n, c in zip(depths, dims))
+            nn.Sequential(*[ConvNeXtBlock(c, kernel, next(rates)) for _ in range(n)]) for n, c in zip(depths, dims))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.apply(initialise)
 
     def forward(self,
-                x: Tensor, # b c d h w
-                keep: Tensor | None = None, # b 1 d h w on the coarsest grid: 1 kept, 0 hidden
-               ) -> list[Tensor]: # one map per stage, fine to coarse
+                x: Tensor,  # b c d h w
+                keep: Tensor | None = None,  # b 1 d h w on the coarsest grid: 1 kept, 0 hidden
+               ) -> list[Tensor]:  # one map per stage, fine to coarse
         maps = []
-        for down, stage, stride in zip(self.downsample_layers, self.stages, self.strides):
+        for down, stage in zip(self.downsample_layers, self.stages):
             x = down(x)
             visible = None if keep is None else enlarge(keep, x.shape[2:]).to(x.dtype)
             for block in stage: x = block(x, visible)
@@ -215,7 +215,7 @@ class ConvNeXt3d(nn.Module):
         return maps
 
     def pool(self,
-             x: Tensor, # the last map, b c d h w
-            ) -> Tensor: # b c
-        "Final norm of the mean over voxels."
+             x: Tensor,  # the last map, b c d h w
+            ) -> Tensor:  # b c
+        "Return the final norm of the mean over voxels."
         return self.norm(x.mean((2, 3, 4)))

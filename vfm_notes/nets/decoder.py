@@ -19,9 +19,9 @@ class ClassificationHead(nn.Module):
     "Scores of classes from the mean and the maximum of the coarsest feature map."
     reads = "pyramid"
     def __init__(self,
-                 backbone: nn.Module, # anything with `widths`
-                 n_classes: int, # number of scores
-                 hidden: int | None = None, # width between; None is a third of the map's channels, at least 32
+                 backbone: nn.Module,  # anything with `widths`
+                 n_classes: int,  # number of scores
+                 hidden: int | None = None,  # width between; None is a third of the map's channels, at least 32
                 ):
         super().__init__()
         width = backbone.widths[-1]
@@ -30,31 +30,31 @@ class ClassificationHead(nn.Module):
                                     nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
 
     def pool(self,
-             maps: list[Tensor], # the backbone's pyramid, fine to coarse
-            ) -> Tensor: # b 2·width
-        "All that this head reads of a case."
+             maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+            ) -> Tensor:  # b 2·width
+        "Return all that this head reads of a case."
         return torch.cat([reduce(maps[-1], "b c d h w -> b c", how) for how in ("mean", "max")], 1)
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid, fine to coarse
-                x: Tensor | None = None, # the volume; not used
-               ) -> Tensor: # b n_classes
+                maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+                x: Tensor | None = None,  # the volume; not used
+               ) -> Tensor:  # b n_classes
         return self.layers(self.pool(maps))
 
 # %% ../../nbs/22_decoder.ipynb #6d62a974
 def space_to_depth(
-    x: Tensor, # b c d h w, divisible by `factor`
-    factor: tuple[int, int, int], # cell size (d, h, w)
-) -> Tensor: # b (c·fd·fh·fw) d/fd h/fh w/fw
+    x: Tensor,  # b c d h w, divisible by `factor`
+    factor: tuple[int, int, int],  # cell size (d, h, w)
+) -> Tensor:  # b (c·fd·fh·fw) d/fd h/fh w/fw
     "Move the voxels of every cell into channels."
     fd, fh, fw = factor
     return rearrange(x, "b c (d fd) (h fh) (w fw) -> b (c fd fh fw) d h w", fd=fd, fh=fh, fw=fw)
 
 # %% ../../nbs/22_decoder.ipynb #89cbcc45
 def depth_to_space(
-    x: Tensor, # b (c·fd·fh·fw) d h w
-    factor: tuple[int, int, int], # cell size (d, h, w)
-) -> Tensor: # b c d·fd h·fh w·fw
+    x: Tensor,  # b (c·fd·fh·fw) d h w
+    factor: tuple[int, int, int],  # cell size (d, h, w)
+) -> Tensor:  # b c d·fd h·fh w·fw
     "Move channels into the voxels of every cell."
     fd, fh, fw = factor
     return rearrange(x, "b (c fd fh fw) d h w -> b c (d fd) (h fh) (w fw)", fd=fd, fh=fh, fw=fw)
@@ -63,8 +63,8 @@ def depth_to_space(
 class ResidualBlock(nn.Module):
     "Convolve twice and add, on `b c d h w`."
     def __init__(self,
-                 channels: int, # width in and out
-                 kernel: tuple[int, int, int] = (3, 3, 3), # odd sides (d, h, w)
+                 channels: int,  # width in and out
+                 kernel: tuple[int, int, int] = (3, 3, 3),  # odd sides (d, h, w)
                 ):
         super().__init__()
         conv = lambda: nn.Conv3d(channels, channels, kernel, padding="same", bias=False)
@@ -78,13 +78,13 @@ class DenseDecoder(nn.Module):
     "A volume of scores or intensities from the pyramid and the raw volume."
     reads = "pyramid"
     def __init__(self,
-                 backbone: nn.Module, # anything with `widths` and `strides`
-                 in_channels: int, # channels of the raw volume, the first of what comes in
-                 out_channels: int, # channels of the result
-                 width: int = 16, # channels of the decoder
-                 subpixel: tuple[int, int, int] = (2, 2, 2), # cell of the finest convolution (d, h, w)
-                 kernel: tuple[int, int, int] = (1, 3, 3), # of the finest convolutions, odd sides (d, h, w)
-                 residual_channel: int | None = None, # channel that the result is added to; it may be one more than the raw volume has
+                 backbone: nn.Module,  # anything with `widths` and `strides`
+                 in_channels: int,  # channels of the raw volume, the first of what comes in
+                 out_channels: int,  # channels of the result
+                 width: int = 16,  # channels of the decoder
+                 subpixel: tuple[int, int, int] = (2, 2, 2),  # cell of the finest convolution (d, h, w)
+                 kernel: tuple[int, int, int] = (1, 3, 3),  # of the finest convolutions, odd sides (d, h, w)
+                 residual_channel: int | None = None,  # channel that the result is added to; it may be one more than the raw volume has
                 ):
         super().__init__()
         self.in_channels, self.subpixel, self.residual_channel = in_channels, tuple(subpixel), residual_channel
@@ -100,9 +100,9 @@ class DenseDecoder(nn.Module):
             nn.init.zeros_(self.last.bias)
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid, fine to coarse
-                x: Tensor, # b c d h w, the raw volume
-               ) -> Tensor: # b out_channels d h w
+                maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+                x: Tensor,  # b c d h w, the raw volume
+               ) -> Tensor:  # b out_channels d h w
         more = [-s % f for s, f in zip(x.shape[2:], self.subpixel)]
         padded = F.pad(x[:, :self.in_channels], (0, more[2], 0, more[1], 0, more[0]), mode="replicate") if any(more) else x[:, :self.in_channels]
         raw, y = self.skip(space_to_depth(padded, self.subpixel)), None
@@ -115,10 +115,10 @@ class DenseDecoder(nn.Module):
 
 # %% ../../nbs/22_decoder.ipynb #5c8cd290
 def resize(
-    x: Tensor, # b c d h w
-    like: Tensor, # its last three axes give the wanted grid
-) -> Tensor: # b c d h w
-    "Trilinear interpolation onto another map's grid."
+    x: Tensor,  # b c d h w
+    like: Tensor,  # its last three axes give the wanted grid
+) -> Tensor:  # b c d h w
+    "Interpolate trilinearly onto another map's grid."
     if x.shape[2:] == like.shape[2:]: return x
     return F.interpolate(x, size=like.shape[2:], mode="trilinear")
 
@@ -126,24 +126,24 @@ def resize(
 class Network(nn.Module):
     "A backbone with a head: volume in, the head's result out."
     def __init__(self,
-                 backbone: nn.Module, # follows the backbone protocol
-                 head: nn.Module, # `reads` one of the backbone's methods
+                 backbone: nn.Module,  # follows the backbone protocol
+                 head: nn.Module,  # `reads` one of the backbone's methods
                 ):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def read(self,
-             x: Tensor, # b c d h w
-            ) -> list[Tensor] | Tensor: # maps, or a vector b e
-        "What the head wants from the backbone."
+             x: Tensor,  # b c d h w
+            ) -> list[Tensor] | Tensor:  # maps, or a vector b e
+        "Return what the head wants from the backbone."
         return getattr(self.backbone, self.head.reads)(x[:, :self.backbone.in_channels])
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.read(x), x)
 
     def train(self,
-              mode: bool = True, # False is evaluation mode
-             ) -> "Network": # itself
-        "Training mode, but not for what no strategy trains."
+              mode: bool = True,  # False is evaluation mode
+             ) -> "Network":  # itself
+        "Switch to training mode, but not what no strategy trains."
         super().train(mode)
         own, live = set(), set()  # modules that have parameters, and those of them that train one
         for name, p in self.named_parameters(remove_duplicate=False):
@@ -159,8 +159,8 @@ class TokenHead(nn.Module):
     "Class scores of every pixel from a map of tokens, eight times as wide and high."
     reads = "pyramid"
     def __init__(self,
-                 dim: int, # token width
-                 n_classes: int, # number of scores, background included
+                 dim: int,  # token width
+                 n_classes: int,  # number of scores, background included
                 ):
         super().__init__()
         widths, layers = [dim, dim // 3, dim // 6], []
@@ -169,9 +169,9 @@ class TokenHead(nn.Module):
         self.segmentation_conv = nn.Sequential(*layers, nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], n_classes, 3, padding=1))
 
     def forward(self,
-                maps: list[Tensor], # pyramid; the last map's tokens are read, b e d h w
-                x: Tensor, # b c d h w, gives the size of the result
-               ) -> Tensor: # b n_classes d h w
+                maps: list[Tensor],  # pyramid; the last map's tokens are read, b e d h w
+                x: Tensor,  # b c d h w, gives the size of the result
+               ) -> Tensor:  # b n_classes d h w
         tokens = maps[-1]
         y = self.segmentation_conv(rearrange(tokens, "b e d h w -> (b d) e h w"))
         y = rearrange(y, "(b d) k h w -> b k d h w", b=len(tokens))

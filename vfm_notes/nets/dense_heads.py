@@ -19,9 +19,9 @@ from .decoder import resize
 class ConvModule(nn.Module):
     "Convolution without bias, norm over channels, GELU."
     def __init__(self,
-                 channels: int, # width in
-                 out: int, # width out
-                 kernel: int = 1, # side, odd
+                 channels: int,  # width in
+                 out: int,  # width out
+                 kernel: int = 1,  # side, odd
                 ):
         super().__init__()
         self.conv = nn.Conv3d(channels, out, kernel, padding=kernel // 2, bias=False)
@@ -33,10 +33,10 @@ class ConvModule(nn.Module):
 class UPerHead(nn.Module):
     "Class scores on the finest level's grid, from all levels."
     def __init__(self,
-                 widths: list[int], # channels per level, fine to coarse
-                 n_classes: int, # number of scores
-                 width: int = 512, # channels inside
-                 scales: tuple[int, ...] = (1, 2, 3, 6), # cells per axis of the pooled maps
+                 widths: list[int],  # channels per level, fine to coarse
+                 n_classes: int,  # number of scores
+                 width: int = 512,  # channels inside
+                 scales: tuple[int, ...] = (1, 2, 3, 6),  # cells per axis of the pooled maps
                 ):
         super().__init__()
         self.classifier = nn.Conv3d(width, n_classes, 1)
@@ -57,9 +57,9 @@ class UPerHead(nn.Module):
 class FCNHead(nn.Module):
     "Class scores of one level: a convolution and a classifier; helps training only."
     def __init__(self,
-                 channels: int, # width of the level
-                 n_classes: int, # number of scores
-                 width: int = 256, # channels inside
+                 channels: int,  # width of the level
+                 n_classes: int,  # number of scores
+                 width: int = 256,  # channels inside
                 ):
         super().__init__()
         self.convs = nn.Sequential(ConvModule(channels, width, 3))
@@ -71,11 +71,11 @@ class FCNHead(nn.Module):
 class Conv(nn.Module):
     "A convolution without bias, one level deeper in the names: `conv.weight`."
     def __init__(self,
-                 channels: int, # width in
-                 out: int, # width out
-                 kernel: int, # side, odd; of a transposed one, the stride
-                 transposed: bool = False, # enlarge by `kernel`
-                 bias: bool = False, # add a bias
+                 channels: int,  # width in
+                 out: int,  # width out
+                 kernel: int,  # side, odd; of a transposed one, the stride
+                 transposed: bool = False,  # enlarge by `kernel`
+                 bias: bool = False,  # add a bias
                 ):
         super().__init__()
         if transposed: self.conv = nn.ConvTranspose3d(channels, out, kernel, stride=kernel, bias=bias)
@@ -87,8 +87,8 @@ class Conv(nn.Module):
 class ResidualUnit(nn.Module):
     "Two 3x3x3 convolutions with instance norm, and a convolved shortcut."
     def __init__(self,
-                 channels: int, # width in; differs from `out`
-                 out: int, # width out
+                 channels: int,  # width in; differs from `out`
+                 out: int,  # width out
                 ):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = Conv(channels, out, 3), Conv(out, out, 3), Conv(channels, out, 1)
@@ -101,8 +101,8 @@ class ResidualUnit(nn.Module):
 class UpBlock(nn.Module):
     "Enlarge twice, join the skip, convolve."
     def __init__(self,
-                 channels: int, # width of the coarse map
-                 out: int, # width of the skip and of the result
+                 channels: int,  # width of the coarse map
+                 out: int,  # width of the skip and of the result
                 ):
         super().__init__()
         self.transp_conv, self.conv_block = Conv(channels, out, 2, transposed=True), ResidualUnit(2 * out, out)
@@ -113,10 +113,10 @@ class UpBlock(nn.Module):
 class UNETRDecoder(nn.Module):
     "Class scores at full size from the raw volume and four maps of strides 4, 8, 16, 16."
     def __init__(self,
-                 in_channels: int, # of the raw volume
-                 widths: list[int], # channels of the maps, fine to coarse
-                 n_classes: int, # number of scores
-                 feature: int = 32, # channels at full size
+                 in_channels: int,  # of the raw volume
+                 widths: list[int],  # channels of the maps, fine to coarse
+                 n_classes: int,  # number of scores
+                 feature: int = 32,  # channels at full size
                 ):
         super().__init__()
         self.encoder1 = nn.ModuleDict({"layer": ResidualUnit(in_channels, feature)})
@@ -127,9 +127,9 @@ class UNETRDecoder(nn.Module):
         self.out = nn.ModuleDict({"conv": Conv(feature, n_classes, 1, bias=True)})
 
     def forward(self,
-                x: Tensor, # b c d h w, the raw volume
-                maps: list[Tensor], # normalised maps
-               ) -> Tensor: # b n_classes d h w
+                x: Tensor,  # b c d h w, the raw volume
+                maps: list[Tensor],  # normalised maps
+               ) -> Tensor:  # b n_classes d h w
         skips = [self.encoder1["layer"](x)] + [getattr(self, f"encoder{i + 2}")["transp_conv_init"](m) for i, m in enumerate(maps[:3])]
         y = maps[3]
         for i in (5, 4, 3, 2): y = getattr(self, f"decoder{i}")(y, skips[i - 2])
@@ -140,10 +140,10 @@ class UPerNetHead(nn.Module):
     "UPerNet on a backbone's pyramid; while training, the scores of the auxiliary head are given as well."
     reads = "pyramid"
     def __init__(self,
-                 backbone: nn.Module, # anything with `widths`
-                 n_classes: int, # number of scores
-                 width: int = 512, # channels of the head; the training head has half as many
-                 auxiliary: bool = True, # have a training head
+                 backbone: nn.Module,  # anything with `widths`
+                 n_classes: int,  # number of scores
+                 width: int = 512,  # channels of the head; the training head has half as many
+                 auxiliary: bool = True,  # have a training head
                 ):
         super().__init__()
         widths = list(backbone.widths)
@@ -152,9 +152,9 @@ class UPerNetHead(nn.Module):
         self.auxiliary_head = FCNHead(widths[-2:][0], n_classes, width // 2) if auxiliary else None
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid, fine to coarse
-                x: Tensor, # b c d h w, gives the size of the result
-               ) -> Tensor | list[Tensor]: # b n_classes d h w; two of them while training with a training head
+                maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+                x: Tensor,  # b c d h w, gives the size of the result
+               ) -> Tensor | list[Tensor]:  # b n_classes d h w; two of them while training with a training head
         maps = [norm(m) for norm, m in zip(self.hidden_norm, maps)]
         scores = resize(self.decode_head(maps), x)
         if not (self.training and self.auxiliary_head): return scores
@@ -165,21 +165,21 @@ class UNETRHead(nn.Module):
     "UNETR's decoder on a backbone's pyramid and the raw volume."
     reads = "pyramid"
     def __init__(self,
-                 backbone: nn.Module, # anything with `widths`
-                 in_channels: int, # of the raw volume, the first of what comes in
-                 n_classes: int, # number of scores
-                 feature: int = 32, # channels at full size
+                 backbone: nn.Module,  # anything with `widths`
+                 in_channels: int,  # of the raw volume, the first of what comes in
+                 n_classes: int,  # number of scores
+                 feature: int = 32,  # channels at full size
                 ):
         super().__init__()
-        self.levels = [round(i * (len(backbone.widths) - 1) / 3) for i in range(4)] # four of however many there are
+        self.levels = [round(i * (len(backbone.widths) - 1) / 3) for i in range(4)]  # four of however many there are
         widths = [backbone.widths[i] for i in self.levels]
         self.in_channels, self.norms = in_channels, nn.ModuleList(ChannelNorm(w) for w in widths)
         self.decoder = UNETRDecoder(in_channels, widths, n_classes, feature)
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid, fine to coarse
-                x: Tensor, # b c d h w, the raw volume
-               ) -> Tensor: # b n_classes d h w
+                maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+                x: Tensor,  # b c d h w, the raw volume
+               ) -> Tensor:  # b n_classes d h w
         grid = [-(-s // 16) * 16 for s in x.shape[2:]]
         maps = [norm(maps[i]) for i, norm in zip(self.levels, self.norms)]
         maps = [to_grid(m, [g // stride for g in grid]) for m, stride in zip(maps, (4, 8, 16, 16))]
@@ -187,8 +187,8 @@ class UNETRHead(nn.Module):
 
 # %% ../../nbs/25_dense_heads.ipynb #f69af091
 def to_grid(
-    x: Tensor, # b c d h w
-    size: list[int], # wanted (d, h, w)
-) -> Tensor: # b c *size
-    "Trilinear interpolation onto a grid."
+    x: Tensor,  # b c d h w
+    size: list[int],  # wanted (d, h, w)
+) -> Tensor:  # b c *size
+    "Interpolate trilinearly onto a grid."
     return x if list(x.shape[2:]) == list(size) else F.interpolate(x, size=size, mode="trilinear")

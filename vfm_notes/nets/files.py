@@ -28,10 +28,10 @@ from ..foundation.registry import VfmError
 ONNX_TYPES = {1: "<f4", 2: "u1", 3: "i1", 5: "<i2", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8"}
 
 def varint(
-    buf: memoryview, # a protobuf message
-    i: int, # where the number starts
-) -> tuple[int, int]: # the number, and where the next field starts
-    "One protobuf integer: seven bits per byte, lowest first."
+    buf: memoryview,  # a protobuf message
+    i: int,  # where the number starts
+) -> tuple[int, int]:  # the number, and where the next field starts
+    "Read one protobuf integer: seven bits per byte, lowest first."
     value = shift = 0
     while True:
         if shift > 63 or i >= len(buf): raise EOFError("a number does not end")
@@ -41,9 +41,9 @@ def varint(
 
 # %% ../../nbs/24_files.ipynb #5f562534
 def proto_fields(
-    buf: memoryview, # a protobuf message
-) -> Iterator[tuple[int, int | memoryview]]: # field number and value
-    "The fields of a protobuf message in their order."
+    buf: memoryview,  # a protobuf message
+) -> Iterator[tuple[int, int | memoryview]]:  # field number and value
+    "Return the fields of a protobuf message in their order."
     i = 0
     while i < len(buf):
         key, i = varint(buf, i)
@@ -56,9 +56,9 @@ def proto_fields(
 
 # %% ../../nbs/24_files.ipynb #dda2037d
 def onnx_tensor(
-    message: memoryview, # a TensorProto
-) -> tuple[str, Tensor]: # its name and values
-    "One tensor of an ONNX file."
+    message: memoryview,  # a TensorProto
+) -> tuple[str, Tensor]:  # its name and values
+    "Read one tensor of an ONNX file."
     dims, kind, name, raw = [], 0, "", None
     for number, value in proto_fields(message):
         if number == 1 and isinstance(value, int): dims.append(value)
@@ -69,15 +69,15 @@ def onnx_tensor(
                 dims.append(n)
         elif number == 2: kind = value
         elif number == 8: name = bytes(value).decode()
-        elif number in (4, 9): raw = value # 4: packed floats, 9: raw bytes
+        elif number in (4, 9): raw = value  # 4: packed floats, 9: raw bytes
     if kind not in ONNX_TYPES or raw is None: raise ValueError(f"tensor '{name}' of ONNX type {kind} has no values that can be read here")
     return name, torch.from_numpy(np.frombuffer(raw, ONNX_TYPES[kind]).reshape(dims).copy())
 
 # %% ../../nbs/24_files.ipynb #3eaea3c2
 def read_onnx(
-    path: Path, # an .onnx file with its tensors inside
-) -> dict[str, Tensor]: # in graph order; nameless ones are called after the node that reads them, "a.b.key.MatMul"
-    "The tensors of an ONNX file."
+    path: Path,  # an .onnx file with its tensors inside
+) -> dict[str, Tensor]:  # in graph order; nameless ones are called after the node that reads them, "a.b.key.MatMul"
+    "Read the tensors of an ONNX file."
     graph = next(v for n, v in proto_fields(memoryview(path.read_bytes())) if n == 7)
     tensors = dict(onnx_tensor(v) for n, v in proto_fields(graph) if n == 5)
     state = {k: v for k, v in tensors.items() if not k.startswith("onnx::")}
@@ -85,23 +85,24 @@ def read_onnx(
         if number != 1: continue
         parts = [(n, bytes(v).decode()) for n, v in proto_fields(node) if n in (1, 3)]
         place = "".join(v for n, v in parts if n == 3).strip("/").replace("/", ".")
-        state |= {place: tensors[v] for n, v in parts if n == 1 and v.startswith("onnx::") and v in tensors}
+        for n, v in parts:
+            if n == 1 and v.startswith("onnx::") and v in tensors: state[place] = tensors[v]
     return state
 
 # %% ../../nbs/24_files.ipynb #c8b95ef1
 def check_declared(
-    path: Path, # any file of weights
+    path: Path,  # any file of weights
 ) -> None:
     "Refuse a file that unpacks to more than the memory holds."
     size = path.stat().st_size
-    if zipfile.is_zipfile(path): # a torch file; its members are stored, not compressed
+    if zipfile.is_zipfile(path):  # a torch file; its members are stored, not compressed
         with zipfile.ZipFile(path) as archive: size = max(size, sum(m.file_size for m in archive.infolist()))
     check_allocation(size, str(path))
 
 def check_tensor(
-    path: Path, # for messages
-    key: str, # name of the tensor
-    value: Tensor, # may repeat a few stored numbers
+    path: Path,  # for messages
+    key: str,  # name of the tensor
+    value: Tensor,  # may repeat a few stored numbers
 ) -> None:
     "Refuse a tensor that is larger than the memory, or whose numbers are not finite."
     shape = "x".join(map(str, value.shape))
@@ -111,12 +112,12 @@ def check_tensor(
                        "are not finite; the file is unusable.")
 
 # %% ../../nbs/24_files.ipynb #ea338d8a
-DEEP = 50 # dictionaries inside each other
+DEEP = 50  # dictionaries inside each other
 
 def check_nesting(
-    path: Path, # for messages
-    content: dict, # of a torch file
-) -> dict: # the same
+    path: Path,  # for messages
+    content: dict,  # of a torch file
+) -> dict:  # the same
     "Refuse a dictionary that holds itself: looking for tensors in it would not end."
     level = [content]
     for _ in range(DEEP):
@@ -128,9 +129,9 @@ def check_nesting(
 
 # %% ../../nbs/24_files.ipynb #799fc45a
 def load_any(
-    path: Path, # .safetensors, .onnx, or a torch file
-) -> dict: # whatever it holds
-    "The content of a file, without running anything in it."
+    path: Path,  # .safetensors, .onnx, or a torch file
+) -> dict:  # whatever it holds
+    "Load the content of a file, without running anything in it."
     check_declared(path)
     if path.suffix == ".safetensors": return load_file(path)
     if path.suffix == ".onnx": return read_onnx(path)
@@ -138,9 +139,9 @@ def load_any(
         return check_nesting(path, torch.load(path, map_location="cpu", weights_only=True))
 
 def unwrap(
-    content: dict, # a checkpoint: a state, or a state inside "model" or the like
-) -> dict[str, Tensor]: # tensors alone, without DataParallel's prefix
-    "The state inside a checkpoint."
+    content: dict,  # a checkpoint: a state, or a state inside "model" or the like
+) -> dict[str, Tensor]:  # tensors alone, without DataParallel's prefix
+    "Return the state inside a checkpoint."
     while inner := next((content[k] for k in ("model", "state_dict", "model_state_dict", "teacher", "net") if isinstance(content.get(k), dict)), None):
         content = inner
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
@@ -148,16 +149,16 @@ def unwrap(
 
 # %% ../../nbs/24_files.ipynb #1e35f0b5
 def strip(
-    state: dict[str, Tensor], # by published names
-    prefix: str, # dropped from the names; other names are dropped whole
+    state: dict[str, Tensor],  # by published names
+    prefix: str,  # dropped from the names; other names are dropped whole
 ) -> dict[str, Tensor]:
-    "The part of a state below a prefix."
+    "Return the part of a state below a prefix."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 def read_content(
-    path: str | Path, # .safetensors, .onnx, or a torch file
-) -> dict: # whatever it holds
-    "The content of a file; raise VfmError when it is damaged or holds code."
+    path: str | Path,  # .safetensors, .onnx, or a torch file
+) -> dict:  # whatever it holds
+    "Read the content of a file; raise VfmError when it is damaged or holds code."
     path = Path(path)
     check_fetched(path)
     if not path.is_file(): raise VfmError(f"No weights file {path}: check the path.")
@@ -175,8 +176,8 @@ def read_content(
     return content
 
 def check_state(
-    state: dict[str, Tensor], # of a file
-    path: str | Path, # for messages
+    state: dict[str, Tensor],  # of a file
+    path: str | Path,  # for messages
 ) -> None:
     "Refuse a state without tensors, or with values that are not finite."
     if not state:
@@ -184,9 +185,9 @@ def check_state(
     for key, value in state.items(): check_tensor(path, key, value)
 
 def read_state(
-    path: str | Path, # .safetensors, .onnx, or a torch file
-) -> dict[str, Tensor]: # finite tensors by published names
-    "The tensors of a file; raise VfmError when it is damaged, holds code or holds NaN."
+    path: str | Path,  # .safetensors, .onnx, or a torch file
+) -> dict[str, Tensor]:  # finite tensors by published names
+    "Read the tensors of a file; raise VfmError when it is damaged, holds code or holds NaN."
     state = unwrap(read_content(path))
     check_state(state, path)
     return state

@@ -19,9 +19,9 @@ from .vit import MLP
 class FocalModulation(nn.Module):
     "Gated context of growing windows times a query, on `b h w c`."
     def __init__(self,
-                 dim: int, # channels c
-                 levels: int = 3, # windows, without the global one
-                 window: int = 3, # side of the smallest; each next one is 2 larger
+                 dim: int,  # channels c
+                 levels: int = 3,  # windows, without the global one
+                 window: int = 3,  # side of the smallest; each next one is 2 larger
                 ):
         super().__init__()
         self.f, self.h, self.proj = nn.Linear(dim, 2 * dim + levels + 1), nn.Conv2d(dim, dim, 1), nn.Linear(dim, dim)
@@ -40,18 +40,18 @@ class FocalModulation(nn.Module):
 
 # %% ../../nbs/27_focal.ipynb #8b8551d9
 def channels_first(
-    layer: nn.Module, # works on b c h w
-    x: Tensor, # b h w c
-) -> Tensor: # b h w c
-    "A convolution on an image with its channels last."
+    layer: nn.Module,  # works on b c h w
+    x: Tensor,  # b h w c
+) -> Tensor:  # b h w c
+    "Apply a convolution to an image with its channels last."
     return rearrange(layer(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
 
 # %% ../../nbs/27_focal.ipynb #51d40b52
 class FocalBlock(nn.Module):
     "Depthwise convolution, modulation, depthwise convolution, MLP: four sums, norms after the second and the fourth."
     def __init__(self,
-                 dim: int, # channels
-                 drop_path: float = 0., # probability that a residual of an image is dropped
+                 dim: int,  # channels
+                 drop_path: float = 0.,  # probability that a residual of an image is dropped
                 ):
         super().__init__()
         self.dw1, self.dw2 = (nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2))
@@ -69,8 +69,8 @@ class FocalBlock(nn.Module):
 class OverlapEmbed(nn.Module):
     "A strided convolution with overlapping windows, then a norm: `b h w c` in and out."
     def __init__(self,
-                 channels: int, dim: int, # width in and out
-                 kernel: int, stride: int, # side and step, pixels
+                 channels: int, dim: int,  # width in and out
+                 kernel: int, stride: int,  # side and step, pixels
                 ):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, kernel, stride=stride, padding=kernel // 2)
@@ -82,9 +82,9 @@ class OverlapEmbed(nn.Module):
 class FocalStage(nn.Module):
     "Blocks of one size, and the way to the next."
     def __init__(self,
-                 dim: int, # channels
-                 depth: int, # blocks
-                 last: bool, # no next stage
+                 dim: int,  # channels
+                 depth: int,  # blocks
+                 last: bool,  # no next stage
                 ):
         super().__init__()
         self.blocks = nn.Sequential(*[FocalBlock(dim) for _ in range(depth)])
@@ -94,8 +94,8 @@ class FocalStage(nn.Module):
 class FocalNet(nn.Module):
     "SEEM's Focal-T on `b 3 h w`; an encoder of images for `backbones.lifted`."
     def __init__(self,
-                 dim: int = 96, # channels of the first stage; doubles
-                 depths: tuple[int, ...] = (2, 2, 6, 2), # blocks per stage
+                 dim: int = 96,  # channels of the first stage; doubles
+                 depths: tuple[int, ...] = (2, 2, 6, 2),  # blocks per stage
                 ):
         super().__init__()
         self.widths, self.strides, self.levels = [dim * 2 ** i for i in range(len(depths))], [4 * 2 ** i for i in range(len(depths))], list(range(len(depths)))
@@ -105,7 +105,7 @@ class FocalNet(nn.Module):
         for i, w in enumerate(self.widths): setattr(self, f"norm{i}", nn.LayerNorm(w))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "Normalised maps of the stages, and the mean of the last."
+        "Return normalised maps of the stages, and the mean of the last."
         x, maps = self.patch_embed(rearrange(x, "b c h w -> b h w c")), []
         for i, stage in enumerate(self.layers):
             x = stage.blocks(x)

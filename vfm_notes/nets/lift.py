@@ -12,48 +12,48 @@ from einops import rearrange
 
 # %% ../../nbs/23_lift.ipynb #a593b1b6
 def triplet_index(
-    depth: int, # slices of the volume, at least 1
-) -> Tensor: # (depth, 3) slice numbers
-    "The slices that stand in the three channels of every slice's image."
+    depth: int,  # slices of the volume, at least 1
+) -> Tensor:  # (depth, 3) slice numbers
+    "Return the slices that stand in the three channels of every slice's image."
     centre = torch.arange(depth).clamp(min(1, depth - 1), max(depth - 2, 0))
     return (centre[:, None] + torch.tensor([-1, 0, 1])).clamp(0, depth - 1)
 
 # %% ../../nbs/23_lift.ipynb #0c74469d
 def slice_triplets(
-    x: Tensor, # b c d h w
-) -> Tensor: # (b d) (3 c) h w, the three slices slowest, the sequences fastest
-    "Every slice of a volume as an image of three neighbouring slices."
+    x: Tensor,  # b c d h w
+) -> Tensor:  # (b d) (3 c) h w, the three slices slowest, the sequences fastest
+    "Return every slice of a volume as an image of three neighbouring slices."
     x = x[:, :, triplet_index(x.shape[2]).to(x.device)]
     return rearrange(x, "b c d three h w -> (b d) (three c) h w")
 
 # %% ../../nbs/23_lift.ipynb #d9f6c5f0
 def stack_slices(
-    maps: Tensor, # (b d) e h w
-    batch: int, # b
-) -> Tensor: # b e d h w
-    "Feature maps of slices as the feature map of a volume."
+    maps: Tensor,  # (b d) e h w
+    batch: int,  # b
+) -> Tensor:  # b e d h w
+    "Return feature maps of slices as the feature map of a volume."
     return rearrange(maps, "(b d) e h w -> b e d h w", b=batch)
 
 # %% ../../nbs/23_lift.ipynb #67fc0503
 class ChannelReducer(nn.Module):
     "A 1x1 convolution from the triplets' channels to the encoder's."
     def __init__(self,
-                 channels: int, # 3 slices x sequences
-                 out: int = 3, # channels of the 2D encoder
+                 channels: int,  # 3 slices x sequences
+                 out: int = 3,  # channels of the 2D encoder
                 ):
         super().__init__()
         self.reduce_channels = nn.Conv2d(channels, out, 1)
 
-    def forward(self, x: Tensor) -> Tensor: # as a matrix product: several times faster on a CPU than a convolution to three channels
+    def forward(self, x: Tensor) -> Tensor:  # as a matrix product: several times faster on a CPU than a convolution to three channels
         weight, bias = self.reduce_channels.weight[:, :, 0, 0], self.reduce_channels.bias
         return torch.einsum("oc,bchw->bohw", weight, x) + rearrange(bias, "o -> o 1 1")
 
 # %% ../../nbs/23_lift.ipynb #45dc9a42
 def slice_numbers(
-    batch: int, # b
-    depth: int, # slices d
-    like: Tensor, # a tensor with the wanted device and dtype
-) -> tuple[Tensor, Tensor]: # slice index and number of slices, each (b d) 1 1
-    "The two raw numbers that tell a slice's place in its volume."
+    batch: int,  # b
+    depth: int,  # slices d
+    like: Tensor,  # a tensor with the wanted device and dtype
+) -> tuple[Tensor, Tensor]:  # slice index and number of slices, each (b d) 1 1
+    "Return the two raw numbers that encode a slice's place in its volume."
     j = torch.arange(depth, device=like.device, dtype=like.dtype).repeat(batch)
     return j[:, None, None], torch.full_like(j, depth)[:, None, None]

@@ -18,10 +18,10 @@ from einops import rearrange
 class SameConv(nn.Conv2d):
     "A convolution without bias, padded as TensorFlow's SAME."
     def __init__(self,
-                 channels: int, out: int, # width in and out
-                 kernel: int, # side
-                 stride: int = 1, # pixels
-                 groups: int = 1, # as in nn.Conv2d
+                 channels: int, out: int,  # width in and out
+                 kernel: int,  # side
+                 stride: int = 1,  # pixels
+                 groups: int = 1,  # as in nn.Conv2d
                 ): super().__init__(channels, out, kernel, stride, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ class SameConv(nn.Conv2d):
 class InvertedResidual(nn.Module):
     "Widen, convolve depthwise, narrow."
     def __init__(self,
-                 channels: int, out: int, # width in and out
-                 kernel: int, stride: int, # of the depthwise convolution
-                 expand: int, # how many times wider inside
+                 channels: int, out: int,  # width in and out
+                 kernel: int, stride: int,  # of the depthwise convolution
+                 expand: int,  # how many times wider inside
                 ):
         super().__init__()
         inner, norm = channels * expand, lambda c: nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)
@@ -50,14 +50,14 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 # %% ../../nbs/28_lite.ipynb #b0a961a3
-LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)) # repeats, kernel, stride, expand, width
+LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # repeats, kernel, stride, expand, width
 
 # %% ../../nbs/28_lite.ipynb #d46a321f
 class EfficientNetLite(nn.Module):
     "EfficientNet without squeeze-and-excitation on `b 3 h w`; the default is Lite0."
     def __init__(self,
-                 stages: tuple = LITE0, # (repeats, kernel, stride, expand, width) each
-                 stem: int = 32, head: int = 1280, # widths before and after
+                 stages: tuple = LITE0,  # (repeats, kernel, stride, expand, width) each
+                 stem: int = 32, head: int = 1280,  # widths before and after
                 ):
         super().__init__()
         norm = lambda c: nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)
@@ -70,10 +70,10 @@ class EfficientNetLite(nn.Module):
         ends.append((len(blocks) - 1, width, stride))
         self.ends, self.widths, self.strides = ([e[i] for e in ends] for i in range(3))
         self.levels, self.names, self.embed_dim = list(range(len(ends)))[-4:], [f"stage{i + 1}" for i in range(len(ends))], head
-        self.ragged = True # SAME padding: any size
+        self.ragged = True  # SAME padding: any size
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "The map before every reduction, the last map, and the mean of the widened last map."
+        "Return the map before every reduction, the last map, and the mean of the widened last map."
         x, maps = F.relu6(self._bn0(self._conv_stem(x))), []
         for i, block in enumerate(self._blocks):
             x = block(x)
@@ -84,8 +84,8 @@ class EfficientNetLite(nn.Module):
 class ConvNorm(nn.Sequential):
     "Convolution and batch norm."
     def __init__(self,
-                 channels: int, out: int, # width in and out
-                 kernel: int = 1, stride: int = 1, groups: int = 1, # as in nn.Conv2d
+                 channels: int, out: int,  # width in and out
+                 kernel: int = 1, stride: int = 1, groups: int = 1,  # as in nn.Conv2d
                 ):
         super().__init__()
         self.add_module("c", nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False))
@@ -95,9 +95,9 @@ class ConvNorm(nn.Sequential):
 class ThreeConvs(nn.Module):
     "1x1, depthwise 3x3, 1x1: a residual block, or a way to the next stage."
     def __init__(self,
-                 channels: int, inner: int, out: int, # widths
-                 stride: int, # of the depthwise convolution
-                 residual: bool, # add the input
+                 channels: int, inner: int, out: int,  # widths
+                 stride: int,  # of the depthwise convolution
+                 residual: bool,  # add the input
                 ):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = ConvNorm(channels, inner), ConvNorm(inner, inner, 3, stride, inner), ConvNorm(inner, out)
@@ -111,8 +111,8 @@ class ThreeConvs(nn.Module):
 class WindowAttention(nn.Module):
     "Self-attention on `b n c` of one window with a bias per distance."
     def __init__(self,
-                 dim: int, heads: int, # channels, attention heads
-                 window: int, # side, n = window²
+                 dim: int, heads: int,  # channels, attention heads
+                 window: int,  # side, n = window²
                 ):
         super().__init__()
         self.heads, self.norm, self.qkv, self.proj = heads, nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -130,7 +130,7 @@ class WindowAttention(nn.Module):
 class NormMLP(nn.Module):
     "Norm, linear, GELU, linear on the last axis."
     def __init__(self,
-                 dim: int, # width in and out
+                 dim: int,  # width in and out
                 ):
         super().__init__()
         self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -141,7 +141,7 @@ class NormMLP(nn.Module):
 class TinyBlock(nn.Module):
     "Window attention, depthwise convolution, MLP on `b c h w`; windows at the edge are filled up with zeros."
     def __init__(self,
-                 dim: int, heads: int, window: int, # channels, attention heads, side of a window
+                 dim: int, heads: int, window: int,  # channels, attention heads, side of a window
                 ):
         super().__init__()
         self.window, self.attn, self.mlp, self.local_conv = window, WindowAttention(dim, heads, window), NormMLP(dim), ConvNorm(dim, dim, 3, groups=dim)
@@ -160,14 +160,14 @@ class TinyBlock(nn.Module):
 class TinyViT(nn.Module):
     "LiteMedSAM's image encoder on `b 3 h w`; the neck's map is what its mask decoder reads."
     def __init__(self,
-                 dims: tuple[int, ...] = (64, 128, 160, 320), # channels per stage
-                 depths: tuple[int, ...] = (2, 2, 6, 2), heads: tuple[int, ...] = (2, 4, 5, 10), # blocks and heads per stage
-                 windows: tuple[int, ...] = (7, 7, 14, 7), # side of a window per stage
-                 neck: int = 256, # channels for the mask decoder
+                 dims: tuple[int, ...] = (64, 128, 160, 320),  # channels per stage
+                 depths: tuple[int, ...] = (2, 2, 6, 2), heads: tuple[int, ...] = (2, 4, 5, 10),  # blocks and heads per stage
+                 windows: tuple[int, ...] = (7, 7, 14, 7),  # side of a window per stage
+                 neck: int = 256,  # channels for the mask decoder
                 ):
         super().__init__()
         self.widths, self.strides, self.levels, self.embed_dim = [*dims, neck], [1, 2, 4, 4, 4], [1, 2, 4], neck
-        self.names, self.ragged = ["stage1", "stage2", "stage3", "stage4", "neck"], True # windows at the edge are filled up: any size
+        self.names, self.ragged = ["stage1", "stage2", "stage3", "stage4", "neck"], True  # windows at the edge are filled up: any size
         self.patch_embed = nn.ModuleDict({"seq": nn.Sequential(ConvNorm(3, dims[0] // 2), nn.GELU(), ConvNorm(dims[0] // 2, dims[0]))})
         self.layers = nn.ModuleList()
         for i, (c, n, h, m) in enumerate(zip(dims, depths, heads, windows)):
@@ -177,7 +177,7 @@ class TinyViT(nn.Module):
         self.neck = nn.Sequential(nn.Conv2d(dims[-1], neck, 1, bias=False), PixelNorm(neck), nn.Conv2d(neck, neck, 3, padding=1, bias=False), PixelNorm(neck))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        "The map of every stage and of the neck, and the mean of the last."
+        "Return the map of every stage and of the neck, and the mean of the last."
         x, maps = self.patch_embed["seq"](x), []
         for stage in self.layers:
             maps.append(stage["blocks"](x))
@@ -188,7 +188,7 @@ class TinyViT(nn.Module):
 class PixelNorm(nn.LayerNorm):
     "LayerNorm of each pixel over the channels of `b c h w`."
     def __init__(self,
-                 channels: int, # length of axis 1
+                 channels: int,  # length of axis 1
                 ): super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor: return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")

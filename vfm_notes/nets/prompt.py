@@ -20,18 +20,18 @@ from .lite import PixelNorm
 class FourierPlaces(nn.Module):
     "Random Fourier features of points in the unit square."
     def __init__(self,
-                 dim: int, # length of a feature, even
+                 dim: int,  # length of a feature, even
                 ):
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
 
     def forward(self, points: Tensor) -> Tensor:
-        "Features of `… 2` points, x before y, 0 to 1."
+        "Return features of `… 2` points, x before y, 0 to 1."
         angle = 2 * math.pi * (2 * points - 1) @ self.positional_encoding_gaussian_matrix
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def grid(self, size: tuple[int, int]) -> Tensor:
-        "Features of the centres of a grid's cells, `1 c h w`."
+        "Return features of the centres of a grid's cells, `1 c h w`."
         h, w = size
         device = self.positional_encoding_gaussian_matrix.device
         y, x = torch.meshgrid((torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w, indexing="ij")
@@ -41,40 +41,40 @@ class FourierPlaces(nn.Module):
 class PromptEncoder(nn.Module):
     "Boxes and points as tokens, a coarse mask as a map."
     def __init__(self,
-                 dim: int = 256, # token width
-                 image: int = 256, # side of the image that coordinates refer to, pixels
-                 mask_channels: int = 16, # channels inside the mask's encoder
+                 dim: int = 256,  # token width
+                 image: int = 256,  # side of the image that coordinates refer to, pixels
+                 mask_channels: int = 16,  # channels inside the mask's encoder
                 ):
         super().__init__()
         self.image, self.pe_layer, c = image, FourierPlaces(dim), mask_channels
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4)) # outside, inside, first corner, second corner
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))  # outside, inside, first corner, second corner
         self.not_a_point_embed, self.no_mask_embed = nn.Embedding(1, dim), nn.Embedding(1, dim)
         self.mask_downscaling = nn.Sequential(nn.Conv2d(1, c // 4, 2, stride=2), PixelNorm(c // 4), nn.GELU(),
                                               nn.Conv2d(c // 4, c, 2, stride=2), PixelNorm(c), nn.GELU(), nn.Conv2d(c, dim, 1))
 
-    def places(self, pixels: Tensor) -> Tensor: return self.pe_layer((pixels + 0.5) / self.image) # of pixels' centres
+    def places(self, pixels: Tensor) -> Tensor: return self.pe_layer((pixels + 0.5) / self.image)  # of pixels' centres
 
     def boxes(self, boxes: Tensor) -> Tensor:
-        "Two tokens per box, `b 2 e`, from `b 4` pixels: x0 y0 x1 y1."
+        "Return two tokens per box, `b 2 e`, from `b 4` pixels: x0 y0 x1 y1."
         corners = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight])
         return self.places(rearrange(boxes.float(), "b (two xy) -> b two xy", two=2)) + corners
 
     def points(self, points: Tensor, inside: Tensor) -> Tensor:
-        "One token per point and an empty one, `b k+1 e`, from `b k 2` pixels and `b k` booleans."
+        "Return one token per point and an empty one, `b k+1 e`, from `b k 2` pixels and `b k` booleans."
         kinds = torch.stack([self.point_embeddings[0].weight[0], self.point_embeddings[1].weight[0]])
         tokens = self.places(points.float()) + kinds[inside.long()]
         return torch.cat([tokens, self.not_a_point_embed.weight.expand(len(points), 1, -1)], 1)
 
     def dense(self, masks: Tensor | None, size: tuple[int, int]) -> Tensor:
-        "A map to add to the image embedding, `b e h w`, from `b 1 4h 4w` scores or nothing."
+        "Return a map to add to the image embedding, `b e h w`, from `b 1 4h 4w` scores or nothing."
         return rearrange(self.no_mask_embed.weight, "1 e -> 1 e 1 1").expand(-1, -1, *size) if masks is None else self.mask_downscaling(masks)
 
 # %% ../../nbs/29_prompt.ipynb #98cf4828
 class CrossAttention(nn.Module):
     "Multi-head attention of `q` on `k`, `v`, all `b n e`."
     def __init__(self,
-                 dim: int, heads: int, # token width, number of heads
-                 reduce: int = 1, # width inside is dim / reduce
+                 dim: int, heads: int,  # token width, number of heads
+                 reduce: int = 1,  # width inside is dim / reduce
                 ):
         super().__init__()
         self.heads, inner = heads, dim // reduce
@@ -89,8 +89,8 @@ class CrossAttention(nn.Module):
 class TwoWayBlock(nn.Module):
     "One exchange between tokens and image cells."
     def __init__(self,
-                 dim: int, heads: int, hidden: int, # token width, heads, width of the MLP
-                 first: bool, # self-attention without places
+                 dim: int, heads: int, hidden: int,  # token width, heads, width of the MLP
+                 first: bool,  # self-attention without places
                 ):
         super().__init__()
         self.first, self.self_attn = first, CrossAttention(dim, heads)
@@ -108,8 +108,8 @@ class TwoWayBlock(nn.Module):
 class TwoWayTransformer(nn.Module):
     "Exchanges between tokens and image cells, and a last look at the image."
     def __init__(self,
-                 dim: int, heads: int, hidden: int, # token width, heads, width of the MLPs
-                 depth: int = 2, # exchanges
+                 dim: int, heads: int, hidden: int,  # token width, heads, width of the MLPs
+                 depth: int = 2,  # exchanges
                 ):
         super().__init__()
         self.layers = nn.ModuleList(TwoWayBlock(dim, heads, hidden, i == 0) for i in range(depth))
@@ -124,7 +124,7 @@ class TwoWayTransformer(nn.Module):
 class ReluMLP(nn.Module):
     "Three linear layers with ReLU between."
     def __init__(self,
-                 dim: int, hidden: int, out: int, # widths
+                 dim: int, hidden: int, out: int,  # widths
                 ):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
@@ -135,8 +135,8 @@ class ReluMLP(nn.Module):
 class MaskDecoder(nn.Module):
     "Four masks per prompt with a guess of their quality; the first mask is the one for unambiguous prompts such as boxes."
     def __init__(self,
-                 dim: int = 256, heads: int = 8, hidden: int = 2048, # token width, attention heads, width of the MLPs
-                 masks: int = 4, # masks per prompt
+                 dim: int = 256, heads: int = 8, hidden: int = 2048,  # token width, attention heads, width of the MLPs
+                 masks: int = 4,  # masks per prompt
                 ):
         super().__init__()
         self.transformer, self.masks = TwoWayTransformer(dim, heads, hidden), masks
@@ -147,11 +147,11 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = ReluMLP(dim, dim, masks)
 
     def forward(self,
-                x: Tensor, # b e h w, image embeddings
-                places: Tensor, # 1 e h w, features of the cells' places
-                prompts: Tensor, # b k e
-                dense: Tensor, # b e h w or 1 e h w, added to the image embeddings
-               ) -> tuple[Tensor, Tensor]: # scores b masks 4h 4w, and qualities b masks
+                x: Tensor,  # b e h w, image embeddings
+                places: Tensor,  # 1 e h w, features of the cells' places
+                prompts: Tensor,  # b k e
+                dense: Tensor,  # b e h w or 1 e h w, added to the image embeddings
+               ) -> tuple[Tensor, Tensor]:  # scores b masks 4h 4w, and qualities b masks
         h, row = x.shape[2], lambda t: rearrange(t, "b e h w -> b (h w) e")
         tokens = torch.cat([repeat(torch.cat([self.iou_token.weight, self.mask_tokens.weight]), "n e -> b n e", b=len(prompts)), prompts], 1)
         tokens, cells = self.transformer(tokens, row(x + dense), row(places))

@@ -6,7 +6,6 @@
 __all__ = ['SliceDiscriminator', 'real_or_made', 'Adversarial']
 
 # %% ../../nbs/42_adversarial.ipynb #f3fbb532
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,21 +19,21 @@ from .autoencoding import Autoencoding, image_loss
 class SliceDiscriminator(nn.Module):
     "Scores of the patches of every slice: high for given, low for made."
     def __init__(self,
-                 channels: int, # of the volumes
-                 width: int = 16, # channels of the first layer
-                 layers: int = 2, # after the first
+                 channels: int,  # of the volumes
+                 width: int = 16,  # channels of the first layer
+                 layers: int = 2,  # after the first
                 ):
         super().__init__()
         from monai.networks.nets import PatchDiscriminator
         self.net = PatchDiscriminator(spatial_dims=2, channels=width, in_channels=channels, num_layers_d=layers, norm=("GROUP", {"num_groups": 1}))
 
-    def forward(self, x: Tensor) -> Tensor: return self.net(rearrange(x, "b c d h w -> (b d) c h w"))[-1] # b c d h w → (b d) 1 h' w'
+    def forward(self, x: Tensor) -> Tensor: return self.net(rearrange(x, "b c d h w -> (b d) c h w"))[-1]  # b c d h w → (b d) 1 h' w'
 
 def real_or_made(
-    scores: Tensor, # any shape
-    real: bool, # what they should say
+    scores: Tensor,  # any shape
+    real: bool,  # what they should say
 ) -> Tensor:
-    "Binary cross-entropy of scores that should all say the same."
+    "Compute the binary cross-entropy of scores that should all be the same."
     return nn.functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, float(real)))
 
 # %% ../../nbs/42_adversarial.ipynb #201ed92c
@@ -44,11 +43,11 @@ def real_or_made(
 class Adversarial(Autoencoding):
     "Make the volume again, so that a discriminator cannot tell."
     def __init__(self,
-                 backbone: Backbone, # trained together with decoder and discriminator
-                 weight: float = 0.1, # λ of the discriminator's judgement, above 0
-                 alternate: bool = False, # generator and discriminator in turn instead of their sum
-                 discriminator: tuple[int, int] = (16, 2), # width of its first layer, layers after it
-                 **autoencoding, # ssim, width, kernel of Autoencoding
+                 backbone: Backbone,  # trained together with decoder and discriminator
+                 weight: float = 0.1,  # λ of the discriminator's judgement, above 0
+                 alternate: bool = False,  # generator and discriminator in turn instead of their sum
+                 discriminator: tuple[int, int] = (16, 2),  # width of its first layer, layers after it
+                 **autoencoding,  # ssim, width, kernel of Autoencoding
                 ):
         super().__init__(backbone, **autoencoding)
         if not weight > 0: raise VfmError(f"adversarial: weight is {weight}, expected a positive number; without a discriminator the objective is called autoencoding.")
@@ -57,19 +56,19 @@ class Adversarial(Autoencoding):
         self.register_buffer("steps", torch.tensor(0))
 
     def generator_loss(self, made: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        "What the autoencoder lowers; the discriminator's parameters are constants."
+        "Return what the autoencoder lowers; the discriminator's parameters are constants."
         constant = {k: v.detach() for k, v in self.discriminator.named_parameters()}
         parts = image_loss(made, x, self.ssim), real_or_made(functional_call(self.discriminator, constant, (made,)), True)
         return parts[0] + self.weight * parts[1], {"reconstruction": parts[0].item(), "generator": parts[1].item()}
 
     def discriminator_loss(self, made: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        "What the discriminator lowers; the made volume is a constant."
+        "Return what the discriminator lowers; the made volume is a constant."
         loss = (real_or_made(self.discriminator(x), True) + real_or_made(self.discriminator(made.detach()), False)) / 2
         return loss, {"discriminator": loss.item()}
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+             batch: dict[str, Tensor],  # "volumes" b c d h w
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
         x = batch["volumes"]
         made = self(x)
         turn = int(self.steps % 2) if self.alternate else None

@@ -13,35 +13,35 @@ from einops import rearrange
 
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
-from ..nets.convnext3d import Block
+from ..nets.convnext3d import ConvNeXtBlock
 from .reconstruction import unpatchify
 
 # %% ../../nbs/402_autoencoding.ipynb #6f255a19
 class CellDecoder(nn.Module):
     "A volume from a backbone's coarsest map."
     def __init__(self,
-                 backbone: Backbone, # gives the sizes
-                 width: int | None = None, # decoder channels; None is two thirds of the encoder's
-                 kernel: int = 3, # side of the block's kernel, odd
+                 backbone: Backbone,  # gives the sizes
+                 width: int | None = None,  # decoder channels; None is two thirds of the encoder's
+                 kernel: int = 3,  # side of the block's kernel, odd
                 ):
         super().__init__()
         self.cell, channels = backbone.strides[-1], backbone.widths[-1]
         width = width or max(2 * channels // 3 // 16 * 16, 16)
         voxels = self.cell[0] * self.cell[1] * self.cell[2]
-        self.layers = nn.Sequential(nn.Conv3d(channels, width, 1), Block(width, kernel), nn.Conv3d(width, backbone.in_channels * voxels, 1))
+        self.layers = nn.Sequential(nn.Conv3d(channels, width, 1), ConvNeXtBlock(width, kernel), nn.Conv3d(width, backbone.in_channels * voxels, 1))
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid, fine to coarse
-               ) -> Tensor: # b c d h w
+                maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+               ) -> Tensor:  # b c d h w
         return unpatchify(self.layers(maps[-1]), self.cell)
 
 # %% ../../nbs/402_autoencoding.ipynb #63d0ad9e
 def ssim_loss(
-    made: Tensor, # b c d h w
-    x: Tensor, # b c d h w, gives the range of every case
-    window: int = 7, # pixels, smaller where the slices are
-) -> Tensor: # mean over the slices, 0 for equal volumes
-    "One minus the structural similarity of the slices."
+    made: Tensor,  # b c d h w
+    x: Tensor,  # b c d h w, gives the range of every case
+    window: int = 7,  # pixels, smaller where the slices are
+) -> Tensor:  # mean over the slices, 0 for equal volumes
+    "Return one minus the structural similarity of the slices."
     from monai.losses import SSIMLoss
     span = rearrange(x, "b c d h w -> b (c d h w)").aminmax(dim=1)
     span = (span.max - span.min).clamp_min(1e-6).repeat_interleave(x.shape[2])
@@ -50,11 +50,11 @@ def ssim_loss(
     return compare(*(rearrange(v, "b c d h w -> (b d) c h w") for v in (made, x)))
 
 def image_loss(
-    made: Tensor, # b c d h w
-    x: Tensor, # b c d h w
-    ssim: float, # s, share of the structural term, 0 to 1
+    made: Tensor,  # b c d h w
+    x: Tensor,  # b c d h w
+    ssim: float,  # s, share of the structural term, 0 to 1
 ) -> Tensor:
-    "Mean squared error, structural similarity, or a mixture."
+    "Return the mean squared error, structural similarity, or a mixture."
     return sum(share * f(made, x) for share, f in ((1 - ssim, nn.functional.mse_loss), (ssim, ssim_loss)) if share)
 
 # %% ../../nbs/402_autoencoding.ipynb #7c1adcc7
@@ -64,24 +64,24 @@ def image_loss(
 class Autoencoding(nn.Module):
     "Make the volume again from the encoder's coarsest map."
     def __init__(self,
-                 backbone: Backbone, # trained together with the decoder
-                 ssim: float = 0.0, # share of the structural term, 0 to 1
-                 width: int | None = None, # decoder channels; None is two thirds of the encoder's
-                 kernel: int = 3, # decoder block's kernel, odd
+                 backbone: Backbone,  # trained together with the decoder
+                 ssim: float = 0.0,  # share of the structural term, 0 to 1
+                 width: int | None = None,  # decoder channels; None is two thirds of the encoder's
+                 kernel: int = 3,  # decoder block's kernel, odd
                 ):
         super().__init__()
         if not 0 <= ssim <= 1: raise VfmError(f"Autoencoding: ssim is {ssim}, expected a share from 0 to 1.")
         self.backbone, self.ssim, self.decoder = backbone, ssim, CellDecoder(backbone, width, kernel)
 
-    def forward(self, x: Tensor) -> Tensor: return self.decoder(self.backbone.pyramid(x)) # b c d h w → the same
+    def forward(self, x: Tensor) -> Tensor: return self.decoder(self.backbone.pyramid(x))  # b c d h w → the same
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+             batch: dict[str, Tensor],  # "volumes" b c d h w
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
         return image_loss(self(batch["volumes"]), batch["volumes"], self.ssim), {}
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]: # name → (d, h, w), first channel of the first case
-        "What was given and what was made of it."
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel of the first case
+        "Return what was given and what was made of it."
         x = batch["volumes"][:1]
         return {k: v[0, 0].cpu().numpy() for k, v in {"input": x, "reconstruction": self(x)}.items()}

@@ -16,15 +16,15 @@ from einops import rearrange, reduce
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
 from ..nets.convnext3d import enlarge
-from ..nets.decoder import TokenHead, resize
+from ..nets.decoder import TokenHead
 
 # %% ../../nbs/41_contrast.ipynb #5de300ee
 def tile_shares(
-    labels: Tensor, # b d h w, class numbers
-    anchor_class: int, # the smallest class that counts
-    cell: tuple[int, int, int], # voxels of a tile (d, h, w)
-) -> Tensor: # b d h w on the token grid, 0 to 1
-    "Share of every tile that belongs to the anchor classes."
+    labels: Tensor,  # b d h w, class numbers
+    anchor_class: int,  # the smallest class that counts
+    cell: tuple[int, int, int],  # voxels of a tile (d, h, w)
+) -> Tensor:  # b d h w on the token grid, 0 to 1
+    "Return the share of every tile that belongs to the anchor classes."
     fd, fh, fw = cell
     return reduce((labels >= anchor_class).float(), "b (d fd) (h fh) (w fw) -> b d h w", "mean", fd=fd, fh=fh, fw=fw)
 
@@ -32,13 +32,13 @@ def tile_shares(
 DIRECTIONS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 
 def find_pairs(
-    share: Tensor, # b d h w, anchor share of every tile
-    anchor_share: float, # an anchor has at least this share
-    clear_share: float, # a clear tile has at most this share
-) -> tuple[Tensor, Tensor]: # positive and negative pairs, each (2, n): numbers of the flattened tiles
-    "All pairs of an anchor with a neighbouring anchor, and with a clear tile two steps away."
+    share: Tensor,  # b d h w, anchor share of every tile
+    anchor_share: float,  # an anchor has at least this share
+    clear_share: float,  # a clear tile has at most this share
+) -> tuple[Tensor, Tensor]:  # positive and negative pairs, each (2, n): numbers of the flattened tiles
+    "Return all pairs of an anchor with a neighbouring anchor, and with a clear tile two steps away."
     h, w = share.shape[-2:]
-    padded = F.pad(share, (2, 2, 2, 2), value=torch.nan) # beyond the border nothing is near or clear
+    padded = F.pad(share, (2, 2, 2, 2), value=torch.nan)  # beyond the border nothing is near or clear
     number = torch.arange(share.numel(), device=share.device).reshape(share.shape)
     anchor, positive, negative = share >= anchor_share, [], []
     for y, x in DIRECTIONS:
@@ -53,8 +53,8 @@ def find_pairs(
 class Projection(nn.Module):
     "Three layers, unit length, then a linear layer with unit rows."
     def __init__(self,
-                 dim: int, # token width
-                 widths: tuple[int, int, int, int], # two hidden layers, bottleneck, result; published (2048, 2048, 256, 65536)
+                 dim: int,  # token width
+                 widths: tuple[int, int, int, int],  # two hidden layers, bottleneck, result; published (2048, 2048, 256, 65536)
                 ):
         super().__init__()
         sizes = [dim, *widths[:3]]
@@ -75,21 +75,21 @@ class FixedProjection(Projection):
 
 # %% ../../nbs/41_contrast.ipynb #d9690654
 def pair_loss(
-    positive: Tensor, # (2, n, f) features of the pairs that belong together
-    negative: Tensor, # (2, m, f) features of the pairs that do not
+    positive: Tensor,  # (2, n, f) features of the pairs that belong together
+    negative: Tensor,  # (2, m, f) features of the pairs that do not
 ) -> Tensor:
-    "Mean of 1 − cos over the positive and of max(0, cos − ½) over the negative pairs."
+    "Return the mean of 1 − cos over the positive and of max(0, cos − ½) over the negative pairs."
     pull = 1 - F.cosine_similarity(*positive, dim=-1)
     push = F.relu(F.cosine_similarity(*negative, dim=-1) - 0.5)
     return torch.cat([pull, push]).mean()
 
 # %% ../../nbs/41_contrast.ipynb #117b6145
 def dice_ce(
-    scores: Tensor, # b k d h w
-    labels: Tensor, # b d h w, class numbers 0..k-1
-    weights: Tensor, # k, class weights; only their ratios matter
+    scores: Tensor,  # b k d h w
+    labels: Tensor,  # b d h w, class numbers 0..k-1
+    weights: Tensor,  # k, class weights; only their ratios matter
 ) -> Tensor:
-    "Weighted cross-entropy plus the weighted mean of one minus the soft Dice of each case and class."
+    "Return the weighted cross-entropy plus the weighted mean of one minus the soft Dice of each case and class."
     p, labels = scores.softmax(1), labels.long()
     truth = rearrange(F.one_hot(labels, scores.shape[1]), "b d h w k -> b k d h w")
     overlap, total = (p * truth).sum((2, 3, 4)), (p + truth).sum((2, 3, 4))
@@ -100,13 +100,13 @@ def dice_ce(
 class TileContrast(nn.Module):
     "Pull neighbouring anchor tokens together, push clear ones near by away."
     def __init__(self,
-                 dim: int, # token width
-                 cell: tuple[int, int, int], # voxels of a tile (d, h, w)
-                 anchor_class: int = 2, # the smallest class that makes an anchor, at least 1
-                 anchor_share: float = 0.3, # share of a tile that makes it an anchor, 0 < share ≤ 1
-                 clear_share: float = 2 / 64, # a clear tile has at most this share
-                 pairs: int = 30, # most positive and most negative pairs per step
-                 projection: tuple[int, int, int, int] = (256, 256, 64, 1024), # widths of the fixed projection
+                 dim: int,  # token width
+                 cell: tuple[int, int, int],  # voxels of a tile (d, h, w)
+                 anchor_class: int = 2,  # the smallest class that makes an anchor, at least 1
+                 anchor_share: float = 0.3,  # share of a tile that makes it an anchor, 0 < share ≤ 1
+                 clear_share: float = 2 / 64,  # a clear tile has at most this share
+                 pairs: int = 30,  # most positive and most negative pairs per step
+                 projection: tuple[int, int, int, int] = (256, 256, 64, 1024),  # widths of the fixed projection
                 ):
         super().__init__()
         if not (0 <= clear_share < anchor_share <= 1 and pairs >= 1 and anchor_class >= 1):
@@ -118,9 +118,9 @@ class TileContrast(nn.Module):
     def shares(self, labels: Tensor) -> Tensor: return tile_shares(labels, self.anchor_class, self.cell)
 
     def forward(self,
-                tokens: Tensor, # b e d h w
-                labels: Tensor, # b d' h' w', class numbers
-               ) -> tuple[Tensor, int]: # the term, and the number of pairs of each kind
+                tokens: Tensor,  # b e d h w
+                labels: Tensor,  # b d' h' w', class numbers
+               ) -> tuple[Tensor, int]:  # the term, and the number of pairs of each kind
         found = find_pairs(self.shares(labels), *self.bounds)
         n = min(self.pairs, *(f.shape[1] for f in found))
         if n == 0: return tokens.sum() * 0, 0
@@ -130,19 +130,19 @@ class TileContrast(nn.Module):
 
 # %% ../../nbs/41_contrast.ipynb #ebbdd701
 def likeness(
-    tokens: Tensor, # b e d h w
-    share: Tensor, # b d h w, anchor share of every tile
-) -> Tensor: # b 1 d h w, cosine from -1 to 1
-    "Cosine between every token and the case's mean token, weighted by anchor share."
+    tokens: Tensor,  # b e d h w
+    share: Tensor,  # b d h w, anchor share of every tile
+) -> Tensor:  # b 1 d h w, cosine from -1 to 1
+    "Return the cosine between every token and the case's mean token, weighted by anchor share."
     weight = rearrange(share / reduce(share, "b d h w -> b 1 1 1", "sum").clamp(min=1e-6), "b d h w -> b 1 d h w")
     anchor = reduce(tokens * weight, "b e d h w -> b e 1 1 1", "sum")
     return rearrange(F.cosine_similarity(tokens, anchor, dim=1), "b d h w -> b 1 d h w")
 
 # %% ../../nbs/41_contrast.ipynb #31575adc
 def check_labels(
-    card, # of a cohort
-    weights: int, # how many class weights there are
-    anchor: int, # the smallest class that makes an anchor
+    card,  # of a cohort
+    weights: int,  # how many class weights there are
+    anchor: int,  # the smallest class that makes an anchor
 ) -> None:
     "Raise where a cohort has no labels, more classes than weights, or no class for anchors."
     classes, told = card.classes, f"patch_contrast: cohort '{card.name}' has {len(card.classes)} classes ({', '.join(card.classes)})"
@@ -156,13 +156,13 @@ def check_labels(
             beyond="Adam, the encoder (DINOv2's) at a twentieth of the rate, which falls on a plateau; steps without cancer are skipped")
 class PatchContrast(nn.Module):
     "Segment, and contrast the tokens of lesion tiles with those of clear tiles near by."
-    hands_on = TileContrast # what takes the other options
+    hands_on = TileContrast  # what takes the other options
     def __init__(self,
-                 backbone: Backbone, # trained together with the head
-                 a: float = 0.05, # weight of the contrast, 0 to 1
-                 class_weights: tuple[float, ...] = (0.02, 0.04, 0.5), # of the segmentation term, one per class
-                 level: int = -1, # pyramid level whose cells are the tokens
-                 **tiles): # anchor_class, anchor_share, clear_share, pairs, projection of TileContrast
+                 backbone: Backbone,  # trained together with the head
+                 a: float = 0.05,  # weight of the contrast, 0 to 1
+                 class_weights: tuple[float, ...] = (0.02, 0.04, 0.5),  # of the segmentation term, one per class
+                 level: int = -1,  # pyramid level whose cells are the tokens
+                 **tiles):  # anchor_class, anchor_share, clear_share, pairs, projection of TileContrast
         super().__init__()
         if not 0 <= a <= 1: raise VfmError(f"patch_contrast: a is {a}, expected a weight from 0 to 1.")
         self.backbone, self.a, self.level = backbone, a, level
@@ -175,8 +175,8 @@ class PatchContrast(nn.Module):
     def fits(self, size: tuple[int, int, int], card) -> None: check_labels(card, len(self.class_weights), self.tiles.anchor_class)
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w and "labels" b d h w
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+             batch: dict[str, Tensor],  # "volumes" b c d h w and "labels" b d h w
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
         if "labels" not in batch: raise VfmError("patch_contrast is guided by labels and the batch has none; choose a cohort with labels or an objective without, e.g. nt_xent.")
         x, labels = batch["volumes"], batch["labels"]
         if labels.max() >= len(self.class_weights):
@@ -187,8 +187,8 @@ class PatchContrast(nn.Module):
         return (1 - self.a) * segmentation + self.a * contrast, {"dice_ce": segmentation.item(), "contrast": contrast.item(), "pairs": n}
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]: # name → (d, h, w) of the first case
-        "The image, its labels, the predicted labels, and how much each token resembles the mean anchor."
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w) of the first case
+        "Return the image, its labels, the predicted labels, and how much each token resembles the mean anchor."
         x, labels = batch["volumes"][:1], batch["labels"][:1]
         tokens = self.backbone.pyramid(x)[self.level]
         alike = enlarge(likeness(tokens, self.tiles.shares(labels)), x.shape[2:])[:, 0]

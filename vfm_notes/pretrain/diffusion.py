@@ -15,15 +15,15 @@ from einops import rearrange
 
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
-from ..nets.convnext3d import Block
+from ..nets.convnext3d import ConvNeXtBlock
 from ..nets.decoder import depth_to_space, resize, space_to_depth
 
 # %% ../../nbs/43_diffusion.ipynb #8afec460
 def time_features(
-    t: Tensor, # b, steps
-    dim: int, # even
-) -> Tensor: # b dim
-    "Sines and cosines of the step."
+    t: Tensor,  # b, steps
+    dim: int,  # even
+) -> Tensor:  # b dim
+    "Return sines and cosines of the step."
     rates = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
@@ -32,22 +32,22 @@ def time_features(
 class TimedDecoder(nn.Module):
     "A volume from the pyramid of a noisy volume, the volume and the step."
     def __init__(self,
-                 backbone: Backbone, # gives the sizes
-                 width: int = 32, # channels, even
-                 subpixel: tuple[int, int, int] = (1, 2, 2), # cell of the finest level (d, h, w)
+                 backbone: Backbone,  # gives the sizes
+                 width: int = 32,  # channels, even
+                 subpixel: tuple[int, int, int] = (1, 2, 2),  # cell of the finest level (d, h, w)
                 ):
         super().__init__()
         self.subpixel, self.width, cell = tuple(subpixel), width, subpixel[0] * subpixel[1] * subpixel[2]
         self.laterals = nn.ModuleList(nn.Conv3d(w, width, 1) for w in [backbone.in_channels * cell, *backbone.widths])
-        self.blocks = nn.ModuleList(Block(width, 3) for _ in self.laterals)
+        self.blocks = nn.ModuleList(ConvNeXtBlock(width, 3) for _ in self.laterals)
         self.time = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width * len(self.laterals)))
         self.last = nn.Conv3d(width, backbone.in_channels * cell, 1)
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid of x, fine to coarse
-                x: Tensor, # b c d h w, noisy
-                t: Tensor, # b, steps
-               ) -> Tensor: # b c d h w
+                maps: list[Tensor],  # the backbone's pyramid of x, fine to coarse
+                x: Tensor,  # b c d h w, noisy
+                t: Tensor,  # b, steps
+               ) -> Tensor:  # b c d h w
         times = rearrange(self.time(time_features(t, self.width).to(x)), "b (level two w) -> level two b w 1 1 1", two=2, w=self.width)
         y = None
         for level, lateral, block, (scale, shift) in list(zip([space_to_depth(x, self.subpixel), *maps], self.laterals, self.blocks, times))[::-1]:
@@ -57,11 +57,11 @@ class TimedDecoder(nn.Module):
 
 # %% ../../nbs/43_diffusion.ipynb #fee803ad
 def schedulers(
-    prediction: str, # epsilon or sample
-    steps: int, # T
-    betas: tuple[float, float], # first and last variance
-) -> tuple: # MONAI's DDPM and DDIM schedulers
-    "What adds the noise in training, and what takes it away in sampling."
+    prediction: str,  # epsilon or sample
+    steps: int,  # T
+    betas: tuple[float, float],  # first and last variance
+) -> tuple:  # MONAI's DDPM and DDIM schedulers
+    "Make what adds the noise in training, and what removes it in sampling."
     from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
     if prediction not in ("epsilon", "sample"): raise VfmError(f"diffusion: prediction is '{prediction}', expected epsilon or sample.")
     if not (steps > 1 and 0 < betas[0] <= betas[1] < 1): raise VfmError(f"diffusion: steps {steps}, betas {tuple(betas)}; expected 2 steps or more and 0 < first ≤ last < 1.")
@@ -75,27 +75,27 @@ def schedulers(
 class Diffusion(nn.Module):
     "Denoise volumes at random steps."
     def __init__(self,
-                 backbone: Backbone, # trained together with the decoder
-                 prediction: str = "epsilon", # epsilon (the noise) or sample (the clean volume), in training and in sampling
-                 steps: int = 1000, # T
-                 betas: tuple[float, float] = (0.005, 0.02), # first and last variance
-                 look: float = 0.2, # step of the pictures, share of T from 0 to below 1
-                 width: int = 32, subpixel: tuple[int, int, int] = (1, 2, 2), # of the decoder
+                 backbone: Backbone,  # trained together with the decoder
+                 prediction: str = "epsilon",  # epsilon (the noise) or sample (the clean volume), in training and in sampling
+                 steps: int = 1000,  # T
+                 betas: tuple[float, float] = (0.005, 0.02),  # first and last variance
+                 look: float = 0.2,  # step of the pictures, share of T from 0 to below 1
+                 width: int = 32, subpixel: tuple[int, int, int] = (1, 2, 2),  # of the decoder
                 ):
         super().__init__()
         if not 0 <= look < 1: raise VfmError(f"diffusion: look is {look}, expected a share of the steps from 0 to below 1.")
         self.forwards, self.backwards = schedulers(prediction, steps, betas)
         self.backbone, self.prediction, self.steps, self.look, self.decoder = backbone, prediction, steps, round(look * steps), TimedDecoder(backbone, width, subpixel)
 
-    def forward(self, noisy: Tensor, t: Tensor) -> Tensor: return self.decoder(self.backbone.pyramid(noisy), noisy, t) # b c d h w, b → the noise or the clean volume
+    def forward(self, noisy: Tensor, t: Tensor) -> Tensor: return self.decoder(self.backbone.pyramid(noisy), noisy, t)  # b c d h w, b → the noise or the clean volume
 
-    def noised(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: # b c d h w, b → noisy volume and its noise
+    def noised(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # b c d h w, b → noisy volume and its noise
         noise = torch.randn_like(x)
         return self.forwards.add_noise(x, noise, t), noise
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+             batch: dict[str, Tensor],  # "volumes" b c d h w
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
         x = batch["volumes"]
         t = torch.randint(self.steps, (len(x),), device=x.device)
         noisy, noise = self.noised(x, t)
@@ -105,11 +105,11 @@ class Diffusion(nn.Module):
 
 # %% ../../nbs/43_diffusion.ipynb #d009805e
 def clean(
-    objective: Diffusion, # says which prediction it is
-    answer: Tensor, # b c d h w, the network's
-    noisy: Tensor, # b c d h w
-    t: Tensor, # b, steps
-) -> Tensor: # b c d h w, estimate of the volume without noise
+    objective: Diffusion,  # states which prediction it is
+    answer: Tensor,  # b c d h w, the network's
+    noisy: Tensor,  # b c d h w
+    t: Tensor,  # b, steps
+) -> Tensor:  # b c d h w, estimate of the volume without noise
     "Solve for the clean volume."
     if objective.prediction == "sample": return answer
     kept = rearrange(objective.forwards.alphas_cumprod.to(noisy)[t], "b -> b 1 1 1 1")
@@ -117,10 +117,10 @@ def clean(
 
 @torch.no_grad()
 def sample(
-    objective: Diffusion, # trained
-    x: Tensor, # b c d h w of pure noise
-    steps: int = 20, # of DDIM, at most T
-) -> Tensor: # b c d h w, volumes that never were
+    objective: Diffusion,  # trained
+    x: Tensor,  # b c d h w of pure noise
+    steps: int = 20,  # of DDIM, at most T
+) -> Tensor:  # b c d h w, volumes that never were
     "Take the noise away step by step."
     objective.backwards.set_timesteps(steps)
     for t in objective.backwards.timesteps.tolist():
@@ -131,9 +131,9 @@ def sample(
 @torch.no_grad()
 def denoising_pictures(
     objective: Diffusion,
-    x: Tensor, # 1 c d h w
-) -> dict[str, np.ndarray]: # name → (d, h, w), first channel
-    "The volume, noised, denoised in one go, and one that was drawn from noise."
+    x: Tensor,  # 1 c d h w
+) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel
+    "Return the volume, noised, denoised in one go, and one that was drawn from noise."
     t = torch.full((1,), objective.look, device=x.device)
     noisy, _ = objective.noised(x, t)
     given = {"input": x, f"noisy, step {objective.look}": noisy, "denoised": clean(objective, objective(noisy, t), noisy, t), "drawn": sample(objective, torch.randn_like(x))}

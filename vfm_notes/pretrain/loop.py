@@ -26,32 +26,32 @@ from .trainer import Keeper, Recipe, Trainer, train
 
 # %% ../../nbs/45_loop.ipynb #e735342c
 def pretraining_batches(
-    volumes: Tensor, # n c d h w
-    labels: Tensor | None, # n d h w, or None
-    spec: PretrainSpec, # batch_size, seed
-) -> Loader: # of "volumes" and, if there are any, "labels"
-    "Shuffled, randomly mirrored batches."
+    volumes: Tensor,  # n c d h w
+    labels: Tensor | None,  # n d h w, or None
+    spec: PretrainSpec,  # batch_size, seed
+) -> Loader:  # of "volumes" and, if there are any, "labels"
+    "Draw shuffled, randomly mirrored batches."
     return Loader({"volumes": volumes} | ({} if labels is None else {"labels": labels}), spec.batch_size, spec.seed, last="drop", change=augment())
 
 # %% ../../nbs/45_loop.ipynb #11e078f5
 @dataclass
 class PretrainResult:
     "What a pretraining leaves behind."
-    backbone: Backbone # trained
-    curves: pd.DataFrame # epoch, seconds, name, value; epoch 0 is before training
-    cost: dict # seconds, memory, parameters …, see foundation.meter
-    pictures: dict[str, np.ndarray] = field(default_factory=dict) # name → (d, h, w), from the objective
-    notes: list[str] = field(default_factory=list) # what happened on the way, e.g. memory that ran out
-    untouched: list[str] = field(default_factory=list) # the backbone's parameters that no step has changed
-    left: dict[str, int] = field(default_factory=dict) # part of the objective beside the backbone → its parameters
+    backbone: Backbone  # trained
+    curves: pd.DataFrame  # epoch, seconds, name, value; epoch 0 is before training
+    cost: dict  # seconds, memory, parameters …, see foundation.meter
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)  # name → (d, h, w), from the objective
+    notes: list[str] = field(default_factory=list)  # what happened on the way, e.g. memory that ran out
+    untouched: list[str] = field(default_factory=list)  # the backbone's parameters that no step has changed
+    left: dict[str, int] = field(default_factory=dict)  # part of the objective beside the backbone → its parameters
 
 # %% ../../nbs/45_loop.ipynb #5ea278fd
 def prepare(
-    spec: PretrainSpec, # backbone, objective, options, seed
-    volumes: Tensor, # n c d h w
-    in_channels: int, # input sequences
-    state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
-) -> tuple[Backbone, nn.Module]: # backbone, and the objective that holds it
+    spec: PretrainSpec,  # backbone, objective, options, seed
+    volumes: Tensor,  # n c d h w
+    in_channels: int,  # input sequences
+    state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
+) -> tuple[Backbone, nn.Module]:  # backbone, and the objective that holds it
     "Check the input, then build what the spec names, seeded."
     if len(volumes) < spec.batch_size:
         raise VfmError(f"Pretraining '{spec.backbone}' has {len(volumes)} cases, fewer than a batch of {spec.batch_size}: add cases or lower batch_size.")
@@ -65,10 +65,10 @@ def prepare(
 
 # %% ../../nbs/45_loop.ipynb #bf4b281a
 def first_look(
-    objective: nn.Module, # the objective to question
-    batch: dict[str, Tensor], # cases
-) -> dict[str, float]: # loss and parts
-    "The losses on one batch in evaluation mode, without touching weights or random state."
+    objective: nn.Module,  # the objective to question
+    batch: dict[str, Tensor],  # cases
+) -> dict[str, float]:  # loss and parts
+    "Compute the losses on one batch in evaluation mode, without touching weights or random state."
     with torch.random.fork_rng(), torch.no_grad():
         objective.eval()
         loss, parts = objective.loss(batch)
@@ -77,9 +77,9 @@ def first_look(
 
 # %% ../../nbs/45_loop.ipynb #57d8a40a
 def left_behind(
-    objective: nn.Module, # with its backbone
-) -> dict[str, int]: # part → numbers in it
-    "What an objective consists of beside the backbone, e.g. a decoder."
+    objective: nn.Module,  # with its backbone
+) -> dict[str, int]:  # part → numbers in it
+    "Return what an objective consists of beside the backbone, e.g. a decoder."
     found = {}
     for key, value in objective.state_dict().items():
         part = key.split(".")[0]
@@ -88,14 +88,14 @@ def left_behind(
 
 # %% ../../nbs/45_loop.ipynb #920b3d9f
 def pretrain(
-    spec: PretrainSpec, # what to make
-    volumes: Tensor, # n c d h w, normalised
-    labels: Tensor | None, # n d h w class numbers; only some objectives look at them
-    in_channels: int, # input sequences
-    progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None, # called after every epoch
-    keeper: Keeper = Keeper(), # where checkpoints go
-    probe: Callable[[Backbone], dict[str, float]] | None = None, # linear readers, asked every `spec.probe_every` epochs
-    state: dict[str, Tensor] | None = None, # weights that the spec's `start` names
+    spec: PretrainSpec,  # what to make
+    volumes: Tensor,  # n c d h w, normalised
+    labels: Tensor | None,  # n d h w class numbers; only some objectives look at them
+    in_channels: int,  # input sequences
+    progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None,  # called after every epoch
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
+    probe: Callable[[Backbone], dict[str, float]] | None = None,  # linear probes, fitted every `spec.probe_every` epochs
+    state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
     meter = Meter()

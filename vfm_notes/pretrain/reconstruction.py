@@ -14,15 +14,15 @@ from einops import rearrange
 
 from ..backbones.protocol import Backbone
 from ..foundation.registry import VfmError, objectives
-from ..nets.convnext3d import Block, enlarge, triple
+from ..nets.convnext3d import ConvNeXtBlock, enlarge, triple
 
 # %% ../../nbs/40_reconstruction.ipynb #63269ac5
 def random_keep(
-    batch: int, # cases
-    grid: tuple[int, int, int], # patches along d, h, w
-    ratio: float, # share of patches hidden, 0 < ratio < 1
+    batch: int,  # cases
+    grid: tuple[int, int, int],  # patches along d, h, w
+    ratio: float,  # share of patches hidden, 0 < ratio < 1
     device: torch.device | str = "cpu",
-) -> Tensor: # b 1 d h w: 1 kept, 0 hidden
+) -> Tensor:  # b 1 d h w: 1 kept, 0 hidden
     "Hide a random share of the patches of every case, rounded to whole patches."
     n = grid[0] * grid[1] * grid[2]
     rank = torch.rand(batch, n, device=device).argsort(1).argsort(1)
@@ -30,49 +30,49 @@ def random_keep(
 
 # %% ../../nbs/40_reconstruction.ipynb #4e9e6f61
 def patchify(
-    x: Tensor, # b c d h w
-    patch: tuple[int, int, int], # (d, h, w) voxels
-) -> Tensor: # b (pd·ph·pw·c) d/pd h/ph w/pw
-    "Every patch as one vector."
+    x: Tensor,  # b c d h w
+    patch: tuple[int, int, int],  # (d, h, w) voxels
+) -> Tensor:  # b (pd·ph·pw·c) d/pd h/ph w/pw
+    "Cut a volume into patches, every one a vector."
     pd, ph, pw = patch
     return rearrange(x, "b c (d pd) (h ph) (w pw) -> b (pd ph pw c) d h w", pd=pd, ph=ph, pw=pw)
 
 def unpatchify(
-    y: Tensor, # b (pd·ph·pw·c) d h w
-    patch: tuple[int, int, int], # (d, h, w) voxels
-) -> Tensor: # b c d·pd h·ph w·pw
-    "The volume that the patch vectors stand for."
+    y: Tensor,  # b (pd·ph·pw·c) d h w
+    patch: tuple[int, int, int],  # (d, h, w) voxels
+) -> Tensor:  # b c d·pd h·ph w·pw
+    "Put patch vectors back together to a volume."
     pd, ph, pw = patch
     return rearrange(y, "b (pd ph pw c) d h w -> b c (d pd) (h ph) (w pw)", pd=pd, ph=ph, pw=pw)
 
 # %% ../../nbs/40_reconstruction.ipynb #c041ff1a
 def normalised_patches(
-    x: Tensor, # b c d h w
-    cell: tuple[int, int, int], # patch (d, h, w)
-) -> tuple[Tensor, Tensor, Tensor]: # patches b (pd·ph·pw·c) d h w; mean and standard deviation of each, b 1 d h w
-    "Patches of zero mean and unit variance over all their voxels and channels."
+    x: Tensor,  # b c d h w
+    cell: tuple[int, int, int],  # patch (d, h, w)
+) -> tuple[Tensor, Tensor, Tensor]:  # patches b (pd·ph·pw·c) d h w; mean and standard deviation of each, b 1 d h w
+    "Return patches of zero mean and unit variance over all their voxels and channels."
     y = patchify(x, cell)
     mean, std = y.mean(1, keepdim=True), (y.var(1, keepdim=True) + 1e-6).sqrt()
     return (y - mean) / std, mean, std
 
 # %% ../../nbs/40_reconstruction.ipynb #ab44c5d3
 def hidden_block(
-    patch: int | tuple[int, int, int] | None, # block hidden at once (d, h, w) voxels; None is the coarsest cell
-    cell: tuple[int, int, int], # the backbone's coarsest cell
-) -> tuple[int, int, int]: # (d, h, w)
-    "The block to hide, checked against the cell it must be a multiple of."
+    patch: int | tuple[int, int, int] | None,  # block hidden at once (d, h, w) voxels; None is the coarsest cell
+    cell: tuple[int, int, int],  # the backbone's coarsest cell
+) -> tuple[int, int, int]:  # (d, h, w)
+    "Check the block to hide against the cell of which it must be a multiple."
     block = cell if patch is None else triple(patch)
     if len(block) == 3 and min(block) >= 1 and not any(p % c for p, c in zip(block, cell)): return block
     raise VfmError(f"Masking: patch {patch} is not a multiple of the backbone's coarsest cell {cell}; name such a multiple or leave it out.")
 
 # %% ../../nbs/40_reconstruction.ipynb #40703418
 def draw_mask(
-    x: Tensor, # b c d h w
-    block: tuple[int, int, int], # hidden at once (d, h, w) voxels
-    cell: tuple[int, int, int], # the backbone's coarsest cell
-    ratio: float, # share hidden
-    by_slice: bool = False, # the same number in every slice (of the block's thickness), instead of in every volume
-) -> Tensor: # b 1 d h w on the grid of the cells: 1 kept, 0 hidden
+    x: Tensor,  # b c d h w
+    block: tuple[int, int, int],  # hidden at once (d, h, w) voxels
+    cell: tuple[int, int, int],  # the backbone's coarsest cell
+    ratio: float,  # share hidden
+    by_slice: bool = False,  # the same number in every slice (of the block's thickness), instead of in every volume
+) -> Tensor:  # b 1 d h w on the grid of the cells: 1 kept, 0 hidden
     "Hide random blocks."
     size, grid = tuple(x.shape[2:]), [s // p for s, p in zip(x.shape[2:], block)]
     if any(s % p for s, p in zip(size, block)):
@@ -88,11 +88,11 @@ def draw_mask(
 # %% ../../nbs/40_reconstruction.ipynb #7ce7a3ac
 class Masked(nn.Module):
     "Predict the voxels of hidden patches from the kept ones; subclasses say how in `forward(x, keep)`."
-    by_slice = False # hide the same number of patches in every slice
+    by_slice = False  # hide the same number of patches in every slice
     def __init__(self,
-                 backbone: Backbone, # trained together with the decoder
-                 mask_ratio: float, # share of patches hidden, 0 < ratio < 1
-                 patch: int | tuple[int, int, int] | None, # block hidden at once; None is the coarsest cell
+                 backbone: Backbone,  # trained together with the decoder
+                 mask_ratio: float,  # share of patches hidden, 0 < ratio < 1
+                 patch: int | tuple[int, int, int] | None,  # block hidden at once; None is the coarsest cell
                 ):
         super().__init__()
         if not 0 < mask_ratio < 1: raise VfmError(f"Masking: mask_ratio is {mask_ratio}, expected a share between 0 and 1.")
@@ -100,8 +100,8 @@ class Masked(nn.Module):
         self.patch = hidden_block(patch, self.cell)
 
     def fits(self,
-             size: tuple[int, int, int], # of the volumes (d, h, w)
-             card, # of their cohort
+             size: tuple[int, int, int],  # of the volumes (d, h, w)
+             card,  # of their cohort
             ) -> None:
         "Raise where such volumes cannot be masked; no voxel is needed."
         self.keep(torch.empty(1, 1, *size, device="meta"))
@@ -109,16 +109,16 @@ class Masked(nn.Module):
     def keep(self, x: Tensor) -> Tensor: return draw_mask(x, self.patch, self.cell, self.mask_ratio, self.by_slice)
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w; labels are not looked at
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and its parts for the curves
+             batch: dict[str, Tensor],  # "volumes" b c d h w; labels are not looked at
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
         x = batch["volumes"]
         keep = self.keep(x)
         error = (self(x, keep) - normalised_patches(x, self.cell)[0]).square().mean(1, keepdim=True)
         return (error * (1 - keep)).sum() / (1 - keep).sum(), {}
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]: # name → (d, h, w), first channel of the first case
-        "What was given, what was visible, and what was made of it (patches brought back to their own mean and contrast)."
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel of the first case
+        "Return what was given, what was visible, and what was made of it (with the patches' own mean and contrast)."
         x = batch["volumes"][:1]
         keep, (_, mean, std) = self.keep(x), normalised_patches(x, self.cell)
         made, seen = unpatchify(self(x, keep) * std + mean, self.cell), enlarge(keep, x.shape[2:])
@@ -133,25 +133,25 @@ class Masked(nn.Module):
 class MaskedReconstruction(Masked):
     "Predict the voxels of hidden patches from the encoder's map of the kept ones."
     def __init__(self,
-                 backbone: Backbone, # trained together with the decoder
-                 mask_ratio: float = 0.6, # share of patches hidden, 0 < ratio < 1
-                 patch: int | tuple[int, int, int] | None = None, # block hidden at once; None is the coarsest cell
-                 width: int | None = None, # decoder channels; None is two thirds of the encoder's
-                 kernel: int = 3, # decoder block's kernel, odd
+                 backbone: Backbone,  # trained together with the decoder
+                 mask_ratio: float = 0.6,  # share of patches hidden, 0 < ratio < 1
+                 patch: int | tuple[int, int, int] | None = None,  # block hidden at once; None is the coarsest cell
+                 width: int | None = None,  # decoder channels; None is two thirds of the encoder's
+                 kernel: int = 3,  # decoder block's kernel, odd
                 ):
         super().__init__(backbone, mask_ratio, patch)
         channels = backbone.widths[-1]
         width = width or max(2 * channels // 3 // 16 * 16, 16)
         self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1, 1))
         self.proj = nn.Conv3d(channels, width, 1)
-        self.decoder = nn.Sequential(Block(width, kernel))
+        self.decoder = nn.Sequential(ConvNeXtBlock(width, kernel))
         self.pred = nn.Conv3d(width, backbone.in_channels * self.cell[0] * self.cell[1] * self.cell[2], 1)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self,
-                x: Tensor, # b c d h w
-                keep: Tensor, # b 1 d h w on the coarsest grid
-               ) -> Tensor: # b (pd·ph·pw·c) d h w, normalised patches
+                x: Tensor,  # b c d h w
+                keep: Tensor,  # b 1 d h w on the coarsest grid
+               ) -> Tensor:  # b (pd·ph·pw·c) d h w, normalised patches
         y = self.proj(self.backbone.masked_pyramid(x, keep)[-1])
         y = y * keep + self.mask_token * (1 - keep)
         return self.pred(self.decoder(y))

@@ -18,11 +18,11 @@ from ..foundation.registry import VfmError
 # %% ../../nbs/435_team.ipynb #ef659078
 class Team:
     "The processes of a training, as one of them sees them."
-    def __init__(self, accelerator): # accelerate's Accelerator
+    def __init__(self, accelerator):  # accelerate's Accelerator
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
-        self.main, self.seed = self.rank == 0, torch.initial_seed() # the first looks, writes and decides
+        self.main, self.seed = self.rank == 0, torch.initial_seed()  # the first looks, writes and decides
 
-    def check(self, module: nn.Module, batch_size: int, last: str) -> list[str]: # last: the loader's rule for a last batch; → what a record should say
+    def check(self, module: nn.Module, batch_size: int, last: str) -> list[str]:  # last: the loader's rule for a last batch; → what a record should say
         "Raise when this training cannot be shared."
         if self.size == 1: return []
         if getattr(module, "whole_batches", False): raise VfmError(f"{type(module).__name__} compares the cases of a batch, so a batch cannot be shared by {self.size} processes: set processes to 1.")
@@ -37,10 +37,10 @@ def same_start(self: Team, module: nn.Module) -> None:
     for value in [*module.parameters(), *module.buffers()]: value.data.copy_(broadcast(value.data.to(self.accelerator.device)))
 
 def draw_anew(self: Team, epoch: int, step: int) -> None:
-    "Random numbers of one's own for a step; the first goes on as it is."
+    "Seed a step with random numbers of one's own; the first process goes on as it is."
     if not self.main: torch.manual_seed(hash((self.seed, epoch, step, self.rank)) % 2**63)
 
-def share(self: Team, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]: # one's own cases on the own device, and their share of the batch
+def share(self: Team, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:  # one's own cases on the own device, and their share of the batch
     "Deal out a batch."
     device, n = self.accelerator.device, len(next(iter(batch.values())))
     mine = {k: v[self.rank::self.size] for k, v in batch.items()} if self.size > 1 else batch
@@ -51,9 +51,9 @@ def share(self: Team, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], floa
 def add_up(
     self: Team,
     parameters: Iterable[nn.Parameter],
-    logs: dict[str, float], # loss and parts of one's own cases
-    share: float, # their share of the batch
-) -> dict[str, float]: # those of the batch
+    logs: dict[str, float],  # loss and parts of one's own cases
+    share: float,  # their share of the batch
+) -> dict[str, float]:  # those of the batch
     "Replace gradients and losses by those of the whole batch."
     if self.size == 1: return logs
     trained = [p for p in parameters if p.requires_grad]
@@ -63,14 +63,14 @@ def add_up(
     for p, g, u in zip(trained, parts, used.tolist()): p.grad = g.view_as(p).to(p.dtype) if u else None
     return dict(zip(sorted(logs), used[len(trained):].tolist()))
 
-def agree(self: Team, value): # value: small and plain
-    "What the first process says."
+def agree(self: Team, value):  # value: small and plain
+    "Return the value of the first process."
     if self.size == 1: return value
     from accelerate.utils import broadcast_object_list
     return broadcast_object_list([value])[0]
 
 def done(self: Team) -> None:
-    "The steps are taken: a process that was started to help has nothing more to do."
+    "End a process that was started to help, once the steps are taken."
     if not self.main and os.environ.get("VFM_HELPER"): raise SystemExit(0)
 
 for method in (same_start, draw_anew, share, add_up, agree, done): setattr(Team, method.__name__, method)

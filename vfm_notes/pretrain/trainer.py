@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/44_trainer.ipynb #9f598902
 from ..data.loader import Loader
+from ..foundation.disk import whole_file, write_whole
 from ..foundation.leave import Stopped, asked, listen
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
@@ -52,7 +53,7 @@ class Recipe:
 
     @classmethod
     def of(cls, spec, **more) -> "Recipe":
-        "What a spec says about steps, and more."
+        "Take from a spec what concerns steps, and add more."
         return cls(**{f.name: getattr(spec, f.name) for f in fields(cls) if hasattr(spec, f.name)} | more)
 
 # %% ../../nbs/44_trainer.ipynb #26d8fc72
@@ -62,7 +63,7 @@ def rate(
     warmup: float,  # share of the steps that warm up, 0 to 1
     schedule: str = "cosine",  # or constant
 ) -> float:  # factor of the peak rate, 0 to 1
-    "Linear warm-up, then half a cosine or a constant."
+    "Compute the factor of the learning rate: linear warm-up, then half a cosine or a constant."
     warm = max(round(steps * warmup), 1)
     if step < warm: return (step + 1) / warm
     return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
@@ -72,7 +73,7 @@ def parameter_groups(
     module: nn.Module,  # its trainable parameters are grouped
     weight_decay: float,  # of the first group
 ) -> list[dict]:  # two groups for AdamW
-    "Matrices and kernels decay; vectors (biases, norms, gains, tokens) do not."
+    "Split parameters: matrices and kernels decay; vectors (biases, norms, gains, tokens) do not."
     vector = lambda p: sum(side > 1 for side in p.shape) <= 1
     trained = [p for p in module.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if not vector(p)], "weight_decay": weight_decay},
@@ -88,7 +89,7 @@ def parts(
     for i in range(0, n, size): yield {k: v[i:i + size] for k, v in batch.items()}, min(size, n - i) / n
 
 def out_of_memory(error: BaseException) -> bool:
-    "Is this what torch raises when a device, or this machine, has no memory left?"
+    "Return whether an error is what torch raises when a device, or this machine, has no memory left."
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 # %% ../../nbs/44_trainer.ipynb #db3cfa05
@@ -106,7 +107,7 @@ class Step(nn.Module):
 
 # %% ../../nbs/44_trainer.ipynb #52c71afb
 def deterministic(on: bool) -> None:
-    "Ask for kernels that give the same every time, or no longer."
+    "Switch kernels that give the same every time on or off."
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.backends.cudnn.deterministic = on
@@ -141,7 +142,7 @@ class Trainer:
 
 # %% ../../nbs/44_trainer.ipynb #e533b78f
 def gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
-    "Loss and gradients of one batch, in parts; smaller parts when memory runs out."
+    "Compute loss and gradients of one batch, in parts; in smaller parts when memory runs out."
     mine, own = self.team.share(batch)
     self.team.draw_anew(self.epoch, self.done)
     state = torch.get_rng_state()
@@ -170,7 +171,7 @@ def smaller(self: Trainer, error: BaseException) -> None:
 
 # %% ../../nbs/44_trainer.ipynb #871f4b44
 def take(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # loss and parts
-    "One step."
+    "Take one step."
     logs = self.gradients(batch)
     if not math.isfinite(logs["loss"]):
         error = Diverged(f"The loss became {logs['loss']} in epoch {self.epoch}, step {self.done + 1} (learning rate {self.recipe.lr}): lower the learning rate or check the data; the weights of epoch {self.epoch - 1} are kept.")
@@ -187,7 +188,7 @@ def run_epoch(
     self: Trainer,
     between: Callable[[], None] = lambda: None,  # called after every step, e.g. to save
 ) -> dict[str, float]:  # mean loss and parts of the epoch
-    "The steps of an epoch, or what is left of it."
+    "Take the steps of an epoch, or what is left of it."
     if self.done == 0: self.good = {k: v.clone() for k, v in self.module.state_dict().items()}
     self.module.train()
     start = time.perf_counter()
@@ -205,7 +206,7 @@ for method in (gradients, smaller, take, run_epoch): setattr(Trainer, method.__n
 
 # %% ../../nbs/44_trainer.ipynb #1d26ffed
 def snapshot(self: Trainer, key: str, extra: dict) -> dict:
-    "All that the next step depends on."
+    "Collect all that the next step depends on."
     return {"key": key, "extra": extra, "epoch": self.epoch, "done": self.done, "seconds": self.seconds, "waited": self.loader.waited, "logs": self.logs, "notes": self.notes, "micro": self.micro,
             "module": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(), "good": self.good, "best": self.best,
             "average": self.average.state_dict() if self.average else None, "random": torch.get_rng_state(),
@@ -216,19 +217,13 @@ def save(
     self: Trainer,
     path: Path,
     key: str,  # run id
-    extra: dict = {},  # plain values to find again, e.g. curves so far
+    extra: dict | None = None,  # plain values to find again, e.g. curves so far
 ) -> bool:  # False when the disk refused
     "Write a checkpoint; a whole one stays whatever happens."
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            torch.save(self.snapshot(key, extra), f)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
+        with whole_file(path) as part, open(part, "wb") as f: torch.save(self.snapshot(key, extra or {}), f)
         return True
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when a disk is full
-        part.unlink(missing_ok=True)
         self.notes.append(f"no checkpoint in epoch {self.epoch}: {path} could not be written ({str(error).splitlines()[0]}); the one before is kept")
         print(self.notes[-1], flush=True)
         return False
@@ -266,7 +261,7 @@ class Keeper:
     minutes: float = 10.0  # between two checkpoints
     stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
     last: float = field(default_factory=time.monotonic)
-    hurried: bool = False  # is there a checkpoint since it was asked to stop?
+    hurried: bool = False  # is there a checkpoint since the stop was requested?
     told: float = -math.inf  # when the curves were written
 
     @property
@@ -277,20 +272,17 @@ class Keeper:
     def tell(self, epochs: int, rows: list) -> None:  # rows: epoch, seconds, name, value
         "Write the curves so far, at most once a second; a full disk ends no training."
         if not self.path or time.monotonic() - self.told < 1.0: return
-        self.told, part = time.monotonic(), self.path.with_suffix(".curves.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"epochs": epochs, "rows": rows}))
-            os.replace(part, self.curves)
-        except OSError: part.unlink(missing_ok=True)
+        self.told = time.monotonic()
+        try: write_whole(self.curves, json.dumps({"epochs": epochs, "rows": rows}), synced=False)
+        except OSError: pass
 
     def hush(self) -> None:
-        "The training has ended: its record will hold the curves."
+        "Remove the curves: the training has ended, and its record will hold them."
         if self.path: self.curves.unlink(missing_ok=True)
 
 # %% ../../nbs/44_trainer.ipynb #71ffd600
 def keeper(study: str, spec, minutes: float = 10.0) -> Keeper:  # spec: of the run; minutes: between two checkpoints
-    "The keeper of a run of a study; in a batch it listens to SIGTERM."
+    "Make the checkpoint writer of a run of a study; in a batch it reacts to SIGTERM."
     if os.environ.get("VFM_JOB"): listen()
     return Keeper(checkpoint_file(study, run_id(spec)), run_id(spec), minutes, stop=lambda: bool(asked()))
 
@@ -299,13 +291,13 @@ def train(
     trainer: Trainer,
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
     rows: list,  # curves before training, changed in place: (epoch, seconds, name, value)
-    keeper: Keeper = Keeper(),
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     each: Callable[[], None] = lambda: None,  # called after every step, outside the clock
     carried: dict | None = None,  # plain values and tensors that checkpoints keep, changed in place
-    enough: Callable[[int], bool] = lambda epoch: False,  # asked after every epoch: shall it end early?
+    enough: Callable[[int], bool] = lambda epoch: False,  # called after every epoch: shall it end early?
 ) -> list:  # curves
     "Take all steps, from the beginning or from a checkpoint."
-    carried = {} if carried is None else carried
+    carried, keeper = {} if carried is None else carried, keeper or Keeper()
     def save() -> None:
         trainer.save(keeper.path, keeper.key, {"rows": [list(r) for r in rows], "carried": carried})
         keeper.last = time.monotonic()
@@ -319,12 +311,12 @@ def train(
         rows[:] = [tuple(r) for r in kept["rows"]]
         carried.update(kept["carried"])
     team = trainer.team
-    def leave() -> bool:  # asked once and kept at once: a request between the two would lose the epoch
+    def leave() -> bool:  # read once and kept at once: a request between the two would lose the epoch
         asked = team.agree(keeper.stop())
         if asked and team.main and keeper.path: save()
         return asked
     while trainer.epoch <= trainer.recipe.epochs and not team.agree(enough(trainer.epoch - 1)):
-        if leave(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as asked{'; the next start goes on from there' if keeper.path else ''}.")
+        if leave(): raise Stopped(f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as requested{'; the next start continues from there' if keeper.path else ''}.")
         epoch, logs = trainer.epoch, guarded(trainer, between if team.main else lambda: None, keeper)
         if not team.main: continue  # the first one looks and writes
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]
@@ -336,13 +328,12 @@ def train(
 
 # %% ../../nbs/44_trainer.ipynb #8fb98f75
 def guarded(trainer: Trainer, between: Callable[[], None], keeper: Keeper) -> dict[str, float]:  # losses
-    "An epoch; the last good weights are written when it ends in no number."
+    "Run an epoch; write the last good weights when it ends in no number."
     try: return trainer.run_epoch(between)
     except Diverged as error:
         if not keeper.path or not trainer.team.main: raise
         from safetensors.torch import save_file
-        keeper.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().clone() for k, v in error.state.items()}, keeper.good)
+        with whole_file(keeper.good) as part: save_file({k: v.detach().cpu().clone() for k, v in error.state.items()}, part)
         told = Diverged(f"{error} They are in {keeper.good}.")
         told.state = error.state
         raise told from None

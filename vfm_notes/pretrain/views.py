@@ -19,21 +19,21 @@ from ..foundation.registry import VfmError, objectives
 VIEWS = {"flip": {}, "affine": {"degrees": 10, "scale": 0.1, "shift": 3}, "intensity": {"scale": 0.2, "shift": 0.2}, "noise": {"sd": 0.2}}
 
 def draw_views(
-    x: Tensor, # b c d h w
-    how: dict[str, dict], # augmentation → its options
-    n: int = 2, # views of every case
-) -> list[Tensor]: # n times b c d h w
+    x: Tensor,  # b c d h w
+    how: dict[str, dict],  # augmentation → its options
+    n: int = 2,  # views of every case
+) -> list[Tensor]:  # n times b c d h w
     "Augment every case several times."
     rng = np.random.default_rng(int(torch.randint(2 ** 62, ())))
     return [augment(how)({"volumes": x}, rng)["volumes"] for _ in range(n)]
 
 # %% ../../nbs/413_views.ipynb #9307cbef
 def nt_xent(
-    a: Tensor, # n f, projections of the first views
-    b: Tensor, # n f, of the second
-    temperature: float, # τ > 0
+    a: Tensor,  # n f, projections of the first views
+    b: Tensor,  # n f, of the second
+    temperature: float,  # τ > 0
 ) -> Tensor:
-    "Normalised temperature-scaled cross-entropy over 2n views."
+    "Return normalised temperature-scaled cross-entropy over 2n views."
     z = F.normalize(torch.cat([a, b]), dim=1)
     alike = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(alike, torch.arange(len(z), device=z.device).roll(len(a)))
@@ -46,22 +46,22 @@ class NTXent(nn.Module):
     "Let two views of a case find each other."
     whole_batches = True
     def __init__(self,
-                 backbone: Backbone, # trained together with the projector
-                 temperature: float = 0.1, # τ > 0
-                 projection: int = 64, # length of what is compared
-                 views: dict[str, dict] = VIEWS, # augmentation → its options
+                 backbone: Backbone,  # trained together with the projector
+                 temperature: float = 0.1,  # τ > 0
+                 projection: int = 64,  # length of what is compared
+                 views: dict[str, dict] = VIEWS,  # augmentation → its options
                 ):
         super().__init__()
         if temperature <= 0: raise VfmError(f"nt_xent: temperature is {temperature}, expected a positive number.")
         e, self.backbone, self.temperature, self.how = backbone.embed_dim, backbone, temperature, views
-        augment(self.how) # tells a misspelt name now
+        augment(self.how)  # reports a misspelt name now
         self.projector = nn.Sequential(nn.Linear(e, e), nn.ReLU(), nn.Linear(e, projection))
 
-    def project(self, x: Tensor) -> Tensor: return self.projector(self.backbone.embed(x)) # b c d h w → b f
+    def project(self, x: Tensor) -> Tensor: return self.projector(self.backbone.embed(x))  # b c d h w → b f
 
     def loss(self,
-             batch: dict[str, Tensor], # "volumes" b c d h w, at least two cases
-            ) -> tuple[Tensor, dict[str, float]]: # the loss, and how many views find their partner
+             batch: dict[str, Tensor],  # "volumes" b c d h w, at least two cases
+            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and how many views find their partner
         x = batch["volumes"]
         if len(x) < 2: raise VfmError("nt_xent compares the cases of a batch and got a batch of one; set batch_size to 2 or more.")
         a, b = (self.project(v) for v in draw_views(x, self.how))
@@ -69,8 +69,8 @@ class NTXent(nn.Module):
         return nt_xent(a, b, self.temperature), {"partner found": found.float().mean().item()}
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]: # name → (d, h, w), first channel
-        "The first case, its views, and the other case of the batch whose embedding is most like its own."
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel
+        "Return the first case, its views, and the other case of the batch whose embedding is most like its own."
         x, z = batch["volumes"], F.normalize(self.backbone.embed(batch["volumes"]), dim=1)
         views = draw_views(x[:1], self.how)
         given = {"input": x[0], "view 1": views[0][0], "view 2": views[1][0]} | ({"nearest other case": x[1 + int((z[1:] @ z[0]).argmax())]} if len(x) > 1 else {})

@@ -29,7 +29,7 @@ def with_means(
 SEEDS, EPOCHS = 12, 60  # with lines of their own in a panel; on a line
 
 def each_seed(curves: pd.DataFrame) -> bool:
-    "Does every seed have a line of its own?"
+    "Return whether every seed has a line of its own."
     return curves["strategy"].nunique() < 3 and curves["seed"].nunique() <= SEEDS
 
 def fewer_epochs(
@@ -40,7 +40,7 @@ def fewer_epochs(
     return curves if len(known) <= EPOCHS else curves[curves["epoch"].isin(known[np.linspace(0, len(known) - 1, EPOCHS).round().astype(int)])]
 
 def seed_words(curves: pd.DataFrame) -> str:
-    "What the lines are, for a caption."
+    "Describe what the lines are, for a caption."
     n, epochs = curves["seed"].nunique(), curves["epoch"].nunique()
     said = f"{n} seeds (thin), mean (thick)" if each_seed(curves) else f"mean of {n} seeds"
     return said + (f"; {EPOCHS} of {epochs} epochs are drawn" if epochs > EPOCHS else "")
@@ -54,7 +54,7 @@ def with_panels(
     return data.assign(panel=data["task"] + ", " + data["backbone"].map(short_names(names)))
 
 def line_marks(strategies: list[str], names: list[str]) -> dict:
-    "Colour and dash of lines in panels of one backbone."
+    "Choose colour and dash of lines in panels of one backbone."
     several = len(strategies) > 2
     return dict(color=strategy_colour(strategies) if several else backbone_colour(names, legend=False), strokeDash=strategy_dash(strategies))
 

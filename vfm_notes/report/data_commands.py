@@ -23,7 +23,7 @@ Named = Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A registered
 # %% ../../nbs/98_data_commands.ipynb #2d46334e
 @data_app.command("list")
 def data_list() -> None:
-    "Cohorts, whether they are here, and the layouts that can be imported."
+    "List cohorts, whether they are here, and the layouts that can be imported."
     import os
 
     from vfm_notes.data.load import load_entries
@@ -46,7 +46,7 @@ def layout_options(
     layout: str,
     options: list[str],  # "key=value", values as in YAML
 ) -> dict:
-    "The options of a layout, checked against its function."
+    "Check the options of a layout against its function."
     import inspect
 
     from vfm_notes.data.manifest import layouts
@@ -90,7 +90,7 @@ def study_cohort(name: str):  # → Cohort
     return load_cohort(name, grid.size, grid.spacing, like.cases if like else few)
 
 def manifest_here(name: str):  # → Manifest, or None for a registered cohort
-    "The manifest of a cohort on disk; an unknown name is an error."
+    "Read the manifest of a cohort on disk; an unknown name is an error."
     from vfm_notes.data.load import cohort_maker, manifest_of
     from vfm_notes.foundation.registry import cohorts
     cohort_maker(name)
@@ -99,7 +99,7 @@ def manifest_here(name: str):  # → Manifest, or None for a registered cohort
 # %% ../../nbs/98_data_commands.ipynb #4b22e1be
 @data_app.command("describe")
 def data_describe(name: Named) -> None:
-    "A cohort's card and splits."
+    "Show a cohort's card and splits."
     from dataclasses import asdict
 
     from vfm_notes.data.manifest import count_cases
@@ -111,11 +111,10 @@ def data_describe(name: Named) -> None:
 
 # %% ../../nbs/98_data_commands.ipynb #989b5920
 def found_in(name: str) -> tuple[int, list[str]]:  # cases, problems
-    "Everything that is wrong with a cohort."
+    "List everything that is wrong with a cohort."
     from vfm_notes.data.cache import plan_problems
     from vfm_notes.data.cohort import problems
     from vfm_notes.data.load import cohort_maker
-    from vfm_notes.foundation.registry import cohorts
     if manifest := manifest_here(name):
         from vfm_notes.data.decode import check_manifest
         return len(manifest), check_manifest(manifest)
@@ -138,6 +137,6 @@ def data_check(name: Named) -> None:
 # %% ../../nbs/98_data_commands.ipynb #5e41e5bb
 @data_app.command("series")
 def data_series(folder: Annotated[Path, typer.Argument(help="A folder of DICOM files.")]) -> None:
-    "The series of a DICOM folder: UID, number, description, b-values, slices, size and spacing."
+    "List the series of a DICOM folder: UID, number, description, b-values, slices, size and spacing."
     from vfm_notes.data.dicom import list_series
     print(list_series(folder).to_string(index=False))

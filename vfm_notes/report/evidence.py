@@ -7,7 +7,6 @@ __all__ = ['DEFINED', 'MOMENTS', 'defined', 'score_panels', 'regret_chart', 'dis
 
 # %% ../../nbs/903_evidence.ipynb #21a3860d
 import altair as alt
-import numpy as np
 import pandas as pd
 
 # %% ../../nbs/903_evidence.ipynb #56961465
@@ -15,7 +14,7 @@ from ..analysis.convergence import mean_interval
 from ..analysis.prediction import score_title
 from ..foundation.blocks import Block, link
 from .curves import with_panels
-from .figures import backbone_colour, neat, strategy_shape, titled, with_lines, words
+from .figures import backbone_colour, neat, strategy_shape, titled, with_lines
 
 # %% ../../nbs/903_evidence.ipynb #a919b2e3
 DEFINED = {"gain": "gain", "distance": "distance-to-pretraining", "association": "association", "convergence": "convergence", "prediction": "known-before-fine-tuning"}  # word → anchor of the page "Methods"
@@ -29,7 +28,7 @@ def defined(
 
 # %% ../../nbs/903_evidence.ipynb #36e8a50e
 def score_panels(
-    points: pd.DataFrame,  # from analysis.prediction.points
+    points: pd.DataFrame,  # from analysis.prediction.prediction_points
     title: str,  # what was found
     subtitle: str,  # n
 ) -> alt.FacetChart:
@@ -71,7 +70,7 @@ def distances_at(
     moments: pd.DataFrame,  # from analysis.tables.moments_table
     layer: str = "embed",
 ) -> pd.DataFrame:  # task, backbone, strategy, when, value, low, high, n_seeds
-    "Mean and 95 % interval over seeds at each moment."
+    "Return the mean and 95 % interval over seeds at each moment."
     both = pd.concat([t for t in (d2p.assign(when="end"), moments) if len(t)] or [d2p.assign(when="end")])
     both, rows = both[both.layer == layer], []
     for (task, backbone, strategy, when), g in both.groupby(["task", "backbone", "strategy", "when"], sort=False):

@@ -15,15 +15,15 @@ from einops import rearrange
 
 # %% ../../nbs/945_feature_maps.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, shown_name, window_of, windowed, words
-from .widgets import PLANES, Scene, VolumeViewer, blend, cut
+from ..foundation.show import Figure, check_shapes, frame, pick_slices, png, shown_name, window_of, windowed, svg_text
+from .widgets import Scene, VolumeViewer, blend, slice_plane
 
 # %% ../../nbs/945_feature_maps.ipynb #32d3e2df
 def components(
     features: np.ndarray,  # (c, d, h, w), one level of a pyramid of one case
     count: int = 3,  # components wanted
 ) -> tuple[np.ndarray, float]:  # (d, h, w, count) float64; share of the variance that they hold, 0 to 1
-    "Principal components of the voxels of a feature map."
+    "Compute the principal components of the voxels of a feature map."
     x = rearrange(np.asarray(features, np.float64), "c d h w -> (d h w) c")
     if not np.isfinite(x).all(): raise VfmError("components: the feature map holds values that are not finite; check the backbone and its input.")
     x = x - x.mean(0)
@@ -40,7 +40,7 @@ def colour_map(
     features: np.ndarray,  # (c, d, h, w)
     shape: tuple[int, int, int],  # d, h, w of the image
 ) -> tuple[np.ndarray, float]:  # (d, h, w, 3) uint8 on the image's grid; share of the variance shown
-    "A feature map as colours on the grid of its image."
+    "Show a feature map as colours on the grid of its image."
     parts, share = components(features)
     low, high = np.percentile(parts, [2, 98], axis=(0, 1, 2))
     shades = (((parts - low) / np.where(high > low, high - low, 1)).clip(0, 1) * 255).round().astype(np.uint8)
@@ -54,11 +54,11 @@ class FeatureScene(Scene):
     maps: list  # (d, h, w, 3) uint8 of every level
 
     def pixels(self, name: str, plane: str, at: int, opacity: float = 0.0, shown: Iterable[str] = (), curtain: float = 1.0) -> np.ndarray:
-        "A slice under the colours of the chosen level: (h, w, 3) uint8; right of the curtain the image alone."
+        "Return a slice under the colours of the chosen level: (h, w, 3) uint8; right of the curtain the image alone."
         grey = self.grey(self.rows[name], name, plane, at)
         over = np.ones(grey.shape, bool)
         over[:, round(curtain * grey.shape[1]):] = False
-        return blend(grey, [(over, cut(self.maps[self.level], plane, at))] if opacity else [], opacity)
+        return blend(grey, [(over, slice_plane(self.maps[self.level], plane, at))] if opacity else [], opacity)
 
 # %% ../../nbs/945_feature_maps.ipynb #aa32a4df
 class FeatureViewer(VolumeViewer):
@@ -79,7 +79,7 @@ class FeatureViewer(VolumeViewer):
         self.draw()
 
     def figure(self) -> Figure:
-        "The image and every level below it, on the same slices."
+        "Return the image and every level below it, on the same slices."
         return pyramid_figure(self.scene, self.labels, self.title)
 
 # %% ../../nbs/945_feature_maps.ipynb #d1f573c3
@@ -89,16 +89,16 @@ def pyramid_figure(
     title: str,  # one line above
     width: float = 116,  # of one slice, drawing units
 ) -> Figure:
-    "Rows of slices: the image, then every level."
+    "Draw rows of slices: the image, then every level."
     name, volume = next(iter(scene.rows.items()))
     depth, h, w = volume.shape
     at, left, y = pick_slices(depth, {}, 5), 150, 26 if title else 4
     high, window = width * h * scene.spacing[1] / (w * scene.spacing[2]), scene.windows[name]
-    out = [words(title, 0, 14, 13, bold=True)] if title else []
-    for i, z in enumerate(at): out.append(words(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
+    out = [svg_text(title, 0, 14, 13, bold=True)] if title else []
+    for i, z in enumerate(at): out.append(svg_text(f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12, True, "middle"))
     y += 15
     for label, pictures in [(shown_name(name), [windowed(volume[z], *window) for z in at]), *[(t, [m[z] for z in at]) for t, m in zip(labels, scene.maps)]]:
-        for k, part in enumerate(label.split(", ")): out.append(words(part, 0, y + 13 + 16 * k, 12, k > 0, bold=k == 0))
+        for k, part in enumerate(label.split(", ")): out.append(svg_text(part, 0, y + 13 + 16 * k, 12, k > 0, bold=k == 0))
         for i, pixels in enumerate(pictures):
             data = base64.b64encode(png(pixels)).decode()
             out.append(f'<image x="{left + i * (width + 4):.1f}" y="{y:.1f}" width="{width:.1f}" height="{high:.1f}" preserveAspectRatio="none" href="data:image/png;base64,{data}"/>')
@@ -115,7 +115,7 @@ def feature_viewer(
     window: tuple[float, float] | None = None,  # of the volume; None: 1st to 99th percentile
     width: int = 260,  # of an axial picture, pixels of the screen
 ) -> FeatureViewer:  # draws itself
-    "Look at the levels of a feature pyramid as colours over the image."
+    "Show the levels of a feature pyramid as colours over the image."
     levels = dict(pyramid) if isinstance(pyramid, Mapping) else {f"level {i}": f for i, f in enumerate(pyramid)}
     rows = {name: np.asarray(volume, np.float32)}
     check_shapes(rows, {})

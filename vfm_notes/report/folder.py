@@ -44,7 +44,7 @@ budget: {{epochs: 4, batch_size: 4, lr: 0.002, weight_decay: 0.05, warmup: 0.1}}
 README = '''\
 # {name}
 
-A study with [vfm_notes](https://pypi.org/project/vfm-notes/). `study.yaml` says what is compared; everything else is computed from it.
+A study with [vfm_notes](https://pypi.org/project/vfm-notes/). `study.yaml` states what is compared; everything else is computed from it.
 
 ```sh
 vfm doctor study.yaml        # is all here that the study needs?

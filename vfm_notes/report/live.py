@@ -18,7 +18,7 @@ import pandas as pd
 # %% ../../nbs/97_live.ipynb #50ca2e5f
 from ..foundation.quantity import how_many
 from ..foundation.places import checkpoint_file, study_root
-from ..foundation.show import Figure, words as drawn_words
+from ..foundation.show import Figure, svg_text
 from ..foundation.spec import load_study
 from .explorer import curve_words, html_output
 from .figures import titled, words
@@ -35,21 +35,21 @@ class Training:
     name: str  # run id, or what the caller calls it
     epochs: int  # wanted
     rows: list  # epoch, seconds of training, name, value
-    told: float  # when it said so, seconds since 1970
+    told: float  # when it reported that, seconds since 1970
 
     @property
     def epoch(self) -> int: return max((r[0] for r in self.rows), default=0)
     def last(self, start: str) -> tuple[str, float] | None:  # start: how the name begins
-        "The newest value of the first curve with such a name."
+        "Return the newest value of the first curve with such a name."
         return next(((n, v) for e, _, n, v in reversed(self.rows) if n.startswith(start) and e == self.epoch), None)
     @property
     def left(self) -> float | None:
-        "Seconds of training left, if the epochs to come are like those behind; None before the first."
+        "Estimate the seconds of training left, if the epochs to come are like those behind; None before the first."
         if not self.epoch: return None
         return max(r[1] for r in self.rows) / self.epoch * (self.epochs - self.epoch)
     @property
     def curves(self) -> pd.DataFrame:
-        "Loss and validation scores, epoch by epoch."
+        "Return loss and validation scores, epoch by epoch."
         table = pd.DataFrame(self.rows, columns=["epoch", "seconds", "name", "value"])
         return table[(table.name == "loss") | table.name.str.startswith("val_")].assign(id=self.name)
 
@@ -58,7 +58,7 @@ def trainings(
     study: str,  # name of the study
     known: dict,  # run id → record; a run that has one is over
 ) -> list[Training]:  # the one that spoke last comes first
-    "The trainings of a study that are at work, or were interrupted and wait for the next start."
+    "List the trainings of a study that are at work, or were interrupted and wait for the next start."
     found = []
     for path in checkpoint_file(study, "any").parent.glob("*.curves.json"):
         try: said, told = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime  # dated by the disk
@@ -72,7 +72,7 @@ def training_rows(
     found: list[Training],
     now: float,  # seconds since 1970
 ) -> str:  # HTML
-    "A line for each training."
+    "Return a line for each training."
     if not found: return "<p>No training is at work.</p>"
     out = ["<table><thead><tr>", *[f'<th style="text-align:left">{h}</th>' for h in ("training", "epoch", "", "loss", "validation", "left", "last word")], "</tr></thead><tbody>"]
     value = lambda pair, named: "" if pair is None else (f"{words(pair[0].removeprefix('val_'))} " if named else "") + f"{pair[1]:.4g}"
@@ -86,7 +86,7 @@ def training_rows(
 def training_chart(
     found: list[Training],  # at least one
 ) -> alt.TopLevelMixin:
-    "Loss and validation scores of trainings, each curve in its own panel."
+    "Draw loss and validation scores of trainings, each curve in its own panel."
     data = pd.concat([t.curves for t in found], ignore_index=True)
     data = data[data.value.notna()].assign(name=data.name.map(curve_words))
     last = max(t.epoch for t in found)
@@ -124,9 +124,9 @@ class LiveTraining(Shown):
         while not self.over.wait(self.every): self.refresh()
 
     def figure(self) -> alt.TopLevelMixin | Figure:
-        "The curves so far."
+        "Return the curves so far."
         if any(t.epoch for t in self.found): return training_chart(self.found)
-        return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 24" width="420">{drawn_words("No training is at work.", 0, 16)}</svg>', "No training is at work.")
+        return Figure(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 24" width="420">{svg_text("No training is at work.", 0, 16)}</svg>', "No training is at work.")
 
 # %% ../../nbs/97_live.ipynb #1edb8058
 def refresh(self) -> None:
@@ -148,7 +148,7 @@ def study_line(
     spec,  # a StudySpec
     known: dict,  # run id → record
 ) -> str:  # HTML
-    "How far the whole study is."
+    "Describe how far the whole study is."
     looks = [look_at(spec.name, j, known) for j in plan(spec)]
     states = [s for k in looks for s in k.states.values()]
     at_work = [k for k in looks if k.since]
@@ -159,8 +159,8 @@ def study_line(
 
 # %% ../../nbs/97_live.ipynb #74798703
 def live_training(
-    study: str = "",  # a study in nbs/studies, or the path of a .yaml file; "": only what this notebook tells it
-    every: float = 2.0,  # seconds between two looks; 0: only when it is told to (`.refresh()`)
+    study: str = "",  # a study in nbs/studies, or the path of a .yaml file; "": only what this notebook reports to it
+    every: float = 2.0,  # seconds between two looks; 0: only when it is requested to (`.refresh()`)
 ) -> LiveTraining:  # draws itself
-    "Look on while a study trains."
+    "Show a study while it trains."
     return LiveTraining(study, every)

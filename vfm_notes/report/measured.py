@@ -33,7 +33,7 @@ def made_at(
     *names: str,  # of files beside the report's pages
     folder: Path | None = None,  # None: where the pages are
 ) -> str:  # a sentence for each
-    "Say from which commit files come."
+    "State from which commit files come."
     record = json.loads(((folder or report_notebooks()[0].parent) / "evidence.json").read_text(encoding="utf-8"))
     def told(name: str) -> str:
         commit, _, changed = (record[name]["commit"] or "").partition("-")
@@ -47,7 +47,7 @@ def cost_frame(
     run: dict,  # of backbone_costs.json
     families: dict[str, str],  # backbone → what it is usually pretrained with
 ) -> pd.DataFrame:  # a row per backbone
-    "The costs of one device as a table."
+    "Return the costs of one device as a table."
     table = pd.DataFrame(run["rows"]).reindex(columns=["name", "size", "card_size", "channels", "parameters", "forward_s", "forward_cpu_s", "forward_mib", "step_s", "step_cpu_s", "step_mib", "left_out"])
     shape = lambda s: " x ".join(map(str, s)) if isinstance(s, list) else ""
     voxels = lambda s: s[0] * s[1] * s[2] if isinstance(s, list) else 0
@@ -80,7 +80,7 @@ def paired(
     by: str = "seed",  # equal where two rows are a pair
     most: float = 1.0,  # how far two values can be apart
 ) -> dict:  # mean of one less other, low, high, n
-    "Mean difference with its 95 % interval over the pairs, between what is possible."
+    "Compute the mean difference with its 95 % interval over the pairs, between what is possible."
     def pick(which: dict) -> pd.Series:
         found = rows[(rows[list(which)] == pd.Series(which)).all(axis=1)].set_index(by)[value]
         if found.index.has_duplicates: raise VfmError(f"{which} names more than one row per {by}; name one column more.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'RESET', 'PATIENCE', 'Page', 'fingerprint', 'code_print', 'records_print', 'report_pages', 'run_pages',
-           'job_title', 'words', 'execute_pages', 'last_line', 'record_rows', 'run_header', 'run_page']
+           'job_title', 'page_heading', 'execute_pages', 'last_line', 'record_rows', 'run_header', 'run_page']
 
 # %% ../../nbs/92_pages.ipynb #838900cd
 import hashlib
@@ -22,11 +22,11 @@ from pathlib import Path
 from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks
 from ..foundation.registry import VfmError, nearest
-from ..foundation.spec import StudySpec, load_study
-from .convert import front_matter, joined, parameterised, raw_html, read_notebook, to_page, without_title
+from ..foundation.spec import StudySpec
+from .convert import front_matter, join_lines, parameterised, raw_html, read_notebook, to_page, without_title
 from .published import Publication, publication_print, published_notebook
 from ..runs.forkserver import SAFE_KERNEL, safe_env
-from ..runs.grid import Job, plan, run_states
+from ..runs.grid import Job, run_states
 from ..runs.states import count_states, states_of
 
 # %% ../../nbs/92_pages.ipynb #78e20c45
@@ -60,7 +60,7 @@ def fingerprint(
 
 # %% ../../nbs/92_pages.ipynb #d70fdd39
 def code_print() -> str:
-    "Fingerprint of the code that pages run."
+    "Hash the code that pages run."
     package = package_root()
     used = [package / "runs" / n for n in ("record.py", "grid.py")] + sorted((package / "report").glob("*.py"))
     return fingerprint(package / "foundation", package / "analysis", *used)
@@ -69,7 +69,7 @@ def code_print() -> str:
 def records_print(
     records: list[dict],  # from read_records
 ) -> str:
-    "Fingerprint of all records of a study."
+    "Hash all records of a study."
     return fingerprint([json.dumps(r, sort_keys=True) for r in records])
 
 # %% ../../nbs/92_pages.ipynb #2b5b41d3
@@ -119,11 +119,11 @@ def job_title(
     first = job.specs[0]
     match job.kind:
         case "pretrain": return f"Pretraining: {first.backbone}"
-        case "external": return f"{words(first.task)} on {words(Path(first.cohort).name)}: {first.backbone}"
-    return f"{words(first.task)}: {first.backbone}" + (f", {first.n_train} cases" if len({s.n_train for s in job.specs}) == 1 else "")
+        case "external": return f"{page_heading(first.task)} on {page_heading(Path(first.cohort).name)}: {first.backbone}"
+    return f"{page_heading(first.task)}: {first.backbone}" + (f", {first.n_train} cases" if len({s.n_train for s in job.specs}) == 1 else "")
 
 # %% ../../nbs/92_pages.ipynb #a2888c13
-def words(name: str) -> str: return name.replace("_", " ").capitalize()  # a name as a heading
+def page_heading(name: str) -> str: return name.replace("_", " ").capitalize()  # a name as a heading
 
 # %% ../../nbs/92_pages.ipynb #a3467630
 RESET = "get_ipython().reset(new_session=False)"
@@ -154,7 +154,7 @@ async def _execute_pages(pages, study, done) -> None:
         for page in pages:
             nb = parameterised(read_notebook(page.source), {"study": study})
             reset = {"cell_type": "code", "id": "reset", "metadata": {}, "source": RESET, "outputs": [], "execution_count": None}
-            cells = [c | {"source": joined(c["source"])} for c in [reset, *nb["cells"]]]
+            cells = [c | {"source": join_lines(c["source"])} for c in [reset, *nb["cells"]]]
             nb = nbformat.from_dict(nb | {"cells": cells, "nbformat": 4, "nbformat_minor": 5})
             client, error = NotebookClient(nb, km=kernel, timeout=PATIENCE), ""
             try: await client.async_execute(cleanup_kc=False)
@@ -172,7 +172,7 @@ async def _execute_pages(pages, study, done) -> None:
 def last_line(
     error: Exception,
 ) -> str:  # without the colours of a terminal
-    "Say what went wrong in one line."
+    "State what went wrong in one line."
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__).splitlines()
     return lines[0 if isinstance(error, TimeoutError) else -1]  # a timeout shows its cell at the end
 
@@ -191,7 +191,7 @@ def run_header(
     job: Job,
     records: dict[str, dict],  # by run id, as published
 ) -> str:  # HTML
-    "Say where the runs of a notebook stand."
+    "State where the runs of a notebook stand."
     states = states_of(job, records)
     counts = count_states(states.values())
     name = html.escape(job.name)

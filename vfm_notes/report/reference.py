@@ -19,7 +19,7 @@ from pathlib import Path
 
 # %% ../../nbs/925_reference.ipynb #50ca2e5f
 from ..foundation.places import library_notebooks
-from .convert import CODE, equations, joined, raw_cell, raw_html, read_notebook
+from .convert import CODE, equations, join_lines, raw_cell, raw_html, read_notebook
 
 # %% ../../nbs/925_reference.ipynb #4b9a4b60
 ALWAYS = {"seed": "of the random numbers; the same seed gives the same result", "rng": "where random numbers come from", "draws": "how many times the data are drawn again",
@@ -134,7 +134,7 @@ def class_doc(
 def documented(
     source: str,  # an exported cell
 ) -> list[Documented]:
-    "Read what a source says about its public functions and classes."
+    "Read how a source documents its public functions and classes."
     said, read = comments(source), {ast.FunctionDef: function_doc, ast.ClassDef: class_doc}
     return [read[type(n)](n, said) for n in ast.parse(source).body if type(n) in read and not n.name.startswith("_")]
 
@@ -211,7 +211,7 @@ def read_library(
     out = []
     for p in library_notebooks() if paths is None else paths:
         nb = read_notebook(p)
-        sources = [joined(c["source"]) for c in nb["cells"]]
+        sources = [join_lines(c["source"]) for c in nb["cells"]]
         find = lambda pattern: next((m[1].strip() for s in sources if (m := re.search(pattern, s, re.M))), "")
         names = [d for s in sources if re.search(r"^#\|\s*export\b", s, re.M) for d in documented(s)]
         out.append(LibraryNotebook(p, nb, find(r"^# (.+)$"), find(r"^> (.+)$"), find(r"^#\|\s*default_exp (\S+)"), tuple(names)))
@@ -227,7 +227,7 @@ def reference_page(
     where = f'<p class="vfm-defined"><a href="../index.html">Report</a> · <a href="index.html">Library</a> · <code>vfm_notes.{html.escape(book.module)}</code>, written in <code>nbs/{html.escape(book.path.name)}</code>; its examples are run by the notebook tests</p>'
     cells, names = [raw_cell(options), prose(raw_html(where), "from")], {d.name for d in book.names}
     for i, c in enumerate(book.nb["cells"][1:]):
-        source = joined(c["source"])
+        source = join_lines(c["source"])
         cells += [prose(equations(linked(own_anchors(source, names), known)), f"m{i}")] if c["cell_type"] == "markdown" else code_cells(source, f"c{i}") if c["cell_type"] == "code" else []
     return {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -235,7 +235,7 @@ def reference_page(
 def addresses(
     books: list[LibraryNotebook],
 ) -> dict[str, str]:  # public name → page and anchor; a name that two modules have is left out
-    "Say where each public name is documented."
+    "State where each public name is documented."
     found = [(d.name, f"{b.path.stem}.ipynb#{d.name}") for b in books for d in b.names]
     count = Counter(n for n, _ in found)
     return {n: to for n, to in found if count[n] == 1}

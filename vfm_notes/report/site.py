@@ -24,17 +24,18 @@ import yaml
 
 # %% ../../nbs/93_site.ipynb #93ff0911
 from ..foundation.chart import chart_theme
+from ..foundation.disk import write_whole
 from ..foundation.origin import git_commit, versions
 from ..foundation.places import library_notebooks, notebook_file, package_root, pages_root, project_root, report_notebooks, site_root
 from ..foundation.registry import VfmError, nearest
 from ..foundation.spec import StudySpec, load_study
-from .convert import read_notebook, to_page, write_notebook, write_whole
-from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, words
+from .convert import read_notebook, to_page, write_notebook
+from .pages import Page, code_print, execute_pages, fingerprint, records_print, report_pages, run_page, run_pages, page_heading
 from .published import Publication, people_line, publication, publication_print, published_notebook, published_record, tally
 from .quarto import made_mark, quarto_version, render_project
 from .reference import addresses, index_page, read_library, reference_page, search_entries
 from ..runs.grid import plan
-from ..runs.record import SMALL, damage_lines, scan_records
+from ..runs.record import SMALL_FILE, damage_lines, scan_records
 from .stamp import (close_folder, drop_files, drop_pages, one_at_a_time, open_folder, read_stamp, replacing,
                                     write_json)
 
@@ -64,7 +65,7 @@ def site_config(
     for p in pages:
         if p.job:
             first = p.job.specs[0]
-            head = {"pretrain": "Pretraining", "external": "External cohort"}.get(p.job.kind) or words(first.task)
+            head = {"pretrain": "Pretraining", "external": "External cohort"}.get(p.job.kind) or page_heading(first.task)
             groups.setdefault(head, []).append({"text": first.backbone + (f", n {first.n_train}" if len(study.n_train) > 1 else ""), "href": f"{p.name}.ipynb"})
     if groups: web["sidebar"]["contents"].append({"section": "Notebooks", "contents": [{"section": k, "contents": v} for k, v in groups.items()]})
     web["page-footer"] = {"left": made_mark(made_from)}
@@ -76,7 +77,7 @@ def made_from(
     study: StudySpec,
     records: list[dict],
 ) -> str:
-    "Say what the site was made from."
+    "State what the site was made from."
     commits = sorted({(r.get("commit") or "unknown")[:7] + "-dirty" * str(r.get("commit")).endswith("-dirty") for r in records})
     runs = f"{sum(r['status'] == 'done' for r in records)} records" + (f" (computed at commit {', '.join(commits)})" if commits else "")
     here = git_commit() or "unknown"
@@ -103,12 +104,12 @@ def write_assets(
 
 # %% ../../nbs/93_site.ipynb #22d2b9a9
 def look_files() -> list[Path]:
-    "What the look of every page is made from."
+    "Return what the look of every page is made from."
     own = report_notebooks()[0].parent
     return [project_root() / "_quarto.yml", *sorted(p for p in own.iterdir() if p.suffix in (".css", ".js", ".scss", ".html", ".svg"))]
 
 def assets_print() -> str:
-    "Fingerprint of everything around the pages."
+    "Hash everything around the pages."
     return fingerprint(*look_files(), code_print())
 
 # %% ../../nbs/93_site.ipynb #0133749e
@@ -143,8 +144,8 @@ def render(
     if (index := site / "search.json").exists():
         own = [e for e in json.loads(index.read_text(encoding="utf-8")) if not e["href"].startswith("reference/")]
         entries = json.dumps(own + (more or []), ensure_ascii=False)
-        write_whole(index, entries)
-        write_whole(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n")
+        write_whole(index, entries, synced=False)
+        write_whole(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n", synced=False)
     return told
 
 # %% ../../nbs/93_site.ipynb #5cd9e07e
@@ -152,7 +153,7 @@ def publish(
     folder: Path,  # generated pages with their `_site`
     new: Path,  # an empty folder, see stamp.replacing
 ) -> None:
-    "Put the rendered site into the readers' folder."
+    "Put the rendered site into the published folder."
     shutil.copytree(folder / "_site", new, dirs_exist_ok=True)
 
 # %% ../../nbs/93_site.ipynb #70372e2e
@@ -170,7 +171,7 @@ class SiteResult:
 
 # %% ../../nbs/93_site.ipynb #refprint
 def reference_print(renderer: tuple[str, str]) -> str:  # renderer: quarto or smalldocs, and its version
-    "Fingerprint of all that the library's pages are made from."
+    "Hash all that the library's pages are made from."
     code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "quarto.py")]
     return fingerprint(*library_notebooks(), *code, *look_files(), renderer)
 
@@ -181,7 +182,7 @@ def write_config(
     text: Callable[[str], str] = str,  # what becomes of the text, e.g. pseudonyms
 ) -> None:
     "Write a project's settings."
-    write_whole(folder / "_quarto.yml", text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
+    write_whole(folder / "_quarto.yml", text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)), synced=False)
 
 def say_warnings(
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
@@ -233,7 +234,7 @@ def build_reference(
 def study_findings(
     study: str,  # name or path
 ) -> list[str]:
-    "Ask the analysis for its sentences."
+    "Compute the findings of a study as sentences."
     from vfm_notes.analysis.findings import findings
     return list(findings(load_study(study)))
 
@@ -310,7 +311,7 @@ def site_result(
     up_to_date: bool = False,
     made: tuple[str, ...] = (),  # pages that were made again
 ) -> SiteResult:
-    "Say what a site holds."
+    "State what a site holds."
     people = people_line([stamp["people"][p.name] for p in pages], pseudonyms)
     return SiteResult(target / "index.html", stamp["findings"], up_to_date, len(pages), made, tuple(stamp["problems"]),
                       people, time.monotonic() - begun)
@@ -324,7 +325,7 @@ def finish_site(
     reference: Path,  # generated pages of the library
     say: Callable[[str], None],
 ) -> None:
-    "Render the pages and put the site in the readers' place."
+    "Render the pages and put the site in its place."
     more = json.loads((reference / "search_entries.json").read_text(encoding="utf-8"))
     say_warnings(renderer, render(folder, renderer, more), say)
     failed = {p.split()[1] for p in stamp["problems"] if p.startswith("Page ")}
@@ -344,7 +345,7 @@ def make_site(
     "Make what has changed of a site."
     begun = time.monotonic()
     ids = {id for j in plan(spec) for id in j.runs}
-    records, damaged = scan_records(spec.name, ids, same=SMALL)
+    records, damaged = scan_records(spec.name, ids, same=SMALL_FILE)
     by, pages = site_pages(spec, records, pseudonyms)
     folder, target = pages_root() / spec.name, site_root()
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")

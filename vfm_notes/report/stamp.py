@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 
 # %% ../../nbs/928_stamp.ipynb #stamp004
-from ..foundation.disk import file_hash, fsync, write_whole
+from ..foundation.disk import file_hash, swap_folder, write_whole
 from ..foundation.places import pages_root
 from ..foundation.registry import VfmError
 
@@ -41,7 +41,7 @@ def write_json(
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 def files_of(folder: Path) -> list[str]:  # paths inside it; without the stamp and what a renderer makes
-    "All files of a folder."
+    "List all files of a folder."
     found = []
     for root, folders, names in os.walk(folder):
         inside = Path(root).relative_to(folder)
@@ -63,7 +63,7 @@ def seal(
     write_json(folder/"stamp.json", stamp | {"by": BY, "making": False, "files": made, "theirs": sorted(theirs)})
 
 def changed(folder: Path, made: dict) -> list[str]:  # made: of a stamp
-    "Files that somebody changed since they were made."
+    "Find files that somebody changed since they were made."
     def other(name: str, then: dict) -> bool:
         try: now = (folder/name).stat()
         except FileNotFoundError: return False
@@ -153,14 +153,12 @@ def replacing(
         (new/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(target/name, new/name, follow_symlinks=False)
     seal(new, stamp, theirs)
-    if target.exists(): os.rename(target, old)
-    os.rename(new, target)
-    fsync(target.parent)
+    swap_folder(target, new, old)
     erase(old)
 
 # %% ../../nbs/928_stamp.ipynb #stamp015
 def beside(target: Path) -> tuple[Path, Path]:  # of the new one, of the old one
-    "The names that a folder has while it is replaced."
+    "Return the names that a folder has while it is replaced."
     return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
 
 def erase(folder: Path) -> None:
@@ -184,7 +182,7 @@ def recover(target: Path) -> None:
 # %% ../../nbs/928_stamp.ipynb #stamp018
 @contextmanager
 def site_lock() -> Iterator[None]:
-    "Hold the pages and the site while the block runs; who comes second is told, and waits."
+    "Hold the pages and the site while the block runs; a second process reports that it waits."
     try:
         pages_root().mkdir(parents=True, exist_ok=True)
         file = (pages_root()/".lock").open("a")
@@ -201,7 +199,7 @@ def site_lock() -> Iterator[None]:
         yield
 
 def one_at_a_time(function: Callable) -> Callable:
-    "A function that holds the site's lock."
+    "Make a function hold the site's lock."
     @wraps(function)
     def held(*args, **options):
         with site_lock(): return function(*args, **options)

@@ -32,7 +32,7 @@ class Device:
 def read_devices(
     text: str,  # what nvidia-smi printed: index, name, free MiB
 ) -> list[Device]:
-    "The GPUs of a machine."
+    "Return the GPUs of a machine."
     rows = [[w.strip() for w in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
     return [Device(index, name, float(free) / 1024 if free.replace(".", "").isdigit() else 0.0) for index, name, free in rows]
 
@@ -41,13 +41,13 @@ def visible(
     devices: list[Device],
     chosen: str | None,  # value of CUDA_VISIBLE_DEVICES
 ) -> list[Device]:
-    "Those GPUs that this process may use."
+    "Return those GPUs that this process may use."
     if chosen is None: return devices
     words = [w.strip() for w in chosen.split(",") if w.strip()]
     return [d for w in words for d in devices if w == d.index or (not w.isdigit() and d.name.startswith(w))]
 
 def found_devices() -> list[Device]:
-    "The GPUs of this machine, none when there is no nvidia-smi."
+    "Return the GPUs of this machine, none when there is no nvidia-smi."
     if not shutil.which("nvidia-smi"): return []
     try: done = subprocess.run(["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired): return []
@@ -58,7 +58,7 @@ def choose_devices(
     text: str,  # e.g. "", "none", "0,1", "MIG-4f2a:10"
     found: list[Device],
 ) -> list[Device]:
-    "The GPUs that notebooks may use."
+    "Return the GPUs that notebooks may use."
     if text in ("", "none"): return [] if text else found
     known, chosen = {k: d for d in found for k in (d.index, d.name)}, []
     for word in (w.strip() for w in text.split(",")):
@@ -85,7 +85,7 @@ def read_settings(
     profile: str | Path | None,  # a YAML file with the same keys, which wins
     where: str,  # the mapping's name, e.g. "local"
 ):
-    "Settings of a study, changed by a profile."
+    "Read settings of a study, changed by a profile."
     given = from_values(cls, study, f"{where} of the study")
     if not profile: return given
     own = read_yaml(profile)
@@ -93,7 +93,7 @@ def read_settings(
     return from_values(cls, study | own, f"Profile {profile} for the executor '{where}'")
 
 def local_settings(study: dict, profile: str | Path | None = None) -> LocalSettings:
-    "What `local:` of a study says, changed by a profile."
+    "Read `local:` of a study, changed by a profile."
     return read_settings(LocalSettings, study, profile, "local")
 
 # %% ../../nbs/735_devices.ipynb #8834c58e
@@ -107,11 +107,11 @@ class Slots:
     ):
         self.processes = processes
         self.free = {d.name: int(d.memory // memory) if memory else 1 for d in devices}
-        if memory and not any(self.free.values()): raise VfmError(f"A notebook asks for {memory:g} GiB of a GPU, and the largest here has {max((d.memory for d in devices), default=0):.1f} GiB free: lower gpu_memory or wait for the others.")
-        if sum(map(bool, self.free.values())) < processes: raise VfmError(f"A training in {processes} processes needs {processes} GPUs, and {sum(map(bool, self.free.values()))} can be had: lower processes, or --gpus none for the CPU.")
+        if memory and not any(self.free.values()): raise VfmError(f"A notebook needs {memory:g} GiB of a GPU, and the largest here has {max((d.memory for d in devices), default=0):.1f} GiB free: lower gpu_memory or wait for the others.")
+        if sum(map(bool, self.free.values())) < processes: raise VfmError(f"A training in {processes} processes needs {processes} GPUs, and {sum(map(bool, self.free.values()))} are free: lower processes, or --gpus none for the CPU.")
 
     def take(self) -> tuple[str, ...] | None:  # names of GPUs; None: all places are taken
-        "A place on as many GPUs as a notebook needs."
+        "Take a place on as many GPUs as a notebook needs."
         names = sorted((n for n in self.free if self.free[n]), key=lambda n: -self.free[n])[:self.processes]
         if len(names) < self.processes: return None
         for n in names: self.free[n] -= 1
@@ -122,7 +122,7 @@ class Slots:
         for n in names: self.free[n] += 1
 
     def total(self) -> int:
-        "How many notebooks fit at a time."
+        "Return how many notebooks fit at a time."
         taken = []
         while (names := self.take()): taken.append(names)
         for names in taken: self.give(names)

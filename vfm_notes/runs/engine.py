@@ -32,7 +32,7 @@ from .record import say
 def run_kernel(
     *arguments: str,  # what would follow `python -m ipykernel_launcher`
 ) -> None:
-    "Be a kernel until told to stop."
+    "Be a kernel until it is stopped."
     from ipykernel.kernelapp import IPKernelApp
     sys.argv = ["ipykernel_launcher", *arguments]
     IPKernelApp.launch_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
@@ -40,13 +40,13 @@ def run_kernel(
 # %% ../../nbs/73_engine.ipynb #ec072218
 @lru_cache
 def own_server() -> ForkServer:
-    "A server for this process, started at the first use."
+    "Return a server for this process, started at the first use."
     server = ForkServer()
     atexit.register(server.close)
     return server
 
 def server_address() -> str:
-    "The fork server that this process should ask."
+    "Return the address of the fork server that this process should use."
     return os.environ.get("VFM_FORKSERVER") or own_server().address
 
 # %% ../../nbs/73_engine.ipynb #2b51e279
@@ -74,7 +74,7 @@ class ForkedClient(AsyncKernelClient):
         raise RuntimeError(f"Kernel didn't respond in {timeout} seconds")
 
     def answers(self, message: dict, question: dict) -> bool:
-        "Is this the last message that a question causes?"
+        "Return whether this is the last message that a question causes."
         return message["parent_header"].get("msg_id") == question["header"]["msg_id"] and message["content"].get("execution_state") == "idle"
 
 # %% ../../nbs/73_engine.ipynb #076435bb
@@ -98,14 +98,14 @@ class ForkedManager(AsyncKernelManager):
 def not_forkable(
     kernel_name: str,  # name of an installed kernel
 ) -> str:  # "" if it can be forked, else the reason
-    "Why a kernel has to be started the plain way."
+    "Return why a kernel has to be started the plain way."
     if reason := can_fork(): return reason
     argv = AsyncKernelManager(kernel_name=kernel_name).kernel_spec.argv
     same = os.path.realpath(argv[0]) == os.path.realpath(sys.executable) or argv[0] in ("python", "python3")
     return "" if same and argv[1:3] == ["-m", "ipykernel_launcher"] else f"kernel '{kernel_name}' is not this Python"
 
 # %% ../../nbs/73_engine.ipynb #d87b7130
-class ForkedEngine(NBClientEngine):
+class ForkedEngine(NBClientEngine):  # noqa: F811 (takes the promised name's place)
     "papermill's engine with kernels forked from a pre-imported parent."
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):

@@ -37,7 +37,7 @@ def core_seconds(
     kind: str,  # pretrain, transfer or external
     spec: dict,  # field → value, of a spec or as a record has it
 ) -> float:
-    "What a run would take on the core where costs were measured."
+    "Estimate what a run would take on the core where costs were measured."
     costs, cases = voxel_seconds(), spec.get("cases", {})
     forward, step = costs.get(spec["backbone"].split(".")[0], costs[spec["size"][0] > 1])
     whole, piece = prod(spec["size"]), prod(map(min, spec["size"], spec.get("window") or spec["size"]))
@@ -53,7 +53,7 @@ def core_seconds(
 Speeds = dict[tuple, tuple[float, float, int]]  # key of `relatives` → seconds taken, core seconds, number of runs
 
 def relatives(kind: str, spec: dict) -> list[tuple]:
-    "Keys of a run, from its closest relatives to the most distant."
+    "Return keys of a run, from its closest relatives to the most distant."
     near = (kind, spec.get("task", ""), spec["backbone"], spec.get("strategy", ""))
     return [near[:k] for k in (4, 3, 2, 1, 0)]
 
@@ -85,14 +85,14 @@ class Estimate:
 
     @property
     def basis(self) -> str:
-        "Say what it rests on."
+        "State what it rests on."
         if self.runs: return f"judged by {self.runs} {'run' if self.runs == 1 else 'runs'} like these"
         where = "costs measured on one processor core of another machine"
         return f"an estimate from {where}, as no run is recorded here yet"
 
 # %% ../../nbs/752_estimate.ipynb #46ecd965
 def run_time(kind: str, spec: dict, known: Speeds) -> Estimate:
-    "How long one run will take."
+    "Estimate how long one run will take."
     seconds, core, runs = next((known[k] for k in relatives(kind, spec) if k in known), (1.0, 1.0, 0))
     return Estimate(core_seconds(kind, spec) * seconds / core, runs)
 
@@ -101,7 +101,7 @@ def time_left(
     known: Speeds,  # from speeds
     parallel: int = 1,  # jobs at a time
 ) -> Estimate:
-    "How long it will be until all jobs are done."
+    "Estimate how long it will be until all jobs are done."
     each = []
     for look in looks:
         kind = look.job.kind

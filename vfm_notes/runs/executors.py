@@ -54,7 +54,7 @@ class Future:
     def running(self) -> bool: return self.process is not None and not self.done()
 
     def done(self) -> bool:
-        "Has it ended, in whatever way?"
+        "Return whether it has ended, in whatever way."
         if self._answer is None:
             self.executor.pump()
             if self.process is not None and self.process.poll() is not None: self._answer = self._read()
@@ -68,7 +68,7 @@ class Future:
         return False, self.executor.why(self)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        "The exception that it ended with, or None; waits for the end."
+        "Return the exception that it ended with, or None; waits for the end."
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
         while not self.done():
             if time.monotonic() > end: raise TimeoutError(f"no result within {timeout} s")
@@ -76,7 +76,7 @@ class Future:
         return None if self._answer[0] else self._answer[1]
 
     def result(self, timeout: float | None = None):
-        "What the function returned; raises what it raised."
+        "Return what the function returned; raise what it raised."
         if error := self.exception(timeout): raise error
         return self._answer[1]
 
@@ -89,11 +89,11 @@ class Future:
 executors = Registry("executor")
 
 def cores() -> int:
-    "CPU cores that this process may use."
+    "Count the CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def thread_env(n: int) -> dict[str, str]:  # n: threads for each process
-    "Environment that limits numeric libraries to `n` threads."
+    "Make an environment that limits numeric libraries to `n` threads."
     return {k: str(n) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 # %% ../../nbs/74_executors.ipynb #d641a779
@@ -166,7 +166,7 @@ def start(self: LocalExecutor, future: Future, gpus: tuple[str, ...]):  # gpus: 
 
 # %% ../../nbs/74_executors.ipynb #be52d44b
 def why(self: LocalExecutor, future: Future) -> Died:
-    "What happened to a worker that left no result."
+    "Explain what happened to a worker that left no result."
     code = future.process.returncode
     return Died(f"The worker was killed by signal {-code}." if code < 0 else f"The worker ended with status {code} and no result; see {future.log}.")
 
@@ -175,7 +175,7 @@ def end(self: LocalExecutor, process) -> None:
     kill_group(process.pid, signal.SIGKILL)
 
 def leave(self: LocalExecutor) -> bool:  # it is worth waiting for
-    "Ask what runs to come to a good place and end."
+    "Request running jobs to save their work and end."
     for future in self.active: kill_group(future.process.pid, signal.SIGTERM)
     return True
 

@@ -40,7 +40,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS":
          "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available() must not create a CUDA context
 
 def preload_list() -> list[str]:
-    "The modules that a fork server imports."
+    "Return the modules that a fork server imports."
     chosen = os.environ.get("VFM_PRELOAD")
     return list(PRELOAD) if chosen is None else [n for n in chosen.split(",") if n]
 
@@ -48,9 +48,9 @@ def preload_list() -> list[str]:
 def die_with_parent(
     parent: int,  # process number of the parent at the fork
 ) -> None:
-    "Ask the system to kill this process when its parent ends."
+    "Make the system kill this process when its parent ends."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent: os._exit(1)  # it ended before we asked
+    if os.getppid() != parent: os._exit(1)  # it ended before the call
 
 def set_threads(n: int) -> None:
     "Let the libraries that are already loaded use `n` threads."
@@ -84,7 +84,7 @@ def call(name: str, *args):  # name: "module:function"
     return getattr(importlib.import_module(module), function)(*args)
 
 def run_child(request: dict) -> None:  # call, args, env, cwd, log
-    "Do what was asked and end, without the parent's exit handlers."
+    "Carry out the request and end, without the parent's exit handlers."
     code = 1
     try:
         become(request["env"], request["cwd"], request["log"])
@@ -158,13 +158,13 @@ def tell(self: Server, pid: int, answer: dict) -> None:
 
 # %% ../../nbs/72_forkserver.ipynb #80ef5b2f
 def give_up(self: Server, pid: int) -> None:
-    "The holder is gone: kill the child and its descendants."
+    "Kill the child and its descendants: the holder is gone."
     self.children[pid].close()
     self.children[pid] = None
     kill_group(pid, signal.SIGKILL)
 
 def reap(self: Server) -> None:
-    "Tell holders how their children ended."
+    "Report to holders how their children ended."
     while self.children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid: return
@@ -187,7 +187,7 @@ def serve(
     address: str,  # path of the Unix socket
     *modules: str,  # what to import before the first fork
 ) -> None:
-    "The fork server's main function."
+    "Serve: the fork server's main function."
     server = Server(address)
     begun = time.monotonic()
     for name in modules:
@@ -222,12 +222,12 @@ class Forked:
         self._lease.sendall(json.dumps(request).encode() + b"\n")
         self._answers = self._lease.makefile()
         answer = self._answers.readline()
-        if not answer: raise VfmError("The fork server ended before it could start a process; its log tells why.")
+        if not answer: raise VfmError("The fork server ended before it could start a process; see its log.")
         self.pid = json.loads(answer)["pid"]
         self.started.add(self.pid)
 
     def poll(self) -> int | None:
-        "The exit status (minus the signal's number), None while it runs."
+        "Return the exit status (minus the signal's number), None while it runs."
         if self.returncode is None and select.select([self._lease], [], [], 0)[0]: self._read()
         return self.returncode
 
@@ -256,19 +256,19 @@ Forked.terminate = lambda self: self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/72_forkserver.ipynb #4d497351
 def can_fork() -> str:  # "" if possible, else the reason
-    "Can processes be forked from a pre-imported parent here?"
+    "Return whether processes can be forked from a pre-imported parent here."
     if os.environ.get("VFM_FORK") == "0": return "VFM_FORK=0"
     return "" if sys.platform == "linux" else f"forking a loaded parent is not safe on {sys.platform}"
 
 def python_path() -> str:
-    "A PYTHONPATH by which a new interpreter finds this package; an empty part would be the working folder."
+    "Return a PYTHONPATH by which a new interpreter finds this package; an empty part would be the working folder."
     return os.pathsep.join(filter(None, dict.fromkeys([str(checkout() or ""),
                                                        *os.environ.get("PYTHONPATH", "").split(os.pathsep)])))
 
 SAFE_KERNEL = ("--IPKernelApp.ignore_cwd=True",)  # a kernel puts the working folder in front, too
 
 def safe_env() -> dict[str, str]:
-    "What makes a new interpreter find this package, and nothing that happens to lie in the working folder."
+    "Make an environment in which an interpreter finds this package and nothing of the working folder."
     return {"PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}
 
 class ForkServer:

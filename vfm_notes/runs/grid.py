@@ -13,7 +13,7 @@ import ast
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
@@ -44,7 +44,7 @@ class Job:
 
     @property
     def skipped(self) -> str:
-        "Why it cannot run here, \"\" if it can: an external cohort may be absent."
+        "Return why it cannot run here, \"\" if it can: an external cohort may be absent."
         return unavailable(self.specs[0].cohort, os.environ.get("VFM_DATA")) if self.kind == "external" else ""
 
 # %% ../../nbs/71_grid.ipynb #e7ddb44a
@@ -53,10 +53,10 @@ def unavailable(
     cohort: str,  # a registered cohort
     data: str | None = None,  # value of VFM_DATA, so that an answer is not remembered for another folder
 ) -> str:  # the reason, "" when it seems to be here
-    "Why a cohort cannot be used here, found without loading it."
+    "Return why a cohort cannot be used here, found without loading it."
     import vfm_notes.data.datasets  # registers the real ones; no torch
     from vfm_notes.data.load import layout_folder
-    if cohort not in cohorts and ":" not in cohort: return ""  # a wrong name is told when all names are checked
+    if cohort not in cohorts and ":" not in cohort: return ""  # a wrong name is reported when all names are checked
     try: layout_folder(cohort) if ":" in cohort else cohorts.card(cohort).get("fingerprint", str)()
     except VfmError as error: return str(error)
     return ""
@@ -66,7 +66,7 @@ SPECS = {"pretrain": PretrainSpec, "transfer": RunSpec, "external": ExternalSpec
 PLURAL = {"strategy": "strategies", "seed": "seeds"}
 
 def parameter_names(kind: str) -> list[str]:  # kind: pretrain, transfer or external
-    "The parameters that a template of this kind must have."
+    "Return the parameters that a template of this kind must have."
     own = [f.name for f in fields(SPECS[kind])]
     return ["study"] + [PLURAL.get(n, n) if kind == "transfer" else n for n in own]
 
@@ -74,7 +74,7 @@ def job_parameters(
     study: str,  # name of the study
     specs: list,  # the job's specs, of one kind
 ) -> dict:
-    "Plain values for a template's `parameters` cell."
+    "Return plain values for a template's `parameters` cell."
     first = specs[0]
     values = json.loads(json.dumps(asdict(first)))
     if first.kind == "transfer":
@@ -88,14 +88,14 @@ def job_parameters(
 @dataclass(frozen=True)
 class Looped:
     "What a transfer notebook loops over."
-    strategies: field_types(StudySpec)["strategies"]
-    seeds: field_types(StudySpec)["seeds"]
+    strategies: field_types(StudySpec)["strategies"]  # noqa: F821 (a key, not a type)
+    seeds: field_types(StudySpec)["seeds"]  # noqa: F821
 
 def job_specs(
     kind: str,  # pretrain, transfer or external
     **parameters,  # the values of the `parameters` cell
 ) -> list[Spec]:
-    "The runs that a notebook with these parameters computes."
+    "Return the runs that a notebook with these parameters computes."
     where, values = f"Parameters of the {kind} template", dict(parameters)
     check_name(values.pop("study", "by_hand"), f"{where}: study")
     if kind != "transfer": return [from_values(SPECS[kind], values, where)]
@@ -106,7 +106,7 @@ def job_specs(
 
 # %% ../../nbs/71_grid.ipynb #6dc4116f
 def axes_of(study: StudySpec) -> dict[str, list[str]]:
-    "What `--only` can choose from."
+    "Return what `--only` can choose from."
     return {"kind": list(SPECS), "task": list(study.tasks), "backbone": list(dict.fromkeys([*study.backbones, *study.specialists.values()])), "strategy": list(dict.fromkeys(r.strategy for r in run_specs(study))),
             "seed": [str(s) for s in study.seeds], "n_train": [str(n) for n in study.n_train or [study.cases["train"]]]} | {k: [str(v) for v in values] for k, values in study.search.items()}
 
@@ -130,14 +130,14 @@ def parse_only(
 
 # %% ../../nbs/71_grid.ipynb #871d2a8d
 def matches(spec: Spec, chosen: dict) -> bool:
-    "Is every chosen key, where the spec has it, one of the allowed values?"
+    "Return whether every chosen key, where the spec has it, is one of the allowed values."
     return all(str(getattr(spec, key, None)) in allowed for key, allowed in chosen.items())
 
 # %% ../../nbs/71_grid.ipynb #6345de7a
 def seed_choice(
     text: str | None,  # e.g. "0-4,7"
 ) -> list[str]:  # as for --only
-    "Seeds and ranges of seeds as choices."
+    "Read seeds and ranges of seeds as choices."
     found = []
     for part in filter(None, (p.strip() for p in (text or "").split(","))):
         first, dash, last = part.partition("-")
@@ -149,7 +149,7 @@ def shard(
     jobs: list,  # of a plan
     text: str | None,  # "i/n", e.g. "2/8"; None: all
 ) -> list:
-    "Every n-th notebook, beginning with the i-th, and what it needs."
+    "Choose every n-th notebook, beginning with the i-th, and what it needs."
     if not text: return jobs
     i, slash, n = text.partition("/")
     if not (slash and i.isdigit() and n.isdigit() and 0 < int(i) <= int(n)): raise VfmError(f"--shard '{text}': expected i/n with 1 <= i <= n, e.g. 2/8.")
@@ -161,7 +161,7 @@ def shard(
 
 # %% ../../nbs/71_grid.ipynb #b58dd1d8
 def template_of(kind: str, templates: Path | None) -> Path:
-    "The template of a kind, from the project or from a folder of one's own."
+    "Return the template of a kind, from the project or from a folder of one's own."
     return Path(templates).resolve()/f"{kind}.ipynb" if templates else template_file(kind)
 
 # %% ../../nbs/71_grid.ipynb #2a17152d
@@ -170,12 +170,12 @@ def plan(
     only=None,  # see parse_only
     templates: Path | None = None,  # folder with one's own templates
 ) -> list[Job]:  # in the order of their needs
-    "The jobs of a study."
+    "List the jobs of a study."
     chosen = parse_only(only, study)
     kinds = chosen.pop("kind", set(SPECS))
     runs = [s for s in run_specs(study) if matches(s, chosen)] if kinds & {"transfer", "external"} else []
     needed = {s.parent for s in runs}
-    alone = "pretrain" in kinds and set(chosen) <= {"backbone"}  # asked for by itself, not through a run
+    alone = "pretrain" in kinds and set(chosen) <= {"backbone"}  # requested by itself, not through a run
     made = [s for s in pretrain_specs(study) if run_id(s) in needed or (alone and matches(s, chosen))]
     weights = [Job(f"pretrain-{s.backbone}", "pretrain", template_of("pretrain", templates), job_parameters(study.name, [s]), (s,)) for s in made]
     transfers = transfer_jobs(study.name, runs, weights, template_of("transfer", templates), tuple(study.search))
@@ -189,7 +189,7 @@ def transfer_jobs(
     template: Path,
     searched: tuple = (),  # fields of the study's search
 ) -> list[Job]:
-    "One job for each task, backbone, training-set size and setting of the search."
+    "Make one job for each task, backbone, training-set size and setting of the search."
     def key(s): return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched)
     maker = {job.runs[0]: job.name for job in weights}
     grouped = ((k, list(g)) for k, g in groupby(sorted(runs, key=key), key))
@@ -199,7 +199,7 @@ def transfer_jobs(
     return sorted(jobs, key=lambda job: order.index(key(job.specs[0])))
 
 def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: Path) -> list[Job]:
-    "One job for each backbone whose tuned runs are all in the plan."
+    "Make one job for each backbone whose tuned runs are all in the plan."
     maker = {id: job.name for job in transfers for id in job.runs}
     specs = [s for s in external_specs(study) if "external" in kinds and set(s.parents) <= set(maker)]
     return [Job(f"external-{file_name(Path(s.cohort).name)}-{s.task}-{s.backbone}", "external", template, job_parameters(study.name, [s]), (s,),
@@ -207,30 +207,30 @@ def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: 
 
 # %% ../../nbs/71_grid.ipynb #508f4e5b
 def study_records(study: StudySpec) -> list[dict]:
-    "The records that belong to the study file as it is now; those of an earlier one stay on the disk and out of every number."
+    "Return the records that belong to the study file as it is now; earlier ones enter no number."
     ids = {id for job in plan(study) for id in job.runs}
     return [r for r in read_records(study.name) if r["id"] in ids]
 
 def known_records(study: str) -> dict[str, dict]:
-    "All records of a study by run id."
+    "Return all records of a study by run id."
     return {r["id"]: r for r in read_records(study)}
 
 def run_states(
     job: Job,
     records: dict,  # from known_records
 ) -> dict[str, str]:  # run id → done, failed or missing
-    "What is known about a job's runs."
+    "Return what is known about a job's runs."
     return {id: records[id]["status"] if id in records else "missing" for id in job.runs}  # an id is the hash of its spec
 
 def job_states(job: Job, study: str) -> dict[str, str]:
-    "The same, reading only the job's own records."
+    "Return the same, reading only the job's own records."
     return run_states(job, {id: r for id in job.runs if (r := read_record(run_folder(study, id)))})
 
 # %% ../../nbs/71_grid.ipynb #5220e5e2
 def template_parameters(
     template: Path,
 ) -> list[str]:
-    "Names assigned in the cell tagged `parameters`."
+    "Return names assigned in the cell tagged `parameters`."
     try: cells = json.loads(Path(template).read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError: raise VfmError(f"Template {template} does not exist.") from None
     except (ValueError, KeyError, TypeError) as e: raise VfmError(f"Template {template} is not a notebook ({e}).") from None

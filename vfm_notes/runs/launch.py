@@ -90,8 +90,8 @@ class Helpers:
         self.watch = threading.Thread(target=self.look_on, daemon=True)
         self.watch.start()
 
-    def lost(self, seconds: float = 0.0) -> str: # seconds to wait for it; → "" when none is
-        "Which helper has ended badly, and how."
+    def lost(self, seconds: float = 0.0) -> str:  # seconds to wait for it; → "" when none is
+        "Return which helper has ended badly, and how."
         end = time.monotonic() + seconds
         while True:
             with self.turn: bad = [(r, p.returncode) for r, p in self.going.items() if p.poll()]
@@ -104,7 +104,7 @@ class Helpers:
         return f"Process {rank + 1} of {self.size} that share this training is gone ({how})"
 
     def wait(self) -> None:
-        "Until all have read what to do, or one cannot."
+        "Wait until all have read what to do, or one cannot."
         while not all((self.folder/f"ready-{r}").exists() for r in self.going):
             if lost := self.lost(): raise VfmError(f"{lost} before it began; its messages are in the log.")
             time.sleep(0.02)
@@ -114,10 +114,10 @@ def look_on(self: Helpers) -> None:
     "End this process when it waits for one that is gone."
     while not self.over.wait(0.5):
         if (lost := self.lost()) and not self.over.wait(30):
-            say(f"{lost}, and this one waits for it in vain: it is ended.")
+            say(f"{lost}; this process waited for it and is ended.")
             os.kill(os.getpid(), signal.SIGKILL)
 
-def end(self: Helpers, seconds: float) -> None: # seconds that they may take
+def end(self: Helpers, seconds: float) -> None:  # seconds that they may take
     "See them off."
     self.over.set()
     self.watch.join()
@@ -131,11 +131,11 @@ for method in (look_on, end): setattr(Helpers, method.__name__, method)
 
 # %% ../../nbs/743_launch.ipynb #5bb14045
 def together(
-    function: Callable, # importable, e.g. tune.transfer.transfer
-    *args, # for all processes, picklable
-    **alone, # for the first only, e.g. progress and keeper
+    function: Callable,  # importable, e.g. tune.transfer.transfer
+    *args,  # for all processes, picklable
+    **alone,  # for the first only, e.g. progress and keeper
 ):
-    "What `function(*args, **alone)` returns, computed in as many processes as VFM_PROCESSES says."
+    "Compute `function(*args, **alone)` in as many processes as VFM_PROCESSES states, and return its value."
     size = int(os.environ.get("VFM_PROCESSES") or 1)
     if size == 1: return function(*args, **alone)
     helpers, seconds = Helpers(function, args, size), 0.0

@@ -13,9 +13,9 @@ from .grid import Job, run_states
 
 # %% ../../nbs/712_states.ipynb #d8bb4320
 STATES = {
-    "done": "it has a record", "failed": "its record says what went wrong", "damaged": "its record or one of its files cannot be read",
+    "done": "it has a record", "failed": "its record states what went wrong", "damaged": "its record or one of its files cannot be read",
     "running": "its notebook is at work", "queued": "its notebook waits in a cluster's queue", "missing": "nothing has been computed yet",
-    "skipped": "it cannot run here, and the reason is said"}  # in the order in which they are told
+    "skipped": "it cannot run here, for a stated reason"}  # in the order in which they are reported
 OPEN = ("running", "queued", "missing")  # still to be computed
 
 # %% ../../nbs/712_states.ipynb #445c0d29
@@ -25,16 +25,16 @@ def states_of(
     running: bool = False,  # its notebook is at work
     queued: bool = False,  # it waits in a cluster's queue
 ) -> dict[str, str]:  # run id → one of STATES
-    "Where each run of a job stands."
+    "Find out where each run of a job stands."
     left = "running" if running else "queued" if queued else "skipped" if job.skipped else "missing"
     return {id: left if state == "missing" else state for id, state in run_states(job, records).items()}
 
 def count_states(states: Iterable[str]) -> str:  # "58 done, 1 failed, 3 missing"
-    "How many runs stand where."
+    "Count how many runs stand where."
     count = Counter(states)
     return ", ".join(f"{count[s]} {s}" for s in STATES if count[s]) or "no runs"
 
 def job_state(states: Iterable[str]) -> str:  # of the runs of one notebook
-    "One word for a notebook: what there is to know first."
+    "Describe a notebook in one word: what there is to know first."
     there = set(states)
     return next((s for s in ("running", "queued", "damaged", "missing", "failed", "skipped", "done") if s in there), "done")

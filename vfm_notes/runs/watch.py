@@ -24,8 +24,8 @@ class Look:
     states: dict  # run id → one of runs.states.STATES
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
-    text: str = ""  # what the notebook says it does
-    said: float = 0.0  # when it said so, seconds since 1970
+    text: str = ""  # what the notebook reports to do
+    said: float = 0.0  # when it reported that, seconds since 1970
     queued: str = ""  # where it is in a cluster's queue
 
     @property
@@ -34,16 +34,16 @@ class Look:
     def elapsed(self) -> float: return max(0.0, time.time() - self.since) if self.since else 0.0
     @property
     def whole(self) -> float | None:
-        "How long the notebook will have taken, as far as it can tell."
+        "Return how long the notebook will have taken, as far as known."
         return (self.said - self.since) / self.part if self.since and self.part > 0.05 and self.said > self.since else None
 
 def look_at(
     study: str,  # name of the study
     job: Job,
     records: dict,  # run id → record
-    queued: str = "",  # what a cluster's queue says of it
+    queued: str = "",  # what a cluster's queue reports of it
 ) -> Look:
-    "How a job stands now."
+    "Find out how a job stands now."
     since = running_since(study, job.name)
     look = Look(job, states_of(job, records, since is not None, bool(queued)), since, queued=queued)
     if look.since:
@@ -55,7 +55,7 @@ def look_at(
 
 # %% ../../nbs/75_watch.ipynb #0410f078
 def duration(seconds: float | None) -> str:
-    "Seconds for people."
+    "Write seconds for people."
     if seconds is None: return "unknown time"
     s = round(seconds)
     return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
@@ -81,7 +81,7 @@ class Display:
         return f"[{seconds // 60:02}:{seconds % 60:02}]"
 
     def say(self, text: str) -> None:
-        "A line that stays."
+        "Print a line that stays."
         if self.live: self.live.console.print(f"{self.clock()} {text}", markup=False, highlight=False, soft_wrap=True)
         else: print(self.clock(), text, flush=True)
 
@@ -104,7 +104,7 @@ def bars(
     looks: list[Look],  # running jobs
     status: str,
 ):  # a rich table
-    "One bar for each running job and one for the study."
+    "Draw one bar for each running job and one for the study."
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text

@@ -16,7 +16,7 @@ from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import VfmError, nearest, tasks
 from .heads import CASE_HEADS, case_head, check_head
 from .metric import auc, quadratic_kappa, recall_parts
-from .task import Task, TaskData, case_rows, check_scores, class_scores, statistics_reader
+from .task import Task, TaskData, case_table, check_scores, predict_class_scores, statistics_reader
 
 # %% ../../nbs/611_case_task.ipynb #25d580c5
 class CaseTask(Task):
@@ -31,7 +31,7 @@ class CaseTask(Task):
     def pictures(self, output: Tensor, data: TaskData) -> dict: return {"input": data.inputs.numpy()}
 
     def inputs(self, cohort: Cohort, target: np.ndarray) -> TaskData:
-        "A split with these targets."
+        "Return a split with these targets."
         return TaskData(torch.from_numpy(self.scale(cohort.volumes)), torch.from_numpy(target), cohort.names, cohort.patients, self.card.spacing)
 
 # %% ../../nbs/611_case_task.ipynb #bb324eb7
@@ -59,12 +59,12 @@ class GradeTask(CaseTask):
     def probabilities(self, output: Tensor) -> Tensor: return output.softmax(-1)
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:  # score: n grades
-        return case_rows(data, {"label": data.target.numpy()} | {f"score_{k}": score[:, k] for k in range(score.shape[1])} | {"accuracy": score.argmax(1) == data.target.numpy()})
+        return case_table(data, {"label": data.target.numpy()} | {f"score_{k}": score[:, k] for k in range(score.shape[1])} | {"accuracy": score.argmax(1) == data.target.numpy()})
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame: return self.rows(self.probabilities(output).numpy(), data)
 
     def table(self, cases: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # label (n,), score (n, grades)
-        "Labels and scores out of the rows."
+        "Return labels and scores out of the rows."
         wide = cases.pivot(index="case", columns="metric", values="value")
         return wide["label"].to_numpy().astype(int), wide[[f"score_{k}" for k in range(len(self.card.grades))]].to_numpy()
 
@@ -72,7 +72,7 @@ class GradeTask(CaseTask):
         return f"all of them have the grade {self.card.grades[self.table(cases)[0][0]]}"
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
-        return self.rows(class_scores(statistics_reader(train, train.target.numpy()), test, len(self.card.grades)).softmax(-1).numpy(), test)
+        return self.rows(predict_class_scores(statistics_reader(train, train.target.numpy()), test, len(self.card.grades)).softmax(-1).numpy(), test)
 
 # %% ../../nbs/611_case_task.ipynb #2d159324
 @tasks("classification", title="Lesion-risk classification")
@@ -90,7 +90,7 @@ class Classification(GradeTask):
 
     def learn(self, train: Cohort) -> None:
         found = int((train.grade >= self.positive).sum())
-        if found in (0, len(train)): raise VfmError(f"Task 'classification': {found} of the {len(train)} training cases of cohort '{self.card.name}' are positive ({self.card.grades[self.positive]} or higher), so there is nothing to tell apart; use more training cases or another grade as 'positive'.")
+        if found in (0, len(train)): raise VfmError(f"Task 'classification': {found} of the {len(train)} training cases of cohort '{self.card.name}' are positive ({self.card.grades[self.positive]} or higher), so there is nothing to classify; use more training cases or another grade as 'positive'.")
 
     def summary(self, cases: pd.DataFrame) -> dict:
         label, score = self.table(cases)
@@ -114,14 +114,14 @@ class MultiClass(GradeTask):
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:
         part = recall_parts(data.target.numpy(), score.argmax(1))
-        return pd.concat([super().rows(score, data), case_rows(data, {"macro_recall": part})], ignore_index=True)
+        return pd.concat([super().rows(score, data), case_table(data, {"macro_recall": part})], ignore_index=True)
 
 # %% ../../nbs/611_case_task.ipynb #05296b57
 def corn_loss(
     output: Tensor,  # b k−1, logits of "above grade j, given at least j"
     target: Tensor,  # b, 0 … k−1
 ) -> Tensor:
-    "Mean binary cross-entropy of all questions that apply."
+    "Return the mean binary cross-entropy of all questions that apply."
     asked = target[:, None] >= torch.arange(output.shape[1], device=output.device)
     answer = (target[:, None] > torch.arange(output.shape[1], device=output.device)).float()
     return nn.functional.binary_cross_entropy_with_logits(output[asked], answer[asked])
@@ -129,7 +129,7 @@ def corn_loss(
 def corn_probabilities(
     output: Tensor,  # b k−1
 ) -> Tensor:  # b k
-    "The probability of each grade."
+    "Return the probability of each grade."
     above = torch.cat([torch.ones_like(output[:, :1]), output.sigmoid().cumprod(1), torch.zeros_like(output[:, :1])], 1)
     return above[:, :-1] - above[:, 1:]
 

@@ -31,7 +31,7 @@ def training_batches(
     spec: RunSpec,  # batch_size, seed
     augmentations: dict[str, dict] | Iterable[str] = ("flip",),  # of data.augment
 ) -> Loader:  # of "inputs" and "target"
-    "Shuffled, augmented batches of a task."
+    "Draw shuffled, augmented batches of a task."
     change, cut = augment(augmentations), pieces(data, spec.window)
     return Loader({"inputs": data.inputs, "target": data.target}, spec.batch_size, spec.seed, last="fill", change=lambda batch, rng: change(cut(batch, rng), rng))
 
@@ -42,7 +42,7 @@ def smaller(
     window: tuple,  # voxels, d h w, or empty
     x: Tensor,  # … d h w
 ) -> bool:
-    "Does a window leave something of the volume out?"
+    "Return whether a window leaves out something of the volume."
     return bool(window) and any(w < s for w, s in zip(window, x.shape[-3:]))
 
 def sliding(
@@ -50,7 +50,7 @@ def sliding(
     window: tuple,  # voxels, d h w
     batch_size: int,  # windows at a time
 ) -> Callable[[Tensor], Tensor]:  # b c d h w → b k d h w
-    "A network that looks through windows."
+    "Make a network look through windows."
     from monai.inferers import sliding_window_inference
     return lambda x: sliding_window_inference(x, [min(w, s) for w, s in zip(window, x.shape[-3:])], batch_size, model, overlap=OVERLAP, mode="gaussian")
 
@@ -59,7 +59,7 @@ def pieces(
     data: TaskData,
     window: tuple,  # voxels, d h w; empty: whole volumes
 ) -> Callable[[dict, np.random.Generator], dict]:  # the `change` of a loader
-    "Random pieces of the cases of a batch."
+    "Cut random windows out of the cases of a batch."
     if not smaller(window, data.inputs): return lambda batch, rng: batch
     if data.target.shape[-3:] != data.inputs.shape[-3:]: raise VfmError(f"A window of {tuple(window)} voxels needs a target for every voxel, but this task's target has the shape {tuple(data.target.shape)}: leave `window` out, or choose segmentation or an image-to-image task.")
     size = [min(w, s) for w, s in zip(window, data.inputs.shape[-3:])]
@@ -73,7 +73,7 @@ def middle(
     x: Tensor,  # … d h w
     window: tuple,  # voxels, d h w; empty: all
 ) -> Tensor:
-    "The window in the middle of a volume, for features of volumes that are too large."
+    "Cut the window out of the middle of a volume, for features of volumes that are too large."
     for dim, w in zip((-3, -2, -1), window):
         if w < x.shape[dim]: x = x.narrow(dim, (x.shape[dim] - w) // 2, w)
     return x
@@ -86,7 +86,7 @@ def predict(
     batch_size: int = 8,
     window: tuple = (),  # voxels, d h w: predict by sliding windows; empty: whole volumes
 ) -> Tensor:  # n …
-    "Outputs for all inputs, in evaluation mode."
+    "Compute outputs for all inputs, in evaluation mode."
     was, device = model.training, next(chain(model.parameters(), model.buffers())).device
     model.eval()
     answer, batch_size = (sliding(model, window, batch_size), 1) if smaller(window, inputs) else (model, batch_size)
@@ -102,7 +102,7 @@ def fit(
     spec: RunSpec,  # epochs, lr, weight_decay, warmup, …, patience, keep
     watch: Callable[[int], dict[str, float]],  # epoch → values to keep, called at 0 … epochs
     early: tuple[int, Callable[[int], None]] | None = None,  # after how many steps, and what to do then with their number
-    keeper: Keeper = Keeper(),  # where checkpoints go
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     carried: dict | None = None,  # what `watch` remembers, kept in checkpoints
     groups: list[dict] | None = None,  # parameter groups with rates of their own
 ) -> tuple[pd.DataFrame, list[str]]:  # epoch, seconds, name, value; what happened on the way

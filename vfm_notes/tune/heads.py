@@ -36,7 +36,7 @@ class LinearHead(nn.Module):
 def deit(
     name: str,  # toy, a backbone of the ViT kind, or one with published weights
 ) -> nn.Module:  # a ViTModel of transformers
-    "The transformer of a head."
+    "Return the transformer of a head."
     if name != "toy" and not name.startswith(("deit_", "vit_base")):
         raise VfmError(f"The transformer of a head is '{name}', expected toy, deit_base or published weights of it such as deit_base.in1k.{nearest(name, ['toy', 'deit_base', 'deit_base.in1k'])}")
     if name == "toy": return build_tiny("deit_base", 3).encoder.model
@@ -76,7 +76,7 @@ def check_head(
     known: tuple,  # CASE_HEADS or DENSE_HEADS
     task: str,  # for the message
 ) -> str:  # the name
-    "A head that there is."
+    "Refuse a head that does not exist."
     if name not in known: raise VfmError(f"Task '{task}' has no head '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
     return name
 
@@ -86,7 +86,7 @@ def case_head(
     out: int,  # scores
     transformer: str = "toy",  # of the head deit
 ) -> nn.Module:
-    "A head with one answer per case."
+    "Return a head with one answer per case."
     if name == "deit": return DeiTHead(backbone, out, transformer)
     return (LinearHead if name == "linear" else ClassificationHead)(backbone, out)
 
@@ -100,7 +100,7 @@ def dense_head(
     residual: int | None = None,  # channel that the answer is added to
     auxiliary: bool = True,  # of upernet: a training head
 ) -> nn.Module:
-    "A head with one answer per voxel."
+    "Return a head with one answer per voxel."
     size = {} if width is None else {"feature" if name == "unetr" else "width": width}
     if name == "upernet": return UPerNetHead(backbone, out, auxiliary=auxiliary, **size)
     if name == "unetr": return UNETRHead(backbone, in_channels, out, **size)

@@ -19,7 +19,7 @@ from ..data.loader import moments, normalise, standardise
 from ..foundation.registry import VfmError, tasks
 from .heads import dense_head
 from .metric import psnr, ssim
-from .task import Task, TaskData, case_rows, channel
+from .task import Task, TaskData, case_table, channel
 
 # %% ../../nbs/62_image_task.ipynb #3367501f
 class ImageTask(Task):
@@ -33,12 +33,12 @@ class ImageTask(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
-        return case_rows(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
+        return case_table(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
 
     def validate(self, output: Tensor, data: TaskData) -> float: return float(psnr(output, data.target).mean())
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
-        "The first guess itself or, where there is none, the average training image."
+        "Return the first guess itself or, where there is none, the average training image."
         guess = train.target.mean(0, keepdim=True).expand_as(test.target) if self.residual is None else test.inputs[:, -1:]
         return self.evaluate(guess, test)
 
@@ -47,7 +47,7 @@ class ImageTask(Task):
              target: np.ndarray,  # n d h w, raw intensities
              like: np.ndarray,  # n d h w, the volume whose mean and spread standardise the target
              cohort: Cohort) -> TaskData:
-        "Inputs on the backbone's scale, with the first guess; the target standardised like a given volume."
+        "Return inputs on the backbone's scale, with the first guess; the target standardised like a given volume."
         x, y = self.scale(inputs), standardise(target[:, None], *moments(like[:, None]))
         if self.residual is not None: x = np.concatenate([x, normalise(inputs[:, [self.residual]])], 1)
         return TaskData(torch.from_numpy(x), torch.from_numpy(y), cohort.names, cohort.patients, cohort.card.spacing)

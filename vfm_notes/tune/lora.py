@@ -19,7 +19,7 @@ from .strategy import Tuning, run_empty
 
 # %% ../../nbs/645_lora.ipynb #a709e9d0
 def in_attention(net: nn.Module, name: str) -> bool:
-    "Does a layer lie in attention?"
+    "Return whether a layer lies in attention."
     above = name.split(".")[:-1]
     kinds = [type(net.get_submodule(".".join(above[:i + 1]))).__name__.lower() for i in range(len(above))]
     return any(part.lower() in ("attn", "attention", "self_attn") for part in above) or any("attention" in kind for kind in kinds)
@@ -27,7 +27,7 @@ def in_attention(net: nn.Module, name: str) -> bool:
 def lora_layers(
     net: Backbone,
 ) -> dict[str, list[str]]:  # targets → names of layers
-    "The layers of a network that low-rank updates can be put beside."
+    "Return the layers of a network that low-rank updates can be put beside."
     called = {}
     run_empty(net, lambda name, module, given, out: called.update({name: module}))
     linear = [k for k, m in called.items() if type(m) is nn.Linear]
@@ -51,7 +51,7 @@ def merge(
 def lora(
     model: Network,
     rank: int = 4,
-    alpha: float | None = None,  # the update counts alpha/rank; nothing said: 1
+    alpha: float | None = None,  # the update counts alpha/rank; default: 1
     targets: Literal["attention", "linear", "conv", "all"] = "linear",
 ) -> Tuning:
     "Train low-rank updates of the encoder's layers, and the head."

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from torch import Tensor
 from ..backbones.adaptation import Start
 from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build, checkpoint_blocks, load
-from ..backbones.weights import known_weights, normalisation, provenance
+from ..backbones.weights import known_weights, normalisation, weights_origin
 from ..data.cohort import Cohort, load_cohort
 from ..data.loader import cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
@@ -55,14 +53,14 @@ class Outcome:
 def _cohort(name: str, size: tuple, spacing: tuple, cases: tuple, bad_cases: str) -> Cohort: return load_cohort(name, size, spacing, dict(cases), bad_cases=bad_cases)
 
 def run_cohort(spec) -> Cohort:
-    "The cohort of a spec, kept in memory."
+    "Return the cohort of a spec, kept in memory."
     return _cohort(spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases)
 
 def input_scale(
     backbone: str,  # architecture.weights
     train: Cohort,  # the cases that a run trains on
 ) -> dict:  # arguments of data.loader.normalise
-    "How a backbone wants its inputs; where that is by statistics of the cohort, those of its card, or else of the training cases."
+    "Return how a backbone's inputs are scaled: by the cohort, by its card, or else by the training cases."
     how, card = normalisation(backbone), train.card
     if how != "cohort": return {"how": how}
     return {"how": how, "moments": (list(card.mean), list(card.sd)) if card.mean else cohort_moments(train.volumes)}
@@ -70,9 +68,9 @@ def input_scale(
 def run_data(
     spec: RunSpec,
 ) -> tuple[Task, dict[str, TaskData]]:  # the task; train, val, test
-    "The task of a run and its three splits."
+    "Return the task of a run and its three splits."
     cohort = run_cohort(spec)
-    if any(abs(a - b) > 1e-3 for a, b in zip(cohort.card.spacing, spec.spacing)): raise VfmError(f"Cohort '{spec.cohort}' has voxels of {tuple(cohort.card.spacing)} mm, but the study asks for {tuple(spec.spacing)} mm (d, h, w): its maker must resample volumes and masks.")
+    if any(abs(a - b) > 1e-3 for a, b in zip(cohort.card.spacing, spec.spacing)): raise VfmError(f"Cohort '{spec.cohort}' has voxels of {tuple(cohort.card.spacing)} mm, but the study requires {tuple(spec.spacing)} mm (d, h, w): its maker must resample volumes and masks.")
     task = build_task(spec.task, cohort.card, dict(spec.options))
     splits = {"train": cohort.subset("train", spec.n_train or None), "val": cohort.subset("val"), "test": cohort.subset("test")}
     task.scale = partial(normalise, **input_scale(spec.backbone, splits["train"]))
@@ -86,7 +84,7 @@ def build_model(
     in_channels: int,
     state: dict[str, Tensor] | None = None,  # pretrained weights of the backbone
 ) -> Network:
-    "Backbone and head, seeded; pretrained weights loaded where the strategy starts from them."
+    "Build backbone and head, seeded; pretrained weights are loaded where the strategy starts from them."
     torch.manual_seed(spec.seed)
     backbone = build(spec.backbone, in_channels)
     model = Network(backbone, task.head(backbone, in_channels))
@@ -101,7 +99,7 @@ def tuned_model(
     in_channels: int,
     state: dict[str, Tensor],  # weights that a run of this spec left behind
 ) -> Network:
-    "The network of a finished run."
+    "Return the network of a finished run."
     model = build_model(replace(spec, strategy="scratch"), task, in_channels)
     apply_strategy(spec.strategy, model).finish(model)  # other heads, fewer blocks
     model.load_state_dict(state)
@@ -120,7 +118,7 @@ class Watch:
         self.carried |= {"moments": {}, "best": -math.inf}
 
     def look(self) -> dict[str, Tensor]:
-        "Features of the test cases; a frozen encoder is asked once."
+        "Compute features of the test cases; of a frozen encoder only once."
         if self.frozen and self.before is not None: return self.before
         return collect(self.model.backbone, self.seen)
 
@@ -150,7 +148,7 @@ def moments(
     spec: RunSpec,
     watch: Watch,  # after the fit
 ) -> list[dict]:  # rows as of distance_to_pretraining, with `when`: early, best, random weights
-    "Distances other than the last one."
+    "Return distances other than the last one."
     found = dict(watch.carried["moments"])
     if needs_weights(spec):
         with torch.random.fork_rng(devices=[]):
@@ -166,13 +164,13 @@ def cell(
     spec: RunSpec,
     weights_hash: str,
 ) -> str:
-    "What all strategies and seeds of one task and backbone have in common."
+    "Return what all strategies and seeds of one task and backbone have in common."
     return canonical(replace(spec, strategy="full", seed=0, epochs=0, batch_size=0, lr=0, weight_decay=0, warmup=0)) + weights_hash
 
 _known = {}  # the last answer
 
 def inner(data: TaskData, window: tuple) -> TaskData:
-    "The windows in the middle of the cases."
+    "Return the windows in the middle of the cases."
     return replace(data, inputs=middle(data.inputs, window), target=middle(data.target, window)) if smaller(window, data.inputs) else data
 
 def known_before(
@@ -181,7 +179,7 @@ def known_before(
     data: dict[str, TaskData],
     weights_hash: str,
 ) -> list[dict]:  # a row per score and layer
-    "Transferability scores, computed once for all strategies and seeds."
+    "Compute transferability scores, once for all strategies and seeds."
     if not needs_weights(spec): return []
     key = cell(spec, weights_hash)
     if key not in _known:
@@ -213,9 +211,9 @@ def frozen_data(
     model: Network,  # after its strategy
     data: dict[str, TaskData],
     weights_hash: str,
-    meter: Meter | None = None,  # told what an earlier run computed for this one
+    meter: Meter | None = None,  # is given what an earlier run computed for this one
 ) -> tuple[Cached, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
-    "The features that a head on a frozen encoder is trained on."
+    "Return the features that a head on a frozen encoder is trained on."
     key = cell(spec, weights_hash), weights_hash or spec.seed, strategy_options(spec.strategy)[1]["drop"], model.head.reads, getattr(getattr(type(model.head), "pool", None), "__qualname__", "")
     if key not in _rows:
         _rows.clear()
@@ -233,13 +231,13 @@ def weights_files(
     model: Network,
     state: dict[str, Tensor] | None,  # pretrained weights of the backbone
 ) -> list[dict]:  # part (backbone or head), weights, licence, source_sha256, checksum, file
-    "The published files that a run starts from."
+    "Return the published files that a run starts from."
     published = state is not None and not spec.parent and known_weights(spec.backbone)
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
-    return [{"part": part, **provenance(name)} for part, name in parts.items() if name]
+    return [{"part": part, **weights_origin(name)} for part, name in parts.items() if name]
 
 def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dict:
-    "Metrics of a run beside those of the trivial control."
+    "Compute metrics of a run beside those of the trivial control."
     return {"metrics": task.summary(cases), "primary": task.primary,
             "controls": task.summary(task.control(data["train"], data["test"])),
             "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
@@ -247,7 +245,7 @@ def summarise(task: Task, data: dict[str, TaskData], cases: pd.DataFrame) -> dic
 
 # %% ../../nbs/66_transfer.ipynb #3c896fa2
 def remembered(model: Network, train: TaskData, watch: Watch) -> pd.DataFrame:
-    "The curves of a strategy without steps: its training cases are remembered, and that is all."
+    "Return the curves of a strategy without steps: its training cases are remembered, and that is all."
     model.head.remember(train.inputs, train.target)
     return pd.DataFrame([(0, 0.0, k, v) for k, v in watch(0).items()], columns=["epoch", "seconds", "name", "value"])
 
@@ -256,8 +254,8 @@ def transfer(
     spec: RunSpec,
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch with the validation score
-    keeper: Keeper = Keeper(),  # where checkpoints go
-    start: Start = Start(),  # what the weights' plan says, see backbones.adaptation
+    keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
+    start: Start = Start(),  # what the weights' plan states, see backbones.adaptation
 ) -> Outcome:
     "Fine-tune, test and measure: everything a record keeps."
     cohort, meter = run_cohort(spec), Meter()

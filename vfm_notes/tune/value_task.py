@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import VfmError, nearest, tasks
 from .case_task import CaseTask
-from .metric import auc, r2
-from .task import TaskData, case_rows, class_scores, statistics_reader
+from .metric import auc, r_squared
+from .task import TaskData, case_table, predict_class_scores, statistics_reader
 
 # %% ../../nbs/612_value_task.ipynb #5fea12fa
 @tasks("multi_label", title="Multi-label classification")
@@ -42,10 +42,10 @@ class MultiLabel(CaseTask):
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         score, names = output.sigmoid().numpy(), self.card.targets
-        return case_rows(data, {f"label_{t}": data.target[:, k].numpy() for k, t in enumerate(names)} | {f"score_{t}": score[:, k] for k, t in enumerate(names)})
+        return case_table(data, {f"label_{t}": data.target[:, k].numpy() for k, t in enumerate(names)} | {f"score_{t}": score[:, k] for k, t in enumerate(names)})
 
     def aucs(self, cases: pd.DataFrame) -> dict[str, float]:
-        "AUC of each label, NaN where it has none."
+        "Return AUC of each label, NaN where it has none."
         wide = cases.pivot(index="case", columns="metric", values="value")
         return {t: auc(wide[f"label_{t}"].to_numpy().astype(int), wide[f"score_{t}"].to_numpy()) for t in self.card.targets}
 
@@ -59,7 +59,7 @@ class MultiLabel(CaseTask):
         return [f"the AUC of {', '.join(gone)} is undefined on the {cases.case.nunique()} {split} cases, all of which have the label or none; the mean is over {self.outputs - len(gone)} of {self.outputs} labels"]
 
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame:
-        per_label = [class_scores(statistics_reader(train, train.target[:, k].numpy().astype(int)), test, 2) for k in range(self.outputs)]
+        per_label = [predict_class_scores(statistics_reader(train, train.target[:, k].numpy().astype(int)), test, 2) for k in range(self.outputs)]
         return self.evaluate(torch.stack([s[:, 1] - s[:, 0] for s in per_label], 1), test)
 
 # %% ../../nbs/612_value_task.ipynb #1d15bcaf
@@ -77,7 +77,7 @@ def case_values(
     cohort: Cohort,
     of: str,  # a class, or "grade"
 ) -> np.ndarray:  # (n, 1) float32, ml or grades
-    "The volume of a structure in every case, or the grade."
+    "Return the volume of a structure in every case, or the grade."
     if of == "grade":
         if (cohort.grade < 0).any(): raise VfmError(f"Task 'regression': case {cohort.names[int((cohort.grade < 0).argmax())]} of cohort '{cohort.card.name}' has no grade; add it or leave the case out.")
         return cohort.grade[:, None].astype(np.float32)
@@ -119,11 +119,11 @@ class Regression(CaseTask):
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         truth, predicted = data.target[:, 0].numpy(), output[:, 0].numpy()
-        return case_rows(data, {"truth": truth, "predicted": predicted, "mae": np.abs(predicted - truth)})
+        return case_table(data, {"truth": truth, "predicted": predicted, "mae": np.abs(predicted - truth)})
 
     def summary(self, cases: pd.DataFrame) -> dict:
         wide = cases.pivot(index="case", columns="metric", values="value")
-        return {"mae": float(wide["mae"].mean()), "rmse": float(np.sqrt((wide["mae"]**2).mean())), "r2": r2(wide["truth"].to_numpy(), wide["predicted"].to_numpy())}
+        return {"mae": float(wide["mae"].mean()), "rmse": float(np.sqrt((wide["mae"]**2).mean())), "r2": r_squared(wide["truth"].to_numpy(), wide["predicted"].to_numpy())}
 
     def why(self, metric: str, cases: pd.DataFrame) -> str: return "the truth does not vary"
 
