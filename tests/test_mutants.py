@@ -7,9 +7,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "mutants"))
 
-from named import EQUIVALENT, NAMED  # noqa: E402
-from operators import mutants, places, words  # noqa: E402
-from run import ROOT, excuse, key, made_mutants, named_mutants  # noqa: E402
+from named import EQUIVALENT, NAMED
+from operators import mutants, places, words
+from run import ROOT, excuse, key, made_mutants, named_mutants
 
 ONE_LINE = """
 def f(a, b):

@@ -28,8 +28,8 @@ def test_a_text(steps, tmp_path):
     for text in ("one", "two"): write_whole(tmp_path/"a.txt", text)
     part = steps[0][1]
     assert part.startswith(".a.txt.") and len(steps) == 6
-    for i, part in ((0, part), (3, steps[3][1])):
-        assert steps[i : i + 3] == [("fsync", part), ("replace", part, "a.txt"), ("fsync", tmp_path.name)]
+    for i, name in ((0, part), (3, steps[3][1])):
+        assert steps[i : i + 3] == [("fsync", name), ("replace", name, "a.txt"), ("fsync", tmp_path.name)]
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and (tmp_path/"a.txt").read_text() == "two"
 
 
