@@ -84,8 +84,8 @@ NAMED = [
     ),
     (
         "tune",
-        'task.control(data["train"], data["test"])',
-        'task.control(data["test"], data["test"])',
+        'task.control(run.data["train"], run.data["test"])',
+        'task.control(run.data["test"], run.data["test"])',
         "the control is fitted to the test cases",
     ),
     (
@@ -220,11 +220,16 @@ NAMED = [
         "a pooled test of pairs",
     ),
     # --- direction, in analysis and report ---
-    ("analysis", "interval(direction * (a - b)", "interval((a - b)", "contrasts without their direction"),
     (
         "analysis",
-        "interval(rpg(a, b, direction)",
-        "interval(rpg(b, a, direction)",
+        "interval_of(pair.direction * float(t.mean() - r.mean()), pair.direction * (each_t - each_r)",
+        "interval_of(float(t.mean() - r.mean()), (each_t - each_r)",
+        "contrasts without their direction",
+    ),
+    (
+        "analysis",
+        "interval_of(rpg(t, r, pair.direction)",
+        "interval_of(rpg(r, t, pair.direction)",
         "a contrast's gain: sides swapped",
     ),
     (
@@ -400,7 +405,7 @@ NAMED = [
         "up, down, n, kept = int((known.difference > 0).sum())",
         "every contrast above 0 is clear",
     ),
-    ("report", "bool(a > 0 or b < 0) for a, b", "bool(a > 0) for a, b", "a clear loss is not bold"),
+    ("report", "bool(ok and (a > 0 or b < 0)) for a, b", "bool(ok and a > 0) for a, b", "a clear loss is not bold"),
     (
         "report",
         '["gain", "loss"], "none")',
