@@ -10,6 +10,7 @@ from scipy import stats
 from counting import calls
 from vfm_notes.analysis import gain, prediction
 from vfm_notes.analysis.association import associate, cell_points, association_words, orders, run_points
+from vfm_notes.analysis.contrasts import cell_scores
 from vfm_notes.analysis.convergence import convergence_table, mean_interval, reach, run_convergence, time_words
 from vfm_notes.analysis.crossed import association_table
 from vfm_notes.analysis.findings import findings
@@ -77,6 +78,15 @@ def test_tables_hold_every_run_and_value(study):
     assert (study.d2p.groupby("id").seed.first().reindex(study.done().id).to_numpy() == study.done().seed.to_numpy()).all()
     one = study.cases[study.cases.id == study.done().id.iloc[0]]
     assert one.loc[one.metric == "dice", "value"].mean() == pytest.approx(study.done().value.iloc[0])
+
+
+def test_a_cell_is_scored_where_nobody_wrote_how_many_cases_it_was_trained_on(study):
+    unknown = replace(study, runs=study.runs.assign(n_train=pd.array([pd.NA] * len(study.runs), "Int64")))
+    whole, found = cell_scores(study, draws=50), cell_scores(unknown, draws=50)
+    assert len(whole) == 9 and found.n_train.isna().all()
+    assert found.drop(columns="n_train").equals(whole.drop(columns="n_train"))
+    means = study.done().groupby(["task", "backbone", "strategy"])["value"].mean()  # by pandas
+    assert np.allclose(found.set_index(["task", "backbone", "strategy"]).score.sort_index(), means.sort_index())
 
 
 def test_an_empty_study_and_an_all_failed_one(runs_root):
@@ -279,11 +289,11 @@ def test_intervals_hold_and_nothing_is_found_where_nothing_is(seeds, spread):
     r, held, wrong = np.random.default_rng(seeds), 0, 0
     seed_sd, case_sd = SPREADS[spread]
     for _ in range(400):
-        for gain in (0.0, 10.0):
-            t, m = two_networks(r, seeds, 40, seed_sd, case_sd, 0.05, gain)
+        for size in (0.0, 10.0):
+            t, m = two_networks(r, seeds, 40, seed_sd, case_sd, 0.05, size)
             found = gain_interval(Pair(Means(t), Means(m), list(range(seeds)), np.arange(40)), "psnr")
-            held += found.low <= gain <= found.high
-            if not gain: wrong += found.p <= 0.05
+            held += found.low <= size <= found.high
+            if not size: wrong += found.p <= 0.05
             assert (found.p <= 0.05) == (not found.low <= 0 <= found.high)
     assert held / 800 >= 0.94 and wrong / 400 <= 0.06, (held / 800, wrong / 400)
     assert seeds < 5 or held / 800 <= 0.98, held / 800

@@ -1,6 +1,5 @@
 """A cell that is no better than the trivial control says nothing: what is left out, and where."""
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import permutation_test
 

@@ -183,5 +183,5 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     more = [f"{made.needs[k]} {k}{time(made.needs.get(f'{k}_hours'))}" for k in ("backbones", "tasks") if made.needs[k]]
     if not made.rho <= made.needs["rho"]: said.append(f"For |rho| = {made.needs['rho']:.2f}: {' or '.join(more) or 'more tasks and more backbones'}.")
     sources = dict.fromkeys(r["variances"] for r in made.rows if "smallest" in r)
-    said += [f"Smallest: seen in 80 of 100 such studies, in one cell, without correction.", f"Variances: {', '.join(sources) or 'none'}. “none”: no number up to {SEEDS[-1]} seeds or {CASES[-1]} cases is enough."]
+    said += ["Smallest: seen in 80 of 100 such studies, in one cell, without correction.", f"Variances: {', '.join(sources) or 'none'}. “none”: no number up to {SEEDS[-1]} seeds or {CASES[-1]} cases is enough."]
     return said

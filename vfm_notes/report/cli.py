@@ -236,7 +236,7 @@ def plan_study(
     "Show the smallest effects that a study can see, and what it takes to see smaller ones."
     import json
 
-    import vfm_notes.tune.catalog  # noqa: F401
+    import vfm_notes.tune.catalog
     from vfm_notes.analysis.power import plan, plan_lines, study_variances
     from vfm_notes.analysis.tables import load_tables
     from vfm_notes.foundation.spec import load_study

@@ -18,7 +18,6 @@ import pandas as pd
 # %% ../../nbs/90_figures.ipynb #fdca7e22
 from ..analysis.findings import of_pretrained
 from ..analysis.gain import of_learned
-from ..foundation.chart import use_charts
 from ..foundation.quantity import how_many, meaning, metric_card, rounded, told, told_p
 from ..foundation.show import PALETTE, colours
 

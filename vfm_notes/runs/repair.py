@@ -56,6 +56,6 @@ def sweep(study: str) -> int:  # how many were there
 
 def sweep_cache() -> int:  # how many were there
     "Remove folders in which cohorts were prepared by processes that no longer live, see data.load."
-    dead = abandoned(cache_root())
-    for path, _ in dead: shutil.rmtree(path, ignore_errors=True)
+    dead = [path for path, _ in abandoned(cache_root()) if path.is_dir()]
+    for path in dead: shutil.rmtree(path, ignore_errors=True)
     return len(dead)

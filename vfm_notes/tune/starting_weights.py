@@ -52,7 +52,7 @@ def starting_point(
     study: str,  # name of the study that the run belongs to
 ) -> Start:  # without a state where it begins with random weights, or nobody made any
     "Return the weights of a run, adapted as their plan allows."
-    if spec.kind == "pretrain": key_id()  # what is wrong with the site key is told before the training, not after it
+    if spec.kind == "pretrain": key_id()  # what is wrong with the site key is reported before the training, not after it
     name, parent = (spec.start, "") if spec.kind == "pretrain" else (spec.backbone if needs_weights(spec) else "", spec.parent)
     if not name: return Start()
     cohort = run_cohort(spec)

@@ -31,7 +31,7 @@ def check_weights(
     made = [s.backbone for s in pretrain_specs(study)]
     if name in made or weightless(name): return
     if not known_weights(name):
-        if (path := weights_file(name)).is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so nobody knows what the network expects; make the weights again with this version, or register a card for them.")
+        if (path := weights_file(name)).is_file(): raise VfmError(f"Study '{study.name}': {path} carries no adaptation plan, so it is unknown what the network expects; make the weights again with this version, or register a card for them.")
         raise VfmError(f"Study '{study.name}': backbone '{name}' needs weights that its 'pretrain' section does not make and that no card of published weights names."
                        f"{nearest(name, [*made, *weights])} Add them to 'pretrain', or choose from: vfm weights list.")
     try: check_licence(weights_card(name), study.licences)
