@@ -17,7 +17,6 @@ import vfm_notes.pretrain.distillation
 import vfm_notes.pretrain.reconstruction as reconstruction
 import vfm_notes.pretrain.tokens
 import vfm_notes.pretrain.views
-import vfm_notes.tune.supervised
 from vfm_notes.backbones.profound import profound_toy
 from vfm_notes.backbones.provicnet import provicnet_toy
 from vfm_notes.foundation.registry import VfmError, backbones, objectives

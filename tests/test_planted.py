@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import vfm_notes.tune.catalog  # noqa: F401
+import vfm_notes.tune.catalog
 from vfm_notes.analysis.planted import planted_table, planted_words
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.backbones.protocol import build

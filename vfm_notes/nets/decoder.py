@@ -85,7 +85,7 @@ class DenseDecoder(nn.Module):
                  subpixel: tuple[int, int, int] = (2, 2, 2),  # cell of the finest convolution (d, h, w)
                  kernel: tuple[int, int, int] = (1, 3, 3),  # of the finest convolutions, odd sides (d, h, w)
                  residual_channel: int | None = None,  # channel that the result is added to; it may be one more than the raw volume has
-                 skip: bool = True, # read the raw volume, too, and not the encoder's maps alone
+                 skip: bool = True,  # read the raw volume, too, and not the encoder's maps alone
                 ):
         super().__init__()
         self.in_channels, self.subpixel, self.residual_channel, self.reads_voxels = in_channels, tuple(subpixel), residual_channel, skip
@@ -123,19 +123,19 @@ def resize(
 
 # %% ../../nbs/22_decoder.ipynb #067d6ea8
 def filled(
-    x: Tensor, # b c d h w
-    cell: tuple[int, int, int], # (d, h, w) voxels
-) -> Tensor: # the same, at least as large, of whole cells
+    x: Tensor,  # b c d h w
+    cell: tuple[int, int, int],  # (d, h, w) voxels
+) -> Tensor:  # the same, at least as large, of whole cells
     "Add copies of the last voxels where cells do not divide a volume."
     more = [-s % f for s, f in zip(x.shape[2:], cell)]
     return F.pad(x, (0, more[2], 0, more[1], 0, more[0]), mode="replicate") if any(more) else x
 
 # %% ../../nbs/22_decoder.ipynb #315ed95b
 def answer(
-    y: Tensor, # b k d h w, at least as large as the volume
-    x: Tensor, # b c d h w, the volume
-    residual_channel: int | None, # channel that the result is added to
-) -> Tensor: # b k d h w
+    y: Tensor,  # b k d h w, at least as large as the volume
+    x: Tensor,  # b c d h w, the volume
+    residual_channel: int | None,  # channel that the result is added to
+) -> Tensor:  # b k d h w
     "Return a result of the size of the volume, on top of a first guess where there is one."
     y = y[..., :x.shape[2], :x.shape[3], :x.shape[4]]
     return y if residual_channel is None else y + x[:, residual_channel, None]
@@ -145,11 +145,11 @@ class LinearDecoder(nn.Module):
     "An answer for every voxel that is linear in all maps, or with one layer between."
     reads = "pyramid"
     def __init__(self,
-                 backbone: nn.Module, # anything with `widths` and `strides`
-                 out_channels: int, # channels of the result
-                 hidden: int = 0, # channels between, 0 for none
-                 residual_channel: int | None = None, # channel that the result is added to
-                 cells: bool = False, # a cell of the finest map predicts its voxels; False: scores are enlarged
+                 backbone: nn.Module,  # anything with `widths` and `strides`
+                 out_channels: int,  # channels of the result
+                 hidden: int = 0,  # channels between, 0 for none
+                 residual_channel: int | None = None,  # channel that the result is added to
+                 cells: bool = False,  # a cell of the finest map predicts its voxels; False: scores are enlarged
                 ):
         super().__init__()
         self.cell, self.residual_channel = tuple(backbone.strides[0]) if cells else None, residual_channel
@@ -160,9 +160,9 @@ class LinearDecoder(nn.Module):
             for p in (self.last if hidden else self.layers).parameters(): nn.init.zeros_(p)
 
     def forward(self,
-                maps: list[Tensor], # the backbone's pyramid, fine to coarse
-                x: Tensor, # b c d h w, the volume: its size and its first guess, no more
-               ) -> Tensor: # b out_channels d h w
+                maps: list[Tensor],  # the backbone's pyramid, fine to coarse
+                x: Tensor,  # b c d h w, the volume: its size and its first guess, no more
+               ) -> Tensor:  # b out_channels d h w
         finest = [layer(m) for layer, m in zip(self.layers, maps)]
         y = self.last(sum(resize(m, finest[0]) for m in finest))
         return answer(depth_to_space(y, self.cell) if self.cell else resize(y, x), x, self.residual_channel)

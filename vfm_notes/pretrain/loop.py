@@ -52,7 +52,7 @@ def prepare(
     volumes: Tensor,  # n c d h w
     in_channels: int,  # input sequences
     state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
-    card: CohortCard | None = None, # of the cases, for objectives that ask for classes
+    card: CohortCard | None = None,  # of the cases, for objectives that ask for classes
 ) -> tuple[Backbone, nn.Module]:  # backbone, and the objective that holds it
     "Check the input, then build what the spec names, seeded."
     if len(volumes) < spec.batch_size:
@@ -61,7 +61,7 @@ def prepare(
     if spec.start and state is None: raise VfmError(f"Pretraining '{spec.backbone}' begins with the weights '{spec.start}', which were not given.")
     torch.manual_seed(spec.seed)
     backbone = build(spec.backbone, in_channels, state)
-    backbone.check_input(volumes[:1, :in_channels]) # a task's first guess lies behind them
+    backbone.check_input(volumes[:1, :in_channels])  # a task's first guess lies behind them
     check_objective(spec.objective, spec.options)
     objective = objectives[spec.objective](backbone, **spec.options)
     if card and hasattr(objective, "meet"): objective.meet(card)
@@ -100,7 +100,7 @@ def pretrain(
     keeper: Keeper | None = None,  # where checkpoints go; None: nowhere
     probe: Callable[[Backbone], dict[str, float]] | None = None,  # linear probes, fitted every `spec.probe_every` epochs
     state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
-    card: CohortCard | None = None, # of the cases, for objectives that ask for classes
+    card: CohortCard | None = None,  # of the cases, for objectives that ask for classes
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
     meter = Meter()

@@ -17,7 +17,7 @@ from ..data.loader import normalise
 from ..foundation.registry import VfmError, objectives
 from ..foundation.schema import Options
 from ..foundation.spec import PretrainSpec
-from .task import Task, TaskData, build_task, task_kind
+from .task import Task, TaskData, build_task
 
 # %% ../../nbs/63_supervised.ipynb #a6688c02
 PROSTATE = CohortCard("prostate", "Prostate mpMRI", "", "", "", ("t2w", "dwi", "adc"), ("background", "gland", "lesion"), ("benign", "low grade", "significant"), (4.0, 1.5, 1.5))
@@ -42,7 +42,7 @@ class Supervised(nn.Module):
                  backbone: Backbone,  # trained together with the head
                  task: str = "segmentation",  # registered task
                  shuffled: bool = False,  # every case gets the labels of another one
-                 settings: Options = {}):  # of the task
+                 settings: Options = {}):  # of the task  # noqa: B006
         super().__init__()
         self.backbone, self.asked = backbone, (task, dict(settings))
         self.meet(PROSTATE)
