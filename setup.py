@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
-SHARED = ("_quarto.yml", "nbs/*.ipynb", "nbs/studies/*.yaml", "nbs/runs/*.ipynb", "nbs/report/*.*")
+SHARED = ("_quarto.yml", "nbs/*.ipynb", "nbs/[0-9]_*/*.ipynb", "nbs/studies/*.yaml", "nbs/runs/*.ipynb", "nbs/report/*.*")
 SOURCES = ("nbs", "tests", ".ci", "settings.ini", "_quarto.yml", "Makefile", "README.md", "LICENSE", "CONTRIBUTING.md")
 JUNK = {"__pycache__", ".ipynb_checkpoints"}
 config = ConfigParser(delimiters=["="])
