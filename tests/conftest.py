@@ -123,8 +123,8 @@ def toy_server():
     with ForkServer(WHOLE) as server: yield server.address
 
 
-# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/backbones/test_layouts.py
-# tests/backbones/test_natural.py tests/backbones/test_real_weights.py
+# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest
+# tests/backbones/test_layouts.py tests/backbones/test_natural.py tests/backbones/test_real_weights.py
 
 def pytest_configure(config): config.evidence = {}
 
