@@ -135,7 +135,7 @@ def toy_case(
         return out
     return {k: image(a) for k, a in arrays.items()}
 
-# %% ../../nbs/1_data/15_layouts_mri.ipynb #aa3dbb67
+# %% ../../nbs/1_data/15_layouts_mri.ipynb #1ce97c92
 def write_image(
     image: sitk.Image,
     path: Path,

@@ -9,7 +9,7 @@ __all__ = ['cohorts', 'backbones', 'objectives', 'tasks', 'strategies', 'diverge
            'parse_value', 'parse_strategy', 'canonical_strategy', 'check_strategy', 'pretraining_of', 'starts_random',
            'canonical_on']
 
-# %% ../../nbs/0_foundation/01_registry.ipynb #4ac66bf4
+# %% ../../nbs/0_foundation/01_registry.ipynb #e50e3fc4
 import math
 import re
 from collections.abc import Iterable, Iterator

@@ -110,7 +110,7 @@ class RunSpec(SplitSource, TaskSource, Budget):
     # written one way
     def __post_init__(self): object.__setattr__(self, "strategy", canonical_on(self.strategy, self.backbone))
 
-# %% ../../nbs/0_foundation/04_spec.ipynb #295fb36a
+# %% ../../nbs/0_foundation/04_spec.ipynb #020f926f
 @dataclass(frozen=True, kw_only=True)
 class ExternalSpec(TaskSource):
     "Tuned runs of one task, tried as they are on every case of another cohort."
@@ -218,7 +218,7 @@ def check_axes(study: StudySpec) -> None:
             if lost := [v for v in has_several(values) if v not in axes[axis]]:
                 raise VfmError(f"leave_out[{i}].{axis} is {lost[0]!r}, which the study does not have: {axes[axis]}.")
 
-# %% ../../nbs/0_foundation/04_spec.ipynb #5695fedd
+# %% ../../nbs/0_foundation/04_spec.ipynb #271adcc5
 def check_study(study: StudySpec) -> None:
     "Raise where the fields of a study do not agree."
     check_axes(study)
@@ -336,7 +336,7 @@ def search_settings(study: StudySpec) -> list[dict]:  # field → value; one emp
     "Return every point of the search."
     return [dict(zip(study.search, values)) for values in product(*study.search.values())]
 
-# %% ../../nbs/0_foundation/04_spec.ipynb #51acbb3e
+# %% ../../nbs/0_foundation/04_spec.ipynb #bc5c74f5
 def run_specs(study: StudySpec) -> list[RunSpec]:
     "Return every point of the study's grid."
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}

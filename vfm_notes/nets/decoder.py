@@ -7,7 +7,7 @@ __all__ = ['ClassificationHead', 'space_to_depth', 'depth_to_space', 'ResidualBl
            'TokenHead', 'ConvModule', 'UPerHead', 'FCNHead', 'Conv', 'ResidualUnit', 'UpBlock', 'UNETRDecoder',
            'UPerNetHead', 'UNETRHead', 'to_grid']
 
-# %% ../../nbs/2_nets/03_decoder.ipynb #3caa5374
+# %% ../../nbs/2_nets/03_decoder.ipynb #b108bcde
 from itertools import accumulate
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/2_nets/03_decoder.ipynb #70056897
+# %% ../../nbs/2_nets/03_decoder.ipynb #e0159ee5
 from .convnext3d import ChannelNorm
 
 # %% ../../nbs/2_nets/03_decoder.ipynb #205c5187
@@ -105,7 +105,7 @@ class DenseDecoder(nn.Module):
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)
 
-# %% ../../nbs/2_nets/03_decoder.ipynb #4a66ae99
+# %% ../../nbs/2_nets/03_decoder.ipynb #071e0261
 @patch
 def forward(self: DenseDecoder,
             maps: list[Tensor],  # the backbone's pyramid, fine to coarse

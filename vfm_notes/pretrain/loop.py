@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'PROGRESS_KINDS', 'RECIPE', 'ObjectiveCard', 'option_owne
            'objective_card', 'published_spec', 'pretraining_batches', 'PretrainResult', 'prepare_pretraining',
            'initial_losses', 'auxiliary_modules', 'pretrain', 'weights_manifest']
 
-# %% ../../nbs/4_pretrain/07_loop.ipynb #1aeb3e36
+# %% ../../nbs/4_pretrain/07_loop.ipynb #53dcd61d
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 
-# %% ../../nbs/4_pretrain/07_loop.ipynb #ba789531
+# %% ../../nbs/4_pretrain/07_loop.ipynb #d50ad085
 from ..backbones.adaptation import InitialWeights
 from ..backbones.plan import known_fingerprints, state_hash, WeightsManifest
 from ..backbones.protocol import Backbone, build_backbone
@@ -72,7 +72,7 @@ def options_of(
         } | found
     return found
 
-# %% ../../nbs/4_pretrain/07_loop.ipynb #88ea7838
+# %% ../../nbs/4_pretrain/07_loop.ipynb #68ea398b
 def check_objective(
     name: str,  # registered objective
     options: dict,  # from the study file

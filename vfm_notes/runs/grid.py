@@ -8,7 +8,7 @@ __all__ = ['SPECS', 'PLURAL', 'STATES', 'OPEN', 'Job', 'why_unavailable', 'param
            'jobs_of', 'transfer_jobs', 'external_jobs', 'study_records', 'known_records', 'run_states', 'job_states',
            'template_parameters', 'check_template', 'check_templates', 'states_of', 'count_states', 'job_state']
 
-# %% ../../nbs/7_runs/03_grid.ipynb #ebac976b
+# %% ../../nbs/7_runs/03_grid.ipynb #a6acf0c8
 import ast
 import json
 import os
@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
 
-# %% ../../nbs/7_runs/03_grid.ipynb #03b61d52
+# %% ../../nbs/7_runs/03_grid.ipynb #edf6f71a
 from ..foundation.places import run_folder, template_file
 from vfm_notes.foundation.registry import (
     canonical_strategy, check_name, cohorts, pretraining_of, suggest_name, VfmError,
@@ -226,7 +226,7 @@ def transfer_jobs(
     order = list(dict.fromkeys(map(key, runs)))
     return sorted(jobs, key=lambda job: order.index(key(job.specs[0])))
 
-# %% ../../nbs/7_runs/03_grid.ipynb #d43660d9
+# %% ../../nbs/7_runs/03_grid.ipynb #1666039b
 def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: Path) -> list[Job]:
     "Make one job for each backbone whose tuned runs are all in the plan."
     maker = {id: job.name for job in transfers for id in job.runs}

@@ -6,7 +6,7 @@
 __all__ = ['lock_file', 'progress_file', 'job_lock', 'running_since', 'repair', 'keep_times', 'remove_stale',
            'remove_stale_cache']
 
-# %% ../../nbs/7_runs/02_locks.ipynb #f2e36346
+# %% ../../nbs/7_runs/02_locks.ipynb #ac63108c
 import fcntl
 import math
 import os
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../../nbs/7_runs/02_locks.ipynb #a758836a
+# %% ../../nbs/7_runs/02_locks.ipynb #6833fb6e
 from ..foundation.places import abandoned, cache_root, run_folder, study_root
 from .record import check_record, NAME, quarantine, recheck_record, SMALL_FILE
 
@@ -44,7 +44,7 @@ def job_lock(
         f.truncate(0); f.write(f"{os.getpid()} on {socket.gethostname()}\n"); f.flush()
         yield True
 
-# %% ../../nbs/7_runs/02_locks.ipynb #35ba02e6
+# %% ../../nbs/7_runs/02_locks.ipynb #737ded7f
 def running_since(
     study: str,
     job: str,  # name of the job
@@ -96,6 +96,6 @@ def remove_stale(study: str) -> int:  # how many were there
 
 def remove_stale_cache() -> int:  # how many were there
     "Remove folders in which cohorts were prepared by processes that no longer live, see data.load."
-    dead = abandoned(cache_root())
-    for path, _ in dead: shutil.rmtree(path, ignore_errors=True)
+    dead = [path for path, _ in abandoned(cache_root()) if path.is_dir()]
+    for path in dead: shutil.rmtree(path, ignore_errors=True)
     return len(dead)

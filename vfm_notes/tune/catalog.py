@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['describe_backbone', 'write_cards']
 
-# %% ../../nbs/6_tune/10_catalog.ipynb #a9cae01c
+# %% ../../nbs/6_tune/10_catalog.ipynb #95559e62
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-# %% ../../nbs/6_tune/10_catalog.ipynb #cc20585e
+# %% ../../nbs/6_tune/10_catalog.ipynb #3d50c226
 import vfm_notes.backbones.natural
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet

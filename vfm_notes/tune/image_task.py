@@ -7,7 +7,7 @@ __all__ = ['ImageTask', 'SuperResolution', 'DistortionCorrection', 'Translation'
            'presence_rows', 'detection_table', 'case_auc', 'explain_undefined', 'Detection', 'PresenceHead',
            'split_verdict', 'SegmentationAndPresence']
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #5657bf62
+# %% ../../nbs/6_tune/04_image_task.ipynb #c0cf9078
 import numpy as np
 import pandas as pd
 import torch
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #3642bc11
+# %% ../../nbs/6_tune/04_image_task.ipynb #63248c9e
 from ..data.cohort import Cohort, CohortCard
 from ..data.degrade import epi_distort, epi_fields, kspace_downsample
 from ..data.loader import moments, normalise, standardise
@@ -225,7 +225,7 @@ class Detection(Segmentation):
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         return super().pictures(output, data) | {"probability": output.softmax(1)[:, 1].numpy()}
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #0ea76d8a
+# %% ../../nbs/6_tune/04_image_task.ipynb #c11f7cb4
 @patch
 def summary(self: Detection, cases: pd.DataFrame) -> dict:
     wide = detection_table(cases)
@@ -315,7 +315,7 @@ class SegmentationAndPresence(Segmentation):
             ignore_index=True,
         )
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #a1f3d306
+# %% ../../nbs/6_tune/04_image_task.ipynb #1106e8f1
 @patch
 def learn(self: SegmentationAndPresence, train: Cohort) -> None:
     check_both((train.labels == self.index).any((1, 2, 3)), self.structure, self.card, self.called)
@@ -339,7 +339,7 @@ def loss(self: SegmentationAndPresence, output: Tensor, target: Tensor) -> Tenso
     )
     return self.image*image + (1 - self.image)*nn.functional.cross_entropy(case, self.present(target).long())
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #34bee04f
+# %% ../../nbs/6_tune/04_image_task.ipynb #b03eab67
 @patch
 def labels(self: SegmentationAndPresence, output: Tensor) -> Tensor:
     return output if output.dim() == 4 else split_verdict(output)[0].argmax(1)

@@ -184,7 +184,7 @@ def feature_rows(
             torch.cat([f.float().flatten(1).cpu() for f in found], 1, out=rows[at:at + len(x)])
     return rows, shapes
 
-# %% ../../nbs/6_tune/06_probe.ipynb #0757f70b
+# %% ../../nbs/6_tune/06_probe.ipynb #4050fd82
 def check_memory(n: int, width: int) -> Tensor:  # n width, not filled
     "Allocate memory for the rows, or raise an error that states how much is missing."
     need, free = 4 * n * width / 2**30, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -8,7 +8,7 @@ __all__ = ['TYPE_WORDS', 'check_value', 'strategy_options', 'strategy_card', 'ne
            'check_fraction', 'top', 'decoder', 'SkippedBlock', 'removable_blocks', 'drop_blocks', 'count_parts',
            'apply_strategy', 'in_attention', 'lora_layers', 'merge_lora', 'lora']
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #e9e093b5
+# %% ../../nbs/6_tune/05_strategy.ipynb #d49fd838
 import copy
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from typing import get_args, Literal
 import torch
 from torch import nn
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #5f830105
+# %% ../../nbs/6_tune/05_strategy.ipynb #574d4cb3
 from ..backbones.protocol import Backbone, repeated_blocks
 from ..foundation.registry import parse_strategy, starts_random, strategies, suggest_name, VfmError
 from ..foundation.spec import RunSpec
@@ -43,7 +43,7 @@ def check_value(name: str, option: str, value, annotation) -> None:
         f"Strategy '{name}', option '{option}': expected {wanted}, found {value!r}.{suggest_name(value, words)}"
     )
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #ca803fde
+# %% ../../nbs/6_tune/05_strategy.ipynb #e7b4af40
 def strategy_options(
     text: str,  # a strategy's line
 ) -> tuple[str, dict]:  # name, argument → value, the defaults included
@@ -61,7 +61,7 @@ def strategy_options(
         known[k]: v for k, v in options.items()
     }
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #5c4deb0f
+# %% ../../nbs/6_tune/05_strategy.ipynb #f8499792
 def strategy_card(
     text: str,  # a strategy's line
 ) -> dict:  # what it was registered with
@@ -92,7 +92,7 @@ def run_without_weights(
     size = [-(-s // t) * t for s, t in zip(at_least, net.strides[-1])]
     net.pyramid(torch.empty(1, net.in_channels, *size, device="meta"))
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #fd1568fa
+# %% ../../nbs/6_tune/05_strategy.ipynb #410ccf14
 def block_names(
     backbone: Backbone,
 ) -> list[str]:  # in the order in which they run
@@ -173,7 +173,7 @@ def specialist(model: Network) -> None:
     "Train every parameter of a network made for the task."
     model.requires_grad_(True)
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #2a79d3b7
+# %% ../../nbs/6_tune/05_strategy.ipynb #2f5ff767
 @strategies("full", title="full fine-tuning", pretrained=True)
 def full(
     model: Network,
@@ -224,7 +224,7 @@ def top(
     depth = parameter_depths(model, found)
     for name, p in model.named_parameters(): p.requires_grad_(depth[name] >= first)
 
-# %% ../../nbs/6_tune/05_strategy.ipynb #398ee170
+# %% ../../nbs/6_tune/05_strategy.ipynb #7b426d1f
 @strategies("decoder", title="frozen encoder", pretrained=True)
 def decoder(
     model: Network,

@@ -8,7 +8,7 @@ __all__ = ['CASE_HEADS', 'DENSE_HEADS', 'AUXILIARY', 'LinearHead', 'deit', 'DeiT
            'predict_class_scores', 'check_masks', 'check_scores', 'dice_and_entropy', 'mask_rows', 'Segmentation',
            'mean_defined']
 
-# %% ../../nbs/6_tune/02_task.ipynb #68043914
+# %% ../../nbs/6_tune/02_task.ipynb #80c7cee9
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/6_tune/02_task.ipynb #11013f8c
+# %% ../../nbs/6_tune/02_task.ipynb #434c7fa6
 from ..backbones.keys import build_tiny, load_backbone
 from ..backbones.protocol import build_backbone
 from ..data.cohort import Cohort, CohortCard
@@ -143,7 +143,7 @@ class TaskData:
         "Return the first n cases."
         return TaskData(self.inputs[:n], self.target[:n], self.names[:n], self.patients[:n], self.spacing)
 
-# %% ../../nbs/6_tune/02_task.ipynb #9b41aebf
+# %% ../../nbs/6_tune/02_task.ipynb #bf752417
 def case_table(
     data: TaskData,
     values: dict,  # metric → n values
@@ -210,7 +210,7 @@ def build_task(
     task.title = tasks.card(kind)["title"]
     return task
 
-# %% ../../nbs/6_tune/02_task.ipynb #c7f1bb1a
+# %% ../../nbs/6_tune/02_task.ipynb #a35a102a
 def channel(
     card: CohortCard,
     sequence: str,  # e.g. "dwi"
@@ -245,7 +245,7 @@ def fit_statistics(
     last = LogisticRegression(C=0.1) if len(set(label.tolist())) > 1 else DummyClassifier()
     return make_pipeline(StandardScaler(), last).fit(image_statistics(train.inputs), label)
 
-# %% ../../nbs/6_tune/02_task.ipynb #cb839aa5
+# %% ../../nbs/6_tune/02_task.ipynb #b5cc36d0
 def predict_class_scores(
     reader,  # of statistics_reader
     test: TaskData,
@@ -364,7 +364,7 @@ class Segmentation(Task):
         dice = mean_defined(dice_per_class(self.labels(output), data.target, len(self.classes)))
         return float(dice[np.isfinite(dice)].mean()) if np.isfinite(dice).any() else float("nan")
 
-# %% ../../nbs/6_tune/02_task.ipynb #9512551f
+# %% ../../nbs/6_tune/02_task.ipynb #6a5d075c
 @patch
 def why(self: Segmentation, metric: str, cases: pd.DataFrame) -> str:
     return (

@@ -74,7 +74,7 @@ def input_scale(
     if how != "cohort": return {"how": how}
     return {"how": how, "moments": (list(card.mean), list(card.sd)) if card.mean else cohort_moments(train.volumes)}
 
-# %% ../../nbs/6_tune/08_transfer.ipynb #5b641813
+# %% ../../nbs/6_tune/08_transfer.ipynb #4fc35516
 def run_data(
     spec: RunSpec,
 ) -> tuple[Task, dict[str, TaskData]]:  # the task; train, val, test
@@ -114,7 +114,7 @@ def build_model(
         load_exact(backbone, state)
     return model
 
-# %% ../../nbs/6_tune/08_transfer.ipynb #c5dbafa6
+# %% ../../nbs/6_tune/08_transfer.ipynb #abaa88d9
 def tuned_model(
     spec: RunSpec,
     task: Task,
@@ -392,7 +392,7 @@ def run_cost(run: Prepared, trained: Trained) -> dict:
                           epoch_seconds(curves.epoch, curves.seconds), run.tuning.parameters, flops, run.seconds,
                           evaluation=trained.watch.seconds)
 
-# %% ../../nbs/6_tune/08_transfer.ipynb #5ef08fe2
+# %% ../../nbs/6_tune/08_transfer.ipynb #2f04937a
 def measure(run: Prepared, trained: Trained) -> Measured:
     "Test a trained network, and say how far it moved and what it cost."
     task, data, watch = run.task, run.data, trained.watch
