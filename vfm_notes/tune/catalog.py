@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['describe_backbone', 'write_cards']
 
-# %% ../../nbs/6_tune/10_catalog.ipynb #95559e62
+# %% ../../nbs/6_tune/10_catalog.ipynb #88ff9e8a
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-# %% ../../nbs/6_tune/10_catalog.ipynb #3d50c226
+# %% ../../nbs/6_tune/10_catalog.ipynb #64318b1b
 import vfm_notes.backbones.natural
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet
@@ -31,6 +31,7 @@ import vfm_notes.tune.case_task
 import vfm_notes.tune.image_task
 import vfm_notes.tune.probe
 import vfm_notes.tune.strategy
+import vfm_notes.tune.supervised
 import vfm_notes.tune.task
 from ..backbones.keys import empty_backbone, load_backbone
 from ..backbones.protocol import backbone_card
