@@ -60,8 +60,8 @@ NAMED = [
     ),
     (
         "tune",
-        'if not weights_hash: settle(model.backbone, data["train"]',
-        'if False: settle(model.backbone, data["train"]',
+        'and not weights_hash: settle(model.backbone, data["train"]',
+        'and False: settle(model.backbone, data["train"]',
         "batch norms never settled",
     ),
     (
@@ -84,8 +84,8 @@ NAMED = [
     ),
     (
         "tune",
-        'task.control(run.data["train"], run.data["test"])',
-        'task.control(run.data["test"], run.data["test"])',
+        'run.task.control(data["train"], data["test"])',
+        'run.task.control(data["test"], data["test"])',
         "the control is fitted to the test cases",
     ),
     (

@@ -227,7 +227,7 @@ def is_hub_file(
     ends = {end for key in key_patterns(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
 
-# %% ../../nbs/3_backbones/09_natural.ipynb #62dbae0e
+# %% ../../nbs/3_backbones/09_natural.ipynb #804aa378
 def key_ends(key: str) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
     "Return a name and all that is left when it loses its beginnings."
     return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]
@@ -266,7 +266,7 @@ def original_vit(
         else: out[name] = value
     return out
 
-# %% ../../nbs/3_backbones/09_natural.ipynb #65fc29b0
+# %% ../../nbs/3_backbones/09_natural.ipynb #62acebb8
 def onnx_dinov2(
     state: dict[str, Tensor],  # of an ONNX export of Dinov2Model, below "backbone."
 ) -> dict[str, Tensor]:  # as the hub has it

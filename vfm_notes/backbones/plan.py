@@ -68,7 +68,7 @@ def known_fingerprints(
     before, mine = before or {}, key_id()
     return before | {mine: sorted({*before.get(mine, []), *patient_fingerprints(cohort, patients)})}
 
-# %% ../../nbs/3_backbones/02_plan.ipynb #a9169fe8
+# %% ../../nbs/3_backbones/02_plan.ipynb #c46fa915
 def patient_overlap(
     plan: "WeightsManifest",
     cohort: str,  # name on its card

@@ -135,7 +135,7 @@ def toy_case(
         return out
     return {k: image(a) for k, a in arrays.items()}
 
-# %% ../../nbs/1_data/15_layouts_mri.ipynb #1ce97c92
+# %% ../../nbs/1_data/15_layouts_mri.ipynb #6613356c
 def write_image(
     image: sitk.Image,
     path: Path,

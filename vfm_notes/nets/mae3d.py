@@ -153,7 +153,7 @@ class MAE3d(nn.Module):
         for block in self.blocks: out.append(x := block(x))
         return out + [self.norm(x)]
 
-# %% ../../nbs/2_nets/04_mae3d.ipynb #ec148a08
+# %% ../../nbs/2_nets/04_mae3d.ipynb #9e5f3d1d
 @patch
 def forward(self: MAE3d,
             x: Tensor,  # b c d h w, of the size of the position tables

@@ -180,7 +180,7 @@ def compute_gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, floa
             self.halve_microbatches(error)
             torch.set_rng_state(state)
 
-# %% ../../nbs/4_pretrain/02_trainer.ipynb #8c88fda2
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #ed1a5f7b
 @patch
 def halve_microbatches(self: Trainer, error: BaseException) -> None:
     "Cut batches into parts half as large from now on."
@@ -216,7 +216,7 @@ def train_step(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # 
     if hasattr(self.module, "after_step"): self.module.after_step()  # e.g. a teacher that follows its student
     return logs
 
-# %% ../../nbs/4_pretrain/02_trainer.ipynb #5ba8e0a7
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #c0efd045
 @patch
 def run_epoch(
     self: Trainer,

