@@ -8,14 +8,14 @@ __all__ = ['CENSORED_COLUMNS', 'SHARE', 'FEWEST_PAIRS', 'TARGET_RULES', 'REACHED
            'best_score', 'target_score', 'first_reached', 'area_under_curve', 'run_convergence', 'mean_interval',
            'convergence_table', 'time_words', 'reached_curves', 'paired_times', 'reached_table']
 
-# %% ../../nbs/8_analysis/06_convergence.ipynb #2ce5cd1d
+# %% ../../nbs/8_analysis/06_convergence.ipynb #f7cb9192
 from itertools import product
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-# %% ../../nbs/8_analysis/06_convergence.ipynb #32e89262
+# %% ../../nbs/8_analysis/06_convergence.ipynb #4e5d0f37
 from .gain import has_learned
 from .tables import CELL, reference_runs, RUN, Tables
 from ..foundation.quantity import DRAWS, format_value, metric_card, SEED

@@ -7,14 +7,14 @@ __all__ = ['cell_words', 'gain_words', 'gain_findings', 'pretrained_cells', 'nam
            'soonest_words', 'convergence_finding', 'findings', 'read_evidence', 'probe_gains', 'join_words',
            'gain_text', 'backbone_verdict', 'objective_verdict', 'count_helpful', 'count_by_probe', 'rounding_words']
 
-# %% ../../nbs/8_analysis/11_findings.ipynb #89153301
+# %% ../../nbs/8_analysis/11_findings.ipynb #aa277898
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/8_analysis/11_findings.ipynb #170b7a11
+# %% ../../nbs/8_analysis/11_findings.ipynb #f40a49cc
 from .association import cell_points
 from .convergence import convergence_table, mean_interval
 from .crossed import crossed_association, crossed_words
@@ -55,7 +55,7 @@ def gain_words(
         f"{format_p(row.p_holm, of)} over seeds and cases, corrected)."
     )
 
-# %% ../../nbs/8_analysis/11_findings.ipynb #aa32ac4e
+# %% ../../nbs/8_analysis/11_findings.ipynb #989a918f
 def gain_findings(
     gains: pd.DataFrame,  # from gain_table
 ) -> list[str]:
@@ -263,7 +263,7 @@ def backbone_verdict(
         parts + those(rows[rows.verdict == "reads nothing"], "the probe finds nothing before or after:", False)
     )
 
-# %% ../../nbs/8_analysis/11_findings.ipynb #4bdc32c1
+# %% ../../nbs/8_analysis/11_findings.ipynb #4f5d9e53
 def objective_verdict(
     objective: str,  # registered name
     title: str,  # for readers

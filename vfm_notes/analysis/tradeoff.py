@@ -8,14 +8,14 @@ __all__ = ['GROUP', 'CHOSEN_FOR_EACH', 'TUNING_OF', 'GRID', 'COST_TITLES', 'sear
            'long_runs', 'tradeoff_table', 'pareto_front', 'front_table', 'axis_pairs', 'axis_contrasts', 'cell_name',
            'axis_words', 'front_words', 'tradeoff_findings']
 
-# %% ../../nbs/8_analysis/12_tradeoff.ipynb #5e96fc8a
+# %% ../../nbs/8_analysis/12_tradeoff.ipynb #4bf7658b
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-# %% ../../nbs/8_analysis/12_tradeoff.ipynb #2fb23ded
+# %% ../../nbs/8_analysis/12_tradeoff.ipynb #25f54e69
 from .contrasts import cell_scores, contrast_table
 from .convergence import mean_interval
 from .gain import holm
@@ -51,7 +51,7 @@ def run_scores(tables: Tables) -> pd.DataFrame:
     both = pd.concat([runs, runs[runs.chosen].assign(setting=CHOSEN_FOR_EACH)])
     return both[[*GROUP, "backbone", "setting", "seed", "value", "metric", "unit", "direction"]].reset_index(drop=True)
 
-# %% ../../nbs/8_analysis/12_tradeoff.ipynb #5adad425
+# %% ../../nbs/8_analysis/12_tradeoff.ipynb #db17ef7f
 def rank_table(
     scores: pd.DataFrame,  # from scored
 ) -> pd.DataFrame:  # group, setting, backbone, mean, least, most (of the seeds), seeds, rank (1 is best)
@@ -115,7 +115,7 @@ def compare_settings(
         rows, columns=[*GROUP, "setting", "tau", "low", "high", "same_best", "stays", "backbones", "seeds"]
     )
 
-# %% ../../nbs/8_analysis/12_tradeoff.ipynb #7d818079
+# %% ../../nbs/8_analysis/12_tradeoff.ipynb #dfdfc824
 def search_words(
     agreed: pd.DataFrame,  # from agreement
 ) -> str:  # a sentence without its full stop
@@ -192,7 +192,7 @@ def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy
         "value": float
     })
 
-# %% ../../nbs/8_analysis/12_tradeoff.ipynb #228e2695
+# %% ../../nbs/8_analysis/12_tradeoff.ipynb #60c0600e
 def tradeoff_table(
     tables: Tables,
 ) -> pd.DataFrame:  # GRID, what, direction, unit, value, low, high, n

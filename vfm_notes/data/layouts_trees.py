@@ -8,7 +8,7 @@ __all__ = ['PROSTATEX_SERIES', 'PROSTATEX_GRADES', 'BIDS_SEQUENCES', 'BIDS_MASKS
            'bids_file', 'highest_b', 'bids_example', 'bids', 'sulcus_labels', 'sequential_split', 'brainvisa_example',
            'mask_file', 'brainvisa']
 
-# %% ../../nbs/1_data/16_layouts_trees.ipynb #488df2d8
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #7a346937
 import re
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/1_data/16_layouts_trees.ipynb #8cbb3800
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #24824a49
 from .cache import track_progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
@@ -366,7 +366,7 @@ def mask_file(
     plain = folder/f"{name}.nii"
     return plain if plain.is_file() else folder/f"{name}.nii.gz"
 
-# %% ../../nbs/1_data/16_layouts_trees.ipynb #09d00d60
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #117cd176
 @layouts("brainvisa", title="BrainVISA subjects with sulcus labels", example=brainvisa_example)
 def brainvisa(
     src: Path,

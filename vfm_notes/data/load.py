@@ -9,7 +9,7 @@ __all__ = ['VOXEL_MODULES', 'DECODE_MODULES', 'ENTRIES', 'BAD_CASES', 'is_pictur
            'manifest_folder', 'layout_folder', 'manifest_of', 'cohort_maker', 'cohort_key', 'cache_folder',
            'caching_allowed', 'cached_cohort', 'load_cohort', 'manifest_cohort']
 
-# %% ../../nbs/1_data/13_load.ipynb #d79d05a2
+# %% ../../nbs/1_data/13_load.ipynb #08249be5
 import importlib
 import os
 import re
@@ -22,7 +22,7 @@ from pathlib import Path
 import SimpleITK as sitk
 import numpy as np
 
-# %% ../../nbs/1_data/13_load.ipynb #8884aca9
+# %% ../../nbs/1_data/13_load.ipynb #a6041558
 from vfm_notes.data.cache import (
     ARRAYS, case_key, CaseSource, code_hash, decode_cohort, DecodedCases, DecodePlan, open_cohort, plan_problems,
     publish, read_cohort, write_cohort,
@@ -155,7 +155,7 @@ def decode_row(
         on["zones"].astype(np.uint8) if "zones" in on else None,
     )
 
-# %% ../../nbs/1_data/13_load.ipynb #d7887704
+# %% ../../nbs/1_data/13_load.ipynb #b29cb8a6
 def merge_masks(
     manifest: Manifest,
     masks: dict[str, np.ndarray],  # column → (d, h, w)

@@ -8,7 +8,7 @@ __all__ = ['CHUNK', 'HEADER_KINDS', 'CIFTI', 'QUIET_LOGGER', 'LENGTH_UNITS', 'MA
            'volume_shape', 'number_type', 'best_affine', 'check_room', 'volume_number', 'read_voxels', 'scaled_values',
            'to_image', 'read_nifti', 'format_values', 'distinct_values', 'label_values', 'mask_values']
 
-# %% ../../nbs/1_data/04_nifti.ipynb #378de9ec
+# %% ../../nbs/1_data/04_nifti.ipynb #5d6b2d98
 import gzip
 import logging
 import math
@@ -22,7 +22,7 @@ import SimpleITK as sitk
 import nibabel as nib
 import numpy as np
 
-# %% ../../nbs/1_data/04_nifti.ipynb #6a6b5288
+# %% ../../nbs/1_data/04_nifti.ipynb #0faa095e
 from ..foundation.meter import check_allocation, format_bytes
 from ..foundation.registry import VfmError
 

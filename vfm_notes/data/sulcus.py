@@ -6,12 +6,12 @@
 __all__ = ['PCS_CLASSES', 'LENGTHS', 'BUDGET', 'ENDS', 'ARCH', 'PCS_CYCLE', 'Fold', 'fold_distance', 'fold_cost', 'draw_pcs',
            'draw_folds', 'unroll', 'SulcusCase', 'draw_sheets', 'sulcus_case', 'sulcus_cohort']
 
-# %% ../../nbs/1_data/09_sulcus.ipynb #0e2a9011
+# %% ../../nbs/1_data/09_sulcus.ipynb #0f7accec
 from typing import NamedTuple
 
 import numpy as np
 
-# %% ../../nbs/1_data/09_sulcus.ipynb #7683cfba
+# %% ../../nbs/1_data/09_sulcus.ipynb #2aa273f4
 from .anatomy import Grid, smooth_field
 from .cohort import Cohort, CohortCard
 from ..foundation.registry import cohorts, VfmError

@@ -8,7 +8,7 @@ __all__ = ['FONT', 'INK', 'VEGALITE_MIME', 'CHART_WIDTH', 'chart_theme', 'json_s
            'findings_list', 'facts', 'link', 'links', 'coloured_name', 'stacked', 'is_missing', 'format_digits',
            'format_estimate', 'table_cell', 'table', 'plain_text', 'filter_menus']
 
-# %% ../../nbs/0_foundation/07_blocks.ipynb #8a9dfa57
+# %% ../../nbs/0_foundation/07_blocks.ipynb #42284d8e
 import html
 import json
 import math
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from textwrap import wrap
 
-# %% ../../nbs/0_foundation/07_blocks.ipynb #af0daad5
+# %% ../../nbs/0_foundation/07_blocks.ipynb #257960fd
 from .quantity import format_value, round_value
 from .show import PALETTE
 

@@ -8,7 +8,7 @@ __all__ = ['GROUP_FILES', 'GRANTED', 'PACKAGES', 'process_memory', 'reset_peak',
            'combine_costs', 'epoch_seconds', 'convert_old_cost', 'package_versions', 'git_commit', 'cpu_name',
            'device_name', 'count_threads', 'provenance']
 
-# %% ../../nbs/0_foundation/08_meter.ipynb #b8ddc604
+# %% ../../nbs/0_foundation/08_meter.ipynb #8adb4475
 import gc
 import os
 import platform
@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from fastcore.basics import patch
 
-# %% ../../nbs/0_foundation/08_meter.ipynb #65db8b32
+# %% ../../nbs/0_foundation/08_meter.ipynb #6718885d
 from .places import project_root, working_tree
 from .registry import VfmError
 
@@ -109,7 +109,7 @@ def cgroup_memory(
             found.append(most - now + int(spare[1] if spare else 0))
     return min(found, default=None)
 
-# %% ../../nbs/0_foundation/08_meter.ipynb #1a1adc95
+# %% ../../nbs/0_foundation/08_meter.ipynb #d5bfed6f
 def free_memory() -> int:  # bytes
     "Return the memory that this process may still take."
     import psutil
@@ -193,7 +193,7 @@ class Meter:
             "seconds": seconds,
         }
 
-# %% ../../nbs/0_foundation/08_meter.ipynb #aa2a8b4d
+# %% ../../nbs/0_foundation/08_meter.ipynb #d163d638
 @patch
 def cost(
     self: Meter,
@@ -238,7 +238,7 @@ def combine_costs(
         "energy_j": combine_known([s["energy_j"] for s in spent]), "processes": len(spent),
     }
 
-# %% ../../nbs/0_foundation/08_meter.ipynb #154abd28
+# %% ../../nbs/0_foundation/08_meter.ipynb #762a23a3
 def epoch_seconds(
     epochs: list,  # of each row of the curves
     seconds: list,  # training time at its end

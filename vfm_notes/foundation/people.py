@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'FORMULA', 'NUMBER', 'key_file', 'make_key', 'site_key', 'keyed_hash', 'key_id', 'patient_fingerprints',
            'pseudonym', 'mark_name', 'escape_formula', 'write_sheet']
 
-# %% ../../nbs/0_foundation/10_people.ipynb #341b2940
+# %% ../../nbs/0_foundation/10_people.ipynb #15e2077f
 import base64
 import hmac
 import json
@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-# %% ../../nbs/0_foundation/10_people.ipynb #289716a6
+# %% ../../nbs/0_foundation/10_people.ipynb #eb453d56
 from .places import write_atomic
 from .registry import VfmError
 

@@ -11,7 +11,7 @@ __all__ = ['LFS', 'ANNEX', 'DVC', 'package_root', 'working_tree', 'project_root'
            'detect_full_disk', 'DamagedFile', 'file_hash', 'damage', 'check_companion', 'fetch_command',
            'pointer_problem', 'check_fetched']
 
-# %% ../../nbs/0_foundation/03_places.ipynb #246a2204
+# %% ../../nbs/0_foundation/03_places.ipynb #9c076718
 import errno
 import hashlib
 import json
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../../nbs/0_foundation/03_places.ipynb #d9ed3152
+# %% ../../nbs/0_foundation/03_places.ipynb #6cde81d3
 from .registry import RESERVED_NAMES, short_yaml, suggest_name, VfmError
 
 # %% ../../nbs/0_foundation/03_places.ipynb #918a6a75
@@ -205,7 +205,7 @@ def atomic_file(
         if synced: fsync(path.parent)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../nbs/0_foundation/03_places.ipynb #d8f52802
+# %% ../../nbs/0_foundation/03_places.ipynb #b9945f62
 def write_atomic(
     path: Path,  # as in `atomic_file`, like the options
     text: str,

@@ -9,7 +9,7 @@ __all__ = ['cohorts', 'backbones', 'objectives', 'tasks', 'strategies', 'diverge
            'parse_value', 'parse_strategy', 'canonical_strategy', 'check_strategy', 'pretraining_of', 'starts_random',
            'canonical_on']
 
-# %% ../../nbs/0_foundation/01_registry.ipynb #e50e3fc4
+# %% ../../nbs/0_foundation/01_registry.ipynb #655460da
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -203,9 +203,9 @@ RANDOM_START = ("scratch", "random")  # strategies that begin with random weight
 @lru_cache
 def pretraining_of(
     strategy: str,  # a strategy's line
-    parent: str,  # run id of the pretraining that made the backbone's weights
+    parent: str,  # run id of the pretraining that made the backbone's weights, or what is expected of them
 ) -> str:  # the same, or "" where no weights are used
-    "Return the pretraining that a run depends on."
+    "Return the pretraining that a run depends on, or another word about its weights."
     return "" if parse_strategy(strategy)[0] in RANDOM_START else parent
 
 # %% ../../nbs/0_foundation/01_registry.ipynb #f4665b45

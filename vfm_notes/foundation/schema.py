@@ -13,7 +13,7 @@ __all__ = ['NUMBERS', 'CONSTANTS', 'DEEPEST', 'MOST', 'LONGEST_FILE', 'ABSENT', 
            'convert', 'field_types', 'convert_fields', 'describe_field', 'field_range', 'from_values', 'argument_types',
            'check_options']
 
-# %% ../../nbs/0_foundation/02_schema.ipynb #8a3964cb
+# %% ../../nbs/0_foundation/02_schema.ipynb #f3f6eca7
 import inspect
 import math
 import re
@@ -26,7 +26,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-# %% ../../nbs/0_foundation/02_schema.ipynb #cb79ed93
+# %% ../../nbs/0_foundation/02_schema.ipynb #a41e5da8
 from .registry import check_name, check_weights_name, short_yaml, suggest_name, VfmError
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #b540f8a0

@@ -8,7 +8,7 @@ __all__ = ['ONNX_TYPES', 'MAX_NESTING', 'STATE_OF', 'WRAPPED', 'KEPT_IN', 'COUNT
            'strip_prefix', 'read_content', 'check_state', 'read_state', 'find_dictionaries', 'below_prefixes', 'Part',
            'parts_of', 'read_parts', 'forward_flops']
 
-# %% ../../nbs/2_nets/06_files.ipynb #f5cf91cc
+# %% ../../nbs/2_nets/06_files.ipynb #9f51b3ad
 import argparse
 import pickle
 import re
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-# %% ../../nbs/2_nets/06_files.ipynb #18d2e728
+# %% ../../nbs/2_nets/06_files.ipynb #187a6232
 from ..foundation.meter import check_allocation
 from ..foundation.places import check_fetched
 from ..foundation.registry import suggest_name, VfmError
@@ -188,7 +188,7 @@ def read_content(
                        "alone or under 'model' or 'state_dict'.")
     return content
 
-# %% ../../nbs/2_nets/06_files.ipynb #fa2bc077
+# %% ../../nbs/2_nets/06_files.ipynb #68fece25
 def check_state(
     state: dict[str, Tensor],  # of a file
     path: str | Path,  # for messages
@@ -272,7 +272,7 @@ def parts_of(
             yield Part(place, f"{wrapped}.{prefix}".strip("."), inner, len(found), len(state) - len(inner))
     return [p for place, state in found.items() for p in part(place, state)]
 
-# %% ../../nbs/2_nets/06_files.ipynb #06d33874
+# %% ../../nbs/2_nets/06_files.ipynb #c73eaca0
 def read_parts(
     path: str | Path,  # a file, or FILE#PLACE
 ) -> tuple[str, list[Part]]:  # the file, its networks

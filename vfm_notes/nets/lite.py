@@ -7,7 +7,7 @@ __all__ = ['LITE0', 'SameConv', 'InvertedResidual', 'EfficientNetLite', 'ConvNor
            'TinyBlock', 'TinyViT', 'PixelNorm', 'FourierPlaces', 'PromptEncoder', 'CrossAttention', 'TwoWayBlock',
            'TwoWayTransformer', 'ReluMLP', 'MaskDecoder']
 
-# %% ../../nbs/2_nets/05_lite.ipynb #7f4b29a4
+# %% ../../nbs/2_nets/05_lite.ipynb #63beae66
 import math
 from itertools import product
 

@@ -6,13 +6,13 @@
 __all__ = ['Attention', 'LayerScale', 'MLP', 'TransformerBlock', 'resize_positions', 'embed_patches', 'ViT', 'patch_map',
            'FocalModulation', 'channels_first', 'FocalBlock', 'OverlapEmbed', 'FocalStage', 'FocalNet']
 
-# %% ../../nbs/2_nets/02_vit.ipynb #db93f6e8
+# %% ../../nbs/2_nets/02_vit.ipynb #cdf34727
 import torch
 from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/2_nets/02_vit.ipynb #6c08d4e3
+# %% ../../nbs/2_nets/02_vit.ipynb #3a9328c4
 from .convnext3d import DropPath, initialise
 
 # %% ../../nbs/2_nets/02_vit.ipynb #a879f6c0

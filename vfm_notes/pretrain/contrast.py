@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'DIRECTIONS', 'draw_views', 'nt_xent', 'NTXent', 'tile_shares', 'find_pairs', 'Projection', 'FixedProjection',
            'pair_loss', 'dice_ce', 'TileContrast', 'token_similarity', 'check_labels', 'PatchContrast']
 
-# %% ../../nbs/4_pretrain/04_contrast.ipynb #90f677ac
+# %% ../../nbs/4_pretrain/04_contrast.ipynb #c8abef2f
 import numpy as np
 import torch
 from einops import rearrange, reduce
@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/4_pretrain/04_contrast.ipynb #4f3e88fa
+# %% ../../nbs/4_pretrain/04_contrast.ipynb #6ffcf0d5
 from ..backbones.protocol import Backbone
 from ..data.loader import augment
 from ..foundation.registry import objectives, VfmError
@@ -83,7 +83,7 @@ class NTXent(nn.Module):
         )
         return {k: v[0].cpu().numpy() for k, v in given.items()}
 
-# %% ../../nbs/4_pretrain/04_contrast.ipynb #333fcfd1
+# %% ../../nbs/4_pretrain/04_contrast.ipynb #cabb7dda
 @patch
 def loss(self: NTXent,
          batch: dict[str, Tensor],  # "volumes" b c d h w, at least two cases

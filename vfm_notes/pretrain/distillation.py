@@ -6,7 +6,7 @@
 __all__ = ['choose_tokens', 'encode_provicnet', 'encode_mae', 'encode_lifted', 'encode_volumetric', 'token_encoder',
            'MaskedTokens', 'small_crop', 'distillation_loss', 'view_pictures', 'Teacher', 'SelfDistillation']
 
-# %% ../../nbs/4_pretrain/05_distillation.ipynb #55c570f1
+# %% ../../nbs/4_pretrain/05_distillation.ipynb #62b5991d
 import copy
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/4_pretrain/05_distillation.ipynb #a47d0016
+# %% ../../nbs/4_pretrain/05_distillation.ipynb #2b7cd1d5
 from ..backbones.lifted import Lifted, Tokens
 from ..backbones.profound import MAEBackbone
 from ..backbones.protocol import Backbone
@@ -119,7 +119,7 @@ class MaskedTokens(Masked):
         )
         self.pred = nn.Linear(width, backbone.in_channels * self.cell[0] * self.cell[1] * self.cell[2])
 
-# %% ../../nbs/4_pretrain/05_distillation.ipynb #e82c7b5a
+# %% ../../nbs/4_pretrain/05_distillation.ipynb #a0aac8c3
 @patch
 def forward(self: MaskedTokens,
             x: Tensor,  # b c d h w
@@ -248,7 +248,7 @@ class SelfDistillation(nn.Module):
         "Return the case, its views, and how much each cell resembles the mean cell."
         return view_pictures(self, batch["volumes"][:1])
 
-# %% ../../nbs/4_pretrain/05_distillation.ipynb #14352642
+# %% ../../nbs/4_pretrain/05_distillation.ipynb #53e303f8
 @patch
 def student(self: SelfDistillation) -> nn.Module: return nn.Sequential(self.backbone, self.head)
 

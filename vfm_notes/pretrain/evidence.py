@@ -8,7 +8,7 @@ __all__ = ['OLDER_KERNELS', 'EvidencePlan', 'standardise_both', 'probe_classes',
            'probe_in_subprocess', 'evidence_file', 'write_evidence', 'describe_objective', 'write_objectives',
            'class_weights', 'batched_features', 'LinearProbe', 'make_probe', 'nearest_cases']
 
-# %% ../../nbs/4_pretrain/08_evidence.ipynb #dcd47abb
+# %% ../../nbs/4_pretrain/08_evidence.ipynb #345db446
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/4_pretrain/08_evidence.ipynb #a684173a
+# %% ../../nbs/4_pretrain/08_evidence.ipynb #45367768
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet
 import vfm_notes.pretrain.diffusion
@@ -113,7 +113,7 @@ def fit_voxel_probe(
         optimiser.step()
     with torch.no_grad(): return resize(head(test), torch.empty(len(test), 1, *size)).argmax(1)
 
-# %% ../../nbs/4_pretrain/08_evidence.ipynb #4154a088
+# %% ../../nbs/4_pretrain/08_evidence.ipynb #05b56640
 def probe_labels(
     train: Tensor,  # n f d h w, features on the finest grid
     test: Tensor,  # m f d h w
@@ -317,7 +317,7 @@ class LinearProbe:
         )
         return found | (self.dice(*maps) if self.labelled else {})
 
-# %% ../../nbs/4_pretrain/08_evidence.ipynb #e1badc0f
+# %% ../../nbs/4_pretrain/08_evidence.ipynb #14703088
 @patch
 def level(self: LinearProbe, backbone: Backbone) -> int:
     "Return the finest level whose grid is affordable."

@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'PROGRESS_KINDS', 'RECIPE', 'ObjectiveCard', 'option_owne
            'objective_card', 'published_spec', 'pretraining_batches', 'PretrainResult', 'prepare_pretraining',
            'initial_losses', 'auxiliary_modules', 'pretrain', 'weights_manifest']
 
-# %% ../../nbs/4_pretrain/07_loop.ipynb #53dcd61d
+# %% ../../nbs/4_pretrain/07_loop.ipynb #27f4094a
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 
-# %% ../../nbs/4_pretrain/07_loop.ipynb #d50ad085
+# %% ../../nbs/4_pretrain/07_loop.ipynb #dedebe6e
 from ..backbones.adaptation import InitialWeights
 from ..backbones.plan import known_fingerprints, state_hash, WeightsManifest
 from ..backbones.protocol import Backbone, build_backbone
-from ..data.cohort import Cohort
+from ..data.cohort import Cohort, CohortCard
 from ..data.loader import augment, Loader
 from ..foundation.meter import epoch_seconds, Meter, provenance
 from ..foundation.registry import objectives, suggest_name, VfmError
@@ -32,7 +32,7 @@ from ..nets.files import forward_flops
 from .trainer import Checkpointer, train, TrainConfig, Trainer
 
 # %% ../../nbs/4_pretrain/07_loop.ipynb #b1bf659f
-FAMILIES = ("reconstruction", "contrast", "adversarial", "diffusion")
+FAMILIES = ("reconstruction", "contrast", "adversarial", "diffusion", "supervised")
 # what reports how far it is: volumes that it made, or cases that it finds alike
 PROGRESS_KINDS = ("pictures", "neighbours")
 
@@ -72,7 +72,7 @@ def options_of(
         } | found
     return found
 
-# %% ../../nbs/4_pretrain/07_loop.ipynb #68ea398b
+# %% ../../nbs/4_pretrain/07_loop.ipynb #aa251ccf
 def check_objective(
     name: str,  # registered objective
     options: dict,  # from the study file
@@ -145,6 +145,7 @@ def prepare_pretraining(
     volumes: Tensor,  # n c d h w
     in_channels: int,  # input sequences
     state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
+    card: CohortCard | None = None,  # of the cases, for objectives that ask for classes
 ) -> tuple[Backbone, nn.Module]:  # backbone, and the objective that holds it
     "Check the input, then build what the spec names, seeded."
     if len(volumes) < spec.batch_size:
@@ -158,9 +159,11 @@ def prepare_pretraining(
         raise VfmError(f"Pretraining '{spec.backbone}' begins with the weights '{spec.start}', which were not given.")
     torch.manual_seed(spec.seed)
     backbone = build_backbone(spec.backbone, in_channels, state)
-    backbone.check_input(volumes[:1])
+    backbone.check_input(volumes[:1, :in_channels])  # a task's first guess lies behind them
     check_objective(spec.objective, spec.options)
-    return backbone, objectives[spec.objective](backbone, **spec.options).to(volumes.device)
+    objective = objectives[spec.objective](backbone, **spec.options)
+    if card and hasattr(objective, "meet"): objective.meet(card)
+    return backbone, objective.to(volumes.device)
 
 # %% ../../nbs/4_pretrain/07_loop.ipynb #bf4b281a
 def initial_losses(
@@ -189,17 +192,18 @@ def auxiliary_modules(
 def pretrain(
     spec: PretrainSpec,  # what to make
     volumes: Tensor,  # n c d h w, normalised
-    labels: Tensor | None,  # n d h w class numbers; only some objectives look at them
+    labels: Tensor | None,  # n d h w class numbers, or a task's targets; only some objectives look at them
     in_channels: int,  # input sequences
     progress: Callable[[int, int, dict], None] = lambda epoch, epochs, logs: None,  # called after every epoch
     keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
     # linear probes, fitted every `spec.probe_every` epochs
     probe: Callable[[Backbone], dict[str, float]] | None = None,
     state: dict[str, Tensor] | None = None,  # weights that the spec's `start` names
+    card: CohortCard | None = None,  # of the cases, for objectives that ask for classes
 ) -> PretrainResult:
     "Pretrain the spec's backbone with the spec's objective."
     meter = Meter()
-    backbone, objective = prepare_pretraining(spec, volumes, in_channels, state)
+    backbone, objective = prepare_pretraining(spec, volumes, in_channels, state, card)
     begin = {k: v.detach().clone() for k, v in backbone.named_parameters()}
     loader = pretraining_batches(volumes, labels, spec)
     trainer = Trainer(

@@ -7,7 +7,7 @@ __all__ = ['random_keep', 'patchify', 'unpatchify', 'normalised_patches', 'check
            'MaskedReconstruction', 'CellDecoder', 'ssim_loss', 'image_loss', 'Autoencoding', 'SliceDiscriminator',
            'discriminator_bce', 'Adversarial']
 
-# %% ../../nbs/4_pretrain/03_reconstruction.ipynb #c55d1eeb
+# %% ../../nbs/4_pretrain/03_reconstruction.ipynb #e8aad589
 import numpy as np
 import torch
 from einops import rearrange
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from fastcore.basics import patch
 
-# %% ../../nbs/4_pretrain/03_reconstruction.ipynb #3fe3679b
+# %% ../../nbs/4_pretrain/03_reconstruction.ipynb #762a73f3
 from ..backbones.protocol import Backbone
 from ..foundation.registry import objectives, VfmError
 from ..nets.convnext3d import ConvNeXtBlock, enlarge_mask, to_triple
@@ -312,7 +312,7 @@ class Adversarial(Autoencoding):
         )
         return parts[0] + self.weight * parts[1], {"reconstruction": parts[0].item(), "generator": parts[1].item()}
 
-# %% ../../nbs/4_pretrain/03_reconstruction.ipynb #d6f97182
+# %% ../../nbs/4_pretrain/03_reconstruction.ipynb #afa62db4
 @patch
 def discriminator_loss(self: Adversarial, made: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     "Return what the discriminator lowers; the made volume is a constant."

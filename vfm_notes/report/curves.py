@@ -7,7 +7,7 @@ __all__ = ['SEEDS', 'EPOCHS', 'with_means', 'each_seed', 'fewer_epochs', 'seed_w
            'curve_panels', 'trajectories', 'reached_panels', 'read_measurements', 'commit_words', 'cost_frame',
            'cost_of_backbones', 'paired_difference']
 
-# %% ../../nbs/9_report/02_curves.ipynb #4f6828a3
+# %% ../../nbs/9_report/02_curves.ipynb #3d43e136
 import json
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/9_report/02_curves.ipynb #3b2f5250
+# %% ../../nbs/9_report/02_curves.ipynb #aa30aa2e
 from ..analysis.convergence import mean_interval
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError

@@ -7,7 +7,7 @@ __all__ = ['STUDY', 'README', 'IGNORED', 'LOOK', 'LOW_RESOURCES', 'look_notebook
            'unmet_requirements', 'check_packages', 'check_torch', 'check_engine', 'check_machine', 'check_folders',
            'check_renderer', 'check_programs', 'examine_study', 'run_checks']
 
-# %% ../../nbs/9_report/15_doctor.ipynb #e099c379
+# %% ../../nbs/9_report/15_doctor.ipynb #58ca1750
 import os
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-# %% ../../nbs/9_report/15_doctor.ipynb #f72ce4ad
+# %% ../../nbs/9_report/15_doctor.ipynb #f7a3a5f0
 from ..foundation.meter import cpu_name, git_commit, package_versions
 from ..foundation.places import project_root, runs_root, template_file, weights_root, working_tree
 from ..foundation.registry import make_name, VfmError
@@ -349,7 +349,7 @@ def examine_study(
     if not found:
         yield Check("study", "ok", f"{spec.name}: data, weights, licences and names are here, and all fits together")
 
-# %% ../../nbs/9_report/15_doctor.ipynb #50df9357
+# %% ../../nbs/9_report/15_doctor.ipynb #72f4690d
 def run_checks(
     study: str = "",  # name or path; everything that it needs is looked at, too
 ) -> Iterator[Check]:

@@ -7,7 +7,7 @@ __all__ = ['EXPLORER_COLUMNS', 'MENUS', 'ANY', 'NO_CURVES', 'explored', 'filter_
            'curve_words', 'curve_chart', 'RunExplorer', 'set_options', 'html_output', 'run_explorer', 'Training',
            'trainings', 'training_rows', 'training_chart', 'LiveTraining', 'study_line', 'live_training']
 
-# %% ../../nbs/9_report/13_explorer.ipynb #6a10240b
+# %% ../../nbs/9_report/13_explorer.ipynb #59768d7f
 import json
 import os
 import threading
@@ -19,7 +19,7 @@ import ipywidgets as widgets
 import pandas as pd
 from fastcore.basics import patch
 
-# %% ../../nbs/9_report/13_explorer.ipynb #d4d9b42d
+# %% ../../nbs/9_report/13_explorer.ipynb #c55dba01
 from ..analysis.tables import runs_table
 from ..foundation.blocks import format_digits
 from ..foundation.places import checkpoint_file, notebook_file, run_folder, study_root
@@ -100,7 +100,7 @@ def shown_value(column: str, value: object) -> str:
     if isinstance(value, float): return format_digits(value, 2 if abs(value) > 5 else 3)  # as the report rounds scores
     return escaped(readable_name(value) if column == "task" else value)
 
-# %% ../../nbs/9_report/13_explorer.ipynb #352c66c6
+# %% ../../nbs/9_report/13_explorer.ipynb #aee6d0b9
 def run_rows(
     study: str,  # name
     rows: pd.DataFrame,  # from explored
@@ -204,7 +204,7 @@ class RunExplorer(Shown):
         "Return the rows that match the filters."
         return filter_rows(self.rows, self.text.value, **{m: menu.value for m, menu in self.menus.items()})
 
-# %% ../../nbs/9_report/13_explorer.ipynb #6c45a037
+# %% ../../nbs/9_report/13_explorer.ipynb #808939e7
 @patch
 def read(self: RunExplorer) -> None:
     "Read the records (again)."
@@ -247,7 +247,7 @@ def curves(self: RunExplorer) -> pd.DataFrame:
             )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=NO_CURVES)
 
-# %% ../../nbs/9_report/13_explorer.ipynb #9a9bf8d9
+# %% ../../nbs/9_report/13_explorer.ipynb #32b0f51a
 @patch
 def show(self: RunExplorer) -> None:
     "Show what matches."
@@ -271,7 +271,7 @@ def draw(self: RunExplorer) -> None:
         else (html_output("<p>No curves: no finished run matches.</p>"),)
     )
 
-# %% ../../nbs/9_report/13_explorer.ipynb #9c9bcaff
+# %% ../../nbs/9_report/13_explorer.ipynb #4bcd4498
 def html_output(text: str) -> dict:
     "Make an output of a cell from HTML."
     return {"output_type": "display_data", "metadata": {}, "data": {"text/html": text, "text/plain": ""}}

@@ -9,7 +9,7 @@ __all__ = ['ORDER', 'RESET_CODE', 'CELL_TIMEOUT', 'OLDEST_VERSION', 'FOOTER', 'M
            'plain_lines', 'quarto_error', 'find_warnings', 'footer_mark', 'project_fingerprint', 'pages_to_render',
            'run_quarto', 'copy_resources', 'render_project', 'plain_script', 'without_modules']
 
-# %% ../../nbs/9_report/08_pages.ipynb #b9d3cb0c
+# %% ../../nbs/9_report/08_pages.ipynb #bc256300
 import filecmp
 import hashlib
 import html
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-# %% ../../nbs/9_report/08_pages.ipynb #b3d6cae6
+# %% ../../nbs/9_report/08_pages.ipynb #b0c5c573
 from ..foundation.blocks import Block, table
 from ..foundation.places import notebook_file, package_root, report_notebooks, write_atomic
 from ..foundation.registry import suggest_name, VfmError

@@ -8,7 +8,7 @@ __all__ = ['PNG', 'CRITICAL', 'LONG_BASE64', 'SHORT', 'NAMED', 'KNOWN_ROOTS', 'P
            'change_bytes', 'change_text', 'replace_everywhere', 'absolute_paths', 'file_kind', 'PathShortener',
            'published_device', 'machine_words']
 
-# %% ../../nbs/9_report/05_sweep.ipynb #ee946c53
+# %% ../../nbs/9_report/05_sweep.ipynb #20a312a0
 import base64
 import getpass
 import gzip
@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
-# %% ../../nbs/9_report/05_sweep.ipynb #888746f8
+# %% ../../nbs/9_report/05_sweep.ipynb #2eb15393
 from ..foundation.meter import cpu_name
 from ..foundation.places import report_notebooks, template_file
 
@@ -77,7 +77,7 @@ def alternation(
         return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
     return written(trie)
 
-# %% ../../nbs/9_report/05_sweep.ipynb #d8da2a76
+# %% ../../nbs/9_report/05_sweep.ipynb #89a4fc2a
 def name_pattern(words: Iterable[str]) -> re.Pattern:
     "Find any of some words, in capital or small letters."
     kinds: dict[str, list] = {}
@@ -137,7 +137,7 @@ def change_bytes(
     except UnicodeDecodeError: return data
     return change_text(text, change).encode()
 
-# %% ../../nbs/9_report/05_sweep.ipynb #c29753da
+# %% ../../nbs/9_report/05_sweep.ipynb #12288286
 def change_text(
     text: str,
     change: Callable[[str], str],

@@ -300,7 +300,7 @@ def shut_down(self: Batch, show: Display) -> None:
     "Start nothing more, and let what runs come to a good place."
     self.stopped = f"Stop requested ({signal.Signals(stop_requested()).name}); the same command continues."
     self.drop()
-    self.patience = time.monotonic() + (grace_seconds() + 15 if self.executor.shut_down() else 0)
+    self.patience = time.monotonic() + (grace_seconds() + 15 if self.executor.leave() else 0)
     if self.running:
         show.say(
             f"stop requested: waiting up to {format_duration(self.patience - time.monotonic())} for the checkpoints "

@@ -8,7 +8,7 @@ __all__ = ['Processes', 'KNOWN', 'executors', 'Device', 'read_devices', 'visible
            'unpack_value', 'encode', 'run_call', 'write_answer', 'pack_error', 'read_answer', 'run_worker', 'Died',
            'Cancelled', 'Lost', 'Future', 'count_cores', 'thread_env', 'LocalExecutor']
 
-# %% ../../nbs/7_runs/06_executors.ipynb #ee63c5e2
+# %% ../../nbs/7_runs/06_executors.ipynb #8bd074ab
 import builtins
 import importlib
 import json
@@ -28,7 +28,7 @@ from typing import Annotated
 from fastcore.basics import patch
 from msgspec import Meta
 
-# %% ../../nbs/7_runs/06_executors.ipynb #d4336cd1
+# %% ../../nbs/7_runs/06_executors.ipynb #325c3640
 from ..foundation.places import DamagedFile, DiskFull, write_atomic
 from ..foundation.registry import Registry, VfmError
 from ..foundation.schema import from_values, Line, read_yaml
@@ -357,7 +357,7 @@ class LocalExecutor:
         self.pump()
         return future
 
-# %% ../../nbs/7_runs/06_executors.ipynb #997566f9
+# %% ../../nbs/7_runs/06_executors.ipynb #fb170e5f
 @patch
 def _start_server(self: LocalExecutor, modules, log) -> str | None:
     reason = can_fork()
@@ -431,7 +431,7 @@ def leave(self: LocalExecutor) -> bool:  # it is worth waiting for
     for future in self.active: kill_group(future.process.pid, signal.SIGTERM)
     return True
 
-# %% ../../nbs/7_runs/06_executors.ipynb #20341d80
+# %% ../../nbs/7_runs/06_executors.ipynb #e99a47d2
 @patch
 def shutdown(self: LocalExecutor) -> None:
     "Kill what still runs and forget what is queued."

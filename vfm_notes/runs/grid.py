@@ -8,7 +8,7 @@ __all__ = ['SPECS', 'PLURAL', 'STATES', 'OPEN', 'Job', 'why_unavailable', 'param
            'jobs_of', 'transfer_jobs', 'external_jobs', 'study_records', 'known_records', 'run_states', 'job_states',
            'template_parameters', 'check_template', 'check_templates', 'states_of', 'count_states', 'job_state']
 
-# %% ../../nbs/7_runs/03_grid.ipynb #a6acf0c8
+# %% ../../nbs/7_runs/03_grid.ipynb #8bb80425
 import ast
 import json
 import os
@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
 
-# %% ../../nbs/7_runs/03_grid.ipynb #edf6f71a
+# %% ../../nbs/7_runs/03_grid.ipynb #8d06d6e0
 from ..foundation.places import run_folder, template_file
 from vfm_notes.foundation.registry import (
     canonical_strategy, check_name, cohorts, pretraining_of, suggest_name, VfmError,
@@ -81,7 +81,7 @@ def job_parameters(
     first = specs[0]
     values = json.loads(json.dumps(asdict(first)))
     if first.kind == "transfer":
-        values["parent"] = max(s.parent for s in specs)  # scratch has none
+        for k in ("parent", "expected"): values[k] = max(getattr(s, k) for s in specs)  # scratch has none
         for one, many in PLURAL.items():
             del values[one]
             values[many] = list(dict.fromkeys(getattr(s, one) for s in specs))
@@ -103,10 +103,14 @@ def job_specs(
     check_name(values.pop("study", "by_hand"), f"{where}: study")
     if kind != "transfer": return [from_values(SPECS[kind], values, where)]
     looped = from_values(TransferAxes, {k: values.pop(k) for k in PLURAL.values() if k in values}, where)
-    weights, axes = values.pop("parent", ""), product(looped.strategies, looped.seeds)
+    weights, axes = {k: values.pop(k, "") for k in ("parent", "expected")}, product(looped.strategies, looped.seeds)
     return [
         from_values(
-            RunSpec, values | {"strategy": strategy, "seed": seed, "parent": pretraining_of(strategy, weights)}, where
+            RunSpec,
+            values
+            | {"strategy": strategy, "seed": seed}
+            | {k: pretraining_of(strategy, v) for k, v in weights.items()},
+            where,
         )
         for strategy, seed in axes
     ]
@@ -226,7 +230,7 @@ def transfer_jobs(
     order = list(dict.fromkeys(map(key, runs)))
     return sorted(jobs, key=lambda job: order.index(key(job.specs[0])))
 
-# %% ../../nbs/7_runs/03_grid.ipynb #1666039b
+# %% ../../nbs/7_runs/03_grid.ipynb #8aea8953
 def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: Path) -> list[Job]:
     "Make one job for each backbone whose tuned runs are all in the plan."
     maker = {id: job.name for job in transfers for id in job.runs}

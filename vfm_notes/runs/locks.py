@@ -6,7 +6,7 @@
 __all__ = ['lock_file', 'progress_file', 'job_lock', 'running_since', 'repair', 'keep_times', 'remove_stale',
            'remove_stale_cache']
 
-# %% ../../nbs/7_runs/02_locks.ipynb #ac63108c
+# %% ../../nbs/7_runs/02_locks.ipynb #be579ae9
 import fcntl
 import math
 import os
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../../nbs/7_runs/02_locks.ipynb #6833fb6e
+# %% ../../nbs/7_runs/02_locks.ipynb #46dfe616
 from ..foundation.places import abandoned, cache_root, run_folder, study_root
 from .record import check_record, NAME, quarantine, recheck_record, SMALL_FILE
 
@@ -44,7 +44,7 @@ def job_lock(
         f.truncate(0); f.write(f"{os.getpid()} on {socket.gethostname()}\n"); f.flush()
         yield True
 
-# %% ../../nbs/7_runs/02_locks.ipynb #737ded7f
+# %% ../../nbs/7_runs/02_locks.ipynb #a59f2e08
 def running_since(
     study: str,
     job: str,  # name of the job

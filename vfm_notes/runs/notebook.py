@@ -7,7 +7,7 @@ __all__ = ['notebook_error', 'template_hash', 'current_cell', 'current_run', 'ke
            'grace_seconds', 'stop_kernels', 'settings_conflicts', 'known_conflicts', 'preflight', 'check_disk',
            'check_there', 'check_first']
 
-# %% ../../nbs/7_runs/09_notebook.ipynb #541fa7f5
+# %% ../../nbs/7_runs/09_notebook.ipynb #6500636a
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../../nbs/7_runs/09_notebook.ipynb #5f4be284
+# %% ../../nbs/7_runs/09_notebook.ipynb #6a727297
 from ..foundation.places import detect_full_disk, DiskFull, notebook_file, pid_alive, runs_root
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec
@@ -49,7 +49,7 @@ def notebook_error(
         "cell": current_cell(notebook),
     }
 
-# %% ../../nbs/7_runs/09_notebook.ipynb #1c91747b
+# %% ../../nbs/7_runs/09_notebook.ipynb #e0f9b31c
 def template_hash(template: Path) -> str: return hashlib.sha256(template.read_bytes()).hexdigest()  # sha256 of its file
 
 def current_cell(notebook: Path) -> int | None:

@@ -7,7 +7,7 @@ __all__ = ['OVERHEAD_SECONDS', 'FROZEN_STRATEGIES', 'Speeds', 'JobStatus', 'job_
            'progress_bars', 'voxel_seconds', 'core_seconds', 'related_keys', 'measure_speeds', 'Estimate', 'run_time',
            'time_left']
 
-# %% ../../nbs/7_runs/10_watch.ipynb #28d98f5a
+# %% ../../nbs/7_runs/10_watch.ipynb #114d04a2
 import json
 import sys
 import time
@@ -17,7 +17,7 @@ from functools import lru_cache
 from math import prod
 from statistics import median
 
-# %% ../../nbs/7_runs/10_watch.ipynb #2497614c
+# %% ../../nbs/7_runs/10_watch.ipynb #ec02f8d2
 from ..foundation.places import project_root
 from .grid import Job, OPEN, states_of
 from .locks import progress_file, running_since
@@ -45,7 +45,7 @@ class JobStatus:
             (self.said - self.since) / self.part if self.since and self.part > 0.05 and self.said > self.since else None
         )
 
-# %% ../../nbs/7_runs/10_watch.ipynb #0be4ebf9
+# %% ../../nbs/7_runs/10_watch.ipynb #5f031567
 def job_status(
     study: str,  # name of the study
     job: Job,

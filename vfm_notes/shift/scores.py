@@ -7,7 +7,7 @@ __all__ = ['check_features', 'one_hot', 'log_evidence', 'logme', 'bin_values', '
            'nleep', 'prediction_score', 'scale_features', 'knn_score', 'probe_score', 'ScoreRows', 'rows_by_case',
            'cell_labels', 'cell_values', 'draw_cells', 'cell_rows', 'score_rows', 'transferability']
 
-# %% ../../nbs/5_shift/03_scores.ipynb #bdf396ed
+# %% ../../nbs/5_shift/03_scores.ipynb #5bd2ef3b
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import nn, Tensor
 
-# %% ../../nbs/5_shift/03_scores.ipynb #1608b2e6
+# %% ../../nbs/5_shift/03_scores.ipynb #4bc2c837
 from ..foundation.registry import scores, VfmError
 from .features import collect_features, evaluation_mode
 

@@ -6,14 +6,14 @@
 __all__ = ['CaseTask', 'GradeTask', 'Classification', 'MultiClass', 'corn_loss', 'corn_probabilities', 'Ordinal', 'MultiLabel',
            'Scale', 'case_values', 'Regression']
 
-# %% ../../nbs/6_tune/03_case_task.ipynb #f16656d1
+# %% ../../nbs/6_tune/03_case_task.ipynb #ceef6183
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/6_tune/03_case_task.ipynb #6d019b21
+# %% ../../nbs/6_tune/03_case_task.ipynb #cbabf322
 from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import suggest_name, tasks, VfmError
 from .metric import auc, quadratic_kappa, r_squared, recall_parts
@@ -86,7 +86,7 @@ class GradeTask(CaseTask):
             | {"accuracy": score.argmax(1) == data.target.numpy()},
         )
 
-# %% ../../nbs/6_tune/03_case_task.ipynb #c131cbf9
+# %% ../../nbs/6_tune/03_case_task.ipynb #8536aeaa
 @patch
 def evaluate(self: GradeTask, output: Tensor, data: TaskData) -> pd.DataFrame:
     return self.rows(self.probabilities(output).numpy(), data)
@@ -259,7 +259,7 @@ class MultiLabel(CaseTask):
             | {f"score_{t}": score[:, k] for k, t in enumerate(names)},
         )
 
-# %% ../../nbs/6_tune/03_case_task.ipynb #9158a966
+# %% ../../nbs/6_tune/03_case_task.ipynb #3e8c1930
 @patch
 def aucs(self: MultiLabel, cases: pd.DataFrame) -> dict[str, float]:
     "Return AUC of each label, NaN where it has none."
@@ -282,7 +282,7 @@ def undefined(self: MultiLabel, cases: pd.DataFrame, split: str = "test") -> lis
         f"have the label or none; the mean is over {self.outputs - len(gone)} of {self.outputs} labels"
     ]
 
-# %% ../../nbs/6_tune/03_case_task.ipynb #5dc4f87e
+# %% ../../nbs/6_tune/03_case_task.ipynb #af52e022
 @patch
 def control(self: MultiLabel, train: TaskData, test: TaskData) -> pd.DataFrame:
     per_label = [
@@ -359,7 +359,7 @@ class Regression(CaseTask):
         setattr(head, part, nn.Sequential(getattr(head, part), Scale(self.mean, self.sd)))
         return head
 
-# %% ../../nbs/6_tune/03_case_task.ipynb #638af946
+# %% ../../nbs/6_tune/03_case_task.ipynb #ab6e4c67
 @patch
 def loss(self: Regression, output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output/self.sd, target/self.sd)

@@ -7,7 +7,7 @@ __all__ = ['ImageTask', 'SuperResolution', 'DistortionCorrection', 'Translation'
            'presence_rows', 'detection_table', 'case_auc', 'explain_undefined', 'Detection', 'PresenceHead',
            'split_verdict', 'SegmentationAndPresence']
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #c0cf9078
+# %% ../../nbs/6_tune/04_image_task.ipynb #5d5612be
 import numpy as np
 import pandas as pd
 import torch
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #63248c9e
+# %% ../../nbs/6_tune/04_image_task.ipynb #336e8df7
 from ..data.cohort import Cohort, CohortCard
 from ..data.degrade import epi_distort, epi_fields, kspace_downsample
 from ..data.loader import moments, normalise, standardise
@@ -25,7 +25,8 @@ from vfm_notes.tune.metric import (
     auc, average_precision, binary_f1, CaseDetections, class_hits, lesion_candidates, match_lesions, psnr, ssim,
 )
 from vfm_notes.tune.task import (
-    case_table, channel, check_masks, check_scores, class_masks, dense_head, Segmentation, Task, TaskData,
+    case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS, Segmentation,
+    Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #3367501f
@@ -33,9 +34,17 @@ class ImageTask(Task):
     "One image sequence out of the others."
     primary, metrics = "psnr", ("psnr", "ssim")
     residual: int | None = None  # sequence that is a first guess of the target
+    called: str = ""  # registered name
+
+    def __init__(self, card: CohortCard, head: str, skip: bool):
+        super().__init__(card)
+        self.reading = check_dense(head, skip, self.called, IMAGE_HEADS)
 
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
-        return dense_head("decoder", backbone, in_channels, 1, residual=None if self.residual is None else in_channels)
+        return dense_head(
+            backbone=backbone, in_channels=in_channels, out=1, residual=None if self.residual is None else in_channels,
+            image=True, **self.reading,
+        )
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
@@ -70,10 +79,14 @@ class ImageTask(Task):
 @tasks("super_resolution", title="Super-resolution")
 class SuperResolution(ImageTask):
     "The volume as acquired, from a k-space truncated one."
+    called = "super_resolution"
+
     def __init__(self, card: CohortCard,
                  factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
-                 sequence: str | None = None):  # default: the first of the cohort
-        super().__init__(card)
+                 sequence: str | None = None,  # default: the first of the cohort
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, head, skip)
         self.factor, self.residual = tuple(factor), channel(card, sequence or card.sequences[0], "super_resolution")
 
     def prepare(self, cohort: Cohort) -> TaskData:
@@ -90,12 +103,16 @@ class SuperResolution(ImageTask):
 @tasks("distortion_correction", title="Distortion correction")
 class DistortionCorrection(ImageTask):
     "The undistorted echo-planar image."
+    called = "distortion_correction"
+
     def __init__(self, card: CohortCard,
                  sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
                  amplitude: float = 3.0,  # typical largest displacement, voxels along h
                  roughness: float = 0.12,  # random part of the field over its dipole
-                 seed: int = 0):  # of the fields
-        super().__init__(card)
+                 seed: int = 0,  # of the fields
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, head, skip)
         sequence = sequence or ("dwi" if "dwi" in card.sequences else card.sequences[0])
         self.residual, self.field = (
             channel(card, sequence, "distortion_correction"), dict(amplitude=amplitude, roughness=roughness, seed=seed),
@@ -113,10 +130,14 @@ class DistortionCorrection(ImageTask):
 @tasks("translation", title="Modality translation")
 class Translation(ImageTask):
     "One sequence out of another."
+    called = "translation"
+
     def __init__(self, card: CohortCard,
                  source: str = "t2w",
-                 target: str = "dwi"):
-        super().__init__(card)
+                 target: str = "dwi",
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, head, skip)
         self.source, self.target = channel(card, source, "translation"), channel(card, target, "translation")
         if self.source == self.target:
             raise VfmError(
@@ -189,7 +210,7 @@ class Detection(Segmentation):
     def __init__(self, card: CohortCard,
                  structure: str = "",  # class of the lesions; default: the last
                  class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
-                 head: str = "decoder",  # decoder, upernet or unetr
+                 head: str = "decoder",  # decoder, linear, upernet or unetr
                  width: int | None = None):  # channels inside the head; default: as published
         self.structure = structure_class(card, structure, self.called)
         super().__init__(card, class_weights, head, width)
@@ -225,7 +246,7 @@ class Detection(Segmentation):
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         return super().pictures(output, data) | {"probability": output.softmax(1)[:, 1].numpy()}
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #c11f7cb4
+# %% ../../nbs/6_tune/04_image_task.ipynb #ad69309a
 @patch
 def summary(self: Detection, cases: pd.DataFrame) -> dict:
     wide = detection_table(cases)
@@ -281,9 +302,10 @@ class SegmentationAndPresence(Segmentation):
     def __init__(self, card: CohortCard,
                  structure: str = "",  # class that may be absent; default: the last
                  image: float = 0.8,  # weight of the segmentation in the loss; the verdict has the rest
-                 head: str = "decoder",  # decoder, upernet or unetr
-                 width: int | None = None):  # channels inside the head; default: as published
-        super().__init__(card, None, head, width)
+                 head: str = "decoder",  # decoder, linear, upernet or unetr
+                 width: int | None = None,  # channels inside the head; default: as published
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+        super().__init__(card, None, head, width, skip)
         self.structure = structure_class(card, structure, self.called)
         self.index, self.image = card.classes.index(self.structure), image
         if not 0 <= image <= 1: raise VfmError(f"Task '{self.called}': image is {image}, expected a share from 0 to 1.")
@@ -315,7 +337,7 @@ class SegmentationAndPresence(Segmentation):
             ignore_index=True,
         )
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #1106e8f1
+# %% ../../nbs/6_tune/04_image_task.ipynb #3ca1b81a
 @patch
 def learn(self: SegmentationAndPresence, train: Cohort) -> None:
     check_both((train.labels == self.index).any((1, 2, 3)), self.structure, self.card, self.called)
@@ -325,7 +347,10 @@ def present(self: SegmentationAndPresence, target: Tensor) -> Tensor: return (ta
 
 @patch
 def head(self: SegmentationAndPresence, backbone: nn.Module, in_channels: int) -> nn.Module:
-    dense = dense_head(self.decoder, backbone, in_channels, len(self.classes), self.width, auxiliary=False)
+    dense = dense_head(
+        backbone=backbone, in_channels=in_channels, out=len(self.classes), width=self.width, auxiliary=False,
+        **self.reading,
+    )
     return PresenceHead(dense, backbone)
 
 @patch
@@ -339,7 +364,7 @@ def loss(self: SegmentationAndPresence, output: Tensor, target: Tensor) -> Tenso
     )
     return self.image*image + (1 - self.image)*nn.functional.cross_entropy(case, self.present(target).long())
 
-# %% ../../nbs/6_tune/04_image_task.ipynb #b03eab67
+# %% ../../nbs/6_tune/04_image_task.ipynb #e60a73c2
 @patch
 def labels(self: SegmentationAndPresence, output: Tensor) -> Tensor:
     return output if output.dim() == 4 else split_verdict(output)[0].argmax(1)

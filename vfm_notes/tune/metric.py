@@ -8,7 +8,7 @@ __all__ = ['CONNECTIVITY', 'class_masks', 'dice_per_class', 'surface_points', 's
            'r_squared', 'Candidate', 'large_components', 'lesion_candidates', 'CaseDetections', 'match_lesions',
            'average_precision']
 
-# %% ../../nbs/6_tune/01_metric.ipynb #8e91f17e
+# %% ../../nbs/6_tune/01_metric.ipynb #d2064881
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,7 @@ def psnr(
     mse = reduce((predicted - reference)**2, "b ... -> b", "mean")
     return (10 * torch.log10(intensity_range(reference)**2 / mse)).numpy()
 
-# %% ../../nbs/6_tune/01_metric.ipynb #ec969d44
+# %% ../../nbs/6_tune/01_metric.ipynb #875c7205
 def ssim(
     predicted: Tensor,  # b 1 d h w
     reference: Tensor,  # b 1 d h w
