@@ -36,6 +36,8 @@ VIT_S, VIT_L = (
 )
 D2, P16 = dict(image_size=518, patch_size=14), dict(image_size=224, patch_size=16)
 dino = lambda size: {k: v for k, v in size.items() if k != "intermediate_size"} | D2
+
+# %% ../../nbs/3_backbones/09_natural.ipynb #eb0041da
 NETS = {  # architecture: class in transformers, settings, reading, family, title
     "sam_vit_b": ("SamVisionModel", {}, "mean", "supervision", "SAM ViT-B without neck"),
     "sam2_hiera_t": ("Sam2VisionModel", {}, "mean", "supervision", "SAM 2 Hiera-T"),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROSTATEX_SERIES', 'PROSTATEX_GRADES', 'BIDS_SEQUENCES', 'BIDS_MASKS', 'CENTRES', 'ANALYSIS', 'find_near_top',
-           'series_folders', 'pick_series', 'prostatex_findings', 'prostatex_example', 'prostatex', 'find_mask',
-           'bids_file', 'highest_b', 'bids_example', 'bids', 'sulcus_labels', 'sequential_split', 'brainvisa_example',
-           'mask_file', 'brainvisa']
+           'series_folders', 'pick_series', 'prostatex_findings', 'prostatex_example', 'prostatex_scans', 'prostatex',
+           'find_mask', 'bids_file', 'highest_b', 'bids_example', 'bids_row', 'bids', 'sulcus_labels',
+           'sequential_split', 'brainvisa_example', 'mask_file']
 
 # %% ../../nbs/1_data/16_layouts_trees.ipynb #7a346937
 import re
@@ -131,6 +131,21 @@ def prostatex_example(folder: Path) -> None:
         folder / "ProstateX-Findings-Test.csv", index=False
     )
 
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #6ec1cfe6
+def prostatex_scans(
+    patient: Path,  # folder with the studies
+    repeat: str,  # which of several series that fit, see `prostatex`
+    found: list[str],  # problems so far; grows
+) -> dict[str, Path]:  # sequence → folder of its series; the patient's where there is none
+    "Choose a series for each sequence of a patient."
+    series, scans = series_folders(patient, found), {}
+    for sequence, pattern in PROSTATEX_SERIES.items():
+        fits = [s for s in series if re.fullmatch(pattern, s[1])]
+        scans[sequence] = (
+            try_step(found, pick_series, patient.name, sequence, fits, [s[1] for s in series], repeat) or patient
+        )
+    return scans
+
 # %% ../../nbs/1_data/16_layouts_trees.ipynb #641264ab
 @layouts(
     "prostatex", title="PROSTATEx: DICOM by patient, study and series, with the sheets of findings",
@@ -148,22 +163,11 @@ def prostatex(
     patients = [p for p in find_near_top(src, "ProstateX-[0-9]*") if p.is_dir()]
     rows_by_name([{"name": p.name} for p in patients], lambda r: r["name"], str(src), found)
     for patient in track_progress(patients, "series of PROSTATEx"):
-        series, row = series_folders(patient, found), {"case": patient.name, "patient": patient.name}
-        for sequence, pattern in PROSTATEX_SERIES.items():
-            fits = [s for s in series if re.fullmatch(pattern, s[1])]
-            row[sequence] = (
-                try_step(found, pick_series, patient.name, sequence, fits, [s[1] for s in series], repeat) or patient
-            )
+        row = {"case": patient.name, "patient": patient.name} | prostatex_scans(patient, repeat, found)
         if patient.name not in grade: found.append(f"{patient.name} is in no sheet of findings")
-        rows.append(
-            row
-            | {"grade": grade.get(patient.name, "unknown")}
-            | (
-                {"mask_gland": try_step(found, find_mask, Path(gland).absolute(), patient.name) or "none"}
-                if gland
-                else {}
-            )
-        )
+        row["grade"] = grade.get(patient.name, "unknown")
+        if gland: row["mask_gland"] = try_step(found, find_mask, Path(gland).absolute(), patient.name) or "none"
+        rows.append(row)
     absent = sorted(set(grade) - {p.name for p in patients})
     card = CohortCard(
         "prostatex", "PROSTATEx", "CC BY 3.0", "doi 10.7937/K9TCIA.2017.MURS5CL (The Cancer Imaging Archive)",
@@ -205,9 +209,9 @@ def bids_file(
     "Return the one file that a pattern finds."
     fits = sorted(p for f in folders for p in f.glob(pattern))
     if len(fits) != 1:
+        names = f" ({', '.join(p.name for p in fits[:4])})" if fits else ""
         raise VfmError(
-            f"{what}: {len(fits)} files fit {pattern} in "
-            f"{' and '.join(map(str, folders)) or 'no folder'}{' (' * bool(fits)}{', '.join(p.name for p in fits[:4])}{')' * bool(fits)}, "
+            f"{what}: {len(fits)} files fit {pattern} in {' and '.join(map(str, folders)) or 'no folder'}{names}, "
             "expected one."
         )
     return fits[0]
@@ -245,6 +249,30 @@ def bids_example(folder: Path) -> None:
         folder / "participants.tsv", sep="\t", index=False
     )
 
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #671a6be9
+def bids_row(
+    src: Path,  # of the whole
+    folder: Path,  # of one examination, sub-XX[/ses-YY]
+    sequences: dict[str, str],  # sequence → pattern, see `bids`
+    masks: dict[str, str],  # class → pattern, see `bids`
+    found: list[str],  # problems so far; grows
+) -> dict:  # a row of the manifest, without what participants.tsv states
+    "Find the images and masks of one examination; what is not there is looked for in its folder."
+    below = folder.relative_to(src)
+    case = "_".join(below.parts)
+    scans = {s: try_step(found, bids_file, [folder], pattern, f"{case}: {s}") for s, pattern in sequences.items()}
+    dwi = {
+        s: f"{p.relative_to(src)}{try_step(found, highest_b, p) or ''}"
+        for s, p in scans.items()
+        if p and p.name.split(".nii")[0].endswith("_dwi")
+    }
+    derived = sorted(src.glob(f"derivatives/*/{below}"))
+    drawn = {
+        f"mask_{c}": try_step(found, bids_file, derived, pattern, f"{case}: mask of {c}")
+        for c, pattern in masks.items()
+    }
+    return {"case": case, "patient": below.parts[0]} | {k: p or folder for k, p in (scans | drawn).items()} | dwi
+
 # %% ../../nbs/1_data/16_layouts_trees.ipynb #fa8b351d
 @layouts("bids", title="BIDS: sub-XX[/ses-YY]/anat and dwi, masks in derivatives", example=bids_example)
 def bids(
@@ -266,27 +294,10 @@ def bids(
             f"{n} is in participants.tsv but has no folder" for n in people if n not in {p.name for p in folders}
         ] + [f"{p.name} has a folder but is not in participants.tsv" for p in folders if p.name not in people]
     for folder in (s for p in folders for s in (sorted(p.glob("ses-*")) or [p])):
-        below = folder.relative_to(src)
-        case, person = "_".join(below.parts), people.get(below.parts[0], {})
-        scans = {s: try_step(found, bids_file, [folder], pattern, f"{case}: {s}") for s, pattern in sequences.items()}
-        dwi = {
-            s: f"{p.relative_to(src)}{try_step(found, highest_b, p) or ''}"
-            for s, p in scans.items()
-            if p and p.name.split(".nii")[0].endswith("_dwi")
-        }
-        drawn = {
-            f"mask_{c}": try_step(
-                found, bids_file, sorted(src.glob(f"derivatives/*/{below}")), pattern, f"{case}: mask of {c}"
-            )
-            for c, pattern in masks.items()
-        }
-        rows.append(
-            {"case": case, "patient": below.parts[0]}
-            | {k: p or folder for k, p in (scans | drawn).items()}
-            | dwi
-            | ({"grade": "unknown" if person.get(grade) == "n/a" else person.get(grade, "")} if grade else {})
-            | {"age": person.get("age", "")}
-        )
+        row = bids_row(src, folder, sequences, masks, found)
+        person = people.get(row["patient"], {})
+        if grade: row["grade"] = "unknown" if person.get(grade) == "n/a" else person.get(grade, "")
+        rows.append(row | {"age": person.get("age", "")})
     grades = grade_order({r["grade"] for r in rows} - {"unknown", ""}) if grade else ()
     spacing = native_spacing(rows[0][next(iter(sequences))], found) if rows else (1.0, 1.0, 1.0)
     card = CohortCard(
@@ -365,47 +376,3 @@ def mask_file(
     "Return the .nii or .nii.gz of a name."
     plain = folder/f"{name}.nii"
     return plain if plain.is_file() else folder/f"{name}.nii.gz"
-
-# %% ../../nbs/1_data/16_layouts_trees.ipynb #117cd176
-@layouts("brainvisa", title="BrainVISA subjects with sulcus labels", example=brainvisa_example)
-def brainvisa(
-    src: Path,
-    subjects: str = "subjects",  # folder of the subjects' folders, in src
-    hemisphere: str = "L",  # or R
-    prefix: str = "skeleton_", suffix: str = "",  # around the subject's name; the hemisphere comes before the prefix
-    masks: str = "labels",  # folder of voxel labels in src; "" when there are none
-    mask_prefix: str = "", mask_suffix: str = "",
-    labels: str = "labels.csv", column: int = 2, classes: int = 3,  # label file in src, see `sulcus_labels`
-    key_drop: int = 3,  # characters at the end of a folder's name that the label file does not have
-    split: str = "study",  # or sequential
-    crop: str = "volume",  # the file's middle; top, benemin: the published centre of that cohort; or "voxel x y z"
-    licence: str = "not stated: ask the owner of the cohort",
-) -> Manifest:
-    "Build the manifest of sulcal skeletons, PCS masks and labels of one hemisphere."
-    src = Path(src).resolve()
-    check_choice("hemisphere", hemisphere, ("L", "R"))
-    check_choice("split", split, ("study", "sequential"))
-    if not (src/subjects).is_dir():
-        raise VfmError(f"{src} has no folder {subjects}; expected one folder per subject in it.")
-    names = sorted(p.name for p in (src/subjects).iterdir() if p.is_dir())
-    key = {n: n[:len(n) - key_drop] for n in names}
-    grades, found = sulcus_labels(src/labels, list(dict.fromkeys(key.values())), column, classes)
-    known = PCS_CLASSES if classes == 3 else ("absent", "present")
-    name = lambda n: known[grades[key[n]]] if key[n] in grades else "unknown"
-    rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz",
-        grade=name(n)) for n in names]
-    if masks:
-        rows = [
-            row | dict(label=mask_file(src / masks, f"{hemisphere}{mask_prefix}{row['case']}{mask_suffix}"))
-            for row in rows
-        ]
-    if split == "sequential": rows = [row | dict(split=s) for row, s in zip(rows, sequential_split(len(rows)))]
-    card = CohortCard(
-        f"brainvisa_{hemisphere}", f"Sulcal skeletons, hemisphere {hemisphere}", licence, str(src),
-        "Mamalakis et al., arXiv 2405.19204, for the layout", ("skeleton",),
-        ("background", "skeleton", "PCS") if masks else ("background",), known, (1.0, 1.0, 1.0),
-        f"Names without their last {key_drop} characters are looked up in column {column} of {labels}. "
-        + ("Split 60/20/20 in the order of names." if split == "sequential" else "Split by the study."),
-    )
-    centre = "voxel {} {} {}".format(*CENTRES[crop][hemisphere]) if crop in CENTRES else crop
-    return build_manifest("brainvisa", src, rows, card, found, centre)

@@ -26,6 +26,7 @@ class Fold(NamedTuple):
     bow: float = 0.0; tilt: float = 0.0  # sideways swing along the fold; sideways mm per mm of depth
     gaps: tuple = ()  # interruptions (place along the fold, width)
 
+# %% ../../nbs/1_data/09_sulcus.ipynb #7581cb8e
 def fold_distance(
     fold: Fold,
     s: np.ndarray, q: np.ndarray, x: np.ndarray,  # unrolled places (d, h, w), mm
@@ -50,6 +51,7 @@ def fold_cost(fold: Fold) -> float:  # mm
     "Return what a fold takes from the budget: its length without interruptions, and its ends."
     return fold.length - sum(w for _, w in fold.gaps) + ENDS*(1 + len(fold.gaps))
 
+# %% ../../nbs/1_data/09_sulcus.ipynb #d52bd2a3
 def draw_pcs(
     rng: np.random.Generator,
     grade: int,  # index into GRADES
@@ -98,6 +100,7 @@ def draw_folds(
 # %% ../../nbs/1_data/09_sulcus.ipynb #7bd43751
 ARCH = 22.0  # mm, mean radius of the cingulate sulcus around the genu
 
+# %% ../../nbs/1_data/09_sulcus.ipynb #ab9a8035
 def unroll(
     rng: np.random.Generator,
     size: tuple[int, int, int],  # (d, h, w) voxels
@@ -127,6 +130,7 @@ class SulcusCase(NamedTuple):
     grade: int  # index into GRADES
     folds: list; pcs: Fold | None  # what was drawn
 
+# %% ../../nbs/1_data/09_sulcus.ipynb #c268cd68
 def draw_sheets(
     folds: list[Fold],
     place: tuple,  # s, q, x of every voxel

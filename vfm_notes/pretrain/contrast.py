@@ -279,35 +279,40 @@ class PatchContrast(nn.Module):
     def fits(self, size: tuple[int, int, int], card) -> None:
         check_labels(card, len(self.class_weights), self.tiles.anchor_class)
 
-    def loss(self,
-             batch: dict[str, Tensor],  # "volumes" b c d h w and "labels" b d h w
-            ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
-        if "labels" not in batch:
-            raise VfmError(
-                "patch_contrast is guided by labels and the batch has none; choose a cohort with labels or an "
-                "objective without, e.g. nt_xent."
-            )
-        x, labels = batch["volumes"], batch["labels"]
-        if labels.max() >= len(self.class_weights):
-            raise VfmError(
-                f"patch_contrast: labels go up to {int(labels.max())}, but class_weights has "
-                f"{len(self.class_weights)} entries, one per class."
-            )
-        tokens = self.backbone.pyramid(x)[self.level]
-        segmentation = dice_ce(self.head([tokens], x), labels, self.class_weights)
-        contrast, n = self.tiles(tokens, labels)
-        return (1 - self.a) * segmentation + self.a * contrast, {
-            "dice_ce": segmentation.item(), "contrast": contrast.item(), "pairs": n,
-        }
+# %% ../../nbs/4_pretrain/04_contrast.ipynb #9d4fe2d7
+@patch
+def loss(self: PatchContrast,
+         batch: dict[str, Tensor],  # "volumes" b c d h w and "labels" b d h w
+        ) -> tuple[Tensor, dict[str, float]]:  # the loss, and its parts for the curves
+    if "labels" not in batch:
+        raise VfmError(
+            "patch_contrast is guided by labels and the batch has none; choose a cohort with labels or an "
+            "objective without, e.g. nt_xent."
+        )
+    x, labels = batch["volumes"], batch["labels"]
+    if labels.max() >= len(self.class_weights):
+        raise VfmError(
+            f"patch_contrast: labels go up to {int(labels.max())}, but class_weights has "
+            f"{len(self.class_weights)} entries, one per class."
+        )
+    tokens = self.backbone.pyramid(x)[self.level]
+    segmentation = dice_ce(self.head([tokens], x), labels, self.class_weights)
+    contrast, n = self.tiles(tokens, labels)
+    return (1 - self.a) * segmentation + self.a * contrast, {
+        "dice_ce": segmentation.item(), "contrast": contrast.item(), "pairs": n,
+    }
 
-    @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:  # name → (d, h, w) of the first case
-        "Return the image, its labels, the predicted labels, and how much each token resembles the mean anchor."
-        x, labels = batch["volumes"][:1], batch["labels"][:1]
+# %% ../../nbs/4_pretrain/04_contrast.ipynb #66de96f5
+@patch
+def pictures(
+    self: PatchContrast,
+    batch: dict[str, Tensor],  # "volumes" b c d h w and "labels" b d h w
+) -> dict[str, np.ndarray]:  # name → (d, h, w) of the first case
+    "Return the image, its labels, the predicted labels, and how much each token resembles the mean anchor."
+    x, labels = batch["volumes"][:1], batch["labels"][:1]
+    with torch.no_grad():
         tokens = self.backbone.pyramid(x)[self.level]
         alike = enlarge_mask(token_similarity(tokens, self.tiles.shares(labels)), x.shape[2:])[:, 0]
-        given = {
-            "input": x[:, 0], "labels": labels, "prediction": self.head([tokens], x).argmax(1),
-            "likeness to anchors": alike,
-        }
-        return {k: v[0].float().cpu().numpy() for k, v in given.items()}
+        prediction = self.head([tokens], x).argmax(1)
+    given = {"input": x[:, 0], "labels": labels, "prediction": prediction, "likeness to anchors": alike}
+    return {k: v[0].float().cpu().numpy() for k, v in given.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PROGRESS_KINDS', 'RECIPE', 'ObjectiveCard', 'option_owners', 'options_of', 'check_objective',
            'objective_card', 'published_spec', 'pretraining_batches', 'PretrainResult', 'prepare_pretraining',
-           'initial_losses', 'auxiliary_modules', 'pretrain', 'weights_manifest']
+           'initial_losses', 'auxiliary_modules', 'count_parameters', 'pretrain', 'weights_manifest']
 
 # %% ../../nbs/4_pretrain/07_loop.ipynb #27f4094a
 import inspect
@@ -188,6 +188,16 @@ def auxiliary_modules(
         if part != "backbone": found[part] = found.get(part, 0) + value.numel()
     return found
 
+# %% ../../nbs/4_pretrain/07_loop.ipynb #6f495da0
+def count_parameters(
+    objective: nn.Module,  # with its backbone
+) -> dict[str, int]:  # trainable, total
+    "Count the parameters of an objective."
+    return {
+        "trainable": sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        "total": sum(p.numel() for p in objective.parameters()),
+    }
+
 # %% ../../nbs/4_pretrain/07_loop.ipynb #920b3d9f
 def pretrain(
     spec: PretrainSpec,  # what to make
@@ -212,17 +222,12 @@ def pretrain(
     sample = {"volumes": volumes[:spec.batch_size]} | ({} if labels is None else {"labels": labels[:spec.batch_size]})
     def probed(epoch: int) -> dict:
         if probe is None or not spec.probe_every or (epoch % spec.probe_every and epoch < spec.epochs): return {}
-        with meter.paused():
-            return {
-                f"probe: {k}": v
-                for k, v in probe(trainer.average.module.backbone if trainer.average else backbone).items()
-            }
+        with meter.paused(): scores = probe(trainer.average.module.backbone if trainer.average else backbone)
+        return {f"probe: {k}": v for k, v in scores.items()}
     def look(epoch: int, logs: dict) -> dict:
         meter.lap()
-        progress(
-            epoch, spec.epochs,
-            logs | {"seconds": trainer.seconds, "left": trainer.seconds / epoch * (spec.epochs - epoch)},
-        )
+        left = trainer.seconds / epoch * (spec.epochs - epoch)
+        progress(epoch, spec.epochs, logs | {"seconds": trainer.seconds, "left": left})
         return probed(epoch)
     start = {}
     flops = forward_flops(lambda: start.update(initial_losses(objective, sample)), len(sample["volumes"]))
@@ -231,11 +236,8 @@ def pretrain(
     objective.eval()
     with torch.random.fork_rng(), torch.no_grad(): pictures = objective.pictures(sample)
     curves = pd.DataFrame(rows, columns=["epoch", "seconds", "name", "value"])
-    count = {
-        "trainable": sum(p.numel() for p in objective.parameters() if p.requires_grad),
-        "total": sum(p.numel() for p in objective.parameters()),
-    }
-    cost = meter.cost(trainer.seconds, loader.waited, epoch_seconds(curves.epoch, curves.seconds), count, flops)
+    each, count = epoch_seconds(curves.epoch, curves.seconds), count_parameters(objective)
+    cost = meter.cost(trainer.seconds, loader.waited, each, count, flops)
     untouched = [k for k, p in backbone.named_parameters() if torch.equal(p, begin[k])]
     return PretrainResult(backbone, curves, cost, pictures, trainer.notes, untouched, auxiliary_modules(objective))
 

@@ -365,7 +365,8 @@ def loss(self: Regression, output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output/self.sd, target/self.sd)
 
 @patch
-def unit(self: Regression, metric: str) -> str: return "" if metric == "r2" else "grades" if self.of == "grade" else "ml"
+def unit(self: Regression, metric: str) -> str:
+    return "" if metric == "r2" else "grades" if self.of == "grade" else "ml"
 
 @patch
 def evaluate(self: Regression, output: Tensor, data: TaskData) -> pd.DataFrame:
