@@ -6,7 +6,7 @@
 __all__ = ['project_config', 'site_config', 'made_from', 'write_assets', 'style_files', 'assets_fingerprint', 'choose_renderer',
            'render', 'publish_site', 'SiteResult', 'reference_fingerprint', 'write_config', 'report_warnings',
            'reference_config', 'build_reference', 'study_findings', 'make_pages', 'place_reference', 'site_pages',
-           'site_result', 'finish_site', 'make_site', 'build_site']
+           'site_result', 'finish_site', 'outdated_pages', 'make_site', 'build_site']
 
 # %% ../../nbs/9_report/10_site.ipynb #b84c5022
 import json
@@ -379,6 +379,16 @@ def finish_site(
     close_folder(folder, stamp | {"pages": {k: v for k, v in wanted.items() if k not in failed}, "site": site})
     with replacing(target, {"study": folder.name, "site": site}) as new: publish_site(folder, new)
 
+# %% ../../nbs/9_report/10_site.ipynb #318e95b2
+def outdated_pages(
+    pages: list[Page],
+    stamp: dict,  # what the generated pages were made from
+    folder: Path,  # generated pages
+) -> list[Page]:
+    "List the pages that have changed since they were made, or are missing."
+    known = stamp.get("pages", {})
+    return [p for p in pages if known.get(p.name) != p.print or not (folder / f"{p.name}.ipynb").exists()]
+
 # %% ../../nbs/9_report/10_site.ipynb #9f82120b
 @with_site_lock
 def make_site(
@@ -398,9 +408,7 @@ def make_site(
     known = hash_values(records_fingerprint(records), code_fingerprint())
     around = hash_values(assets_fingerprint(), chosen, [p.name for p in pages], known, reference_fingerprint(chosen))
     wanted = {p.name: p.print for p in pages}
-    todo = [
-        p for p in pages if stamp.get("pages", {}).get(p.name) != p.print or not (folder / f"{p.name}.ipynb").exists()
-    ]
+    todo = outdated_pages(pages, stamp, folder)
     whole = (
         stamp.get("around") == around and shown.get("site") == stamp.get("site") and (target / "index.html").exists()
     )
@@ -415,9 +423,8 @@ def make_site(
         problems, people = make_pages(study, spec, todo, records, folder, say, by)
         findings = sentences.result() if stale else stamp["findings"]
         reference = library.result()
-    made = {
-        "around": around, "known": known, "findings": findings, "library": place_reference(folder, pages, reference),
-    }
+    made = {"around": around, "known": known, "findings": findings}
+    made |= {"library": place_reference(folder, pages, reference)}
     made |= {"problems": damage_lines(spec.name, damaged, ids) + problems, "people": stamp.get("people", {}) | people}
     write_config(folder, site_config(spec, pages, made_from(spec, records)), by.text)
     finish_site(folder, target, made, wanted, chosen, reference, say)
