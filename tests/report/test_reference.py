@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from vfm_notes.foundation.places import library_notebooks
 from vfm_notes.report.convert import join_lines
 from vfm_notes.report.reference import addresses, index_page, read_library, reference_page, search_entries
 

@@ -20,7 +20,8 @@ from vfm_notes.tune import transfer as module
 from vfm_notes.tune.task import DENSE_HEADS, IMAGE_HEADS
 from vfm_notes.tune.strategy import call_order, run_without_weights
 from vfm_notes.tune.supervised import dealt_anew, pretraining_cases
-from vfm_notes.tune.transfer import LOOKED_AT, run_data, run_cohort, transfer
+from vfm_notes.tune.monitor import LOOKED_AT
+from vfm_notes.tune.transfer import run_cohort, run_data, transfer
 
 CASES = {"pretrain": 8, "train": 16, "val": 4, "test": 6}
 SPEC = RunSpec(

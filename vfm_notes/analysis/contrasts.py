@@ -17,7 +17,7 @@ from .gain import difference_interval, gain_interval, holm, pair_cases, score_in
 from .tables import CELL, Tables
 from ..foundation.quantity import format_count, metric_card, format_value
 
-# %% ../../nbs/8_analysis/05_contrasts.ipynb #0b5ad8a5
+# %% ../../nbs/8_analysis/05_contrasts.ipynb #9424efdf
 def runs_of(
     tables: Tables,
     values: Mapping,  # column → value, of task, backbone, strategy, n_train
@@ -27,6 +27,7 @@ def runs_of(
     for k, v in values.items(): runs = runs[runs[k] == v]
     return runs
 
+# %% ../../nbs/8_analysis/05_contrasts.ipynb #0b5ad8a5
 def cell_scores(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of one; tasks without it are left out
@@ -59,11 +60,13 @@ def cell_scores(
     ]
     return pd.DataFrame(rows, columns=names).astype({"n_train": tables.runs.n_train.dtype})
 
-# %% ../../nbs/8_analysis/05_contrasts.ipynb #65c4c2f7
+# %% ../../nbs/8_analysis/05_contrasts.ipynb #eca49e0b
 CONTRAST_COLUMNS = [
     "contrast", *CELL, "metric", "direction", "first", "second", "difference", "low", "high", "p", "p_holm", "smallest",
     "rpg", "rpg_low", "rpg_high", "n_seeds", "n_cases", "reason",
 ]
+
+# %% ../../nbs/8_analysis/05_contrasts.ipynb #65c4c2f7
 def contrast_row(
     tables: Tables,
     cases: dict[str, pd.DataFrame],  # run id → its rows

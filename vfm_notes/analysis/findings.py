@@ -211,7 +211,7 @@ def read_evidence(
 # %% ../../nbs/8_analysis/11_findings.ipynb #0b355430
 def probe_gains(
     frame: pd.DataFrame,  # rows with objective, probe, value, random, gain, seconds, perhaps backbone
-) -> pd.DataFrame:  # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict: raises, lowers, undecided, or reads nothing (0 before and after)
+) -> pd.DataFrame:  # one row a cell: random, value, gain, low, high, n, seconds, p, p_holm, verdict
     "Return the mean gain of every objective and probe with its interval over the seeds."
     from scipy.stats import ttest_1samp
     def row(g: pd.DataFrame) -> pd.Series:
@@ -231,6 +231,7 @@ def probe_gains(
     )
     table = table.assign(n=table.n.astype(int), p_holm=holm(table.p.to_numpy(float)))
     sure = np.where(table.p_holm <= 0.05, np.where(table.gain > 0, "raises", "lowers"), "undecided")
+    # nothing is read where both are 0, before and after
     return table.assign(verdict=np.where((table.value == 0) & (table.random == 0), "reads nothing", sure))
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #b5be71ca

@@ -226,9 +226,8 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>15}{'or cases':>17}")
     for r in made.rows:
         if "smallest" not in r:
-            said.append(
-                f"{r['task'][:23]:24}{r['variances'] if made.cases > 1 else 'cases.test does not say how many cases there are':>24}"
-            )
+            why = r["variances"] if made.cases > 1 else "cases.test does not say how many cases there are"
+            said.append(f"{r['task'][:23]:24}{why:>24}")
             continue
         need = lambda what: (
             "-"
@@ -238,7 +237,8 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
             else f"{r[f'{what}_needed']}{time(r[f'{what}_hours'])}"
         )
         said.append(
-            f"{r['task'][:23]:24}{number(r['smallest'], 2) + ' ' + r['unit']:>24}{number(r['sooner']):>8}{number(r['wanted']):>8}{need('seeds'):>15}{need('cases'):>17}"
+            f"{r['task'][:23]:24}{number(r['smallest'], 2) + ' ' + r['unit']:>24}{number(r['sooner']):>8}"
+            f"{number(r['wanted']):>8}{need('seeds'):>15}{need('cases'):>17}"
         )
     can = f"|rho| from {made.rho:.2f} on" if made.rho == made.rho else "no correlation, however strong"
     said.append(f"Distance and gain over these tasks and backbones: {can}.")

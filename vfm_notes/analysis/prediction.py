@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAIN_LAYERS', 'TITLES', 'QUESTION', 'OUTCOMES', 'ROW', 'NUMBER_COLUMNS', 'REGRETS', 'regret', 'random_regret',
            'right_pairs', 'task_rights', 'rights_test', 'predictors', 'cell_outcomes', 'case_weights', 'over_seeds',
-           'outcome_draws', 'Question', 'judge_predictor', 'score_answer', 'pool_answers', 'prediction_table',
-           'answers', 'prediction_points', 'describe_predictor', 'best_predictors', 'score_title', 'prediction_words',
-           'prediction_verdict', 'judged_rows', 'beats_chance', 'prediction_finding']
+           'outcome_draws', 'Question', 'judge_predictor', 'score_answer', 'pool_questions', 'pool_answers',
+           'prediction_table', 'answers', 'prediction_points', 'describe_predictor', 'best_predictors', 'score_title',
+           'prediction_words', 'prediction_verdict', 'judged_rows', 'beats_chance', 'prediction_finding']
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -248,6 +248,35 @@ def score_answer(q: Question) -> dict:
     row |= dict(zip(("low", "high"), map(float, np.nanpercentile(lost[1:], [2.5, 97.5])))) if len(lost) > 1 else {}
     return row | {"why": "the score is the same for all backbones" if top.all() else a.why}
 
+# %% ../../nbs/8_analysis/10_prediction.ipynb #21d04ef4
+def pool_questions(
+    use: list[Question],  # each with two backbones or more
+    seed: int = SEED,
+) -> dict:  # right, regret, random, saved with _low and _high; pairs
+    "Average over questions how right the picks were, with intervals over tasks, seeds and cases."
+    pairs = np.array([len(q.backbones) * (len(q.backbones) - 1) // 2 for q in use])
+    right = np.stack([right_pairs(q.value, q.outcome) for q in use], 1)
+    lost, blind = (
+        np.stack(v, 1) for v in ([regret(q.value, q.outcome) for q in use], [random_regret(q.outcome) for q in use])
+    )
+    label = np.unique([q.key[0] for q in use], return_inverse=True)[1]
+    k, draws = label.max() + 1, len(right) - 1
+    w = np.concatenate([
+        np.ones((1, len(use))), np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), draws)[:, label],
+    ])
+    mean = lambda v: (w * v).sum(1) / w.sum(1)
+    row: dict = {}
+    for name, v in (
+        ("right", (w * right).sum(1) / (w * pairs).sum(1)), ("regret", mean(lost)), ("random", mean(blind)),
+        ("saved", mean(blind - lost)),
+    ):
+        row |= {name: float(v[0])} | (
+            dict(zip((f"{name}_low", f"{name}_high"), map(float, np.nanpercentile(v[1:], [2.5, 97.5]))))
+            if k > 1 and draws
+            else {}
+        )
+    return row | {"pairs": int(pairs.sum())}
+
 # %% ../../nbs/8_analysis/10_prediction.ipynb #05e8c0d4
 def pool_answers(
     asked: list[Question], seed: int = SEED
@@ -262,35 +291,16 @@ def pool_answers(
         "tested": False, "missing": sum(len(q.missing) for q in asked),
     }
     if not use: return row | {"pairs": 0, "why": "no task has two backbones to choose from"}
-    pairs = np.array([len(q.backbones) * (len(q.backbones) - 1) // 2 for q in use])
-    right = np.stack([right_pairs(q.value, q.outcome) for q in use], 1)
-    lost, blind = (
-        np.stack(v, 1) for v in ([regret(q.value, q.outcome) for q in use], [random_regret(q.outcome) for q in use])
-    )
-    label = np.unique([q.key[0] for q in use], return_inverse=True)[1]
-    k, draws = label.max() + 1, len(right) - 1
-    w = np.concatenate([
-        np.ones((1, len(use))), np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), draws)[:, label],
-    ])
-    mean = lambda v: (w * v).sum(1) / w.sum(1)
-    for name, v in (
-        ("right", (w * right).sum(1) / (w * pairs).sum(1)), ("regret", mean(lost)), ("random", mean(blind)),
-        ("saved", mean(blind - lost)),
-    ):
-        row |= {name: float(v[0])} | (
-            dict(zip((f"{name}_low", f"{name}_high"), map(float, np.nanpercentile(v[1:], [2.5, 97.5]))))
-            if k > 1 and draws
-            else {}
-        )
+    row |= pool_questions(use, seed)
     taus = [weightedtau(q.value, q.outcome[0]).statistic for q in use]
-    row |= {"pairs": int(pairs.sum()), "tau": float(np.nanmean(taus)) if np.isfinite(taus).any() else np.nan}
+    row |= {"tau": float(np.nanmean(taus)) if np.isfinite(taus).any() else np.nan}
     if row["cells"] < FEWEST_CELLS: return row | {"why": f"fewer than {FEWEST_CELLS} cells"}
     if all((q.value == q.value[0]).all() for q in use): return row | {"why": "the score is the same for all backbones"}
     blocks: dict = {}
     for q in use: blocks.setdefault((q.key[0], q.key[2], q.backbones), []).append(q)
     p, least = rights_test(
         [task_rights(np.stack([q.value for q in b]), np.stack([q.outcome[0] for q in b])) for b in blocks.values()],
-        int(pairs.sum()),
+        row["pairs"],
     )
     return row | {"p": p, "least_p": least, "tested": True, "why": ""}
 
@@ -387,9 +397,10 @@ def best_predictors(
     t = judged_rows(table)
     return t[t.index.isin(find_leaders(t.saved.to_dict()))]
 
-# %% ../../nbs/8_analysis/10_prediction.ipynb #930342e3
+# %% ../../nbs/8_analysis/10_prediction.ipynb #c6b53825
 def score_title(name: str) -> str: return TITLES.get(name, name.replace("_", " "))  # a score as readers know it
 
+# %% ../../nbs/8_analysis/10_prediction.ipynb #930342e3
 def prediction_words(
     row: pd.Series,  # of prediction_table
 ) -> str:

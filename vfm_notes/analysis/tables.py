@@ -227,7 +227,7 @@ def cases_table(
 def search_candidates(
     runs: pd.DataFrame,  # from runs_table
     curves: pd.DataFrame,  # from curves_table
-) -> pd.DataFrame:  # a row per cell and setting: the searched fields, seeds, failed, validation, chosen; empty where nothing was searched
+) -> pd.DataFrame:  # a row per cell and setting: fields, seeds, failed, validation, chosen; empty: nothing searched
     "List what was searched, its validation score, and what is chosen."
     runs = runs[runs.kind == "transfer"]
     names = [k for k in SEARCHABLE if runs.groupby([*CELL, "seed"], dropna=False)[k].nunique().gt(1).any()]

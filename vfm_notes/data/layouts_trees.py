@@ -6,7 +6,7 @@
 __all__ = ['PROSTATEX_SERIES', 'PROSTATEX_GRADES', 'BIDS_SEQUENCES', 'BIDS_MASKS', 'CENTRES', 'ANALYSIS', 'find_near_top',
            'series_folders', 'pick_series', 'prostatex_findings', 'prostatex_example', 'prostatex_scans', 'prostatex',
            'find_mask', 'bids_file', 'highest_b', 'bids_example', 'bids_row', 'bids', 'sulcus_labels',
-           'sequential_split', 'brainvisa_example', 'mask_file']
+           'sequential_split', 'brainvisa_example', 'mask_file', 'list_subjects', 'brainvisa']
 
 # %% ../../nbs/1_data/16_layouts_trees.ipynb #7a346937
 import re
@@ -376,3 +376,53 @@ def mask_file(
     "Return the .nii or .nii.gz of a name."
     plain = folder/f"{name}.nii"
     return plain if plain.is_file() else folder/f"{name}.nii.gz"
+
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #117cd176
+def list_subjects(
+    src: Path,
+    subjects: str,  # folder of the subjects' folders, in src
+) -> list[str]:  # sorted
+    "List the subjects of a BrainVISA tree."
+    if not (src/subjects).is_dir():
+        raise VfmError(f"{src} has no folder {subjects}; expected one folder per subject in it.")
+    return sorted(p.name for p in (src/subjects).iterdir() if p.is_dir())
+
+# %% ../../nbs/1_data/16_layouts_trees.ipynb #fea35e76
+@layouts("brainvisa", title="BrainVISA subjects with sulcus labels", example=brainvisa_example)
+def brainvisa(
+    src: Path,
+    subjects: str = "subjects",  # folder of the subjects' folders, in src
+    hemisphere: str = "L",  # or R
+    prefix: str = "skeleton_", suffix: str = "",  # around the subject's name; the hemisphere comes before the prefix
+    masks: str = "labels",  # folder of voxel labels in src; "" when there are none
+    mask_prefix: str = "", mask_suffix: str = "",
+    labels: str = "labels.csv", column: int = 2, classes: int = 3,  # label file in src, see `sulcus_labels`
+    key_drop: int = 3,  # characters at the end of a folder's name that the label file does not have
+    split: str = "study",  # or sequential
+    crop: str = "volume",  # the file's middle; top, benemin: the published centre of that cohort; or "voxel x y z"
+    licence: str = "not stated: ask the owner of the cohort",
+) -> Manifest:
+    "Build the manifest of sulcal skeletons, PCS masks and labels of one hemisphere."
+    src = Path(src).resolve()
+    check_choice("hemisphere", hemisphere, ("L", "R"))
+    check_choice("split", split, ("study", "sequential"))
+    names = list_subjects(src, subjects)
+    key = {n: n[:len(n) - key_drop] for n in names}
+    grades, found = sulcus_labels(src/labels, list(dict.fromkeys(key.values())), column, classes)
+    known = PCS_CLASSES if classes == 3 else ("absent", "present")
+    name = lambda n: known[grades[key[n]]] if key[n] in grades else "unknown"
+    rows = [dict(case=n, patient=n, skeleton=src/subjects/n/ANALYSIS/f"{hemisphere}{prefix}{n}{suffix}.nii.gz",
+        grade=name(n)) for n in names]
+    if masks:
+        label = lambda n: mask_file(src / masks, f"{hemisphere}{mask_prefix}{n}{mask_suffix}")
+        rows = [row | dict(label=label(row["case"])) for row in rows]
+    if split == "sequential": rows = [row | dict(split=s) for row, s in zip(rows, sequential_split(len(rows)))]
+    card = CohortCard(
+        f"brainvisa_{hemisphere}", f"Sulcal skeletons, hemisphere {hemisphere}", licence, str(src),
+        "Mamalakis et al., arXiv 2405.19204, for the layout", ("skeleton",),
+        ("background", "skeleton", "PCS") if masks else ("background",), known, (1.0, 1.0, 1.0),
+        f"Names without their last {key_drop} characters are looked up in column {column} of {labels}. "
+        + ("Split 60/20/20 in the order of names." if split == "sequential" else "Split by the study."),
+    )
+    centre = "voxel {} {} {}".format(*CENTRES[crop][hemisphere]) if crop in CENTRES else crop
+    return build_manifest("brainvisa", src, rows, card, found, centre)

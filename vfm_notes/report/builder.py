@@ -126,73 +126,100 @@ class StudyBuilder(Shown):
 
     def __init__(self, start: str, path: str):
         import vfm_notes.tune.catalog  # names to offer
-        self.start = widgets.Dropdown(
-            options=list(dict.fromkeys([start, *shipped_studies()])), value=start, description="start from"
-        )
-        self.fields = {
-            k: widgets.Text(description=k, continuous_update=False, layout=widgets.Layout(width="420px"))
-            for k in ("name", "title", "size", "spacing", "seeds", "n_train")
-        }
-        self.fields["cohort"] = widgets.Combobox(
-            description="cohort", options=list(cohorts), ensure_option=False, continuous_update=False,
-            layout=widgets.Layout(width="420px"),
-        )
-        self.cases = {
-            k: widgets.BoundedIntText(description=k, min=0, max=10**7, layout=widgets.Layout(width="170px"))
-            for k in ("pretrain", "train", "val", "test")
-        }
-        self.budget = {
-            k: widgets.BoundedIntText(
-                description=k.replace("_", " "), **field_range(Budget, k), layout=widgets.Layout(width="170px")
-            )
-            for k in ("epochs", "batch_size")
-        } | {"lr": widgets.FloatText(description="lr", step=0.0001, layout=widgets.Layout(width="170px"))}
-        self.lists = {
-            k: widgets.SelectMultiple(description=k, rows=7, layout=widgets.Layout(width="330px"))
-            for k in ("tasks", "backbones", "strategies")
-        }
-        self.more = widgets.Text(
-            description="and also", placeholder="backbones or strategies with options, e.g. lora rank=8",
-            continuous_update=False, layout=widgets.Layout(width="520px"),
-        )
-        self.path = widgets.Text(
-            value=path, description="write to", continuous_update=False, layout=widgets.Layout(width="420px")
-        )
-        self.over = widgets.Checkbox(
-            False, description="replace the file", indent=False, layout=widgets.Layout(width="auto")
-        )
-        self.write = widgets.Button(description="write the study", button_style="primary")
+        self.make_fields(start)
+        self.make_file_fields(path)
         self.verdict, self.text, self.done, self.busy = widgets.HTML(), widgets.HTML(), widgets.HTML(), False
-        f = self.fields
-        super().__init__([
-            self.start,
-            *[
-                widgets.HBox(r, layout=FLOW)
-                for r in (
-                    [f["name"], f["title"]], [f["cohort"]], [f["size"], f["spacing"]],
-                    [plural_name("cases"), *self.cases.values()], [*self.lists.values()], [self.more],
-                    [f["seeds"], f["n_train"]], [plural_name("budget"), *self.budget.values()],
-                )
-            ],
-            self.verdict,
-            widgets.HBox([self.path, self.over, self.write], layout=FLOW),
-            self.done,
-            self.text,
-        ])
-        self.start.observe(lambda change: self.load(), "value")
-        for w in (*f.values(), *self.cases.values(), *self.budget.values(), *self.lists.values(), self.more, self.path):
-            w.observe(lambda change: self.check(), "value")
-        self.write.on_click(lambda button: self.save())
+        super().__init__(self.lay_out())
+        self.connect()
         self.load()
 
-    def figure(self) -> Figure:
-        "Return the plan, or what is wrong, as plain words."
-        lines = self.said.splitlines()
-        return Figure(
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {20 * len(lines) + 8}" width="900" '
-            'role="img">' + "".join(svg_text(t, 0, 18 + 20 * i, 13) for i, t in enumerate(lines)) + "</svg>",
-            self.said,
+# %% ../../nbs/9_report/14_builder.ipynb #e5a49d72
+@patch
+def make_fields(self: StudyBuilder, start: str) -> None:  # start: name of a study
+    "Make the fields of a study, empty."
+    self.start = widgets.Dropdown(
+        options=list(dict.fromkeys([start, *shipped_studies()])), value=start, description="start from"
+    )
+    self.fields = {
+        k: widgets.Text(description=k, continuous_update=False, layout=widgets.Layout(width="420px"))
+        for k in ("name", "title", "size", "spacing", "seeds", "n_train")
+    }
+    self.fields["cohort"] = widgets.Combobox(
+        description="cohort", options=list(cohorts), ensure_option=False, continuous_update=False,
+        layout=widgets.Layout(width="420px"),
+    )
+    self.cases = {
+        k: widgets.BoundedIntText(description=k, min=0, max=10**7, layout=widgets.Layout(width="170px"))
+        for k in ("pretrain", "train", "val", "test")
+    }
+    self.budget = {
+        k: widgets.BoundedIntText(
+            description=k.replace("_", " "), **field_range(Budget, k), layout=widgets.Layout(width="170px")
         )
+        for k in ("epochs", "batch_size")
+    } | {"lr": widgets.FloatText(description="lr", step=0.0001, layout=widgets.Layout(width="170px"))}
+    self.lists = {
+        k: widgets.SelectMultiple(description=k, rows=7, layout=widgets.Layout(width="330px"))
+        for k in ("tasks", "backbones", "strategies")
+    }
+    self.more = widgets.Text(
+        description="and also", placeholder="backbones or strategies with options, e.g. lora rank=8",
+        continuous_update=False, layout=widgets.Layout(width="520px"),
+    )
+
+# %% ../../nbs/9_report/14_builder.ipynb #efaf84be
+@patch
+def make_file_fields(self: StudyBuilder, path: str) -> None:  # path: of the file to write
+    "Make what the file needs: its path, whether it may be replaced, and the button."
+    self.path = widgets.Text(
+        value=path, description="write to", continuous_update=False, layout=widgets.Layout(width="420px")
+    )
+    self.over = widgets.Checkbox(
+        False, description="replace the file", indent=False, layout=widgets.Layout(width="auto")
+    )
+    self.write = widgets.Button(description="write the study", button_style="primary")
+
+# %% ../../nbs/9_report/14_builder.ipynb #7acea0f2
+@patch
+def lay_out(self: StudyBuilder) -> list[widgets.Widget]:  # from top to bottom
+    "Lay the fields out in rows."
+    f = self.fields
+    return [
+        self.start,
+        *[
+            widgets.HBox(r, layout=FLOW)
+            for r in (
+                [f["name"], f["title"]], [f["cohort"]], [f["size"], f["spacing"]],
+                [plural_name("cases"), *self.cases.values()], [*self.lists.values()], [self.more],
+                [f["seeds"], f["n_train"]], [plural_name("budget"), *self.budget.values()],
+            )
+        ],
+        self.verdict,
+        widgets.HBox([self.path, self.over, self.write], layout=FLOW),
+        self.done,
+        self.text,
+    ]
+
+# %% ../../nbs/9_report/14_builder.ipynb #6d65da21
+@patch
+def connect(self: StudyBuilder) -> None:
+    "Let every change of a field be checked, and the button write the file."
+    f = self.fields
+    self.start.observe(lambda change: self.load(), "value")
+    for w in (*f.values(), *self.cases.values(), *self.budget.values(), *self.lists.values(), self.more, self.path):
+        w.observe(lambda change: self.check(), "value")
+    self.write.on_click(lambda button: self.save())
+
+# %% ../../nbs/9_report/14_builder.ipynb #f148d206
+@patch
+def figure(self: StudyBuilder) -> Figure:
+    "Return the plan, or what is wrong, as plain words."
+    lines = self.said.splitlines()
+    return Figure(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {20 * len(lines) + 8}" width="900" '
+        'role="img">' + "".join(svg_text(t, 0, 18 + 20 * i, 13) for i, t in enumerate(lines)) + "</svg>",
+        self.said,
+    )
 
 # %% ../../nbs/9_report/14_builder.ipynb #e1247e31
 @patch
@@ -261,7 +288,8 @@ def check(self: StudyBuilder) -> None:
         )
         self.verdict.value = (
             "<b>Valid.</b> "
-            f"{escaped(self.said)}<table><thead><tr><th>kind</th><th>notebooks</th><th>runs</th><th>time</th></tr></thead><tbody>{lines}</tbody></table>"
+            f"{escaped(self.said)}<table><thead><tr><th>kind</th><th>notebooks</th><th>runs</th><th>time</th></tr>"
+            f"</thead><tbody>{lines}</tbody></table>"
         )
         self.write.disabled = False
     except VfmError as error:

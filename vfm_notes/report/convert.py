@@ -64,7 +64,9 @@ def equations(
 # %% ../../nbs/9_report/04_convert.ipynb #33ba846b
 LIMIT = {"text": 20_000, "html": 2_000_000}  # characters of one output in a page
 REMOTE = re.compile(
-    r"<(?:script|link|iframe|img|object|source|video|audio)\b[^>]*?(?:src|href|data)\s*=\s*[\"']?(?:https?:)?//|@import\s+(?:url\()?[\"']?(?:https?:)?//|import\(\s*[\"']https?://|https?://cdn\.|!\[[^\]]*\]\((?:https?:)?//",
+    r"<(?:script|link|iframe|img|object|source|video|audio)\b[^>]*?(?:src|href|data)\s*=\s*[\"']?(?:https?:)?//"
+    r"|@import\s+(?:url\()?[\"']?(?:https?:)?//|import\(\s*[\"']https?://|https?://cdn\."
+    r"|!\[[^\]]*\]\((?:https?:)?//",
     re.I,
 )
 

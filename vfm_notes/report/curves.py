@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'EPOCHS', 'with_means', 'each_seed', 'fewer_epochs', 'seed_words', 'with_panels', 'line_marks', 'curve_panel',
-           'curve_panels', 'trajectories', 'reached_panels', 'read_measurements', 'commit_words', 'cost_frame',
-           'cost_of_backbones', 'paired_difference']
+           'curve_panels', 'pair_curves', 'trajectories', 'reached_panels', 'read_measurements', 'commit_words',
+           'cost_frame', 'cost_of_backbones', 'paired_difference']
 
 # %% ../../nbs/9_report/02_curves.ipynb #3d43e136
 import json
@@ -135,15 +135,13 @@ def curve_panels(
     chart = alt.vconcat(*rows, spacing=14).resolve_scale(y="independent")
     return with_title(chart, title, subtitle, dict(min=240, columns=len(names), gap=80, left=0))
 
-# %% ../../nbs/9_report/02_curves.ipynb #3a215ac6
-def trajectories(
+# %% ../../nbs/9_report/02_curves.ipynb #86c91504
+def pair_curves(
     curves: pd.DataFrame,  # from analysis.tables.curves_table
     metrics: dict[str, str],  # task → its primary metric
-    title: str,  # what was found
-    subtitle: str,  # n
-    layer: str = "embed",
-) -> alt.FacetChart:
-    "Draw validation score against distance, epoch by epoch, mean over seeds."
+    layer: str,  # of the distance
+) -> pd.DataFrame:  # a row per cell and epoch: distance, score, seeds
+    "Pair distance with validation score, epoch by epoch, mean over seeds."
     keys = ["task", "backbone", "strategy", "epoch"]
     curves = fewer_epochs(curves)
     wide = curves[curves.name == f"d2p_{layer}"].groupby(keys, sort=False)["value"].agg(distance="mean", seeds="count")
@@ -153,7 +151,18 @@ def trajectories(
         .mean()
         .rename("score")
     )
-    data = round_columns(wide.join(score, how="inner").reset_index(), [*keys, "distance", "score", "seeds"])
+    return round_columns(wide.join(score, how="inner").reset_index(), [*keys, "distance", "score", "seeds"])
+
+# %% ../../nbs/9_report/02_curves.ipynb #3a215ac6
+def trajectories(
+    curves: pd.DataFrame,  # from analysis.tables.curves_table
+    metrics: dict[str, str],  # task → its primary metric
+    title: str,  # what was found
+    subtitle: str,  # n
+    layer: str = "embed",
+) -> alt.FacetChart:
+    "Draw validation score against distance, epoch by epoch, mean over seeds."
+    data = pair_curves(curves, metrics, layer)
     names, strategies = list(dict.fromkeys(data["backbone"])), order_strategies(data["strategy"])
     base, marks = (
         alt.Chart().encode(

@@ -57,7 +57,8 @@ budget: {{epochs: 4, batch_size: 4, lr: 0.002, weight_decay: 0.05, warmup: 0.1}}
 README = '''\
 # {name}
 
-A study with [vfm_notes](https://pypi.org/project/vfm-notes/). `study.yaml` states what is compared; everything else is computed from it.
+A study with [vfm_notes](https://pypi.org/project/vfm-notes/). `study.yaml` states what is compared; \
+everything else is computed from it.
 
 ```sh
 vfm doctor study.yaml        # is all here that the study needs?
@@ -75,7 +76,8 @@ vfm data import table /path/to/scans cohorts/mine
 vfm data check cohorts/mine
 ```
 
-Then write `cohort: cohorts/mine` in `study.yaml`. Guides, with a walk-through from a folder of NIfTI files to a report, are in the report.
+Then write `cohort: cohorts/mine` in `study.yaml`. Guides, with a walk-through \
+from a folder of NIfTI files to a report, are in the report.
 
 | | |
 |---|---|

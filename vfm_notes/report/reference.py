@@ -232,7 +232,8 @@ def doc_html(
     "Write what is known of a name, below its heading."
     code = lambda text: f"<code>{html.escape(text)}</code>" if text else ""
     rows = "".join(
-        f'<tr><td>{code(a.name)}</td><td>{code(a.kind)}</td><td>{code(a.default)}</td><td>{html.escape(a.told)}</td></tr>'
+        f'<tr><td>{code(a.name)}</td><td>{code(a.kind)}</td><td>{code(a.default)}</td>'
+        f'<td>{html.escape(a.told)}</td></tr>'
         for a in d.arguments
     )
     rows += f'<tr><td>returns</td><td colspan="3">{html.escape(d.returns)}</td></tr>' if d.returns else ""
@@ -315,7 +316,8 @@ def reference_page(
     where = (
         '<p class="vfm-defined"><a href="../index.html">Report</a> · <a href="index.html">Library</a> · '
         f'<code>vfm_notes.{html.escape(book.module)}</code>, written in '
-        f'<code>nbs/{html.escape(book.path.parent.name)}/{html.escape(book.path.name)}</code>; its examples are run by the notebook tests</p>'
+        f'<code>nbs/{html.escape(book.path.parent.name)}/{html.escape(book.path.name)}</code>; '
+        'its examples are run by the notebook tests</p>'
     )
     cells, names = [raw_cell(options), prose(raw_html(where), "from")], {d.name for d in book.names}
     for i, c in enumerate(book.nb["cells"][1:]):
