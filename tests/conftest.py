@@ -116,11 +116,28 @@ def lend_library(made_once):
 
 
 @pytest.fixture(scope="session")
-def toy_server():
-    "Address of one fork server for the toy studies of all tests, which saves them their imports."
+def toy_server(tmp_path_factory, request):
+    "Address of one fork server for the toy studies of all tests and workers, which saves them their imports."
     from toy_batch import WHOLE
     from vfm_notes.runs.forkserver import ForkServer
-    with ForkServer(WHOLE) as server: yield server.address
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"): shared = shared.parent  # of all workers
+    address = shared/"server-address"
+    with open(shared/"server-turn", "w") as turn, open(shared/"server-users", "w") as users:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if address.exists():
+            fcntl.flock(users, fcntl.LOCK_SH)
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            yield address.read_text()
+            return
+        with ForkServer(WHOLE) as server:
+            address.write_text(server.address)
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            yield server.address
+            fcntl.flock(turn, fcntl.LOCK_EX)  # nobody comes any more
+            address.unlink()
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            fcntl.flock(users, fcntl.LOCK_EX)  # those who came have gone
 
 
 # ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest

@@ -14,14 +14,25 @@ ENTRIES = {
     "divergences": "largest_shift", "cohorts": "bright_block",
 }
 CONTRACTS = {
-    "strategies": "test_strategies.py::test_two_steps_change_what_the_strategy_says_and_nothing_else",
-    "tasks": "test_tasks.py::test_task_contract", "backbones": "test_backbones.py", "objectives": "test_objectives.py",
-    "divergences": "test_divergences.py", "cohorts": "test_cohorts.py",
+    "strategies": "tune/test_strategies.py::test_two_steps_change_what_the_strategy_says_and_nothing_else",
+    "tasks": "tune/test_tasks.py::test_task_contract", "backbones": "backbones/test_backbones.py", "objectives": "pretrain/test_objectives.py",
+    "divergences": "shift/test_divergences.py", "cohorts": "data/test_cohorts.py",
 }
 
 
 def test_there_is_one_example_for_each_registry():
     assert [re.search(r"@(\w+)\(\"(\w+)\"", e).groups() for e in EXAMPLES] == list(ENTRIES.items())
+
+
+def test_the_map_leads_to_what_is_there():
+    text = (HERE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+\? \| `([^`]+)` \| `(\w+)` \|$", text, re.M)
+    assert len(rows) >= 10
+    for notebook, name in rows:
+        source = (HERE.parent / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8")
+        assert re.search(rf"\b(def|class) {name}\b", source), (notebook, name)
+    folders = {p.name for p in (HERE.parent / "nbs").iterdir() if re.match(r"\d_", p.name)}
+    assert folders == set(re.findall(r"^\| `(\d_\w+)` \|", text, re.M))
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,10 @@ def vfm(folder: Path, *args, **env):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, toy_server):
     folder = tmp_path_factory.mktemp("study")
     (folder/"small.yaml").write_text(yaml.safe_dump(STUDY))
-    ran = vfm(folder, "run", "small.yaml")
+    ran = vfm(folder, "run", "small.yaml", VFM_FORKSERVER=toy_server)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder
 
@@ -92,21 +92,21 @@ def test_notebooks_are_executed_and_show_images(done):
         assert sum("<svg" in "".join(o.get("data", {}).get("text/html", "")) for o in outputs) >= 2
 
 
-def test_a_second_run_finds_everything_done(done):
+def test_a_second_run_finds_everything_done(done, toy_server):
     before = {
         p: p.stat().st_mtime_ns for p in (done / "runs" / "small").rglob("*") if p.is_file() and "locks" not in p.parts
     }
-    again = vfm(done, "run", "small.yaml")
+    again = vfm(done, "run", "small.yaml", VFM_FORKSERVER=toy_server)
     assert again.returncode == 0 and "everything is up to date" in again.stdout + again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_a_run_that_raises_is_recorded_and_the_others_go_on(done):
+def test_a_run_that_raises_is_recorded_and_the_others_go_on(done, toy_server):
     rest = {k: v for k, v in STUDY["tasks"].items() if k != "classification"}
     # two cases have two of three grades
     broken = STUDY | {"tasks": rest | {"ordinal": {}}, "backbones": STUDY["backbones"][:1], "n_train": [2]}
     (done/"broken.yaml").write_text(yaml.safe_dump(broken))
-    ran = vfm(done, "run", "broken.yaml")
+    ran = vfm(done, "run", "broken.yaml", VFM_FORKSERVER=toy_server)
     assert ran.returncode == 1 and "so it cannot be learned" in ran.stdout + ran.stderr
     failed = [r for r in records(done).values() if r["status"] == "failed"]
     assert {r["spec"]["task"] for r in failed} == {"ordinal"} and all(r["error"]["message"] for r in failed)
@@ -114,14 +114,14 @@ def test_a_run_that_raises_is_recorded_and_the_others_go_on(done):
     assert "ordinal-profound_toy.mae" in status.stdout and "failed" in status.stdout
 
 
-def test_the_real_prostate_cases_load_and_are_scored(done, real_data):
+def test_the_real_prostate_cases_load_and_are_scored(done, real_data, toy_server):
     outside = STUDY | {
         "tasks": {"segmentation": {}}, "backbones": STUDY["backbones"][:1], "strategies": ["full"],
         "external": {"cohort": "prostate_cases", "task": "segmentation"}, "name": "outside", "size": [12, 48, 48],
         "spacing": [4.0, 1.5, 1.5],
     }
     (done/"outside.yaml").write_text(yaml.safe_dump(outside))
-    ran = vfm(done, "run", "outside.yaml", VFM_DATA=str(real_data))
+    ran = vfm(done, "run", "outside.yaml", VFM_DATA=str(real_data), VFM_FORKSERVER=toy_server)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     record = next(r for r in records(done, "outside").values() if r["kind"] == "external")
     cases = pd.read_parquet(done/"runs"/"outside"/record["id"]/"cases.parquet")

@@ -11,6 +11,7 @@ from scipy import stats
 from counting import calls
 from vfm_notes.analysis import gain, prediction
 from vfm_notes.analysis.association import associate, cell_points, association_words, block_permutations, run_points
+from vfm_notes.analysis.contrasts import cell_scores
 from vfm_notes.analysis.convergence import convergence_table, mean_interval, first_reached, run_convergence, time_words
 from vfm_notes.analysis.crossed import association_table
 from vfm_notes.analysis.findings import findings
@@ -109,6 +110,15 @@ def test_tables_hold_every_run_and_value(study):
     ).all()
     one = study.cases[study.cases.id == study.done().id.iloc[0]]
     assert one.loc[one.metric == "dice", "value"].mean() == pytest.approx(study.done().value.iloc[0])
+
+
+def test_a_cell_is_scored_where_nobody_wrote_how_many_cases_it_was_trained_on(study):
+    unknown = replace(study, runs=study.runs.assign(n_train=pd.array([pd.NA] * len(study.runs), "Int64")))
+    whole, found = cell_scores(study, draws=50), cell_scores(unknown, draws=50)
+    assert len(whole) == 9 and found.n_train.isna().all()
+    assert found.drop(columns="n_train").equals(whole.drop(columns="n_train"))
+    means = study.done().groupby(["task", "backbone", "strategy"])["value"].mean()  # by pandas
+    assert np.allclose(found.set_index(["task", "backbone", "strategy"]).score.sort_index(), means.sort_index())
 
 
 def test_an_empty_study_and_an_all_failed_one(runs_root):

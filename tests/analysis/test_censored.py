@@ -181,3 +181,21 @@ def test_reached_tables_of_a_study():
 def test_nothing_to_reach():
     empty = Tables("s", study().runs, pd.DataFrame(), pd.DataFrame(), study().curves[:0], pd.DataFrame())
     assert reached_table(run_convergence(empty)).empty and reached_curves(run_convergence(empty)).empty
+
+
+def test_every_curve_goes_from_nothing_to_the_longest_budget():
+    """By hand: of three runs that all arrive, the share that has arrived; one that is early goes on flat, one that is
+    late has no second end."""
+    times = {"full": [1.0, 2.0, 3.0], "scratch": [2.0, 5.0, 9.0], "probe": [0.0, 4.0, 4.0]}
+    runs = pd.DataFrame([
+        dict(rule="rise", reason="", task="t", backbone="b", n_train=4, strategy=s, seed=i, epochs=e, censored=False)
+        for s, own in times.items()
+        for i, e in enumerate(own)
+    ])
+    found = reached_curves(runs).groupby("strategy")
+    arrived = {s: [(a, round(3 * b)) for a, b in zip(g["at"], g.share)] for s, g in found}
+    assert arrived == {"full": [(0, 0), (1, 1), (2, 2), (3, 3), (9, 3)], "scratch": [(0, 0), (2, 1), (5, 2), (9, 3)],
+                       "probe": [(0, 1), (4, 3), (9, 3)]}
+    assert {s: g.waiting.iloc[-1] for s, g in found if s != "scratch"} == {"full": 0, "probe": 0} and set(
+        found.n_runs.first()
+    ) == {3}

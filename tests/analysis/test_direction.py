@@ -384,14 +384,14 @@ def test_training_keeps_the_best_epoch(metric):
 
 @pytest.mark.parametrize(("metric", "begins", "best"), [("hd95", 1.0, 2), ("dice", 10.0, 3)])
 def test_the_best_moment_is_that_of_the_best_epoch_after_the_start(metric, begins, best, monkeypatch):
-    from vfm_notes.tune import transfer
+    from vfm_notes.tune import monitor
     scores, epochs = iter((begins, 5.0, 3.0, 9.0, 4.0)), iter(range(5))
-    monkeypatch.setattr(transfer, "collect_features", lambda net, seen: {"embed": next(epochs)})
-    monkeypatch.setattr(transfer, "layer_distances", lambda before, after: {"embed": after["embed"] - before["embed"]})
+    monkeypatch.setattr(monitor, "collect_features", lambda net, seen: {"embed": next(epochs)})
+    monkeypatch.setattr(monitor, "layer_distances", lambda before, after: {"embed": after["embed"] - before["embed"]})
     net = SimpleNamespace(in_channels=1, parameters=lambda: [SimpleNamespace(requires_grad=True)])
     task = SimpleNamespace(primary=metric, validate=lambda output, data: next(scores))
     data = {"val": None, "test": SimpleNamespace(inputs=torch.zeros(1, 1, 2, 2, 2))}
-    watch = transfer.Monitor(SimpleNamespace(backbone=net), task, data, answer=lambda split: None)
+    watch = monitor.Monitor(SimpleNamespace(backbone=net), task, data, answer=lambda split: None)
     seen = [watch(epoch) for epoch in range(5)]
     assert watch.carried["moments"] == {"best": ({"epoch": best}, {"embed": best})} and [
         s["d2p_embed"] for s in seen

@@ -175,6 +175,7 @@ def cards(path: Path) -> None:
 
 
 def objective_cards(path: Path) -> None:
+    import vfm_notes.tune.catalog
     from vfm_notes.pretrain.evidence import write_objectives
 
     write_objectives(path)

@@ -51,9 +51,9 @@ def changed(path: str, value) -> dict:
 
 WRONG = [("budget.lr", v, "above 0, at most 10") for v in ("1e-3", 0, -1, math.inf, math.nan, None, True, [0.1], 11)]
 WRONG += [
-    (f"{b}.epochs", v, "a whole number from 1 to 100000")
-    for b in ("budget", "pretrain.mae")
-    for v in (-3, 0, 1.5, True, "8", None)
+    (f"{b}.epochs", v, f"a whole number from {least} to 100000")
+    for b, least in (("budget", 1), ("pretrain.mae", 0))
+    for v in (-3, least - 1, 1.5, True, "8", None)
 ]
 WRONG += [
     ("budget.epochs", 10**30, "from 1 to 100000"), ("budget.epochs", -(10**30), "from 1 to 100000"),

@@ -1,7 +1,9 @@
 """Small wrong changes that a slip of the hand could make, found in a module's syntax tree."""
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,41 @@ class Mutant:
     @property
     def name(self) -> str:
         return f"{self.module}:{self.line} {self.what}: {self.source.strip()[:110]}"
+
+
+def words(code: str, whole: bool = True) -> list[tuple[str, int, int]]:
+    """The words and signs of code with their first and last byte, whatever its lines, spaces and quotes are.
+
+    Comments of a whole module are left out, and so is a comma before a closing bracket.
+    """
+    raw = code
+    if whole:
+        lines = code.splitlines(keepends=True)
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            if token.type == tokenize.COMMENT:
+                (row, start), (_, end) = token.start, token.end
+                line = lines[row - 1]
+                lines[row - 1] = line[:start] + " " * len(line[start:end].encode()) + line[end:]
+        raw = "".join(lines)
+    found, at, end = [], 0, 0
+    for m in re.finditer(r"\w+|[^\w\s]", raw):
+        at += len(raw[end : m.start()].encode())
+        last = at + len(m[0].encode())
+        if m[0] in ")]}" and found and found[-1][0] == ",":
+            found.pop()
+        found.append((m[0].replace("'", '"'), at, last))
+        at, end = last, m.end()
+    return found
+
+
+def places(fragment: str, among: list[tuple[str, int, int]]) -> list[tuple[int, int]]:
+    "Where the words of a fragment stand one after the other: first and last byte."
+    text, sought = "\0".join(["", *(w for w, _, _ in among), ""]), "\0".join(w for w, _, _ in words(fragment, False))
+    found, k = [], -1
+    while (k := text.find(f"\0{sought}\0", k + 1)) >= 0:
+        first = text.count("\0", 0, k)
+        found.append((among[first][1], among[first + sought.count("\0")][2]))
+    return found
 
 
 def statement_lines(tree: ast.AST) -> dict[int, tuple[int, ...]]:

@@ -24,8 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections import Counter
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -34,7 +36,7 @@ ROOT = HERE.parents[1]
 KEPT = Path(os.environ.get("VFM_MUTANTS", ROOT / ".mutants"))  # what was seen and judged
 sys.path.insert(0, str(HERE))
 from named import EQUIVALENT, NAMED
-from operators import Mutant, mutants, statement_lines
+from operators import Mutant, mutants, places, statement_lines, words
 
 PACKAGES = ("analysis", "tune", "runs", "report")  # where mutants are made if nothing else is asked for
 SLOW = re.compile(
@@ -124,7 +126,7 @@ class Sight:
     def __init__(self, worker: Worker, limit: float, only: list[str]):
         self.worker, self.limit, self.files = worker, limit, {}
         (KEPT / "seen").mkdir(parents=True, exist_ok=True)
-        files = sorted((worker.tree / "tests").glob("test_*.py"), key=lambda f: f.stat().st_size)
+        files = sorted((worker.tree / "tests").rglob("test_*.py"), key=lambda f: f.stat().st_size)
         files = [f for f in files if (f.stem in only if only else not SLOW.fullmatch(f.name))]
         self.texts = {f: f.read_text(encoding="utf-8") for f in files}
 
@@ -137,7 +139,7 @@ class Sight:
     def learn(self, files: list[Path]) -> None:
         "Look at test files."
         for f in files:
-            if (path := f"tests/{f.name}") not in self.files:
+            if (path := str(f.relative_to(self.worker.tree))) not in self.files:
                 self.files[path] = self.of(f)
 
     def of(self, file: Path) -> dict:
@@ -150,7 +152,8 @@ class Sight:
         made = self.worker.folder / "look.json"
         made.unlink(missing_ok=True)
         self.worker.run(
-            600 + 30 * self.limit, look={"file": f"tests/{file.name}", "limit": self.limit, "to": str(made)}
+            600 + 30 * self.limit,
+            look={"file": str(file.relative_to(self.worker.tree)), "limit": self.limit, "to": str(made)},
         )
         record = {"seconds": 0.0, "tests": {}, "lines": {}, "failed": ["it ended without a word"]}
         if made.is_file():
@@ -170,7 +173,7 @@ class Sight:
         if not any(str(line) in r["lines"].get(m.module, {}) for r in self.files.values() for line in m.lines):
             package = m.module.split("/")[0]
             self.learn([f for f, text in self.texts.items() if f"vfm_notes.{package}" in text])
-        near, every = {f"tests/{f.name}" for f in self.naming(m.module)}, []
+        near, every = {str(f.relative_to(self.worker.tree)) for f in self.naming(m.module)}, []
         for file, record in self.files.items():
             lines = record["lines"].get(m.module, {})
             ids = {i for line in m.lines for i in lines.get(str(line), [])}
@@ -198,6 +201,15 @@ class Sight:
 def spoil(code: bytes, m: Mutant) -> bytes:
     "A module's text with the change in it."
     return code[: m.start] + m.text.encode() + code[m.end :]
+
+
+def key(m: Mutant) -> str:
+    "What a judgement belongs to: the function or class before and after, whatever its lines and its module are."
+    code = (ROOT / "vfm_notes" / m.module).read_bytes()
+    before, then = ast.parse(code).body, ast.parse(spoil(code, m)).body
+    first = [min(n.lineno, *(d.lineno for d in getattr(n, "decorator_list", [])), n.lineno) for n in before]
+    at = bisect_right(first, m.line) - 1
+    return hashlib.sha256(f"{ast.dump(before[at])} {ast.dump(then[at])}".encode()).hexdigest()[:16]
 
 
 def after(m: Mutant) -> str:
@@ -228,22 +240,32 @@ def judged(m: Mutant, worker: Worker, sight: Sight, limit: float) -> dict:
     return {"end": "killed" if end != 0 else "survived", "by": killer if end != 0 else "", "tests": sight.state(groups)}
 
 
+@cache
 def named_mutants() -> list[Mutant]:
-    "Those that are written down; each must still be found in the code, once."
-    found = []
-    for module, old, new, what in NAMED:
-        code = (ROOT / "vfm_notes" / module).read_text(encoding="utf-8")
-        if code.count(old) != 1:
+    "Those that are written down; each must still be found in its sub-package, once."
+    found, modules = [], {}
+    for package, old, new, what in NAMED:
+        if package not in modules:
+            files = [p for p in sorted((ROOT / "vfm_notes" / package).glob("*.py")) if p.name != "__init__.py"]
+            modules[package] = [
+                (f"{package}/{p.name}", code := p.read_text(encoding="utf-8"), words(code)) for p in files
+            ]
+        at = [(module, code, *place) for module, code, own in modules[package] for place in places(old, own)]
+        if len(at) != 1:
+            where = ", ".join(module for module, *_ in at) or "nowhere"
             raise SystemExit(
-                f"named mutant '{what}': {module} holds {old!r} {code.count(old)} times, expected once; "
-                "correct named.py."
+                f"named mutant '{what}': {old!r} is in {where}, expected once in {package}; correct named.py."
             )
-        start = len(code[: code.index(old)].encode())
-        line = code[: code.index(old)].count("\n") + 1
-        whole = statement_lines(ast.parse(code))
-        lines = {n for k in range(line, line + old.count("\n") + 1) for n in whole.get(k, (k,))}
-        source = code.splitlines()[line - 1]
-        found.append(Mutant(module, start, start + len(old.encode()), new, what, line, source, tuple(sorted(lines))))
+        [(module, code, start, end)] = at
+        first, last = (code.encode()[:k].count(b"\n") + 1 for k in (start, end))
+        whole, source = statement_lines(ast.parse(code)), code.splitlines()[first - 1]
+        lines = {n for k in range(first, last + 1) for n in whole.get(k, (k,))}
+        m = Mutant(module, start, end, new, what, first, source, tuple(sorted(lines)))
+        try:
+            ast.parse(spoil(code.encode(), m))
+        except SyntaxError as e:
+            raise SystemExit(f"named mutant '{what}': {module} is no code then ({e}); correct named.py.") from None
+        found.append(m)
     return found
 
 
@@ -266,13 +288,30 @@ def spread(every: list[Mutant], n: int, draw: Random) -> list[Mutant]:
     return turns[:n]
 
 
+def excuse(m: Mutant) -> tuple[str, str] | None:
+    "The entry of EQUIVALENT whose code stands where the change was made, if any."
+    code = (ROOT / "vfm_notes" / m.module).read_bytes()
+    package, lines = m.module.split("/")[0], code.splitlines(keepends=True)
+    first = sum(map(len, lines[: m.lines[0] - 1]))
+    last = sum(map(len, lines[: m.lines[-1]])) + len(m.text.encode()) - (m.end - m.start)
+    statement = spoil(code, m)[first:last].decode()
+    changed = range(m.start - first, m.start - first + len(m.text.encode()) + 1)
+    for where, then in EQUIVALENT:
+        at = places(then, words(statement, False)) if where == package else []
+        if any(a <= changed[0] and changed[-1] <= b for a, b in at):
+            return where, then
+    return None
+
+
 def check_equivalent() -> None:
-    "Each reason must still belong to a change that can be made."
-    for module in {module for module, _ in EQUIVALENT}:
-        can = {after(m) for m in mutants(ROOT / "vfm_notes", module)}
-        can |= {after(m) for m in named_mutants() if m.module == module}
-        if lost := [line for name, line in EQUIVALENT if name == module and line not in can]:
-            raise SystemExit(f"EQUIVALENT of named.py: no change of {module} gives the line {lost[0]!r}; correct it.")
+    "Each entry must still belong to a change that can be made."
+    seen = {excuse(m) for m in named_mutants()}
+    for package in {package for package, _ in EQUIVALENT}:
+        for file in sorted((ROOT / "vfm_notes" / package).glob("*.py")):
+            seen |= {excuse(m) for m in mutants(ROOT / "vfm_notes", f"{package}/{file.name}")}
+    for package, then in EQUIVALENT:
+        if (package, then) not in seen:
+            raise SystemExit(f"EQUIVALENT of named.py: no change of {package} gives {then!r}; correct it.")
 
 
 def arguments() -> argparse.Namespace:
@@ -306,13 +345,12 @@ def main() -> None:
         for i, (kind, m) in enumerate(todo, 1):
             row = {"kind": kind, "package": m.module.split("/")[0], "name": m.name}
             row |= {"before": m.source.strip(), "after": after(m)}
-            key = f"{m.module} {digest(worker.tree / 'vfm_notes' / m.module)} {m.start} {m.end} {m.text}"
-            if reason := EQUIVALENT.get((m.module, row["after"])):
-                rows.append(row | {"end": "equivalent", "reason": reason})
+            if found := excuse(m):
+                rows.append(row | {"end": "equivalent", "reason": EQUIVALENT[found]})
                 continue
-            old = kept.get(key)
+            old = kept.get(own := key(m))
             if not old or old["end"] == "survived" and old["tests"] != sight.state(sight.tests(m, args.limit)):
-                kept[key] = old = judged(m, worker, sight, args.limit)
+                kept[own] = old = judged(m, worker, sight, args.limit)
                 file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
                 minutes = (time.monotonic() - begun) / 60
                 print(f"{i}/{len(todo)} {old['end']:8} {m.name}  [{old['by']}]  {minutes:.0f} min", flush=True)

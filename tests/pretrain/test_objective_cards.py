@@ -111,5 +111,6 @@ def test_changes_win_over_the_card():
 def test_the_file_beside_the_pages_is_of_today():
     kept = json.loads((report_notebooks()[0].parent/"objectives.json").read_text(encoding="utf-8"))
     assert kept == [describe_objective(n) for n in sorted(objectives)], (
-        "write it again: python -c 'from vfm_notes.pretrain.evidence import write_objectives as w; w()'"
+        "write it again: python -c 'import vfm_notes.tune.catalog; from vfm_notes.pretrain.evidence import "
+        "write_objectives as w; w()'"
     )

@@ -110,7 +110,7 @@ def test_some_steps_lower_the_loss(made):
 
 def test_every_family_is_there():
     assert {objectives.card(n)["family"] for n in objectives} == {
-        "reconstruction", "contrast", "adversarial", "diffusion",
+        "reconstruction", "contrast", "adversarial", "diffusion", "supervised",
     }
 
 
@@ -128,8 +128,9 @@ def test_unlabelled_batches():
 def test_objectives_that_compare_cases_say_so():
     whole = {n for n in objectives if getattr(objectives[n], "whole_batches", False)}
     assert whole == {"nt_xent", "self_distillation"}
-    # the loss of a batch is the mean of its cases'; patch_contrast weighs classes, diffusion draws steps
-    for name in set(objectives) - whole - {"patch_contrast", "diffusion"}:
+    # the loss of a batch is the mean of its cases'; patch_contrast weighs classes, diffusion draws steps, a Dice is one
+    # of the batch
+    for name in set(objectives) - whole - {"patch_contrast", "diffusion", "task"}:
         torch.manual_seed(0)
         objective, data, losses = objectives[name](provicnet_toy()).eval(), batch(2), []
         keep = torch.ones(2, 1, 4, 4, 4)

@@ -46,6 +46,12 @@ def tables(tmp_path_factory):
         return load_tables("six")
 
 
+@pytest.fixture(scope="module")
+def charts(tables):
+    "Every chart and its picture."
+    return {name: (chart, drawn(chart)) for name, chart in every_chart(tables).items()}
+
+
 def drawn(chart: alt.TopLevelMixin) -> str:
     "The chart as SVG; a container has no width here."
     spec = chart.to_dict()
@@ -73,8 +79,7 @@ def test_matrix_puts_many_strategies_below_each_other(tables):
     assert all(s in svg for s in SIX[1:]) and svg.count("missing") >= 1
 
 
-def test_every_chart_is_drawn(tables):
-    charts = every_chart(tables)
+def test_every_chart_is_drawn(charts):
     made = {
         n
         for module in (figures, curves, evidence, measured, explorer, live)
@@ -85,30 +90,27 @@ def test_every_chart_is_drawn(tables):
         and issubclass(kind, alt.TopLevelMixin)
     }
     assert made - PARTS == set(charts), "a chart was added: draw it in every_chart"
-    for name, chart in charts.items():
-        svg = drawn(chart)
-        assert svg.count("<path") > 12 and "NaN" not in svg, name
+    for name, (_, svg) in charts.items(): assert svg.count("<path") > 12 and "NaN" not in svg, name
     for name in ("curve_panels", "trajectories", "reached_panels", "moment_panels", "seed_panels", "dots"):
-        assert all(s in drawn(charts[name]) for s in SIX[1:]), name
+        assert all(s in charts[name][1] for s in SIX[1:]), name
 
 
-def test_the_signs_of_a_legend_can_be_seen(tables):
+def test_the_signs_of_a_legend_can_be_seen(tables, charts):
     "None is as pale as a band, and a dash has a colour."
     two, few = run_convergence(tables), tables.curves[tables.curves.strategy.isin(SIX[:2])]
-    charts = every_chart(tables) | {
-        "with bands": curves.reached_panels(reached_curves(two[two.strategy.isin(SIX[:2])]), "t", "s"),
-        "two ways": curves.trajectories(few, {"segmentation": "dice", "translation": "psnr"}, "t", "s")}
-    for name, chart in charts.items():
-        signs = [part.partition("</g>")[0] for part in re.split(r"<g[^>]*role-legend-symbol", drawn(chart))[1:]]
+    more = {"with bands": drawn(curves.reached_panels(reached_curves(two[two.strategy.isin(SIX[:2])]), "t", "s")),
+            "two ways": drawn(curves.trajectories(few, {"segmentation": "dice", "translation": "psnr"}, "t", "s"))}
+    for name, svg in ({name: svg for name, (_, svg) in charts.items()} | more).items():
+        signs = [part.partition("</g>")[0] for part in re.split(r"<g[^>]*role-legend-symbol", svg)[1:]]
         assert name not in ("with bands", "two ways") or len(signs) == 2, name
         pale = [o for part in signs for o in re.findall(r'opacity="([\d.]+)"', part) if float(o) < 0.8]
         dashes = [part for part in signs if re.search(r'd="M-[\d.]+,0L[\d.]+,0"', part)]
         assert pale == [] and all(' stroke="' in part for part in dashes), name
 
 
-def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(tables):
+def test_a_chart_has_a_width_of_its_own_in_a_notebook_and_all_there_is_in_the_site(charts):
     use_charts()
-    for name, chart in every_chart(tables).items():
+    for name, (chart, _) in charts.items():
         stored = chart._repr_mimebundle_()[VEGALITE_MIME]
         assert stored.get("width") != "container" and "container" not in json.dumps({
             k: v for k, v in stored.items() if k != "datasets"

@@ -28,8 +28,9 @@ from vfm_notes.runs.locks import repair, remove_stale
 SPEC = RunSpec(size=(4, 8, 8))
 KEYS = {
     "schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p",
-    "d2p_moments", "scores", "cost", "n", "normalisation", "device", "threads", "versions", "commit", "cohort_hash",
-    "weights_hash", "weights_files", "licences", "excluded", "notes", "notebook", "template_hash", "created", "error",
+    "d2p_moments", "scores", "cost", "n", "train_cases", "head", "normalisation", "device", "threads", "versions",
+    "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes", "notebook",
+    "template_hash", "created", "error",
 }
 
 
@@ -110,8 +111,10 @@ def test_only_what_dead_writers_of_this_machine_left_is_swept(runs_root):
         for host, pid, stays in [(here, gone.pid, False), (here, os.getpid(), True), ("elsewhere", gone.pid, True)]
     }
     for path in left: path.mkdir(parents=True)
-    (cache/f".file.{here}.{gone.pid}.0.part").touch()  # no folder: left where it is, and no reason to stop
-    assert remove_stale("s") == 3 and {p: p.exists() for p in left} == left
+    stray = cache/f".file.{here}.{gone.pid}.0.part"
+    stray.touch()  # no folder: left where it is, not counted, and no reason to stop
+    assert remove_stale("s") == 2 and {p: p.exists() for p in left} == left
+    assert remove_stale("s") == 0 and stray.exists()
 
 
 def test_memory_of_what_is_done(runs_root):

@@ -1,5 +1,6 @@
 """What cannot work is reported before anything is computed, by one function, with the smallest change that helps; and
 what `vfm init` writes runs."""
+import copy
 import gc
 import json
 import os
@@ -195,14 +196,21 @@ def test_networks_without_numbers_agree_with_the_protocol(name):
 @pytest.mark.parametrize("name", TOYS)
 def test_strategies_on_shapes_alone_are_judged_as_on_numbers(name):
     card = facts()[0]
+    whole = build_model(
+        RunSpec(
+            size=(8, 32, 32), spacing=(6, 2.25, 2.25), cases=CASES, task="classification", backbone=f"{name}.random",
+            strategy="scratch",
+        ),
+        build_task("classification", card, {}),
+        3,
+    )
     for line in ("probe", "knn", "top", "lora", "top k=40", "full drop=1", "lora targets=conv"):
         spec = RunSpec(
             size=(8, 32, 32), spacing=(6, 2.25, 2.25), cases=CASES, task="classification", backbone=f"{name}.random",
             strategy=line,
         )
         told = list(strategy_conflicts([spec], card))
-        model = build_model(replace(spec, strategy="scratch"), build_task("classification", card, {}), 3)
-        try: apply_strategy(spec.strategy, model)
+        try: apply_strategy(spec.strategy, copy.deepcopy(whole))
         except VfmError as e: assert told == [str(e)]
         else: assert told == [], (name, line, told)
 
@@ -249,14 +257,15 @@ def test_status_and_table_need_no_torch(tmp_path):
 
 
 def test_what_init_writes_runs_as_it_was_written(tmp_path, monkeypatch, capfd, toy_server):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("VFM_")} | {"VFM_RUNS": str(tmp_path/"first"/"runs")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VFM_")} | {
+        "VFM_RUNS": str(tmp_path / "first" / "runs"), "VFM_FORKSERVER": toy_server,
+    }
     def vfm(*words, at=tmp_path/"first"):
         return subprocess.run([*VFM, *words], cwd=at, env=env, capture_output=True, text=True)
     assert vfm("init", "first", at=tmp_path).returncode == 0
     text = (tmp_path/"first"/"study.yaml").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path/"first")
-    for name, value in {"VFM_RUNS": env["VFM_RUNS"], "VFM_FORKSERVER": toy_server}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("VFM_RUNS", "VFM_FORKSERVER"): monkeypatch.setenv(name, env[name])
 
     def here(*words) -> tuple:
         "The command in this process, which has imported torch: its exit status, and what it says."

@@ -163,7 +163,7 @@ def test_one_strategy_has_one_text_name_and_choice():
     )
     assert run_id(spec).rpartition("-")[0] == "segmentation-profound_toy.mae_phantom-lora_rank=8_targets=conv-n24-s0"
     study = StudySpec(**{
-        **vars(load_study("phantom")),
+        **vars(load_study("learning_rate")),
         "strategies": ["scratch", "top   k=2", "lora targets=conv rank=8", "scratch drop=2"],
     })
     assert study.strategies == ["scratch", "top k=2", "lora rank=8 targets=conv", "scratch drop=2"]
@@ -205,14 +205,14 @@ def test_a_wrong_line_is_told_in_one_sentence(line, told):
 
 
 def test_a_study_is_told_of_wrong_and_doubled_strategies():
-    study = load_study("phantom")
+    study = load_study("learning_rate")
     def check(*lines): study_names.check_names(replace(study, strategies=list(lines)))
     check(*EVERY)
     for lines, told in (
         (("full", "full decay=1"), "are the same"), (("top", "top k=one"), "expected a whole number"),
         (("lora rnak=2",), "Did you mean 'rank'"),
     ):
-        with pytest.raises(VfmError, match=f"Study 'phantom'.*{told}"): check(*lines)
+        with pytest.raises(VfmError, match=f"Study 'learning_rate'.*{told}"): check(*lines)
 
 
 def test_a_strategy_that_trains_nothing_is_refused():

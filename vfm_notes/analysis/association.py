@@ -191,7 +191,7 @@ def _layer(tables: Tables, layer: str, distance: str) -> pd.DataFrame:
         )
     return tables.d2p.loc[tables.d2p.layer == layer, ["id", distance]].rename(columns={distance: "d2p"})
 
-# %% ../../nbs/8_analysis/07_association.ipynb #553e91ba
+# %% ../../nbs/8_analysis/07_association.ipynb #4c20a130
 def run_points(
     tables: Tables,
     layer: str = "embed",

@@ -98,7 +98,7 @@ def contrast_row(
         "n_seeds": len(pair.seeds), "n_cases": pair.n_cases,
     }
 
-# %% ../../nbs/8_analysis/05_contrasts.ipynb #cee1d4d4
+# %% ../../nbs/8_analysis/05_contrasts.ipynb #4af34f72
 def contrast_table(
     tables: Tables,
     contrasts: Mapping[str, tuple[Mapping, Mapping]],  # name → two choices

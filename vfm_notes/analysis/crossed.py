@@ -262,7 +262,7 @@ def outcomes(
     for t in (sooner, seconds): out = out.merge(t.astype({"n_train": out.n_train.dtype}), on=CELL, how="left")
     return out
 
-# %% ../../nbs/8_analysis/09_crossed.ipynb #198733e8
+# %% ../../nbs/8_analysis/09_crossed.ipynb #d983435e
 def crossed_table(
     tables: Tables,
     gains: pd.DataFrame,  # from gain_table
@@ -373,7 +373,7 @@ def divergence_words(
         f"n = {span_of(found.n)} cells)."
     )
 
-# %% ../../nbs/8_analysis/09_crossed.ipynb #299ccc0d
+# %% ../../nbs/8_analysis/09_crossed.ipynb #d6278f48
 # "12", "9 to 12"
 def span_of(counts: pd.Series) -> str:
     return " to ".join(dict.fromkeys(str(int(v)) for v in (counts.min(), counts.max())))

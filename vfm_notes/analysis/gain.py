@@ -177,7 +177,7 @@ def score_interval(pair: Pair, metric: str) -> Interval:
     card = metric_card(metric)
     return interval_of(float(score.mean()), each, (card.low, card.high))
 
-# %% ../../nbs/8_analysis/04_gain.ipynb #f715b71f
+# %% ../../nbs/8_analysis/04_gain.ipynb #7b7d70ff
 def difference_interval(pair: Pair, metric: str) -> Interval:
     "Compute by how much of the metric the cell is better than its reference."
     t, each_t, r, each_r = carried(pair)
@@ -324,7 +324,7 @@ def learned_table(
     tables.memory["learned"] = table.assign(beats=(table.p_holm <= 0.05) & (table.better > 0))
     return tables.memory["learned"]
 
-# %% ../../nbs/8_analysis/04_gain.ipynb #3e4a404e
+# %% ../../nbs/8_analysis/04_gain.ipynb #13646cfc
 def _against_control(pair: Pair | str) -> dict:
     "Part of a row of the learned table."
     if isinstance(pair, str): return {"reason": pair}
@@ -354,7 +354,7 @@ def of_learned(
     "Return the cells that count."
     return table[table.learned.astype(bool)]
 
-# %% ../../nbs/8_analysis/04_gain.ipynb #051b7bc4
+# %% ../../nbs/8_analysis/04_gain.ipynb #2fd06b3f
 def unlearned_words(
     table: pd.DataFrame,  # with the column learned
 ) -> str:  # "" where every cell has learned

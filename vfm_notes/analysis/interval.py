@@ -131,7 +131,7 @@ class Interval:
         "Return the standard error that cases alone give, these trainings being as they are."
         return float(np.sqrt(self.squares.case / self.squares.seeds / self.squares.cases)) if self.squares else np.nan
 
-# %% ../../nbs/8_analysis/03_interval.ipynb #218f6c1f
+# %% ../../nbs/8_analysis/03_interval.ipynb #851decc6
 def interval_of(
     value: float,  # the estimate
     carried: np.ndarray,  # (seeds, patients) what each carries of it; their mean need not be the estimate

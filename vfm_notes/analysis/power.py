@@ -66,7 +66,7 @@ def study_variances(
         for (task, metric), each in found.items()
     }
 
-# %% ../../nbs/8_analysis/13_power.ipynb #dd454dbb
+# %% ../../nbs/8_analysis/13_power.ipynb #041a8323
 def _epochs_saved(tables: Tables, reference: str) -> dict[str, float]:
     "Standard deviation of the epochs saved between the seeds of a cell, for each task."
     if tables.curves.empty: return {}
@@ -200,7 +200,7 @@ def plan(
         else pd.DataFrame(columns=["more", "n", "smallest", "task", "unit"]),
     )
 
-# %% ../../nbs/8_analysis/13_power.ipynb #762522ac
+# %% ../../nbs/8_analysis/13_power.ipynb #863f0a3a
 def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: float | None) -> dict:
     "What one task can see."
     along = lambda more: list(seen.loc[seen.more == more, ["n", "smallest"]].itertuples(index=False, name=None))

@@ -65,7 +65,7 @@ def task_rights(
         ])
     return np.rint(2 * sum(right_pairs(v[orders], o) for v, o in zip(value, outcome))).astype(int)
 
-# %% ../../nbs/8_analysis/10_prediction.ipynb #c6461aaf
+# %% ../../nbs/8_analysis/10_prediction.ipynb #35ab3e6a
 def rights_test(
     tasks: list[np.ndarray],  # from task_rights
     pairs: int,  # of all questions

@@ -133,7 +133,7 @@ def macro_recall(c: Columns, w: np.ndarray) -> np.ndarray:
     seen = np.isfinite(each)
     return safe_ratio(np.where(seen, each, 0).sum(0), seen.sum(0))
 
-# %% ../../nbs/8_analysis/02_set_metrics.ipynb #44283aa1
+# %% ../../nbs/8_analysis/02_set_metrics.ipynb #24dcd1a7
 @set_metric("rmse", "mae")
 def rmse(c: Columns, w: np.ndarray) -> np.ndarray:
     "Return the root of the mean squared error."

@@ -90,7 +90,7 @@ def runs_table(
         }
         row |= {k: r["spec"].get(k) for k in SEARCHABLE} | {"keep": r["spec"].get("keep", "last"), "chosen": True}
         row |= {
-            "positive": (r["spec"].get("options") or {}).get("positive"),
+            "expected": r["spec"].get("expected", ""), "positive": (r["spec"].get("options") or {}).get("positive"),
             "error": (r.get("error") or {}).get("message", ""),
         }
         rows.append(row)
@@ -98,7 +98,7 @@ def runs_table(
         rows,
         [
             *RUN, "kind", "status", "metric", "value", "control", "direction", "unit", "seconds_training",
-            "peak_memory_mib", "parameters_trainable", "error", *SEARCHABLE, "keep", "chosen",
+            "peak_memory_mib", "parameters_trainable", "error", "expected", *SEARCHABLE, "keep", "chosen",
         ],
     ).astype({"chosen": bool})
 
@@ -119,7 +119,7 @@ def metrics_table(
     ]
     return _frame(rows, [*RUN, "metric", "value", "control", "direction", "unit", "primary"])
 
-# %% ../../nbs/8_analysis/01_tables.ipynb #81563fce
+# %% ../../nbs/8_analysis/01_tables.ipynb #cad7364a
 def list_records(
     records: list[dict],  # as read_records gives them
     name: str,  # a field that is a list of rows: d2p, d2p_moments, scores
@@ -148,7 +148,7 @@ def d2p_table(
     beside it."""
     return list_records([r | {"d2p": [spread_divergences(d) for d in r.get("d2p") or []]} for r in records], "d2p", D2P)
 
-# %% ../../nbs/8_analysis/01_tables.ipynb #58abd20a
+# %% ../../nbs/8_analysis/01_tables.ipynb #40cad09d
 def moments_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run, moment (`when`) and layer
@@ -192,7 +192,7 @@ def _read(study: str, records: list[dict], name: str, columns: list[str]) -> tup
     for k in set(RUN) & set(found): runs[k] = found.pop(k).combine_first(runs[k])
     return pd.concat([runs, found], axis=1).astype({"n_train": "Int64", "seed": "Int64"}), bad
 
-# %% ../../nbs/8_analysis/01_tables.ipynb #d5962fe9
+# %% ../../nbs/8_analysis/01_tables.ipynb #e76f3828
 def _bytes(study: str, record: dict, file: str) -> bytes:  # b"" for a damaged file, which is named once
     path = run_folder(study, record["id"])/file
     try: data = path.read_bytes()
@@ -275,7 +275,7 @@ def validation_scores(
     last = own.groupby("id").tail(1).set_index("id")
     return last["value"].to_dict() | best.loc[best.keep == "best", "value"].to_dict()
 
-# %% ../../nbs/8_analysis/01_tables.ipynb #e42c1394
+# %% ../../nbs/8_analysis/01_tables.ipynb #8a06dd77
 def mark_counted(
     runs: pd.DataFrame,  # from runs_table
     tried: pd.DataFrame,  # from candidates

@@ -81,7 +81,7 @@ def outputs_agree(
     pairs = zip([nets[0].embed(whole), *nets[0].pyramid(whole)], [nets[1].embed(few), *nets[1].pyramid(few)])
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
 
-# %% ../../nbs/3_backbones/05_adaptation.ipynb #5dced006
+# %% ../../nbs/3_backbones/05_adaptation.ipynb #db4372f0
 def pick_channels(
     architecture: str,  # registered backbone
     state: dict[str, Tensor],  # for n channels

@@ -144,7 +144,7 @@ def similarity(
     return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0)
         for name in track_progress(list(names), "comparing with every backbone")}
 
-# %% ../../nbs/3_backbones/04_keys.ipynb #74df1ed7
+# %% ../../nbs/3_backbones/04_keys.ipynb #c990039f
 def most_similar(
     scores: dict[str, float],  # architecture → likeness
     near: float = 1.0,  # share of the best likeness that is still taken
@@ -184,7 +184,7 @@ def misfit_advice(
     others = similar_backbones(state)
     return f" The keys look like those of backbone '{others[0]}'." if others else ""
 
-# %% ../../nbs/3_backbones/04_keys.ipynb #8431a27b
+# %% ../../nbs/3_backbones/04_keys.ipynb #cc9baa8a
 def check_filled(
     report: KeyReport,  # of these
     state: dict[str, Tensor],  # weights
@@ -325,7 +325,7 @@ def read_as(
                 found.append(LayoutMatch(a, p, compare_keys(inside, net, f"{path}{p} as {a}, below '{head}.'"), inside))
     return found
 
-# %% ../../nbs/3_backbones/04_keys.ipynb #4eb95d14
+# %% ../../nbs/3_backbones/04_keys.ipynb #f2f1e6de
 OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists",
     "sulcus_nets")  # modules with networks of transformers or MONAI
 def search_architectures(

@@ -7,7 +7,7 @@ __all__ = ['LIFTS', 'triplet_index', 'slice_triplets', 'stack_slices', 'ChannelR
            'SliceAttention', 'with_neighbours', 'inflated_layer', 'inflated_state', 'inflate', 'ReadBackbone', 'Lifted',
            'spread_blocks', 'Tokens', 'SamMaps', 'Stages']
 
-# %% ../../nbs/3_backbones/07_lifted.ipynb #958d6a07
+# %% ../../nbs/3_backbones/07_lifted.ipynb #df4c2126
 import inspect
 
 import torch
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/3_backbones/07_lifted.ipynb #986d8b99
+# %% ../../nbs/3_backbones/07_lifted.ipynb #1fc5396b
 from .protocol import Backbone
 from ..foundation.registry import suggest_name, VfmError
 

@@ -36,6 +36,8 @@ VIT_S, VIT_L = (
 )
 D2, P16 = dict(image_size=518, patch_size=14), dict(image_size=224, patch_size=16)
 dino = lambda size: {k: v for k, v in size.items() if k != "intermediate_size"} | D2
+
+# %% ../../nbs/3_backbones/09_natural.ipynb #eb0041da
 NETS = {  # architecture: class in transformers, settings, reading, family, title
     "sam_vit_b": ("SamVisionModel", {}, "mean", "supervision", "SAM ViT-B without neck"),
     "sam2_hiera_t": ("Sam2VisionModel", {}, "mean", "supervision", "SAM 2 Hiera-T"),
@@ -227,7 +229,7 @@ def is_hub_file(
     ends = {end for key in key_patterns(state) for end in key_ends(key)}
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
 
-# %% ../../nbs/3_backbones/09_natural.ipynb #e1bebe77
+# %% ../../nbs/3_backbones/09_natural.ipynb #804aa378
 def key_ends(key: str) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
     "Return a name and all that is left when it loses its beginnings."
     return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]
@@ -266,7 +268,7 @@ def original_vit(
         else: out[name] = value
     return out
 
-# %% ../../nbs/3_backbones/09_natural.ipynb #78b361d6
+# %% ../../nbs/3_backbones/09_natural.ipynb #62acebb8
 def onnx_dinov2(
     state: dict[str, Tensor],  # of an ONNX export of Dinov2Model, below "backbone."
 ) -> dict[str, Tensor]:  # as the hub has it

@@ -68,7 +68,7 @@ def known_fingerprints(
     before, mine = before or {}, key_id()
     return before | {mine: sorted({*before.get(mine, []), *patient_fingerprints(cohort, patients)})}
 
-# %% ../../nbs/3_backbones/02_plan.ipynb #7c2ac912
+# %% ../../nbs/3_backbones/02_plan.ipynb #c46fa915
 def patient_overlap(
     plan: "WeightsManifest",
     cohort: str,  # name on its card
@@ -173,15 +173,15 @@ def manifest_lines(
     "Return a plan in words."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)
     given = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v not in ({}, [], "", None)) or "none"
-    keys, data = plan.keys, plan.data
+    keys, data, objective = plan.keys, plan.data, plan.objective
+    looked = ", which looked at labels" if objective.get("labels") else ""
     return {
         "weights": plan.name,
         "build": f"{plan.architecture}({', '.join(f'{k}={v}' for k, v in plan.arguments.items())})",
         "input channels": ", ".join(plan.sequences),
         "size and spacing": f"{sides(plan.size)} voxels of {sides(plan.spacing)} mm",
         "normalisation": given(plan.normalisation), "began with": plan.parent or "random weights",
-        "objective": f"{plan.objective.get('name')} "
-        f"({given(plan.objective.get('options', {}))}){', which looked at labels' if plan.objective.get('labels') else ''}",
+        "objective": f"{objective.get('name')} ({given(objective.get('options', {}))}){looked}",
         "recipe": given(plan.recipe),
         "data": f"{data.get('title') or data.get('cohort')}, {data.get('cases')} cases, hash "
         f"{str(data.get('hash', ''))[:12]}",

@@ -7,12 +7,12 @@ __all__ = ['SIZES', 'PROFOUND_CARD', 'BY_HAND', 'TINY_PROFOUND', 'MAE_CARD', 'Pr
            'sized_profound', 'register_size', 'dense_kernel', 'dense_state', 'profound_keys', 'token_map',
            'MAEBackbone', 'profound_vit', 'profound_convmae', 'profound_mae_keys']
 
-# %% ../../nbs/3_backbones/06_profound.ipynb #a6ea205e
+# %% ../../nbs/3_backbones/06_profound.ipynb #e0e43479
 from einops import rearrange
 from torch import Tensor
 from fastcore.basics import patch
 
-# %% ../../nbs/3_backbones/06_profound.ipynb #4e5a1bb5
+# %% ../../nbs/3_backbones/06_profound.ipynb #f0d8ba04
 from .protocol import Backbone
 from .weights import weights
 from ..foundation.registry import backbones
@@ -184,7 +184,7 @@ class MAEBackbone(Backbone):
         for owner, key in unused + [(s, "down") for s in (net.enc_down["conv_blocks"] if self.convolutional else [])]:
             delattr(owner, key)
 
-# %% ../../nbs/3_backbones/06_profound.ipynb #25486801
+# %% ../../nbs/3_backbones/06_profound.ipynb #f052004a
 @patch
 def maps(self: MAEBackbone, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     "Return convolutional maps, and the tokens of every block as maps."
@@ -225,7 +225,7 @@ def profound_vit(
         MAE3d(in_channels, **(dict(size=(4, 16, 16), patch=(2, 4, 4), **TINY_PROFOUND) if tiny else {})), in_channels,
     )
 
-# %% ../../nbs/3_backbones/06_profound.ipynb #43ae4838
+# %% ../../nbs/3_backbones/06_profound.ipynb #d758d83b
 @backbones(
     "profound_convmae", title="ProFound-ConvMAE 3D",
     note="order of steps after arXiv 2205.03892; without the decoder and conv_blocks.*.down, which that order does "

@@ -154,7 +154,7 @@ def frozen_statistics(
             m.momentum = momentum
             m.num_batches_tracked.copy_(seen)
 
-# %% ../../nbs/3_backbones/01_protocol.ipynb #8bab5a10
+# %% ../../nbs/3_backbones/01_protocol.ipynb #49e432c7
 def recompute_forward(
     block: nn.Module,  # with parameters
     forward,  # its own forward

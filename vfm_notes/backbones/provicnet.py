@@ -7,14 +7,14 @@ __all__ = ['STREAMS', 'PROVICNET_CARD', 'ProViCNet', 'provicnet_small', 'provicn
            'slice_window', 'ProViCNetSegmenter', 'up_conv', 'Fusion', 'provicnet_keys', 'provicnet_trus',
            'TRUSBackbone']
 
-# %% ../../nbs/3_backbones/08_provicnet.ipynb #e78daff7
+# %% ../../nbs/3_backbones/08_provicnet.ipynb #14de7d6a
 import torch
 from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/3_backbones/08_provicnet.ipynb #06593ccd
+# %% ../../nbs/3_backbones/08_provicnet.ipynb #936d486a
 from .lifted import ChannelReducer, slice_numbers, slice_triplets, stack_slices
 from .protocol import Backbone
 from .weights import weights
@@ -65,7 +65,7 @@ class ProViCNet(Backbone):
     def masked_pyramid(self, x: Tensor, keep: Tensor) -> list[Tensor]: return self.choose(self.maps(x, keep))
     def choose(self, maps: list[Tensor]) -> list[Tensor]: return [maps[i - 1] for i in self.levels]
 
-# %% ../../nbs/3_backbones/08_provicnet.ipynb #93863bfa
+# %% ../../nbs/3_backbones/08_provicnet.ipynb #4b82dd8b
 @patch
 def embed(self: ProViCNet, x: Tensor) -> Tensor: return self.maps(x)[-1].mean((2, 3, 4))
 

@@ -8,13 +8,13 @@ __all__ = ['SULCUS', 'PADDED_NOTE', 'HALVING', 'FULL', 'TOY', 'conv_stages', 'ru
            'EightCells', 'diffusion_maps', 'diffusion_unet', 'swin_maps', 'swin_mt', 'sulcus_unet', 'unet_toy',
            'swin_toy', 'folded_maps', 'diffusion_toy']
 
-# %% ../../nbs/3_backbones/12_sulcal.ipynb #c82e99e2
+# %% ../../nbs/3_backbones/12_sulcal.ipynb #886e0bfe
 import torch
 from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/3_backbones/12_sulcal.ipynb #19bab283
+# %% ../../nbs/3_backbones/12_sulcal.ipynb #7e7ea689
 from .lifted import Channels
 from .specialists import ConvLevels, SPECIALIST_CARD
 from .volumetric import MapReader, NOTE, Volumetric, VOLUMETRIC_CARD

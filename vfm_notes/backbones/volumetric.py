@@ -8,7 +8,7 @@ __all__ = ['VOLUMETRIC_CARD', 'NOTE', 'MEDICAL', 'Volumetric', 'reverse_axes', '
            'swin', 'register_swin', 'FirstPatch', 'vit_3d', 'swin_keys', 'as_model', 'taps_keys', 'lite_medsam',
            'lite_medsam_keys', 'LiteMedSAM']
 
-# %% ../../nbs/3_backbones/10_volumetric.ipynb #3b62f1a2
+# %% ../../nbs/3_backbones/10_volumetric.ipynb #a8addced
 import re
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/3_backbones/10_volumetric.ipynb #21c1611d
+# %% ../../nbs/3_backbones/10_volumetric.ipynb #8e98d79c
 from .lifted import Channels, Lifted, ReadBackbone, spread_blocks
 from .weights import weights
 from ..foundation.registry import backbones

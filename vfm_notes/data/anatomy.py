@@ -153,7 +153,7 @@ def paint_pelvis(tissue: np.ndarray, grid: Grid, body: dict) -> None:
     tissue[box][r2 < 1] = IDS["bladder wall"]
     tissue[box][r2 < 0.85] = IDS["bladder"]
 
-# %% ../../nbs/1_data/01_anatomy.ipynb #c821c1ea
+# %% ../../nbs/1_data/01_anatomy.ipynb #109b41ce
 def paint_rectum(tissue: np.ndarray, grid: Grid, body: dict) -> None:
     "Paint a tube behind the gland; a pocket of gas lies at its front wall since the patient lies on the back."
     t = grid.z / body["c"]

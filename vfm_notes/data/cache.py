@@ -100,7 +100,7 @@ def file_stats(
         return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
     except OSError as e: return [[str(path), -1, e.errno]]  # its case is bad, which decoding reports
 
-# %% ../../nbs/1_data/10_cache.ipynb #61144d94
+# %% ../../nbs/1_data/10_cache.ipynb #c244cb64
 def case_key(
     plan: DecodePlan,
     source: CaseSource,
@@ -134,7 +134,7 @@ def write_cohort_json(
     )
     (folder/"cohort.json").write_text(json.dumps(text), encoding="utf-8")
 
-# %% ../../nbs/1_data/10_cache.ipynb #19c77268
+# %% ../../nbs/1_data/10_cache.ipynb #0362f922
 def write_cohort(
     cohort: Cohort,
     folder: Path,
@@ -168,7 +168,7 @@ def open_cohort(
         marks,
     )
 
-# %% ../../nbs/1_data/10_cache.ipynb #54697555
+# %% ../../nbs/1_data/10_cache.ipynb #9fa1cf55
 def read_cohort(
     folder: Path,
 ) -> Cohort | None:  # None where there is none, or a damaged one that must be made again

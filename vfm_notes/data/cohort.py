@@ -7,7 +7,7 @@ __all__ = ['Words', 'Numbers', 'stratified_order', 'split_by_patient', 'check_cl
            'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints', 'identical_cases', 'duplicates',
            'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
 
-# %% ../../nbs/1_data/08_cohort.ipynb #7bb218f4
+# %% ../../nbs/1_data/08_cohort.ipynb #d8fc96ea
 from fastcore.basics import patch
 
 # %% ../../nbs/1_data/08_cohort.ipynb #01f264ee
@@ -138,7 +138,7 @@ class Cohort:
             },
         )
 
-# %% ../../nbs/1_data/08_cohort.ipynb #272a0eef
+# %% ../../nbs/1_data/08_cohort.ipynb #51c058c8
 @patch
 def subset(
     self: Cohort,
@@ -158,7 +158,7 @@ def subset(
         )
     return self.pick(sorted(of[stratified_order(self.grade[of], seed)[:n]]))
 
-# %% ../../nbs/1_data/08_cohort.ipynb #701b9f4c
+# %% ../../nbs/1_data/08_cohort.ipynb #b16566a0
 @patch
 def hash(self: Cohort) -> str:  # sha256, hexadecimal
     "Hash the content: volumes, labels, zones, grades, targets, names, patients, splits."
@@ -228,7 +228,7 @@ def case_problems(
         found.append(f"grade {grade} is out of range, expected -1 (unknown) to {len(card.grades) - 1}")
     return found
 
-# %% ../../nbs/1_data/08_cohort.ipynb #4de62745
+# %% ../../nbs/1_data/08_cohort.ipynb #0cf4ed2d
 def invalid_cases(
     cohort: Cohort,
 ) -> list[str]:  # one sentence each
@@ -262,7 +262,7 @@ def identical_cases(
             if first != i: found.append((i, first, c))
     return found
 
-# %% ../../nbs/1_data/08_cohort.ipynb #f13d5387
+# %% ../../nbs/1_data/08_cohort.ipynb #4051b8c2
 def duplicates(
     cohort: Cohort,
 ) -> list[str]:  # one sentence each

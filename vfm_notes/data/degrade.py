@@ -7,14 +7,14 @@ __all__ = ['GAS_PPM', 'HZ_PER_PPM', 'MM_PER_HZ', 'WIDE_GRID', 'COARSE_SPACING', 
            'dipole_field', 'taper', 'epi_field', 'epi_fields', 'voxel_borders', 'redistribute', 'phase_axis_last',
            'epi_distort', 'susceptibility_field', 'shim', 'limit_folding', 'gas_field', 'epi_case']
 
-# %% ../../nbs/1_data/03_degrade.ipynb #3e19efd3
+# %% ../../nbs/1_data/03_degrade.ipynb #6c4f9329
 import zlib
 from collections.abc import Iterable
 
 import numpy as np
 from scipy.fft import irfft, rfft
 
-# %% ../../nbs/1_data/03_degrade.ipynb #ae32108a
+# %% ../../nbs/1_data/03_degrade.ipynb #6b11f10c
 from .anatomy import IDS, paint_rectum, spline_axis
 from .phantom import case_seeds, draw_frame, phantom_case, PhantomCase
 from ..foundation.registry import VfmError

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PICAI_LESIONS', 'PICAI_GLANDS', 'PICAI_ZONES', 'PICAI_NAME', 'PICAI_CARD', 'PROSTATE158', 'try_step', 'rows_by_name',
            'check_choice', 'build_manifest', 'parse_names', 'native_spacing', 'toy_case', 'write_image', 'picai_images',
-           'picai_grade', 'fold_splits', 'picai_example', 'picai_lesion', 'picai_row', 'picai', 'prostate158_example',
-           'prostate158']
+           'picai_grade', 'fold_splits', 'picai_example', 'picai_lesion', 'picai_row', 'picai_marks', 'picai_note',
+           'picai_rows', 'picai', 'prostate158_example', 'prostate158']
 
 # %% ../../nbs/1_data/15_layouts_mri.ipynb #1096e615
 import json
@@ -135,7 +135,7 @@ def toy_case(
         return out
     return {k: image(a) for k, a in arrays.items()}
 
-# %% ../../nbs/1_data/15_layouts_mri.ipynb #aa3dbb67
+# %% ../../nbs/1_data/15_layouts_mri.ipynb #6613356c
 def write_image(
     image: sitk.Image,
     path: Path,
@@ -269,6 +269,51 @@ def picai_row(
         "age": (mark or {}).get("patient_age", ""), "site": (mark or {}).get("center", ""),
     }
 
+# %% ../../nbs/1_data/15_layouts_mri.ipynb #1250af78
+def picai_marks(
+    labels: Path,  # clone of picai_labels
+    found: list[str],  # problems so far; grows
+) -> dict[str, dict[str, str]] | None:  # case → row; None where the sheet cannot be read
+    "Read the clinical sheet of PI-CAI."
+    sheet = try_step(
+        found, read_sheet, labels / "clinical_information" / "marksheet.csv",
+        ("patient_id", "study_id", "case_ISUP", "case_csPCa"),
+    )
+    if sheet is None: return None
+    return rows_by_name(sheet, lambda r: f"{r['patient_id']}_{r['study_id']}", "marksheet.csv", found)
+
+# %% ../../nbs/1_data/15_layouts_mri.ipynb #e8e9f3d7
+def picai_note(
+    lesions: str,  # the option
+    marks: dict[str, dict],  # case → row of the clinical sheet
+    images: dict[str, dict],  # case → its images
+) -> str:
+    "State where the masks are from, and what the sheet has beyond the images."
+    return (
+        f"Lesions by {lesions}; gland and zones made by networks; DWI is the high-b image (hbv); 328 cases are also "
+        f"in PROSTATEx, do not mix the two. {len(marks) - len(set(marks) & set(images))} rows of the "
+        "marksheet have no images here."
+    )
+
+# %% ../../nbs/1_data/15_layouts_mri.ipynb #4353473c
+def picai_rows(
+    images: dict[str, dict[str, Path]],  # case → sequence → file
+    marks: dict[str, dict[str, str]] | None,  # case → row of the clinical sheet
+    masks: Callable[[str], dict],  # case → columns of its masks; nothing where the case is left out
+    place: dict[str, str] | None,  # case → split, where folds are given
+    splits: Path | str,  # the file of the folds, for messages
+    found: list[str],  # problems so far; grows
+) -> list[dict]:  # of the manifest
+    "Make a row of each case, and note which cases the sheet or the folds do not have."
+    rows = []
+    for case, of in sorted(images.items()):
+        if not (drawn := masks(case)): continue
+        if marks is not None and case not in marks: found.append(f"{case} has images but no row in marksheet.csv")
+        if place is not None and case not in place: found.append(f"{case} is in no fold of {splits}")
+        split = {"split": place.get(case, "train")} if place else {}
+        rows.append(picai_row(case, of, (marks or {}).get(case), found) | drawn | split)
+    return rows
+
 # %% ../../nbs/1_data/15_layouts_mri.ipynb #839a2f37
 @layouts("picai", title="PI-CAI: images as .mha by patient, beside a clone of picai_labels", example=picai_example)
 def picai(
@@ -290,46 +335,24 @@ def picai(
     )
     check_choice("unlabelled", unlabelled, ("refuse", "leave out"))
     images = picai_images(src, found)
-    sheet = try_step(
-        found, read_sheet, labels / "clinical_information" / "marksheet.csv",
-        ("patient_id", "study_id", "case_ISUP", "case_csPCa"),
-    )
-    marks = (
-        None
-        if sheet is None
-        else rows_by_name(sheet, lambda r: f"{r['patient_id']}_{r['study_id']}", "marksheet.csv", found)
-    )
+    marks = picai_marks(labels, found)
     place = try_step(found, fold_splits, Path(splits), int(fold)) if splits else None
-    rows, without = [], []
-    for case, of in sorted(images.items()):
-        whose, lesion = picai_lesion(labels, sources, case)
-        if lesion is None: without.append(case)
-        if lesion is None and unlabelled == "leave out": continue
-        if marks is not None and case not in marks: found.append(f"{case} has images but no row in marksheet.csv")
-        if place is not None and case not in place: found.append(f"{case} is in no fold of {splits}")
-        masks = {"mask_gland": labels / gland / f"{case}.nii.gz", "mask_lesion": lesion or "none"} | (
-            {"zones": labels / zones / f"{case}.nii.gz"} if zones else {}
-        )
-        rows.append(
-            picai_row(case, of, (marks or {}).get(case), found)
-            | masks
-            | {"note_lesion": whose}
-            | ({"split": place.get(case, "train")} if place else {})
-        )
+    lesion_of = {case: picai_lesion(labels, sources, case) for case in sorted(images)}
+    without = [case for case, (_, lesion) in lesion_of.items() if lesion is None]
+    def masks(case: str) -> dict:
+        whose, lesion = lesion_of[case]
+        if lesion is None and unlabelled == "leave out": return {}
+        drawn = {"mask_gland": labels / gland / f"{case}.nii.gz", "mask_lesion": lesion or "none"}
+        if zones: drawn["zones"] = labels / zones / f"{case}.nii.gz"
+        return drawn | {"note_lesion": whose}
+    rows = picai_rows(images, marks, masks, place, splits, found)
     told = f"{len(without)} of {len(images)} cases have no lesion delineation by {lesions}: {', '.join(without)}"
     if without and unlabelled == "refuse":
         found.append(
             told + " (add a source, e.g. lesions=human+Pooch25 or human+Bosma22a, or set unlabelled to 'leave out')"
         )
-    note = (
-        f"Lesions by {lesions}; gland and zones made by networks; DWI is the high-b image (hbv); 328 cases are also "
-        f"in PROSTATEx, do not mix the two. {len(marks or {}) - len(set(marks or {}) & set(images))} rows of the "
-        "marksheet have no images here."
-    )
-    return build_manifest(
-        "picai", src, rows, replace(PICAI_CARD, note=note + f" Left out: {told}." * bool(without)), found,
-        crop="mask_gland",
-    )
+    note = picai_note(lesions, marks or {}, images) + f" Left out: {told}." * bool(without)
+    return build_manifest("picai", src, rows, replace(PICAI_CARD, note=note), found, crop="mask_gland")
 
 # %% ../../nbs/1_data/15_layouts_mri.ipynb #8219f314
 PROSTATE158 = {"train.csv": "train", "valid.csv": "val", "test.csv": "test"}

@@ -6,7 +6,8 @@
 __all__ = ['MSD_NAMES', 'TABLE_SEQUENCES', 'TABLE_KEPT', 'PREFIXES', 'MISSING_VALUES', 'PROFOUND_GRADES', 'msd_example',
            'msd_index', 'msd_pairs', 'msd', 'check_columns', 'format_columns', 'standard_name', 'map_headings',
            'table_example', 'find_sheet', 'is_image', 'table_columns', 'picture_columns', 'table_labels',
-           'table_manifest', 'profound_example', 'profound']
+           'table_manifest', 'profound_example', 'profound_dwi', 'profound_grade', 'profound_rows',
+           'name_profound_grades', 'profound']
 
 # %% ../../nbs/1_data/17_layouts_tables.ipynb #bf90ec11
 import json
@@ -362,6 +363,69 @@ def profound_example(folder: Path) -> None:
         )
     pd.DataFrame(rows).to_csv(folder/"train.csv", index=False)
 
+# %% ../../nbs/1_data/17_layouts_tables.ipynb #150d6307
+def profound_dwi(
+    path: Path,  # the sheet, for the message
+    have: set[str],  # its columns
+) -> str:
+    "Return the column of the diffusion-weighted image, highb or dwi."
+    both = sorted({"highb", "dwi"} & have)
+    if len(both) != 1:
+        raise VfmError(f"{path} has {' and '.join(both) or 'no column highb or dwi'}, expected one of the two.")
+    return both[0]
+
+# %% ../../nbs/1_data/17_layouts_tables.ipynb #6d7a05dc
+def profound_grade(
+    path: Path,  # the sheet, for the message
+    have: set[str],  # its columns
+    grade: str,  # wanted; "" is the only one that the sheet has
+) -> str:  # of PROFOUND_GRADES, "" for none
+    "Choose the column of grades."
+    could = [c for c in PROFOUND_GRADES if c in have]
+    if grade: return check_choice("grade", grade, tuple(could))
+    if len(could) > 1:
+        raise VfmError(f"{path} has the columns {', '.join(could)}; set the option grade to one of them.")
+    return "".join(could)
+
+# %% ../../nbs/1_data/17_layouts_tables.ipynb #4fdc1c3e
+def profound_rows(
+    rows: list[dict[str, str]],  # of the sheet
+    ours: dict[str, str],  # column of the manifest → column of the sheet
+    sheet: str,  # its name, for messages
+    found: list[str],  # problems so far; grows
+) -> list[dict[str, str]]:
+    "Make rows of the manifest; where no column names the patient, the folder of the T2w image does."
+    who = next((c for c in ("patient", "patient_id", "case", "id") if rows and c in rows[0]), "")
+    folder = lambda r: str(Path(r["t2w"]).parent)
+    if not who:
+        found += [
+            f"{sheet}: {f} is the folder of several rows, so it does not identify the patients; add a column "
+            "patient"
+            for f in dict.fromkeys(map(folder, rows))
+            if [*map(folder, rows)].count(f) > 1
+        ]
+    return [
+        {"case": r[who] if who else folder(r), "patient": r[who] if who else folder(r)}
+        | {k: r[c] for k, c in ours.items()}
+        | {f"note_{c}": r[c] for c in r if c not in {*ours.values(), who}}
+        for r in rows
+    ]
+
+# %% ../../nbs/1_data/17_layouts_tables.ipynb #c25bf0bf
+def name_profound_grades(
+    rows: list[dict[str, str]],  # of the manifest, with grades as in the sheet
+    grade: str,  # of PROFOUND_GRADES
+    found: list[str],  # problems so far; grows
+) -> list[dict[str, str]]:
+    "Write the scale before each grade; a grade that the scale does not have is a problem."
+    known = PROFOUND_GRADES[grade]
+    found += [
+        f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(known)} or unknown"
+        for r in rows
+        if r["grade"] not in (*known, "unknown")
+    ]
+    return [r | {"grade": f"{grade} {r['grade']}" if r["grade"] in known else "unknown"} for r in rows]
+
 # %% ../../nbs/1_data/17_layouts_tables.ipynb #5d2b9046
 @layouts("profound", title="ProFound: a CSV with t2w, highb or dwi, adc and labels", example=profound_example)
 def profound(
@@ -375,44 +439,14 @@ def profound(
     rows = read_sheet(path, ("t2w", "adc"))
     rows = [r | {c: r[c].removesuffix(".0") for c in PROFOUND_GRADES if c in r} for r in rows]
     have = set(rows[0]) if rows else set()
-    if len({"highb", "dwi"} & have) != 1:
-        raise VfmError(
-            f"{path} has {' and '.join(sorted({'highb', 'dwi'} & have)) or 'no column highb or dwi'}, expected one "
-            "of the two."
-        )
-    could = [c for c in PROFOUND_GRADES if c in have]
-    if grade: check_choice("grade", grade, tuple(could))
-    elif len(could) > 1:
-        raise VfmError(f"{path} has the columns {', '.join(could)}; set the option grade to one of them.")
-    grade = grade or "".join(could)
-    who = next((c for c in ("patient", "patient_id", "case", "id") if c in have), "")
-    ours = dict(t2w="t2w", dwi="highb" if "highb" in have else "dwi", adc="adc") | {
+    dwi, grade = profound_dwi(path, have), profound_grade(path, have, grade)
+    ours = dict(t2w="t2w", dwi=dwi, adc="adc") | {
         m: c
         for m, c in (("mask_gland", "mask"), ("mask_lesion", "lesion"), ("grade", grade), ("split", "split"))
         if c in have
     }
-    folder = lambda r: str(Path(r["t2w"]).parent)
-    if not who:
-        found += [
-            f"{path.name}: {f} is the folder of several rows, so it does not identify the patients; add a column "
-            "patient"
-            for f in dict.fromkeys(map(folder, rows))
-            if [*map(folder, rows)].count(f) > 1
-        ]
-    out = [
-        {"case": r[who] if who else folder(r), "patient": r[who] if who else folder(r)}
-        | {k: r[c] for k, c in ours.items()}
-        | {f"note_{c}": r[c] for c in r if c not in {*ours.values(), who}}
-        for r in rows
-    ]
-    found += [
-        f"{r['case']}: {grade} is '{r['grade']}', expected {', '.join(PROFOUND_GRADES[grade])} or unknown"
-        for r in out
-        if grade and r["grade"] not in (*PROFOUND_GRADES[grade], "unknown")
-    ]
-    if grade:
-        out = [r | {"grade": f"{grade} {r['grade']}" if r["grade"] in PROFOUND_GRADES[grade] else "unknown"}
-            for r in out]
+    out = profound_rows(rows, ours, path.name, found)
+    if grade: out = name_profound_grades(out, grade, found)
     drawn = [c for c in ("gland", "lesion") if f"mask_{c}" in ours]
     card = CohortCard(
         make_name(path.parent.name), path.stem, licence, str(path), "not stated", ("t2w", "dwi", "adc"),

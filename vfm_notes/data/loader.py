@@ -8,7 +8,7 @@ __all__ = ['NORMALISATIONS', 'LAST', 'TensorBatch', 'IMAGES', 'AUGMENTATIONS', '
            'draw_parameter', 'batch_length', 'flip', 'quarter_turns', 'intensity', 'gamma', 'noise', 'affine_matrices',
            'warp', 'affine', 'augment']
 
-# %% ../../nbs/1_data/14_loader.ipynb #494df39e
+# %% ../../nbs/1_data/14_loader.ipynb #b37f08c5
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/1_data/14_loader.ipynb #e8e6218f
+# %% ../../nbs/1_data/14_loader.ipynb #9ef03b12
 from ..foundation.registry import suggest_name, VfmError
 from ..foundation.schema import argument_types, check_options, Share
 
@@ -189,7 +189,7 @@ def map_spatial(
         return change(v[:, None])[:, 0] if v.dim() == 4 else v
     return {k: apply(v) for k, v in batch.items()}
 
-# %% ../../nbs/1_data/14_loader.ipynb #7f45e31b
+# %% ../../nbs/1_data/14_loader.ipynb #a9d42def
 def map_images(
     change: Callable[[Tensor], Tensor],  # of a tensor b c d h w
     batch: TensorBatch,

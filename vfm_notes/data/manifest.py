@@ -156,7 +156,7 @@ def write_manifest(
     for name, text in texts.items(): write_atomic(dest/name, text)
     return dest
 
-# %% ../../nbs/1_data/12_manifest.ipynb #1a35aaca
+# %% ../../nbs/1_data/12_manifest.ipynb #2bc9033a
 def claim_files(
     dest: Path,  # the folder
     texts: dict[str, str],  # file name → what is going to be written
@@ -341,7 +341,7 @@ def find_problems(
     ]
     return found + (duplicate_images(manifest) if "case" in manifest.table else [])
 
-# %% ../../nbs/1_data/12_manifest.ipynb #41061760
+# %% ../../nbs/1_data/12_manifest.ipynb #97dc14ca
 def manifest_problems(
     manifest: Manifest,
 ) -> list[str]:  # one sentence each, empty when all is well

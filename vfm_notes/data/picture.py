@@ -88,7 +88,7 @@ def orientation_of(
         at += 2 + length if jpeg else 12 + length
     return 1
 
-# %% ../../nbs/1_data/07_picture.ipynb #473ad77a
+# %% ../../nbs/1_data/07_picture.ipynb #150ff092
 def apply_orientation(
     values: np.ndarray,  # (h, w, c) as stored
     orientation: int,  # 1 to 8
@@ -285,7 +285,7 @@ def resize_picture(
         np.float32
     )
 
-# %% ../../nbs/1_data/07_picture.ipynb #f13c8a30
+# %% ../../nbs/1_data/07_picture.ipynb #265e9b35
 def resize_crop(
     picture: np.ndarray,  # (..., h, w)
     whole: tuple[int, int] = (256, 256),  # size before the cut

@@ -9,7 +9,7 @@ __all__ = ['VOLUME_SUFFIXES', 'CONVERT', 'FOREIGN', 'NRRD_SPACES', 'SHEAR', 'STO
            'spacing_of', 'grid_around', 'centre_of', 'resample', 'crop_or_pad', 'displacement', 'tolerance',
            'axis_differences', 'grid_differences', 'check_fit']
 
-# %% ../../nbs/1_data/06_volume.ipynb #ea3d9cac
+# %% ../../nbs/1_data/06_volume.ipynb #3ab0a945
 import json
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -18,7 +18,7 @@ from pathlib import Path
 import SimpleITK as sitk
 import numpy as np
 
-# %% ../../nbs/1_data/06_volume.ipynb #dc0227ad
+# %% ../../nbs/1_data/06_volume.ipynb #93ead173
 from .dicom import check_wrap, keeping_locale, read_series, split_address
 from .nifti import mask_values, read_nifti
 from ..foundation.meter import check_allocation
@@ -105,7 +105,7 @@ def check_declared_size(
                        f"{', '.join(sorted(s for s in NRRD_SPACES if '-' in s))}; write the field 'space' as it is, or "
                        "convert the file again.")
 
-# %% ../../nbs/1_data/06_volume.ipynb #04ab2123
+# %% ../../nbs/1_data/06_volume.ipynb #27aeef43
 def one_volume(
     path: Path,
     image: sitk.Image,  # 3D, or 4D with the volumes last, or 3D with several values per voxel
@@ -358,7 +358,7 @@ def grid_differences(
     parts = ", ".join(f"{abs(v):.3g} to the {side[int(v > 0)]}" for side, v in zip(SIDES, away) if abs(v) > 1e-3)
     return found + [f"its origin differs by {np.linalg.norm(away):.3g} mm, {parts}"] * bool(parts)
 
-# %% ../../nbs/1_data/06_volume.ipynb #db7bd099
+# %% ../../nbs/1_data/06_volume.ipynb #60cf424a
 def check_fit(
     what: str,  # the mask's file
     mask: sitk.Image,

@@ -133,7 +133,7 @@ def format_value(
         with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(line, ensure_ascii=False) + "\n")
     return text + own.unit * (unit and text != "missing")
 
-# %% ../../nbs/0_foundation/06_quantity.ipynb #1ba2dcf5
+# %% ../../nbs/0_foundation/06_quantity.ipynb #31d72eaa
 # "p = 0.03"
 def format_p(value: float, of: str = "") -> str:
     return f"p {p}" if (p := format_value(value, "p", of)).startswith("<") else f"p = {p}"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PALETTE', 'FIXED', 'OUTLINES', 'SEQUENCES', 'colours', 'encode_png', 'diverging_palette', 'apply_window',
            'join_edges', 'outline_path', 'Figure', 'choose_window', 'pick_slices', 'overlay_masks', 'scale_length',
-           'draw_panel', 'shown_name', 'svg_text', 'draw_legend', 'format_number', 'slices', 'check_shapes',
-           'finish_drawing']
+           'draw_panel', 'shown_name', 'svg_text', 'draw_legend', 'format_number', 'draw_slice_numbers', 'draw_row',
+           'slices', 'check_shapes', 'finish_drawing']
 
 # %% ../../nbs/0_foundation/05_show.ipynb #270c5123
 import base64
@@ -272,6 +272,42 @@ def format_number(
     text = f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.1e}"
     return (f"{value:.0f}" if 1e3 <= abs(value) < 1e5 else text).replace("-", "−", 1)
 
+# %% ../../nbs/0_foundation/05_show.ipynb #ad0a3c32
+def draw_slice_numbers(
+    at: list[int],  # slice numbers, from 0
+    depth: int,  # slices there are
+    left: float, y: float,  # where the pictures begin, base line; drawing units
+    width: float,  # width of one slice, drawing units
+) -> list[str]:  # SVG, one text per slice
+    "Write the number of each slice above it, counted from 1."
+    return [
+        svg_text(
+            f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y, 12, True,
+            "middle",
+        )
+        for i, z in enumerate(at)
+    ]
+
+# %% ../../nbs/0_foundation/05_show.ipynb #6fe0d2d4
+def draw_row(
+    name: str,  # of the row
+    volume: np.ndarray,  # (d, h, w) intensities
+    at: list[int],  # slice numbers
+    masks: Mapping[str, np.ndarray],  # name → (d, h, w) bool; not drawn on signed rows
+    box: tuple[float, float, float, float],  # x, y of the first panel and the size of one, drawing units
+    window: tuple[float, float] | None,  # low, high; None: see `choose_window`
+    signed: bool,  # a difference: diverging colours, symmetric window
+) -> tuple[list[str], str]:  # SVG, and the window in words
+    "Draw the slices of one volume; its name and its window stand to the left where there is room."
+    low, high = window or choose_window(volume, signed)
+    said = f"±{format_number(high)}" if signed else f"{format_number(low)} to {format_number(high)}"
+    left, y = box[:2]
+    words = [
+        svg_text(shown_name(name), 0, y + 13, 12.5, bold=True), svg_text("window", 0, y + 31, faint=True),
+        svg_text(said, 0, y + 46, faint=True),
+    ]
+    return (words if left else []) + [draw_panel(volume, at, {} if signed else masks, box, (low, high), signed)], said
+
 # %% ../../nbs/0_foundation/05_show.ipynb #738c13b6
 def slices(
     volume: np.ndarray | Mapping[str, np.ndarray],  # (d, h, w), or row name → (d, h, w)
@@ -298,27 +334,12 @@ def slices(
     at = [z for z in at if 0 <= z < depth] if at is not None else pick_slices(depth, masks, count)
     high, left, top = width * h * spacing[1] / (w * spacing[2]), (112 if any(rows) else 0), (26 if title else 4)
     out, y = [svg_text(title, 0, 14, 13, bold=True)] if title else [], top
-    for i, z in enumerate(at):
-        out.append(
-            svg_text(
-                f"slice {z + 1} of {depth}" if i == 0 else str(z + 1), left + i * (width + 4) + width / 2, y + 9, 12,
-                True, "middle",
-            )
-        )
+    out += draw_slice_numbers(at, depth, left, y + 9, width)
     y += 15
     for name, v in rows.items():
-        is_signed = name in set(signed)
-        low, top_value = (window.get(name) if isinstance(window, Mapping) else window) or choose_window(v, is_signed)
-        said = f"±{format_number(top_value)}" if is_signed else f"{format_number(low)} to {format_number(top_value)}"
-        out += (
-            [
-                svg_text(shown_name(name), 0, y + 13, 12.5, bold=True), svg_text("window", 0, y + 31, faint=True),
-                svg_text(said, 0, y + 46, faint=True),
-            ]
-            if left
-            else []
-        )
-        out.append(draw_panel(v, at, {} if is_signed else masks, (left, y, width, high), (low, top_value), is_signed))
+        given = window.get(name) if isinstance(window, Mapping) else window
+        row, said = draw_row(name, v, at, masks, (left, y, width, high), given, name in set(signed))
+        out += row
         y += high + 4
     return finish_drawing(
         out, left, y, max(left + len(at) * (width + 4) - 4, 330), width / (w * spacing[2]), w * spacing[2], masks,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sincos_positions', 'fit_positions', 'SplitAttention', 'PlainBlock', 'draw_patches', 'gather_tokens', 'scatter_tokens',
-           'to_patches', 'MAE3d', 'ConvBlock', 'ConvStage', 'ConvMAE3d', 'encode_convmae']
+           'to_patches', 'MAE3d', 'ConvBlock', 'ConvStage', 'transformer_layers', 'ConvMAE3d']
 
 # %% ../../nbs/2_nets/04_mae3d.ipynb #442b7763
 import torch
@@ -153,7 +153,7 @@ class MAE3d(nn.Module):
         for block in self.blocks: out.append(x := block(x))
         return out + [self.norm(x)]
 
-# %% ../../nbs/2_nets/04_mae3d.ipynb #e6e5e780
+# %% ../../nbs/2_nets/04_mae3d.ipynb #9e5f3d1d
 @patch
 def forward(self: MAE3d,
             x: Tensor,  # b c d h w, of the size of the position tables
@@ -205,6 +205,18 @@ class ConvStage(nn.Module):
         for block in self.conv: x = block(x, seen)
         return x
 
+# %% ../../nbs/2_nets/04_mae3d.ipynb #c67151a1
+def transformer_layers(
+    dim: int,  # token width
+    depth: int,  # blocks
+    heads: int,  # attention heads
+) -> nn.ModuleDict:  # blocks, norm
+    "Make transformer blocks with separate query weights, and the norm after them."
+    return nn.ModuleDict({
+        "blocks": nn.ModuleList(PlainBlock(dim, heads, split=True) for _ in range(depth)),
+        "norm": nn.LayerNorm(dim, eps=1e-6),
+    })
+
 # %% ../../nbs/2_nets/04_mae3d.ipynb #ad84ba59
 class ConvMAE3d(nn.Module):
     "Masked auto-encoder with two convolutional stages; the defaults are ProFound's."
@@ -233,52 +245,48 @@ class ConvMAE3d(nn.Module):
         self.enc_fusion = nn.ModuleDict({
             "down_convs": nn.ModuleList([conv(a, quarter), conv(b, half)]), "norm": nn.LayerNorm(dim, eps=1e-6),
         })
-        self.encoder = nn.ModuleDict({
-            "blocks": nn.ModuleList(PlainBlock(dim, heads, split=True) for _ in range(depth)),
-            "norm": nn.LayerNorm(dim, eps=1e-6),
-        })
+        self.encoder = transformer_layers(dim, depth, heads)
         self.encoder.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, dim)))
         self.dec_linear = nn.Linear(dim, decoder_dim)
         self.dec_embed = nn.ParameterDict({
             "pos_embed": table(decoder_dim), "mask_token": nn.Parameter(torch.zeros(1, 1, decoder_dim)),
         })
-        self.decoder = nn.ModuleDict({
-            "blocks": nn.ModuleList(PlainBlock(decoder_dim, decoder_heads, split=True) for _ in range(decoder_depth)),
-            "norm": nn.LayerNorm(decoder_dim, eps=1e-6),
-        })
+        self.decoder = transformer_layers(decoder_dim, decoder_depth, decoder_heads)
         self.pred_head = nn.Linear(decoder_dim, self.patch[0] * self.patch[1] * self.patch[2] * in_channels)
 
-    def encode(self, x: Tensor, keep: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        return encode_convmae(self, x, keep)
-
-    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        "Return voxels of every patch, `b n voxels`, from the visible ones."
-        n = self.grid[0] * self.grid[1] * self.grid[2]
-        y = self.dec_linear(self.encode(x, keep)[1][-1])[:, 1:]
-        y = scatter_tokens(y, keep, n, self.dec_embed["mask_token"]) + self.dec_embed["pos_embed"]
-        for block in self.decoder["blocks"]: y = block(y)
-        return self.pred_head(self.decoder["norm"](y))
-
 # %% ../../nbs/2_nets/04_mae3d.ipynb #9d88ea12
-def encode_convmae(
-    net: ConvMAE3d,  # gives the layers
+@patch
+def encode(
+    self: ConvMAE3d,
     x: Tensor,  # b c d h w
-    keep: Tensor | None,  # b k numbers of visible patches; None is all
+    keep: Tensor | None = None,  # b k numbers of visible patches; None is all
 ) -> tuple[list[Tensor], list[Tensor]]:  # maps of the stages, and b (1 + k) e after every block and at last fused
     "Run the encoder of a ConvMAE."
-    size = [s // p for s, p in zip(x.shape[2:], net.patch)]
+    size = [s // p for s, p in zip(x.shape[2:], self.patch)]
     seen, maps = None, []
     if keep is not None:
         seen = torch.zeros(len(x), size[0] * size[1] * size[2], device=x.device).scatter(1, keep, 1.)
         seen = rearrange(seen, "b (d h w) -> b 1 d h w", d=size[0], h=size[1])
-    for stage in net.enc_down["conv_blocks"]: maps.append(x := stage(x, seen))
+    for stage in self.enc_down["conv_blocks"]: maps.append(x := stage(x, seen))
     row = lambda t: rearrange(t, "b e d h w -> b (d h w) e")
     choose = (lambda t: t) if keep is None else (lambda t: gather_tokens(t, keep))
-    x = net.enc_down["linear"](row(net.enc_down["patch_embed"]["proj"](x))) + fit_positions(
-        net.enc_down.pos_embed, net.grid, size
+    x = self.enc_down["linear"](row(self.enc_down["patch_embed"]["proj"](x))) + fit_positions(
+        self.enc_down.pos_embed, self.grid, size
     )
-    x, out = torch.cat([net.encoder.cls_token.expand(len(x), -1, -1), choose(x)], 1), []
-    for block in net.encoder["blocks"]: out.append(x := block(x))
-    x = net.encoder["norm"](x)
-    added = sum(choose(row(down(m))) for down, m in zip(net.enc_fusion["down_convs"], maps))
-    return maps, out + [net.enc_fusion["norm"](torch.cat([x[:, :1], x[:, 1:] + added], 1))]
+    x, out = torch.cat([self.encoder.cls_token.expand(len(x), -1, -1), choose(x)], 1), []
+    for block in self.encoder["blocks"]: out.append(x := block(x))
+    x = self.encoder["norm"](x)
+    added = sum(choose(row(down(m))) for down, m in zip(self.enc_fusion["down_convs"], maps))
+    return maps, out + [self.enc_fusion["norm"](torch.cat([x[:, :1], x[:, 1:] + added], 1))]
+
+# %% ../../nbs/2_nets/04_mae3d.ipynb #987f1ed5
+@patch
+def forward(self: ConvMAE3d,
+            x: Tensor,  # b c d h w, of the size of the position tables
+            keep: Tensor,  # b k numbers of visible patches
+           ) -> Tensor:  # b n voxels of every patch
+    n = self.grid[0] * self.grid[1] * self.grid[2]
+    y = self.dec_linear(self.encode(x, keep)[1][-1])[:, 1:]
+    y = scatter_tokens(y, keep, n, self.dec_embed["mask_token"]) + self.dec_embed["pos_embed"]
+    for block in self.decoder["blocks"]: y = block(y)
+    return self.pred_head(self.decoder["norm"](y))

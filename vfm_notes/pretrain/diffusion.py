@@ -152,7 +152,7 @@ def sample_volume(
         x, _ = objective.backwards.step(answer, t, x)
     return x
 
-# %% ../../nbs/4_pretrain/06_diffusion.ipynb #164f81f0
+# %% ../../nbs/4_pretrain/06_diffusion.ipynb #cb2cb67d
 @torch.no_grad()
 def denoising_pictures(
     objective: Diffusion,

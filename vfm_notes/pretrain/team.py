@@ -85,7 +85,7 @@ def reduce_gradients(
     for p, g, u in zip(trained, parts, used.tolist()): p.grad = g.view_as(p).to(p.dtype) if u else None
     return dict(zip(sorted(logs), used[len(trained):].tolist()))
 
-# %% ../../nbs/4_pretrain/01_team.ipynb #1042d582
+# %% ../../nbs/4_pretrain/01_team.ipynb #4c2ca621
 @patch
 def broadcast_value(self: DistributedContext, value):  # value: small and plain
     "Return the value of the first process."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'parameter_groups', 'microbatches', 'is_out_of_memory', 'Diverged', 'LossModule',
-           'use_deterministic', 'Trainer', 'Checkpointer', 'make_checkpointer', 'train', 'run_guarded_epoch']
+           'use_deterministic', 'check_accumulation', 'make_accelerator', 'average_weights', 'Trainer', 'Checkpointer',
+           'make_checkpointer', 'load_progress', 'train', 'run_guarded_epoch']
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #f554443c
 import json
@@ -103,6 +104,38 @@ def use_deterministic(on: bool) -> None:
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.backends.cudnn.deterministic = on
 
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #fd384f2b
+def check_accumulation(
+    module: nn.Module,  # to be trained
+    accumulate: int,  # parts into which a batch is cut
+) -> None:
+    "Refuse to cut a batch whose cases are compared with each other."
+    if accumulate > 1 and getattr(module, "whole_batches", False):
+        raise VfmError(
+            f"accumulate is {accumulate}, but {type(module).__name__} compares the cases of a batch, so "
+            "it cannot be cut: set accumulate to 1."
+        )
+
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #359a5785
+def make_accelerator(
+    precision: str,  # no (32 bit), bf16 or fp16
+):  # an Accelerator
+    "Make accelerate's accelerator; its state is one per process, so that of another precision is reset."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision)
+
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #f21e9e0c
+def average_weights(
+    module: nn.Module,
+    ema: float,  # decay of the average per step, 0 to 1
+) -> torch.optim.swa_utils.AveragedModel:  # a copy
+    "Average a module's weights exponentially over the steps."
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema)
+    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=average)
+
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #a229f450
 class Trainer:
     "Takes the steps of a training, epoch by epoch."
@@ -115,20 +148,12 @@ class Trainer:
         recipe: TrainConfig,
         groups: list[dict] | None = None,  # parameter groups; None: see `parameter_groups`
     ):
-        if recipe.accumulate > 1 and getattr(module, "whole_batches", False):
-            raise VfmError(
-                f"accumulate is {recipe.accumulate}, but {type(module).__name__} compares the cases of a batch, so "
-                "it cannot be cut: set accumulate to 1."
-            )
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
-            AcceleratorState._reset_state()
+        check_accumulation(module, recipe.accumulate)
         self.module, self.loader, self.recipe, self.micro = (
             module, loader, recipe, -(-loader.batch_size // recipe.accumulate),
         )
         use_deterministic(recipe.deterministic)
-        self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        self.accelerator = make_accelerator(recipe.precision)
         self.team = DistributedContext(self.accelerator)
         optimiser = torch.optim.AdamW(
             parameter_groups(module, recipe.weight_decay) if groups is None else groups, lr=recipe.lr,
@@ -143,13 +168,7 @@ class Trainer:
             self.accelerator.prepare_model(LossModule(module, loss), evaluation_mode=True),
             self.accelerator.prepare(optimiser),
         )
-        self.average = (
-            torch.optim.swa_utils.AveragedModel(
-                module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
-            )
-            if recipe.ema
-            else None
-        )
+        self.average = average_weights(module, recipe.ema) if recipe.ema else None
         # next epoch; steps of it taken; time; their losses; what happened
         self.epoch, self.done, self.seconds, self.logs, self.notes = (
             1, 0, 0.0, [], self.team.check(module, loader.batch_size, loader.last),
@@ -180,7 +199,7 @@ def compute_gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, floa
             self.halve_microbatches(error)
             torch.set_rng_state(state)
 
-# %% ../../nbs/4_pretrain/02_trainer.ipynb #441d128d
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #ed1a5f7b
 @patch
 def halve_microbatches(self: Trainer, error: BaseException) -> None:
     "Cut batches into parts half as large from now on."
@@ -216,7 +235,7 @@ def train_step(self: Trainer, batch: dict[str, Tensor]) -> dict[str, float]:  # 
     if hasattr(self.module, "after_step"): self.module.after_step()  # e.g. a teacher that follows its student
     return logs
 
-# %% ../../nbs/4_pretrain/02_trainer.ipynb #2d0d458b
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #c0efd045
 @patch
 def run_epoch(
     self: Trainer,
@@ -334,6 +353,19 @@ def make_checkpointer(study: str, spec, minutes: float = 10.0) -> Checkpointer:
         checkpoint_file(study, run_id(spec)), run_id(spec), minutes, stop=lambda: bool(stop_requested())
     )
 
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #d987af5f
+def load_progress(
+    trainer: Trainer,  # continues where the checkpoint was made
+    keeper: Checkpointer,  # where it is
+    rows: list,  # curves, changed in place
+    carried: dict,  # what else the checkpoint keeps, changed in place
+) -> None:
+    "Load the checkpoint of this training, if there is one."
+    path, key = trainer.team.broadcast_value((keeper.path, keeper.key))
+    if path and (kept := trainer.restore(path, key)):
+        rows[:] = [tuple(r) for r in kept["rows"]]
+        carried.update(kept["carried"])
+
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #47c4155a
 def train(
     trainer: Trainer,
@@ -354,10 +386,7 @@ def train(
         asked = keeper.stop() and not keeper.hurried
         if keeper.path and (asked or time.monotonic() - keeper.last > 60 * keeper.minutes): save()
         keeper.hurried |= asked
-    path, key = trainer.team.broadcast_value((keeper.path, keeper.key))
-    if path and (kept := trainer.restore(path, key)):
-        rows[:] = [tuple(r) for r in kept["rows"]]
-        carried.update(kept["carried"])
+    load_progress(trainer, keeper, rows, carried)
     team = trainer.team
     def leave() -> bool:  # read once and kept at once: a request between the two would lose the epoch
         asked = team.broadcast_value(keeper.stop())

@@ -167,7 +167,7 @@ def print_summary(summary) -> None:
         print(f"Study {summary.study}: {summary.done} of {total} runs done{skipped}, "
               f"{format_duration(summary.seconds)}.")
 
-# %% ../../nbs/9_report/18_cli.ipynb #d944780a
+# %% ../../nbs/9_report/18_cli.ipynb #e54f6486
 def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a table lists the rest
     "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]

@@ -176,7 +176,7 @@ def notebook_text(
     )
     return json.dumps(nb | {"cells": list(map(stored, nb["cells"]))}, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../../nbs/9_report/04_convert.ipynb #b713e73b
+# %% ../../nbs/9_report/04_convert.ipynb #65667106
 def write_notebook(
     path: Path,  # an .ipynb file
     nb: dict,  # notebook JSON

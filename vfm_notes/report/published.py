@@ -146,7 +146,7 @@ class Publication:
         self.shown[0] |= self.known[text][1]
         return self.known[text][0]
 
-# %% ../../nbs/9_report/06_published.ipynb #b717f12a
+# %% ../../nbs/9_report/06_published.ipynb #5852429c
 @patch
 def prepared(self: Publication, text: str) -> str:
     "Return a text whose marks are gone, and what nobody can look into."
@@ -182,7 +182,7 @@ def publication(
     messages = message_parts(records) if pseudonyms else []
     return Publication(study.name, people, relative, NameReplacer(machines), pseudonyms, messages)
 
-# %% ../../nbs/9_report/06_published.ipynb #6a21bcd9
+# %% ../../nbs/9_report/06_published.ipynb #16eee45e
 def publication_fingerprint(by: Publication) -> str:
     "Hash all that decides how texts are changed."
     return repr((by.study, key_id(), sorted(by.people)) if by.pseudonyms else "names as they are")

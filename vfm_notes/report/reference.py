@@ -166,7 +166,7 @@ def function_doc(
         full_name(node), doc, signature(node), tuple(listed), returns if returns != "None" else "", refusals(node), ()
     )
 
-# %% ../../nbs/9_report/07_reference.ipynb #031136a4
+# %% ../../nbs/9_report/07_reference.ipynb #f82dfc53
 def class_doc(
     node: ast.ClassDef,
     said: dict[int, str],  # comments by line

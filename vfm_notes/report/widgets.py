@@ -195,7 +195,7 @@ class VolumeViewer(Shown):
         super().__init__([*[widgets.HTML(f"<b>{escaped(title)}</b>")] * bool(title), self.board, *controls])
         self.connect()
 
-# %% ../../nbs/9_report/11_widgets.ipynb #d6bfe8b6
+# %% ../../nbs/9_report/11_widgets.ipynb #88c1e02e
 @patch
 def connect(self: VolumeViewer) -> None:
     "Let every control draw what it changes."
@@ -238,7 +238,7 @@ def swatch(
         layout=widgets.Layout(margin="0 8px"),
     )
 
-# %% ../../nbs/9_report/11_widgets.ipynb #5d247575
+# %% ../../nbs/9_report/11_widgets.ipynb #81154694
 def scene_figure(
     scene: Scene,
     title: str,  # one line above
@@ -328,7 +328,7 @@ def caption(
         f'{low:.4g} to {high:.4g}</div>'
     )
 
-# %% ../../nbs/9_report/11_widgets.ipynb #bfb0f669
+# %% ../../nbs/9_report/11_widgets.ipynb #01d953bb
 @patch
 def choose(self: VolumeViewer) -> None:
     "Put the slider on the window of another volume."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record_failures', 'drop_failures', 'write_outcome', 'read_outcome', 'is_complete', 'run_job', 'Summary',
            'count_records', 'stale_records', 'pending_jobs', 'startable_jobs', 'Batch', 'describe_gpus',
-           'make_executor', 'run_study']
+           'make_executor', 'planned_jobs', 'describe_start', 'run_study']
 
 # %% ../../nbs/7_runs/11_batch.ipynb #af082d63
 import json
@@ -146,7 +146,7 @@ def count_records(
     summary.stale = stale_records(study, jobs, records)
     return summary
 
-# %% ../../nbs/7_runs/11_batch.ipynb #8f6ba52a
+# %% ../../nbs/7_runs/11_batch.ipynb #b1085b06
 # template → records of another version
 def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
     "Find templates that were edited after some of the records were made."
@@ -300,14 +300,14 @@ def shut_down(self: Batch, show: Display) -> None:
     "Start nothing more, and let what runs come to a good place."
     self.stopped = f"Stop requested ({signal.Signals(stop_requested()).name}); the same command continues."
     self.drop()
-    self.patience = time.monotonic() + (grace_seconds() + 15 if self.executor.shut_down() else 0)
+    self.patience = time.monotonic() + (grace_seconds() + 15 if self.executor.leave() else 0)
     if self.running:
         show.say(
             f"stop requested: waiting up to {format_duration(self.patience - time.monotonic())} for the checkpoints "
             f"of {len(self.running)} notebooks"
         )
 
-# %% ../../nbs/7_runs/11_batch.ipynb #21df33c2
+# %% ../../nbs/7_runs/11_batch.ipynb #3a9c2b29
 @patch
 def show_progress(self: Batch, show: Display) -> None:
     "Report how far everything is."
@@ -323,6 +323,7 @@ def describe_gpus(pool) -> str:  # pool: an executor
     gpus = getattr(pool, "gpus", [])
     return f" on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else ""
 
+# %% ../../nbs/7_runs/11_batch.ipynb #db05add1
 def make_executor(
     executor: str,  # local or slurm
     study: StudySpec,
@@ -332,6 +333,31 @@ def make_executor(
     import vfm_notes.runs.slurm  # registers it
     make, read = executors[executor], executors.card(executor).get("settings")
     return partial(make, settings=read(getattr(study, executor, {}), profile)) if read else make
+
+# %% ../../nbs/7_runs/11_batch.ipynb #a1107dea
+def planned_jobs(
+    study: StudySpec,
+    only: str | list[str] | None,  # a part of the study, see `run_study`
+    seeds: str | None,  # e.g. "0-4,7"
+    part: str | None,  # "i/n"
+    templates: Path | None,  # a folder with one's own templates
+) -> list[Job]:
+    "List the jobs of the part of a study that is asked for."
+    chosen = [*([only] if isinstance(only, str) else only or []), *seed_choice(seeds)]
+    return shard_jobs(jobs_of(study, chosen, templates), part)
+
+# %% ../../nbs/7_runs/11_batch.ipynb #525673e8
+def describe_start(
+    study: StudySpec,
+    pool,  # an executor
+    todo: int,  # notebooks to run
+    planned: int,  # notebooks of the plan
+) -> str:
+    "State what a batch is going to do."
+    return (
+        f"{study.name}: {todo} of {planned} notebooks to run, {pool.jobs} at a "
+        f"time{describe_gpus(pool)}; importing libraries and preparing cohort '{Path(study.cohort).name}' ..."
+    )
 
 # %% ../../nbs/7_runs/11_batch.ipynb #da64f770
 def run_study(
@@ -351,9 +377,7 @@ def run_study(
 ) -> Summary:
     "Compute what a study has not got yet."
     begun, study = time.monotonic(), load_study(name_or_path)
-    plan_ = shard_jobs(
-        jobs_of(study, [*([only] if isinstance(only, str) else only or []), *seed_choice(seeds)], templates), part
-    )
+    plan_ = planned_jobs(study, only, seeds, part, templates)
     repair(study.name, [id for j in plan_ for id in j.runs], retry_failed)
     todo = startable_jobs(study.name, plan_, pending_jobs(study.name, plan_, retry_failed))
     if not todo: return count_records(study.name, plan_, time.monotonic() - begun)
@@ -362,10 +386,7 @@ def run_study(
     os.environ["VFM_RUNS"] = str(runs_root())
     pool = make_executor(executor, study, profile)(jobs, fast=engine == "forked")
     try:
-        show.say(
-            f"{study.name}: {len(todo)} of {len(plan_)} notebooks to run, {pool.jobs} at a "
-            f"time{describe_gpus(pool)}; importing libraries and preparing cohort '{Path(study.cohort).name}' ..."
-        )
+        show.say(describe_start(study, pool, len(todo), len(plan_)))
         if not templates: check_first(pool, study, todo)
         show.say("ready")
         remove_stale(study.name)

@@ -112,7 +112,7 @@ def why_not_forkable(
     return "" if same and argv[1:3] == ["-m", "ipykernel_launcher"] else f"kernel '{kernel_name}' is not this Python"
 
 # %% ../../nbs/7_runs/05_engine.ipynb #d87b7130
-class ForkedEngine(NBClientEngine):  # noqa: F811 (takes the promised name's place)
+class ForkedEngine(NBClientEngine):
     "papermill's engine with kernels forked from a pre-imported parent."
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):

@@ -333,7 +333,7 @@ class ForkServer:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/7_runs/04_forkserver.ipynb #093af225
+# %% ../../nbs/7_runs/04_forkserver.ipynb #9520eaeb
 @patch
 def close(self: ForkServer) -> None:
     "End the server and all its children."

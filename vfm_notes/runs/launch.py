@@ -83,7 +83,7 @@ def worker_main(
         Path(folder, f"error-{rank}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
 
-# %% ../../nbs/7_runs/07_launch.ipynb #c4811eee
+# %% ../../nbs/7_runs/07_launch.ipynb #3e1a7486
 def start_worker(folder: Path, rank: int, size: int):  # → something like a Popen
     "Start a helper."
     env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "",

@@ -40,8 +40,9 @@ from ..foundation.spec import Spec, canonical_text, run_id
 SCHEMA = 1
 EMPTY_RECORD = {
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
-    "scores": [], "cost": {}, "n": {}, "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [],
-    "licences": [], "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None,
+    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "normalisation": {}, "cohort_hash": "",
+    "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "",
+    "template_hash": "", "error": None,
 }
 
 def new_record(
@@ -131,7 +132,7 @@ def check_record(
     why = compare_files(folder, record.get("files", {}), **depth)
     return (None, why) if why else (record, "")
 
-# %% ../../nbs/7_runs/01_record.ipynb #8f48b2e6
+# %% ../../nbs/7_runs/01_record.ipynb #c9daabe4
 def foreign_files(folder: Path) -> str:  # "" if nothing, also where there is no folder
     "Describe what keeps a folder from being dropped: damage, or files that its record does not know."
     record, why = check_record(folder)
@@ -276,7 +277,7 @@ def scan_records(
     ours = {n: found[n][1] for n in doubtful if n in known or os.path.lexists(f"{root}/{n}/record.json")}
     return [r for r, _ in found.values() if r], {n: why for n, why in ours.items() if why}
 
-# %% ../../nbs/7_runs/01_record.ipynb #a713babd
+# %% ../../nbs/7_runs/01_record.ipynb #1a09a62a
 def read_records(
     study: str,  # name of the study
 ) -> list[dict]:  # sorted by id

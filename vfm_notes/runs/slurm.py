@@ -68,7 +68,7 @@ class SlurmSettings:
     # further sbatch options
     extra: dict[Option, Annotated[str | int | float | bool, check_line]] = field(default_factory=dict)
 
-# %% ../../nbs/7_runs/08_slurm.ipynb #66396609
+# %% ../../nbs/7_runs/08_slurm.ipynb #485ae3cd
 def sbatch_options(
     settings: SlurmSettings,
 ) -> dict:  # as submitit names them
@@ -156,7 +156,7 @@ def queued_tasks() -> dict[str, str]:  # id â†’ state and reason, e.g. "12_3" â†
     ]
     return {id: state if reason in ("None", "") else f"{state} ({reason})" for id, state, reason in rows}
 
-# %% ../../nbs/7_runs/08_slurm.ipynb #6b6a76b8
+# %% ../../nbs/7_runs/08_slurm.ipynb #c23cdb85
 def test_settings(
     settings: SlurmSettings,
 ) -> None:
@@ -218,7 +218,7 @@ def private_folder(folder: str | Path) -> Path:  # folder: made where there is n
     raise VfmError(f"{folder} is not yours alone, and jobs execute what is in its files: 'chmod 700 "
                    f"{shlex.quote(str(folder))}', or set VFM_RUNS to a folder of yours.")
 
-# %% ../../nbs/7_runs/08_slurm.ipynb #8d30af3c
+# %% ../../nbs/7_runs/08_slurm.ipynb #1040c3df
 def job_script(
     settings: SlurmSettings,
     count: int,  # jobs of the array
@@ -334,7 +334,7 @@ def why(self: SlurmExecutor, future: Future) -> Died:
     if state in PREEMPTED_STATES: return Lost(f"Slurm took the machine of job {id} away ({state}).")
     return Died(f"Slurm job {id} ended without a result ({state or 'Slurm no longer knows why'}); see {future.log}.")
 
-# %% ../../nbs/7_runs/08_slurm.ipynb #273ece8d
+# %% ../../nbs/7_runs/08_slurm.ipynb #ed15e305
 @patch
 def end(self: SlurmExecutor, process: Queued) -> None:
     "Take a job out of the queue, or kill it."
@@ -358,7 +358,7 @@ def shutdown(self: SlurmExecutor) -> None:
 @patch
 def __enter__(self: SlurmExecutor) -> SlurmExecutor: return self
 
-# %% ../../nbs/7_runs/08_slurm.ipynb #3308c29d
+# %% ../../nbs/7_runs/08_slurm.ipynb #cebfa0b7
 @patch
 def __exit__(self: SlurmExecutor, *error) -> None: self.shutdown()
 

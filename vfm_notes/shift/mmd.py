@@ -9,7 +9,7 @@ __all__ = ['FLOAT64_POINTS', 'MEDIAN_EXACT', 'MEDIAN_DRAWN', 'kernels', 'CENTRE'
            'mmd2_paired', 'paired_statistic', 'TwoSample', 'random_splits', 'labellings', 'two_sample_test', 'Interval',
            'resamples', 'check_interval']
 
-# %% ../../nbs/5_shift/01_mmd.ipynb #2ebd4341
+# %% ../../nbs/5_shift/01_mmd.ipynb #b2e83249
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../../nbs/5_shift/01_mmd.ipynb #6683bf1e
+# %% ../../nbs/5_shift/01_mmd.ipynb #d3766092
 from ..foundation.registry import divergences, Registry, VfmError
 
 # %% ../../nbs/5_shift/01_mmd.ipynb #73ded7c6
@@ -261,7 +261,7 @@ def mmd2_paired(
     a, n, m, *_ = checked_points(x, y, bandwidth, kernel, paired=True)
     return paired_statistic(*block_sums(a, n, m, kernel), a, n, kernel)
 
-# %% ../../nbs/5_shift/01_mmd.ipynb #4b73a84e
+# %% ../../nbs/5_shift/01_mmd.ipynb #2e49cbce
 def paired_statistic(
     xx: float,  # sum of the centred kernel within x
     yy: float,  # within y
@@ -395,7 +395,7 @@ class Interval:
     seed: int = 0
     method: str = "percentiles of cases drawn with replacement, moved back to the value"
 
-# %% ../../nbs/5_shift/01_mmd.ipynb #99dc64b0
+# %% ../../nbs/5_shift/01_mmd.ipynb #bfe83fef
 def resamples(
     n: int,  # cases
     draws: int,

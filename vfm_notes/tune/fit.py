@@ -81,7 +81,7 @@ def random_crop(
         return {k: torch.stack([v[i][(..., *place)] for i, place in enumerate(places)]) for k, v in batch.items()}
     return change
 
-# %% ../../nbs/6_tune/07_fit.ipynb #fa689d12
+# %% ../../nbs/6_tune/07_fit.ipynb #c034a37a
 def center_crop(
     x: Tensor,  # … d h w
     window: tuple,  # voxels, d h w; empty: all

@@ -1,0 +1,72 @@
+"""The tool of `make mutants`: named changes are found by their words, whatever the lines of the library are."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "mutants"))
+
+from named import EQUIVALENT, NAMED
+from operators import mutants, places, words
+from run import ROOT, excuse, key, made_mutants, named_mutants
+
+ONE_LINE = """
+def f(a, b):
+    if a: return dict(x="é", low=np.mean(a - b, axis=0))  # why, "so"
+"""
+MANY_LINES = """
+def f(a, b):
+    if a:
+        # other words
+        return dict(
+            x='é',  # a - b
+            low=np.mean(
+                a - b,
+                axis=0,
+            ),
+        )
+"""
+
+
+@pytest.mark.parametrize("code", [ONE_LINE, MANY_LINES])
+def test_a_place_is_found_however_the_lines_are_broken(code):
+    found = places("if a: return dict(x='é', low=np.mean(a - b", words(code))
+    [(start, end)] = found
+    text = code.encode()[start:end].decode()
+    assert text.startswith("if a:") and text.endswith("a - b") and text.count("a - b") == code.count("a - b")
+    [(start, end)] = places('np.mean(a - b, axis=0))', words(code))
+    assert code.encode()[start : start + 7] == b"np.mean" and code.encode()[end - 1 : end] == b")"
+    assert not places("np.mean(b - a", words(code)) and not places("p.mean", words(code))
+
+
+def test_a_comment_is_no_place():
+    assert not places("other words", words(MANY_LINES)) and not places("why", words(ONE_LINE))
+
+
+def test_a_judgement_outlives_new_lines_and_another_module(tmp_path, monkeypatch):
+    import run
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    keys = []
+    for name, code in {"one.py": ONE_LINE, "two.py": "import numpy as np\n" + MANY_LINES}.items():
+        (tmp_path/"vfm_notes"/"p").mkdir(parents=True, exist_ok=True)
+        (tmp_path/"vfm_notes"/"p"/name).write_text(code)
+        keys.append({m.what: key(m) for m in mutants(tmp_path/"vfm_notes", f"p/{name}")})
+    one, two = keys
+    assert one == two and len(set(one.values())) == len(one) >= 4 and "- to +" in one
+
+
+def test_every_named_change_is_in_the_library_and_is_code():
+    assert len(named_mutants()) == len(NAMED) == len({m.what for m in named_mutants()})
+
+
+def test_an_excuse_is_for_one_change():
+    [(package, then)] = [k for k in EQUIVALENT if "expand_as" in k[1]]
+    excused = [m for m in mutants(ROOT/"vfm_notes", "tune/image_task.py") if excuse(m) == (package, then)]
+    assert [m.what for m in excused] == ["keepdim=True changed"]
+
+
+def test_a_draw_is_the_same_again_and_has_every_kind():
+    drawn = made_mutants(("shift",), 20, 0)
+    assert drawn == made_mutants(("shift",), 20, 0) and len(set(drawn)) == 20
+    assert {m.module.split("/")[0] for m in drawn} == {"shift"} and len({m.kind for m in drawn}) >= 5
