@@ -36,7 +36,9 @@ class ImageTask(Task):
     residual: int | None = None  # sequence that is a first guess of the target
     called: str = ""  # registered name
 
-    def __init__(self, card: CohortCard, head: str, skip: bool):
+    def __init__(self, card: CohortCard,
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
         super().__init__(card)
         self.reading = check_dense(head, skip, self.called, IMAGE_HEADS)
 
