@@ -140,8 +140,8 @@ def toy_server(tmp_path_factory, request):
             fcntl.flock(users, fcntl.LOCK_EX)  # those who came have gone
 
 
-# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/backbones/test_layouts.py
-# tests/backbones/test_natural.py tests/backbones/test_real_weights.py
+# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest
+# tests/backbones/test_layouts.py tests/backbones/test_natural.py tests/backbones/test_real_weights.py
 
 def pytest_configure(config): config.evidence = {}
 

@@ -1,4 +1,4 @@
-"""A made-up runs folder for tests of tables and pages: right in form, invented in content, never shown in a real site."""
+"""A made-up runs folder for tests of tables and pages: right in form, invented in content, never in a real site."""
 import json
 
 import numpy as np

@@ -35,7 +35,8 @@ def work(spec):
     if (flags/f"hungry-{name}").exists():  # no room for what it wants; as a system without memory to give
         import resource
         before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (int(open("/proc/self/statm").read().split()[0]) * 4096 + (200 << 20), before[1]))
+        now = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20), before[1]))
         try: np.ones(1 << 28)
         finally: resource.setrlimit(resource.RLIMIT_AS, before)
     if (flags/f"hungry-group-{name}").exists():  # a cgroup with little memory, in which the system kills
@@ -50,14 +51,18 @@ def work(spec):
     if (flags/"hold").exists():
         (flags/f"holding-{os.getpid()}").touch()
         while (flags/"hold").exists(): time.sleep(0.01)
-    rng = np.random.default_rng(list(run_id(spec)[:-9].encode()))  # without the hash, which knows the folder of the flags
+    # without the hash, which knows the folder of the flags
+    rng = np.random.default_rng(list(run_id(spec)[:-9].encode()))
     time.sleep(options.get("sleep", 0))
     if flags.exists():
         with open(flags/"log", "a") as f: f.write(run_id(spec) + "\\n")
     values = rng.normal(size=20)
-    record = new_record(spec, study, metrics={"dice": float(values.mean())}, primary="dice", directions={"dice": 1}, cost={"seconds": {"total": 0.01, "training": 0.01}})
-    write_record(run_folder(study, run_id(spec)), record, curves=[{"epoch": i, "seconds": 0.1 * i, "name": "loss", "value": v} for i, v in enumerate(values)],
-                 cases=[{"case": f"c{i}", "patient": f"p{i}", "metric": "dice", "value": v} for i, v in enumerate(values)], weights={"w": values})
+    cost = {"seconds": {"total": 0.01, "training": 0.01}}
+    metrics = {"dice": float(values.mean())}
+    record = new_record(spec, study, metrics=metrics, primary="dice", directions={"dice": 1}, cost=cost)
+    curves = [{"epoch": i, "seconds": 0.1 * i, "name": "loss", "value": v} for i, v in enumerate(values)]
+    cases = [{"case": f"c{i}", "patient": f"p{i}", "metric": "dice", "value": v} for i, v in enumerate(values)]
+    write_record(run_folder(study, run_id(spec)), record, curves=curves, cases=cases, weights={"w": values})
 
 todo = missing_specs(study, specs)
 for i, spec in enumerate(todo):
@@ -79,16 +84,20 @@ for spec in missing_specs(study, specs):
         def loss(module, batch):
             (flags/f"holding-{os.getpid()}").touch()
             if (flags/"slow").exists(): time.sleep(0.02)
-            while trainer.epoch * 4 + trainer.done == 11 and (flags/"endless-step-7").exists():  # the last step of the second epoch
+            # the last step of the second epoch
+            while trainer.epoch * 4 + trainer.done == 11 and (flags/"endless-step-7").exists():
                 (flags/"endless").touch()
                 time.sleep(0.01)
             return (module(batch["x"]) - batch["y"]).square().mean(), {}
         def look(epoch, logs):
             with open(flags/"epochs", "a") as f: f.write(f"{epoch}\\n")
             return {}
-        trainer = Trainer(nn.Linear(4, 4), loss, Loader({"x": x, "y": x.roll(1, -1)}, 2, seed=3), TrainConfig(epochs=40, lr=0.01))
+        config = TrainConfig(epochs=40, lr=0.01)
+        trainer = Trainer(nn.Linear(4, 4), loss, Loader({"x": x, "y": x.roll(1, -1)}, 2, seed=3), config)
         rows = train(trainer, look, [], make_checkpointer(study, spec))
-        write_record(run_folder(study, run_id(spec)), new_record(spec, study, metrics={"last": rows[-1][3], "sum": float(trainer.module.weight.sum())}, primary="last"), [dict(zip(("epoch", "seconds", "name", "value"), r)) for r in rows])
+        metrics = {"last": rows[-1][3], "sum": float(trainer.module.weight.sum())}
+        curves = [dict(zip(("epoch", "seconds", "name", "value"), r)) for r in rows]
+        write_record(run_folder(study, run_id(spec)), new_record(spec, study, metrics=metrics, primary="last"), curves)
 '''
 IMPORTS = '''
 from vfm_notes.foundation.places import run_folder

@@ -1,4 +1,4 @@
-"""Sentences, bold type and colours against the table that they speak of, for every combination of sign and certainty."""
+"""Sentences, bold type and colours against the table that they speak of, for every sign and certainty."""
 from dataclasses import replace
 from itertools import product
 

@@ -181,9 +181,11 @@ def main():
         run["rows"] = [row]
         first = first or row.get("step_s")
         show = lambda k, places=3: f"{row[k]:.{places}f}" if k in row else "-"
+        size = "x".join(map(str, row.get("size", ["-"])))
+        times = row["step_s"] / first if "step_s" in row and first else math.nan
         print(
-            f"{name:24}{'x'.join(map(str, row.get('size', ['-']))):>16}{show('forward_s'):>11}{show('forward_mib', 0):>7}{show('step_s'):>9}{show('step_mib', 0):>7}{row['step_s'] / first if 'step_s' in row and first else math.nan:9.2f} "
-            f"  {row['left_out']}",
+            f"{name:24}{size:>16}{show('forward_s'):>11}{show('forward_mib', 0):>7}{show('step_s'):>9}"
+            f"{show('step_mib', 0):>7}{times:9.2f}   {row['left_out']}",
             flush=True,
         )
         if a.write: keep(run)

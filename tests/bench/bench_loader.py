@@ -162,7 +162,8 @@ def waiting(cohort):
                 fit(Network(backbone, task.head(backbone, 3)), task, train, spec, lambda epoch: {})[0].seconds.max()
             )
             print(
-                f"{name + ': ' + ', '.join(what):52}{1e3 * train.waited / len(train):10.2f}{1e3 * seconds / len(train):10.1f}{100 * train.waited / seconds:10.2f}",
+                f"{name + ': ' + ', '.join(what):52}{1e3 * train.waited / len(train):10.2f}"
+                f"{1e3 * seconds / len(train):10.1f}{100 * train.waited / seconds:10.2f}",
                 flush=True,
             )
 

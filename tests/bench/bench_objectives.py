@@ -119,7 +119,8 @@ def toys(names):
         rate = {k: BATCH/s for k, s in took.items()}
         worst.append(rate["ours"]/rate["plain"])
         print(
-            f"{name:24}{toy:16}{rate['ours']:8.1f}{rate['plain']:8.1f}{rate['dummy']:8.1f}{worst[-1]:12.2f}{rate['plain'] / rate['dummy']:12.2f}",
+            f"{name:24}{toy:16}{rate['ours']:8.1f}{rate['plain']:8.1f}{rate['dummy']:8.1f}"
+            f"{worst[-1]:12.2f}{rate['plain'] / rate['dummy']:12.2f}",
             flush=True,
         )
     print(f"slowest beside the plain loop: {min(worst):.2f}; wanted: 0.9 or more")
@@ -148,7 +149,8 @@ def whole(objective):
 def wholes(names, limit):
     print(
         f"\n{WHOLE}, {'x'.join(map(str, WHOLE_SIZE))}, one case a step (two where cases are compared), 1 thread\n"
-        f"{'objective':24}{'cases':>6}{'ours, s':>10}{'dummy, s':>10}{'ours/dummy':>12}{'cases/min':>11}{'peak MiB':>10}",
+        f"{'objective':24}{'cases':>6}{'ours, s':>10}{'dummy, s':>10}{'ours/dummy':>12}{'cases/min':>11}"
+        f"{'peak MiB':>10}",
         flush=True,
     )
     for name in names:

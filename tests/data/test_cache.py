@@ -1,4 +1,4 @@
-"""The cache of decoded cohorts: only what changed is decoded, what is damaged is made again, nothing is half written."""
+"""The cache of decoded cohorts: only what changed is decoded, what is damaged is made again, nothing half written."""
 import io
 import shutil
 from pathlib import Path

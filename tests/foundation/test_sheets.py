@@ -1,4 +1,4 @@
-"""No cell of a CSV for people is a formula: the same table from Python and from the report's script in a real browser."""
+"""No cell of a CSV for people is a formula: the same from Python and from the report's script in a browser."""
 import csv
 import io
 import json
@@ -14,7 +14,8 @@ from vfm_notes.runs.grid import jobs_of
 from vfm_notes.runs.record import failed_record, write_record
 
 BAD = [
-    "=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "=1\r=2", "＝1", "＋1", "－1", "＠x",
+    "=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1",
+    "=1\r=2", "＝1", "＋1", "－1", "＠x",
     '=HYPERLINK("http://x","a")', "-", "+", "-a", "+e5", "-1,5", "-1-1", "=-1",
 ]
 GOOD = [
@@ -74,10 +75,15 @@ def test_in_a_browser(tmp_path):
         f"data-value='{r['value']}'></td></tr>"
         for r in ROWS
     )
-    page = f"""<!doctype html><meta charset="utf-8"><body><div class="vfm-box" data-csv="1"><table class="vfm-table"><thead><tr><th>case</th><th>=head</th><th>value</th></tr></thead><tbody>{table}</tbody></table></div>
-<script>document.querySelectorAll("td").forEach((c) => {{ if (c.dataset.value) c.dataset.value = JSON.parse('"' + c.dataset.value + '"'); }});
-window.saved = []; URL.createObjectURL = (blob) => {{ blob.text().then((t) => saved.push(t)); return "blob:none"; }}; HTMLAnchorElement.prototype.click = () => 0;</script>
-<figure class="vfm-chart" id="c"><div class="vfm-view"></div><script type="application/json">{json.dumps({"data": {"values": ROWS}}).replace("<", chr(92) + "u003c")}</script></figure><script>{script.read_text(encoding="utf-8")}</script>"""
+    chart = json.dumps({"data": {"values": ROWS}}).replace("<", chr(92) + "u003c")
+    page = f"""<!doctype html><meta charset="utf-8"><body><div class="vfm-box" data-csv="1"><table class="vfm-table">\
+<thead><tr><th>case</th><th>=head</th><th>value</th></tr></thead><tbody>{table}</tbody></table></div>
+<script>document.querySelectorAll("td").forEach((c) => {{ \
+if (c.dataset.value) c.dataset.value = JSON.parse('"' + c.dataset.value + '"'); }});
+window.saved = []; URL.createObjectURL = (blob) => {{ blob.text().then((t) => saved.push(t)); return "blob:none"; }}; \
+HTMLAnchorElement.prototype.click = () => 0;</script>
+<figure class="vfm-chart" id="c"><div class="vfm-view"></div><script type="application/json">{chart}</script></figure>\
+<script>{script.read_text(encoding="utf-8")}</script>"""
     (tmp_path/"page.html").write_text(page, encoding="utf-8")
     with chromium() as browser:
         browser.get((tmp_path/"page.html").as_uri())

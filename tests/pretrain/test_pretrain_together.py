@@ -19,9 +19,13 @@ def job():
     "A pretraining in as many processes as it is told to share."
     torch.manual_seed(0)
     volumes = torch.randn(8, 3, 4, 32, 32)
-    spec = PretrainSpec(backbone="profound_toy.test", objective="adversarial", options={"alternate": True}, size=(4, 32, 32), epochs=3, batch_size=4, lr=1e-3)
+    spec = PretrainSpec(
+        backbone="profound_toy.test", objective="adversarial", options={"alternate": True}, size=(4, 32, 32), epochs=3,
+        batch_size=4, lr=1e-3,
+    )
     made = run_distributed(pretrain, spec, volumes, None, 3)
-    return {"net": made.backbone.state_dict(), "rows": made.curves[["epoch", "name", "value"]].values.tolist(), "notes": made.notes, "untouched": made.untouched}
+    rows = made.curves[["epoch", "name", "value"]].values.tolist()
+    return {"net": made.backbone.state_dict(), "rows": rows, "notes": made.notes, "untouched": made.untouched}
 
 if __name__ == "__main__": torch.save(job(), sys.argv[1])
 '''

@@ -28,7 +28,7 @@ class Net(nn.Module):
     def forward(self, x): return self.outer(self.inner(x).tanh())
 
 def fit(seed, how, folder, progress=None, keeper=Checkpointer()):
-    "A small net on made-up cases, 6 in a batch of which the last is 2 of 14 filled up; how: what goes wrong, and where."
+    "A small net on made-up cases, 6 in a batch, of which the last is 2 of 14 filled up; how: what goes wrong, where."
     helper = bool(os.environ.get("VFM_HELPER"))
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(14, 4, generator=generator)
@@ -38,16 +38,19 @@ def fit(seed, how, folder, progress=None, keeper=Checkpointer()):
         if helper: Path(folder, f"helper-{os.getpid()}").touch()
         if how == "die" and helper and at == 4: os.kill(os.getpid(), 9)
         if how == "raise" and helper and at == 4: raise ValueError("told to fail")
-        if how == "memory" and helper and at == 1 and len(batch["x"]) > 1: raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        if how == "memory" and helper and at == 1 and len(batch["x"]) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         if how == "nan" and helper and at == 4: return module(batch["x"]).sum() * float("nan"), {"cases": 0.0}
         if how == "slow": time.sleep(0.03)
         return (module(batch["x"]) - batch["y"]).square().mean(), {"cases": float(len(batch["x"]))}
-    trainer = Trainer(Net(), loss, Loader({"x": x, "y": x[:, :2].roll(1, 0)}, 5, seed=3), TrainConfig(epochs=60 if how == "slow" else 6, lr=0.05, ema=0.9))
+    config = TrainConfig(epochs=60 if how == "slow" else 6, lr=0.05, ema=0.9)
+    trainer = Trainer(Net(), loss, Loader({"x": x, "y": x[:, :2].roll(1, 0)}, 5, seed=3), config)
     def look(epoch, logs):
         if progress: progress(epoch)
         return {}
     rows = train(trainer, look, [], keeper, enough=lambda epoch: how == "enough" and not helper and epoch == 3)
-    return {k: v.tolist() for k, v in trainer.module.state_dict().items()}, rows, trainer.average.module.outer.bias.tolist(), trainer.notes
+    weights = {k: v.tolist() for k, v in trainer.module.state_dict().items()}
+    return weights, rows, trainer.average.module.outer.bias.tolist(), trainer.notes
 '''
 CALL = '''
 import json, os
@@ -157,13 +160,16 @@ from team_training import fit
 here = globals()
 specs = job_specs(KIND, **{n: here[n] for n in NAMES})
 flags = Path(options["flags"])
-for spec in missing(study, specs):
-    with attempt(study, spec, 0, 1):
+for spec in missing_specs(study, specs):
+    with recording_failures(study, spec, 0, 1):
         how = "die" if (flags/"die").exists() else "slow"
         def told(epoch):
             with open(flags/"epochs", "a") as f: f.write(f"{epoch}\\n")
-        weights, rows, average, notes = run_distributed(fit, spec.seed, how, str(flags), progress=told, keeper=make_checkpointer(study, spec))
-        write_record(run_folder(study, run_id(spec)), new_record(spec, study, metrics={"sum": sum(map(sum, weights["inner.weight"]))}, notes=notes, primary="sum"))
+        keeper = make_checkpointer(study, spec)
+        weights, rows, average, notes = run_distributed(fit, spec.seed, how, str(flags), progress=told, keeper=keeper)
+        metrics = {"sum": sum(map(sum, weights["inner.weight"]))}
+        record = new_record(spec, study, metrics=metrics, notes=notes, primary="sum")
+        write_record(run_folder(study, run_id(spec)), record)
 '''
 
 

@@ -129,7 +129,8 @@ def test_memory_that_really_runs_out(tmp_path):
     import resource
     def hungry(module, batch):
         waste = torch.empty(len(batch["inputs"]), 100_000_000)  # 400 MB a case
-        return (module(batch["inputs"]) - batch["target"]).square().mean() + 0 * waste[:, 0].nan_to_num(0, 0, 0).sum(), {}
+        value = (module(batch["inputs"]) - batch["target"]).square().mean()
+        return value + 0 * waste[:, 0].nan_to_num(0, 0, 0).sum(), {}
     free, tight = toy(), toy()
     for m in (free.module, tight.module): m[2].p = 0.0  # dropout draws differ between parts
     tight.step.loss = hungry

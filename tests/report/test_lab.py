@@ -178,7 +178,8 @@ def check_drawn(browser, least):
     return found
 
 COLOURED = f"""return [...{VIEW}.{PICTURES}].map(i => {{
-  const c = Object.assign(document.createElement('canvas'), {{ width: i.naturalWidth, height: i.naturalHeight }}), pen = c.getContext('2d');
+  const c = Object.assign(document.createElement('canvas'), {{ width: i.naturalWidth, height: i.naturalHeight }});
+  const pen = c.getContext('2d');
   if (!c.width) return -1;
   pen.drawImage(i, 0, 0);
   const v = pen.getImageData(0, 0, c.width, c.height).data;

@@ -29,10 +29,14 @@ for folder in ("assets", "records"): shutil.copytree(folder, here / "_site" / fo
 (here / "_site" / "libs" / "t.js").write_text("export const two = 2;\\n")
 foot = next(l for l in (here / "_quarto.yml").read_text().splitlines() if "vfm-made" in l).strip()
 print("\\x1b[1m[1/1] " + names[0] + "\\x1b[0m", file=sys.stderr)
-if os.environ.get("FAIL"): print("\\x1b[91mERROR: YAMLException: bad (4:1)\\n\\n 1 | a\\n\\nStack trace:\\n    at f (quarto.js:1:1)\\x1b[39m", file=sys.stderr); sys.exit(1)
+if os.environ.get("FAIL"):
+    told = "ERROR: YAMLException: bad (4:1)\\n\\n 1 | a\\n\\nStack trace:\\n    at f (quarto.js:1:1)"
+    print("\\x1b[91m" + told + "\\x1b[39m", file=sys.stderr); sys.exit(1)
 for w in ("WARN: no target a", "[WARNING] Div unclosed"): print("\\x1b[33m" + w + "\\x1b[39m", file=sys.stderr)
 for n in names:
-    (here / "_site" / n).with_suffix(".html").write_text('<script src="libs/q.js" type="module"></script>' + n + "<footer>" + foot.split("left: ")[1] + "</footer>")
+    footer = "<footer>" + foot.split("left: ")[1] + "</footer>"
+    text = '<script src="libs/q.js" type="module"></script>' + n + footer
+    (here / "_site" / n).with_suffix(".html").write_text(text)
 (here / "_site" / "search.json").write_text("[]")
 """
 

@@ -51,7 +51,8 @@ CHARTS = {
 silent = lambda line: None
 
 
-LIBRARY = ("places", "show", "mmd", "convert")  # what Quarto renders of the library in these tests; smalldocs renders all
+# what Quarto renders of the library in these tests; smalldocs renders all
+LIBRARY = ("places", "show", "mmd", "convert")
 SEARCH = {
     "smalldocs": (".smalldocs-search input", ".search-result"),
     "quarto": ("#quarto-search input", ".aa-Panel a.search-result-link"),
@@ -175,7 +176,8 @@ def test_nothing_in_the_site_asks_the_network(project):
         if path.suffix not in (".html", ".css"): continue
         text = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.S)  # code may speak of addresses
         found = re.findall(
-            r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"'>]+|@import[^;]+//[^;]+|url\([\"']?https?:[^)]+",
+            r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"'>]+"
+            r"|@import[^;]+//[^;]+|url\([\"']?https?:[^)]+",
             text,
         )
         assert not found, f"{path.name}: {found[:2]}"
@@ -475,8 +477,10 @@ def test_library_examples_are_open(project, browser, server):
 
 def test_downloads(browser, server):
     visit(browser, server, "index")
-    browser.execute_script("""window.saved = []; HTMLAnchorElement.prototype.click = function () { saved.push([this.download, this.href.slice(0, 22)]); };
-        const made = URL.createObjectURL; URL.createObjectURL = b => { b.text().then(t => window.lastText = t); return made(b); };
+    browser.execute_script("""window.saved = [];
+        HTMLAnchorElement.prototype.click = function () { saved.push([this.download, this.href.slice(0, 22)]); };
+        const made = URL.createObjectURL;
+        URL.createObjectURL = b => { b.text().then(t => window.lastText = t); return made(b); };
         document.querySelectorAll('.vfm-chart .vfm-tools button').forEach(b => b.click());""")
     names = wait(browser, "return window.saved.length === 3 && saved.map(s => s[0])")
     assert sorted(n.split(".")[-1] for n in names) == ["csv", "png", "svg"]
@@ -490,7 +494,8 @@ def test_downloads(browser, server):
 # one of each kind of page
 KINDS = [
     "index", "alignment", "convergence", "data", "runs", "methods", "guide_reader",
-    "run-segmentation-profound_toy.mae_of_a_long_name-n4", "run-pretrain-provicnet_toy.contrast", "reference/foundation_show",
+    "run-segmentation-profound_toy.mae_of_a_long_name-n4", "run-pretrain-provicnet_toy.contrast",
+    "reference/foundation_show",
 ]
 READING = (Path(__file__).parents[1] / "reading.js").read_text(encoding="utf-8")
 
@@ -528,8 +533,10 @@ def test_every_kind_of_page_can_be_read(browser, server, width, scheme):
 
 def test_the_measure_of_reading_can_fail(browser, server):
     visit(browser, server, "methods")
-    browser.execute_script("""document.querySelector('main').insertAdjacentHTML('beforeend', `<p style="font-size:9px">tiny</p><p style="color:#bbb">pale</p>
-        <p style="position:absolute;left:5000px;white-space:nowrap">far</p><p style="margin-bottom:-1.2em">under</p><p>above</p>`)""")
+    browser.execute_script("""document.querySelector('main').insertAdjacentHTML('beforeend', `
+        <p style="font-size:9px">tiny</p><p style="color:#bbb">pale</p>
+        <p style="position:absolute;left:5000px;white-space:nowrap">far</p>
+        <p style="margin-bottom:-1.2em">under</p><p>above</p>`)""")
     found = browser.execute_script(READING)
     assert (
         [len(found[k]) for k in ("small", "faint", "wide", "over")] == [1, 1, 1, 1]
