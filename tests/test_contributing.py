@@ -15,7 +15,8 @@ ENTRIES = {
 }
 CONTRACTS = {
     "strategies": "tune/test_strategies.py::test_two_steps_change_what_the_strategy_says_and_nothing_else",
-    "tasks": "tune/test_tasks.py::test_task_contract", "backbones": "backbones/test_backbones.py", "objectives": "pretrain/test_objectives.py",
+    "tasks": "tune/test_tasks.py::test_task_contract", "backbones": "backbones/test_backbones.py",
+    "objectives": "pretrain/test_objectives.py",
     "divergences": "shift/test_divergences.py", "cohorts": "data/test_cohorts.py",
 }
 
