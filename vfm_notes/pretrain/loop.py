@@ -216,9 +216,8 @@ def pretrain(
     backbone, objective = prepare_pretraining(spec, volumes, in_channels, state, card)
     begin = {k: v.detach().clone() for k, v in backbone.named_parameters()}
     loader = pretraining_batches(volumes, labels, spec)
-    trainer = Trainer(
-        objective, lambda module, batch: module.loss(batch), loader, TrainConfig.of(spec, betas=(0.9, 0.95))
-    )
+    recipe = TrainConfig.of(spec, betas=(0.9, 0.95))
+    trainer = Trainer(objective, lambda module, batch: module.loss(batch), loader, recipe)
     sample = {"volumes": volumes[:spec.batch_size]} | ({} if labels is None else {"labels": labels[:spec.batch_size]})
     def probed(epoch: int) -> dict:
         if probe is None or not spec.probe_every or (epoch % spec.probe_every and epoch < spec.epochs): return {}

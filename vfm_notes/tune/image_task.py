@@ -36,7 +36,9 @@ class ImageTask(Task):
     residual: int | None = None  # sequence that is a first guess of the target
     called: str = ""  # registered name
 
-    def __init__(self, card: CohortCard, head: str, skip: bool):
+    def __init__(self, card: CohortCard,
+                 head: str = "decoder",  # decoder or linear
+                 skip: bool = True):  # of the decoder: it reads raw voxels, too
         super().__init__(card)
         self.reading = check_dense(head, skip, self.called, IMAGE_HEADS)
 
@@ -170,6 +172,7 @@ def structure_class(
         )
     return structure or card.classes[-1]
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #63340728
 def check_both(
     present: np.ndarray,  # (n,) bool
     structure: str, card: CohortCard, task: str,  # for the message
@@ -190,13 +193,15 @@ def presence_rows(
     return {"label": present, "score_0": 1 - score, "score_1": score}
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #b1a59d61
-# one row per case, one column per metric
 def detection_table(cases: pd.DataFrame) -> pd.DataFrame:
     return cases.pivot(index="case", columns="metric", values="value")
 
 # area under the ROC curve over cases
+
+# %% ../../nbs/6_tune/04_image_task.ipynb #3e9d7cec
 def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #9400bea4
 def explain_undefined(cases: pd.DataFrame, structure: str) -> str:
     "Explain why a metric of cases is undefined."
     return f"{'all' if detection_table(cases)['label'].iloc[0] else 'none'} of them contain '{structure}'"
@@ -262,6 +267,7 @@ def summary(self: Detection, cases: pd.DataFrame) -> dict:
 def validate(self: Detection, output: Tensor, data: TaskData) -> float:
     return self.summary(self.evaluate(output, data))[self.primary]
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #b7dddc0e
 @patch
 def why(self: Detection, metric: str, cases: pd.DataFrame) -> str: return explain_undefined(cases, self.structure)
 
@@ -285,6 +291,7 @@ class PresenceHead(nn.Module):
         verdict = rearrange(self.case(maps), "b k -> b k 1 1 1").expand(-1, -1, *x.shape[2:])
         return torch.cat([self.dense(maps, x), verdict], 1)
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #86872c22
 def split_verdict(
     output: Tensor,  # b (classes + 2) d h w
 ) -> tuple[Tensor, Tensor]:  # b classes d h w, b 2
@@ -345,6 +352,7 @@ def learn(self: SegmentationAndPresence, train: Cohort) -> None:
 @patch
 def present(self: SegmentationAndPresence, target: Tensor) -> Tensor: return (target == self.index).flatten(1).any(1)
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #e01ca6a1
 @patch
 def head(self: SegmentationAndPresence, backbone: nn.Module, in_channels: int) -> nn.Module:
     dense = dense_head(

@@ -39,7 +39,7 @@ from ..shift.scores import transferability
 from .fit import OVERLAP, fit, center_crop, predict, needs_sliding_window, training_batches
 from ..foundation.quantity import CONTROL, METRICS
 from .probe import CachedHead, cache_features
-from .strategy import Tuning, apply_strategy, drop_blocks, needs_weights, strategy_options
+from .strategy import Tuning, apply_strategy, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
 from vfm_notes.tune.monitor import (
     EARLY_SHARE, Monitor, d2p_snapshots, final_distances, random_features, under_ceiling,
