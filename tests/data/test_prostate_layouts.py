@@ -28,7 +28,8 @@ from vfm_notes.foundation.registry import VfmError
 OURS = [
     name
     for name in layouts
-    if layouts[name].__module__.split(".")[-1] in ("prostate_layouts", "tree_layouts", "table_layouts")
+    if layouts[name].__module__.split(".")[-1] in ("layouts_mri", "layouts_trees", "layouts_tables")
+    and name != "brainvisa"  # of the sulcus study
 ]
 
 

@@ -225,7 +225,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights():
 def test_a_request_that_comes_between_two_epochs_loses_none(tmp_path):
     "It arrives while the curves are written: after the epoch's last look at it, before the next epoch begins."
     class Late(Checkpointer):
-        def tell(self, epochs, rows):
+        def write_curves(self, epochs, rows):
             super().write_curves(epochs, rows)
             asked.append(epochs)
     asked, seen = [], []

@@ -402,7 +402,7 @@ def test_a_study_runs_its_specialists_once_and_gains_refer_to_them():
     rows = pd.DataFrame([
         dict(
             id=i, task="segmentation", backbone=b, strategy=s, n_train=8, seed=0, kind="transfer", status="done",
-            positive=None,
+            positive=None, metric="dice", direction=1,
         )
         for i, b, s, _ in runs
     ])

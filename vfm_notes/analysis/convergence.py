@@ -347,9 +347,8 @@ def reached_curves(
     runs: pd.DataFrame,  # from run_convergence
     rule: str = "rise",
     unit: str = "epochs",  # or seconds, gpu_hours
-) -> (
-    pd.DataFrame
-):  # task (or "all tasks"), strategy, at, share, low, high, waiting, n_runs; from 0 to the longest budget
+) -> pd.DataFrame:  # task (or "all tasks"), strategy, at, share, low, high, waiting, n_runs;
+    # from 0 to the longest budget
     "Return the share of runs that have reached their target, over time."
     rows = [pd.DataFrame(columns=["task", "strategy", "at", "share", "low", "high", "waiting", "n_runs"])]
     for task, own in _scopes(runs, rule, unit):
@@ -392,9 +391,8 @@ def reached_table(
     runs: pd.DataFrame,  # from run_convergence
     reference: str = "scratch",  # a strategy
     unit: str = "epochs",
-) -> (
-    pd.DataFrame
-):  # a row per rule, task (or "all tasks") and strategy: half, low, high, n_runs, censored, drawn, z, p, pairs
+) -> pd.DataFrame:  # a row per rule, task (or "all tasks") and strategy: half, low, high, n_runs, censored, drawn, z,
+    # p, pairs
     "Return when half of the runs had reached their target, and whether that is sooner than the reference."
     rows = []
     for rule in TARGET_RULES:

@@ -302,9 +302,8 @@ def study_cells(
 LEARNED = [*CELL, "metric", "score", "control", "better", "p", "p_holm", "n_seeds", "n_cases", "beats", "reason"]
 def learned_table(
     tables: Tables,
-) -> (
-    pd.DataFrame
-):  # a row per cell, references included; better: by how much of the metric; p NaN where no control was recorded
+) -> pd.DataFrame:  # a row per cell, references included; better: by how much of the metric;
+    # p NaN where no control was recorded
     "Test whether the runs of each cell beat the trivial control on the same cases."
     if "learned" in tables.memory: return tables.memory["learned"]
     trivial = {f"control of {i}": t for i, t in tables.controls.groupby("id")}

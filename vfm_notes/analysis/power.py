@@ -18,10 +18,10 @@ from .convergence import run_convergence
 from .gain import difference_interval, study_cells
 from .interval import Squares, smallest_effect, smallest_shift
 from .tables import CELL, Tables, reference_runs
-from ..foundation.quantity import metric_card
+from ..foundation.quantity import metric_card, round_value
 from ..foundation.spec import StudySpec
-from ..runs.watch import Speeds, run_time
-from ..runs.grid import jobs_of as jobs_of
+from ..runs.watch import Speeds, format_duration, run_time
+from ..runs.grid import jobs_of
 
 # %% ../../nbs/8_analysis/13_power.ipynb #8db46106
 @dataclass(frozen=True)
@@ -217,8 +217,8 @@ def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: 
 # %% ../../nbs/8_analysis/13_power.ipynb #6e0a3467
 def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     "Return a plan for the terminal."
-    number = lambda v, places=1: "-" if v is None or v != v else f"{v:.{places}f}"
-    time = lambda h: "" if h is None or h != h else f" ({h:.1f} h)" if h >= 0.1 else f" ({60 * h:.0f} min)"
+    number = lambda v, places=1: "-" if v is None or v != v else round_value(v, places)
+    time = lambda h: "" if h is None or h != h else f" ({format_duration(3600 * h)})"
     said = [
         f"Study {made.study}: {made.backbones} backbones, {made.tasks} tasks, {made.seeds} seeds, {made.cases} test "
         f"cases; runs one by one:{time(made.hours)}."
@@ -240,11 +240,12 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
             f"{r['task'][:23]:24}{number(r['smallest'], 2) + ' ' + r['unit']:>24}{number(r['sooner']):>8}"
             f"{number(r['wanted']):>8}{need('seeds'):>15}{need('cases'):>17}"
         )
-    can = f"|rho| from {made.rho:.2f} on" if made.rho == made.rho else "no correlation, however strong"
+    can = f"|rho| from {round_value(made.rho, 2)} on" if made.rho == made.rho else "no correlation, however strong"
     said.append(f"Distance and gain over these tasks and backbones: {can}.")
     more = [f"{made.needs[k]} {k}{time(made.needs.get(f'{k}_hours'))}" for k in ("backbones", "tasks") if made.needs[k]]
     if not made.rho <= made.needs["rho"]:
-        said.append(f"For |rho| = {made.needs['rho']:.2f}: {' or '.join(more) or 'more tasks and more backbones'}.")
+        needed = round_value(made.needs["rho"], 2)
+        said.append(f"For |rho| = {needed}: {' or '.join(more) or 'more tasks and more backbones'}.")
     sources = dict.fromkeys(r["variances"] for r in made.rows if "smallest" in r)
     said += [
         "Smallest: seen in 80 of 100 such studies, in one cell, without correction.",

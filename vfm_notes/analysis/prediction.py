@@ -88,9 +88,8 @@ QUESTION = ["task", "strategy", "n_train"]
 def predictors(
     tables: Tables,
     distance: str = "mmd2",  # column of the distance
-) -> (
-    pd.DataFrame
-):  # predictor, layer, task, backbone, strategy (None: any), n_train, value (NaN: not defined), direction, reason
+) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy (None: any), n_train, value (NaN: not defined),
+    # direction, reason
     "Return all that was known early about each backbone and task."
     keys, names = (
         ["layer", "task", "backbone"],
@@ -280,9 +279,8 @@ def pool_questions(
 # %% ../../nbs/8_analysis/10_prediction.ipynb #05e8c0d4
 def pool_answers(
     asked: list[Question], seed: int = SEED
-) -> (
-    dict
-):  # tasks, questions, backbones, pairs, right, tau, regret, random, saved with _low and _high; p, least_p, tested, why
+) -> dict:  # tasks, questions, backbones, pairs, right, tau, regret, random, saved with _low and _high; p, least_p,
+    # tested, why
     "Measure how good the picks of one predictor were over all questions."
     use = [q for q in asked if len(q.backbones) > 1]
     row = {
@@ -313,9 +311,8 @@ def prediction_table(
     reference: str = "scratch",  # a strategy
     draws: int = DRAWS,
     seed: int = SEED,
-) -> (
-    pd.DataFrame
-):  # a row per predictor and layer; `counts`: the layer fixed beforehand, "" as layer: that of each task
+) -> pd.DataFrame:  # a row per predictor and layer; `counts`: the layer fixed beforehand,
+    # "" as layer: that of each task
     "Return how well each early number would have picked the best backbone."
     known, end, rows = predictors(tables), cell_outcomes(tables, outcome, reference, draws, seed), []
     for name, own in known.groupby("predictor", sort=False):

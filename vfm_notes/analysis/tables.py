@@ -124,9 +124,8 @@ def list_records(
     records: list[dict],  # as read_records gives them
     name: str,  # a field that is a list of rows: d2p, d2p_moments, scores
     columns: list[str],  # that the table has even without rows
-) -> (
-    pd.DataFrame
-):  # a row per run and row of the field; the run's seed is `seed`, that of a permutation `permutation_seed`
+) -> pd.DataFrame:  # a row per run and row of the field; the run's seed is `seed`,
+    # that of a permutation `permutation_seed`
     "Return a list of every finished run, under each other; records of an older form have none."
     rows = [run_key(r) | d | ({"permutation_seed": d["seed"]} if "seed" in d else {}) | {"seed": r["spec"].get("seed")}
             for r in records if r["status"] == "done" for d in r.get(name) or []]
@@ -279,9 +278,8 @@ def validation_scores(
 def mark_counted(
     runs: pd.DataFrame,  # from runs_table
     tried: pd.DataFrame,  # from candidates
-) -> (
-    pd.DataFrame
-):  # the same with `chosen`: True for every run of the chosen setting, and everywhere when nothing was searched
+) -> pd.DataFrame:  # the same with `chosen`: True for every run of the chosen setting,
+    # and everywhere when nothing was searched
     "Mark the runs that count."
     if tried.empty: return runs
     names = [*CELL, *(k for k in SEARCHABLE if k in tried)]

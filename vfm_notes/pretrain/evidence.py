@@ -173,9 +173,8 @@ def probe_gain(
     seeds: Iterable[int],
     plan: EvidencePlan = EvidencePlan(),
     progress: bool = False,  # a bar with the time left
-) -> (
-    pd.DataFrame
-):  # objective, seed, probe, value, random, gain, seconds; objectives that refuse the backbone have a reason instead
+) -> pd.DataFrame:  # objective, seed, probe, value, random, gain, seconds;
+    # objectives that refuse the backbone have a reason instead
     "Return every objective's gain over random weights, paired by seed."
     from rich.progress import track
     seeds, cohort, rows = list(seeds), plan.cohort(), []

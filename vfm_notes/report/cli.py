@@ -118,7 +118,7 @@ def run(
     shard: ShardOption = None,
     max_hours: Annotated[float | None, typer.Option(min=0, help="Start no notebook after this time.")] = None,
     time_limit: TimeLimitOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the jobs_of and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
     templates: TemplatesOption = None,
     engine: Annotated[str, typer.Option(help="How notebooks start: forked (fast) or plain.")] = "forked",
@@ -313,7 +313,7 @@ def plan_study(
     rho: Annotated[
         float, typer.Option(min=0.01, max=0.99, help="The rank correlation of distance and gain to be seen.")
     ] = 0.57,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the jobs_of as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     "Show the smallest effects that a study can see, and what it takes to see smaller ones."
     import json

@@ -207,7 +207,7 @@ class SiteResult:
 # %% ../../nbs/9_report/10_site.ipynb #refprint
 def reference_fingerprint(renderer: tuple[str, str]) -> str:  # renderer: quarto or smalldocs, and its version
     "Hash all that the library's pages are made from."
-    code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "quarto.py")]
+    code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "pages.py")]
     return hash_values(*library_notebooks(), *code, *style_files(), renderer)
 
 # %% ../../nbs/9_report/10_site.ipynb #501f6f61
