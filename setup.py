@@ -12,7 +12,9 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
-SHARED = ("_quarto.yml", "nbs/*.ipynb", "nbs/studies/*.yaml", "nbs/runs/*.ipynb", "nbs/report/*.*")
+SHARED = (
+    "_quarto.yml", "nbs/*.ipynb", "nbs/[0-9]_*/*.ipynb", "nbs/studies/*.yaml", "nbs/runs/*.ipynb", "nbs/report/*.*",
+)
 SOURCES = ("nbs", "tests", ".ci", "settings.ini", "_quarto.yml", "Makefile", "README.md", "LICENSE", "CONTRIBUTING.md")
 JUNK = {"__pycache__", ".ipynb_checkpoints"}
 config = ConfigParser(delimiters=["="])
@@ -57,7 +59,11 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
     license="Apache-2.0", python_requires=f">={cfg['min_python']}", packages=find_packages(include=["vfm_notes*"]),
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "papermill.engine": ["forked=vfm_notes.runs.engine:ForkedEngine"], "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+        "papermill.engine": ["forked=vfm_notes.runs.engine:ForkedEngine"],
+    },
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
-    long_description_content_type="text/markdown", zip_safe=False, cmdclass={"build_py": BuildWithShare, "sdist": SdistWithSources},
+    long_description_content_type="text/markdown", zip_safe=False,
+    cmdclass={"build_py": BuildWithShare, "sdist": SdistWithSources},
 )

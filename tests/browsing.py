@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-AXE = Path(__file__).resolve().parents[1]/".venv"/"share"/"axe"/"axe_playwright_python"/"axe.min.js"  # fetched by `make programs`
+# fetched by `make programs`
+AXE = Path(__file__).resolve().parents[1]/".venv"/"share"/"axe"/"axe_playwright_python"/"axe.min.js"
 
 
 @contextmanager
@@ -19,7 +20,11 @@ def chromium():
     if not chrome or not driver: pytest.skip("chromium or chromedriver is not on PATH")
     options = webdriver.ChromeOptions()
     options.binary_location = chrome
-    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--window-size=1300,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"): options.add_argument(a)
+    for a in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+        "--window-size=1300,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    ):
+        options.add_argument(a)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try: yield made
@@ -46,4 +51,7 @@ def asked(browser, base):
 def luminance(rgb):
     "Relative luminance (WCAG) of 'rgb(r, g, b)'."
     part = [int(v) / 255 for v in re.findall(r"\d+", rgb)[:3]]
-    return sum(w * (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4) for w, v in zip((0.2126, 0.7152, 0.0722), part))
+    return sum(
+        w * (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4)
+        for w, v in zip((0.2126, 0.7152, 0.0722), part)
+    )

@@ -4,11 +4,14 @@ import functools
 import json
 import os
 import shutil
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
+# a folder per layer; what several tests need lies beside this file, and some tests use another's
+sys.path[:0] = sorted({str(p.parent) for p in Path(__file__).parent.glob("*/test_*.py")})
 
 SLOW = ("packaging", "slurm_faults", "lab", "site", "slurm", "slurm_array", "bad_sites", "contributing", "conflicts",
         "faults", "faults_2", "study", "one_number", "natural_study", "cli", "pretrain_together", "probing",
@@ -36,19 +39,27 @@ def scratch_home(tmp_path_factory):
     key.touch(mode=0o600)
     key.write_text("5e" * 32 + "\n")
     before = Path(OWN["HOME"] or "~").expanduser()
-    tools = {"PIP_CONFIG_FILE": before/".config"/"pip"/"pip.conf", "PIP_CACHE_DIR": before/".cache"/"pip", "GIT_CONFIG_GLOBAL": before/".gitconfig"}  # these programs work as the user set them up
+    # these programs work as the user set them up
+    tools = {
+        "PIP_CONFIG_FILE": before / ".config" / "pip" / "pip.conf", "PIP_CACHE_DIR": before / ".cache" / "pip",
+        "GIT_CONFIG_GLOBAL": before / ".gitconfig",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith(THEIRS) and not n.startswith(TESTS)]: patch.delenv(name)
         for name, path in tools.items():
             if path.exists() and name not in os.environ: patch.setenv(name, str(path))
-        for name, value in {"HOME": home, "VFM_RUNS": home/"runs", "VFM_SITE_KEY": key}.items(): patch.setenv(name, str(value))
+        for name, value in {"HOME": home, "VFM_RUNS": home/"runs", "VFM_SITE_KEY": key}.items():
+            patch.setenv(name, str(value))
         yield home
 
 
 @pytest.fixture
 def real_weights(monkeypatch) -> Path:
-    "The user's own folder of weights (VFM_TEST_WEIGHTS, else VFM_WEIGHTS, else where they lie by themselves), for tests of real ones."
-    root = Path(OWN["VFM_TEST_WEIGHTS"] or OWN["VFM_WEIGHTS"] or Path(OWN["HOME"] or "~")/".cache"/"vfm_notes"/"weights").expanduser()
+    """The user's own folder of weights (VFM_TEST_WEIGHTS, else VFM_WEIGHTS, else where they lie by themselves), for
+    tests of real ones."""
+    root = Path(
+        OWN["VFM_TEST_WEIGHTS"] or OWN["VFM_WEIGHTS"] or Path(OWN["HOME"] or "~") / ".cache" / "vfm_notes" / "weights"
+    ).expanduser()
     monkeypatch.setenv("VFM_WEIGHTS", str(root))
     return root
 
@@ -129,7 +140,8 @@ def toy_server(tmp_path_factory, request):
             fcntl.flock(users, fcntl.LOCK_EX)  # those who came have gone
 
 
-# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest tests/test_layouts.py tests/test_natural.py tests/test_real_weights.py
+# ---- measured values for the report: VFM_EVIDENCE=nbs/report/real_weights.json python -m pytest
+# tests/backbones/test_layouts.py tests/backbones/test_natural.py tests/backbones/test_real_weights.py
 
 def pytest_configure(config): config.evidence = {}
 
@@ -138,15 +150,23 @@ def pytest_configure(config): config.evidence = {}
 def evidence(request):
     "Keep what a test measured, by kind and name, when the test has got so far."
     def keep(kind, name, **values):
-        request.config.evidence[f"{kind}: {name}"] = dict(kind=kind, name=name, **values, test=request.node.nodeid.split("[")[0])
+        request.config.evidence[f"{kind}: {name}"] = dict(
+            kind=kind, name=name, **values, test=request.node.nodeid.split("[")[0]
+        )
     return keep
 
 
 def pytest_sessionfinish(session):
     path, found = os.environ.get("VFM_EVIDENCE"), session.config.evidence
     if not path or not found: return
-    from vfm_notes.foundation.origin import device_name, versions
-    made = dict(date=datetime.now(timezone.utc).strftime("%Y-%m-%d"), device=device_name(), versions={k: v for k, v in versions().items() if k in ("python", "torch", "monai", "transformers")})
-    rows = {f"{r['kind']}: {r['name']}": r for r in (json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else [])}
+    from vfm_notes.foundation.meter import device_name, package_versions
+    made = dict(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"), device=device_name(),
+        versions={k: v for k, v in package_versions().items() if k in ("python", "torch", "monai", "transformers")},
+    )
+    rows = {
+        f"{r['kind']}: {r['name']}": r
+        for r in (json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else [])
+    }
     rows |= {k: r | made for k, r in found.items()}
     Path(path).write_text("[\n" + ",\n".join(json.dumps(rows[k]) for k in sorted(rows)) + "\n]\n", encoding="utf-8")

@@ -5,11 +5,11 @@ import altair as alt
 
 from vfm_notes.analysis.association import cell_points, run_points
 from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
-from vfm_notes.analysis.crossed import crossed
+from vfm_notes.analysis.crossed import crossed_association
 from vfm_notes.analysis.gain import gain_table
 from vfm_notes.analysis.prediction import prediction_points, prediction_table
 from vfm_notes.analysis.tables import Tables
-from vfm_notes.report import curves, evidence, explorer, figures, live, measured
+from vfm_notes.report import curves, evidence, explorer, figures, explorer as live, curves as measured
 
 PARTS = {"titled", "curve_panel"}  # of other charts
 
@@ -20,15 +20,17 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
     cells, metrics = cell_points(tables, gains), done.drop_duplicates("task").set_index("task").metric.to_dict()
     first = convergence_table(tables).query("rule == 'rise'")
     first = first.assign(value=first.epochs, low=first.epochs_low, high=first.epochs_high)
-    costs = {r["kind"]: r for r in measured.kept("backbone_costs.json")}["cpu"]
-    losses = tables.curves[tables.curves.name == "loss"].assign(id=lambda t: t.backbone + t.strategy + t.seed.astype(str))
+    costs = {r["kind"]: r for r in measured.read_measurements("backbone_costs.json")}["cpu"]
+    losses = tables.curves[tables.curves.name == "loss"].assign(
+        id=lambda t: t.backbone + t.strategy + t.seed.astype(str)
+    )
     told = [(e, 3.0 * e, name, value / e) for e in (1, 2) for name, value in (("loss", 0.9), ("val_dice", 0.4))]
     picks = prediction_table(tables, draws=20).query("counts")
     return {
         "gain_matrix": figures.gain_matrix(gains),
-        "alignment_scatter": figures.alignment_scatter(cells, crossed(cells, draws=100)),
+        "alignment_scatter": figures.alignment_scatter(cells, crossed_association(cells, draws=100)),
         "distance_layers": figures.distance_layers(tables.d2p[tables.d2p.strategy != "scratch"], "t", "s"),
-        "dots": figures.dots(first, "epochs"),
+        "dots": figures.dot_chart(first, "epochs"),
         "cost_chart": figures.cost_chart(done, "t", "s"),
         "curve_panels": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}),
         "trajectories": curves.trajectories(tables.curves, metrics, "t", "s"),

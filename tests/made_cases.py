@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 
 from vfm_notes.data.cohort import CohortCard
-from vfm_notes.data.manifest import Manifest, as_text
+from vfm_notes.data.manifest import Manifest, text_table
 from vfm_notes.foundation.registry import VfmError
 
 GRID = dict(size=(4, 12, 12), spacing=(3.0, 1.0, 1.0))
-CARD = CohortCard("boxes", "Boxes", "Apache-2.0", "made here", "none", ("t2w", "adc"), ("background", "gland", "lesion"), ("low", "high"), (3.0, 1.0, 1.0))
+CARD = CohortCard(
+    "boxes", "Boxes", "Apache-2.0", "made here", "none", ("t2w", "adc"), ("background", "gland", "lesion"),
+    ("low", "high"), (3.0, 1.0, 1.0),
+)
 
 
 def message(function, *args, **kwargs) -> str:
@@ -25,7 +28,8 @@ def nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None) -> s
     return path.name
 
 
-def picture_of(seed: int) -> np.ndarray: return np.random.default_rng(seed).normal(100, 20, (16, 16, 6)).astype(np.float32)
+def picture_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(100, 20, (16, 16, 6)).astype(np.float32)
 
 
 GLAND, LESION = np.zeros((16, 16, 6), np.uint8), np.zeros((16, 16, 6), np.uint8)
@@ -39,6 +43,13 @@ def boxes(folder: Path, n: int = 6, **columns) -> Manifest:
         nifti(folder/f"c{i}_gland.nii.gz", GLAND)
         if i % 2: nifti(folder/f"c{i}_lesion.nii.gz", LESION)
     names = [f"c{i}" for i in range(n)]
-    table = dict(case=names, patient=[f"p{i}" for i in range(n)], t2w=[f"{c}_t2w.nii.gz" for c in names], adc=[f"{c}_adc.nii.gz" for c in names],
-                 mask_gland=[f"{c}_gland.nii.gz" for c in names], mask_lesion=[f"{c}_lesion.nii.gz" if i % 2 else "none" for i, c in enumerate(names)], grade=["low", "high"] * (n // 2) + ["low"] * (n % 2))
-    return Manifest(as_text(pd.DataFrame({k: v for k, v in (table | columns).items() if v is not None})), CARD, folder, crop="mask_gland")
+    table = dict(
+        case=names, patient=[f"p{i}" for i in range(n)], t2w=[f"{c}_t2w.nii.gz" for c in names],
+        adc=[f"{c}_adc.nii.gz" for c in names], mask_gland=[f"{c}_gland.nii.gz" for c in names],
+        mask_lesion=[f"{c}_lesion.nii.gz" if i % 2 else "none" for i, c in enumerate(names)],
+        grade=["low", "high"] * (n // 2) + ["low"] * (n % 2),
+    )
+    return Manifest(
+        text_table(pd.DataFrame({k: v for k, v in (table | columns).items() if v is not None})), CARD, folder,
+        crop="mask_gland",
+    )

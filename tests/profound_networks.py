@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfm_notes.nets.convnext3d import ConvNeXtBlock, ChannelNorm, ConvNeXt3d
-from vfm_notes.nets.dense_heads import FCNHead, UNETRDecoder, UPerHead
+from vfm_notes.nets.decoder import FCNHead, UNETRDecoder, UPerHead
 from vfm_notes.nets.mae3d import to_patches
 
 
@@ -81,7 +81,9 @@ class FCMAE(nn.Module):
         self.encoder, self.patch = encoder, encoder.strides[-1]
         channels = encoder.downsample_layers[0][0].in_channels
         self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1, 1))
-        self.proj, self.decoder = nn.Conv3d(stage_widths(encoder)[-1], width, 1), nn.Sequential(ConvNeXtBlock(width, kernel))
+        self.proj, self.decoder = (
+            nn.Conv3d(stage_widths(encoder)[-1], width, 1), nn.Sequential(ConvNeXtBlock(width, kernel)),
+        )
         self.pred = nn.Conv3d(width, self.patch[0] * self.patch[1] * self.patch[2] * channels, 1)
 
     def forward(self,

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from vfm_notes.backbones.keys import load_weights
-from vfm_notes.backbones.promptable import LiteMedSAM
-from vfm_notes.backbones.volumetric import turned
-from vfm_notes.backbones.weights import fetch
-from vfm_notes.nets.files import read_state, strip
+from vfm_notes.backbones.volumetric import LiteMedSAM
+from vfm_notes.backbones.volumetric import reverse_axes
+from vfm_notes.backbones.weights import fetch_weights
+from vfm_notes.nets.files import read_state, strip_prefix
 
 
 class Segmenter(nn.Module):
@@ -23,8 +23,8 @@ class Segmenter(nn.Module):
         self.net = SegResNetDS(3, width, 1, 1, **kinds, dsdepth=4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.net(turned(x))
-        return turned(y[0] if isinstance(y, list) else y)
+        y = self.net(reverse_axes(x))
+        return reverse_axes(y[0] if isinstance(y, list) else y)
 
     def windows(self, x: torch.Tensor, size=(32, 128, 128), overlap: float = 0.25) -> torch.Tensor:
         "Scores of a volume of any size, window by window."
@@ -34,8 +34,8 @@ class Segmenter(nn.Module):
 
 def gland_segmenter() -> Segmenter:  # gland where the sigmoid exceeds 0.55
     "The TAPS network with its published weights, ready to be used or fine-tuned."
-    model, state = Segmenter(), read_state(fetch("segresnet_ds.taps"))
-    encoder = {f"encoder.{k}": v for k, v in strip(state, "encoder.model.").items()}
+    model, state = Segmenter(), read_state(fetch_weights("segresnet_ds.taps"))
+    encoder = {f"encoder.{k}": v for k, v in strip_prefix(state, "encoder.model.").items()}
     load_weights(model.net, encoder | {k: v for k, v in state.items() if k.startswith("up_layers.")})
     return model.eval()
 
@@ -44,7 +44,7 @@ def box_segmenter() -> LiteMedSAM:  # in eval mode
     "LiteMedSAM with its published weights, ready to be used or fine-tuned."
     model = LiteMedSAM()
     name = lambda k: f"image_{k}" if k.startswith("encoder.") else k
-    load_weights(model, {name(k): v for k, v in read_state(fetch("lite_medsam.medsam")).items()}, share=1)
+    load_weights(model, {name(k): v for k, v in read_state(fetch_weights("lite_medsam.medsam")).items()}, share=1)
     return model.eval()
 
 

@@ -1,4 +1,5 @@
-"""A one-node Slurm cluster on this machine, for tests: Debian's slurm-wlm and munge, started by root, gone with the block."""
+"""A one-node Slurm cluster on this machine, for tests: Debian's slurm-wlm and munge, started by root, gone with the
+block."""
 import contextlib
 import os
 import shutil
@@ -75,7 +76,10 @@ class Cluster:
     def __call__(self, *command): return subprocess.run(command, capture_output=True, text=True, env=self.env)
 
     def daemon(self, *command):
-        with open(self.folder/f"{command[0]}.out", "a") as out: self.processes.append(subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=self.env))
+        with open(self.folder/f"{command[0]}.out", "a") as out:
+            self.processes.append(
+                subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=self.env)
+            )
         return self.processes[-1]
 
     def start_node(self):
@@ -96,7 +100,8 @@ def processes_with(*texts: str) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try: about = (folder/"environ").read_bytes() + b"\0" + (folder/"cmdline").read_bytes()
         except OSError: continue
-        if all(t.encode() in about for t in texts) or b"slurmstepd" in about and texts[-1].encode() in about: found.append(int(folder.name))
+        if all(t.encode() in about for t in texts) or b"slurmstepd" in about and texts[-1].encode() in about:
+            found.append(int(folder.name))
     return found
 
 
@@ -110,7 +115,10 @@ def cluster(folder: Path, cpus: int = 2):
     key.chmod(0o600)
     here, before = Cluster(folder, cpus), os.environ.get("SLURM_CONF")
     try:
-        here.daemon("munged", "-F", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed")
+        here.daemon(
+            "munged", "-F", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
+        )
         wait(lambda: (folder/"munge.socket").exists())
         here.daemon("slurmctld", "-D", "-i")
         wait(lambda: here("sinfo", "-h").returncode == 0)

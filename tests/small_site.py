@@ -57,6 +57,8 @@ if __name__ == "__main__":  # a process of its own: study, and "hold": it keeps 
     os.chdir(Path(sys.argv[1]).parent)
     few_pages()
     real = site.render
-    site.render = lambda *words: (print("rendering", flush=True), sys.argv[2:] and sys.stdin.readline(), real(*words))[-1]
+    site.render = lambda *words: (print("rendering", flush=True), sys.argv[2:] and sys.stdin.readline(), real(*words))[
+        -1
+    ]
     made = build(sys.argv[1])
     print("up to date" if made.up_to_date else "made", flush=True)

@@ -35,10 +35,20 @@ def test_help_is_light():
     "Nothing that takes long to import is imported, neither for help nor for the runner."
     code = f"import sys, atexit; atexit.register(lambda: print('heavy:', [m for m in {HEAVY} if m in sys.modules])); "
     env = os.environ | {"PYTHONPATH": python_path()}
-    done = subprocess.run([sys.executable, "-c", code + "from vfm_notes.report.cli import main; sys.argv = ['vfm', '--help']; main()"], capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and all(w in done.stdout for w in ("run", "status", "table", "site", "data", "weights", "doctor"))
+    done = subprocess.run(
+        [sys.executable, "-c", code + "from vfm_notes.report.cli import main; sys.argv = ['vfm', '--help']; main()"],
+        capture_output=True, text=True, env=env,
+    )
+    assert done.returncode == 0 and all(
+        w in done.stdout for w in ("run", "status", "table", "site", "data", "weights", "doctor")
+    )
     assert done.stdout.splitlines()[-1] == "heavy: []", done.stdout
-    assert subprocess.run([sys.executable, "-c", code + "import vfm_notes.runs.batch"], capture_output=True, text=True, env=env).stdout == "heavy: []\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code + "import vfm_notes.runs.batch"], capture_output=True, text=True, env=env
+        ).stdout
+        == "heavy: []\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["run", "status", "table", "site"])
@@ -48,8 +58,12 @@ def test_unknown_study(toy, command):
     assert not toy.runs.exists()
 
 
-BAD_FILES = {"unknown key": (dict(taks={}), ["unknown key 'taks'", "Did you mean 'tasks'?", "toy.yaml"]), "unknown budget": (dict(budget={"epoch": 3}), ["unknown key 'epoch'", "'epochs'"]),
-             "doubled seed": (dict(seeds=[0, 0]), ["seeds"]), "no task": (dict(tasks={}), ["tasks"]), "size": (dict(size=[4, 8]), ["size", "three"])}
+BAD_FILES = {
+    "unknown key": (dict(taks={}), ["unknown key 'taks'", "Did you mean 'tasks'?", "toy.yaml"]),
+    "unknown budget": (dict(budget={"epoch": 3}), ["unknown key 'epoch'", "'epochs'"]),
+    "doubled seed": (dict(seeds=[0, 0]), ["seeds"]), "no task": (dict(tasks={}), ["tasks"]),
+    "size": (dict(size=[4, 8]), ["size", "three"]),
+}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -65,8 +79,16 @@ def test_a_study_file_that_is_no_yaml(toy):
     refused(toy.run(), "not valid YAML")
 
 
-@pytest.mark.parametrize("words, said", [(("--only", "task=segmentatoin"), ["no task 'segmentatoin'", "Did you mean 'segmentation'?"]), (("--only", "backbone=profound"), ["no backbone 'profound'", "profound_toy.mae_phantom"]),
-                                         (("--only", "stragety=full"), ["unknown key 'stragety'", "'strategy'"]), (("--executor", "slrum"), ["Unknown executor 'slrum'", "local"]), (("--engine", "fast"), ["Unknown engine 'fast'"])])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--only", "task=segmentatoin"), ["no task 'segmentatoin'", "Did you mean 'segmentation'?"]),
+        (("--only", "backbone=profound"), ["no backbone 'profound'", "profound_toy.mae_phantom"]),
+        (("--only", "stragety=full"), ["unknown key 'stragety'", "'strategy'"]),
+        (("--executor", "slrum"), ["Unknown executor 'slrum'", "local"]),
+        (("--engine", "fast"), ["Unknown engine 'fast'"]),
+    ],
+)
 def test_wrong_words(toy, words, said):
     refused(toy.run(*words), *said)
     assert not toy.runs.exists()
@@ -97,7 +119,12 @@ def test_absent_data(toy, data):
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(toy):
     done = toy.run("--dry-run")
-    assert done.returncode == 0 and "2 of 2 notebooks to run" in done.stdout and "missing segmentation-profound_toy.mae_phantom-n4" in done.stdout and not toy.runs.exists()
+    assert (
+        done.returncode == 0
+        and "2 of 2 notebooks to run" in done.stdout
+        and "missing segmentation-profound_toy.mae_phantom-n4" in done.stdout
+        and not toy.runs.exists()
+    )
     done = toy.vfm("run", "phantom", "--dry-run", "--only", "task=translation")
     assert done.returncode == 0 and "13 of 13 notebooks" in done.stdout and not toy.runs.exists()
 
@@ -118,7 +145,9 @@ def test_a_study_that_ran(toy):
         file = toy.root/f"table{suffix}"
         assert toy.vfm("table", str(toy.study), "-o", str(file)).returncode == 0
         table = read(file)
-        assert set(table.id) == set(toy.results()) and {i: m["dice"] for i, (_, m, _) in toy.results().items()} == pytest.approx(dict(zip(table.id, table.dice)))
+        assert set(table.id) == set(toy.results()) and {
+            i: m["dice"] for i, (_, m, _) in toy.results().items()
+        } == pytest.approx(dict(zip(table.id, table.dice)))
     refused(toy.vfm("table", str(toy.study), "-o", "table.doc"), "table.doc", ".csv")
 
 
@@ -132,11 +161,21 @@ def test_doctor_and_lists(toy):
 
 
 # Names are checked against the registries, in a worker that has imported them.
-BAD_NAMES = {"task": (dict(tasks={"segmantation": {}}), ["Unknown task 'segmantation'", "Did you mean 'segmentation'?"]), "strategy": (dict(strategies=["scrach"]), ["Unknown strategy 'scrach'", "'scratch'"]),
-             "backbone": (dict(backbones=["profund_toy.mae_phantom"], pretrain={"mae_phantom": {"backbone": "profund_toy"}}), ["Unknown backbone 'profund_toy'", "'profound_toy'"]),
-             "cohort": (dict(cohort="fantom"), ["Unknown cohort 'fantom'", "'phantom'"]), "weights": (dict(pretrain={}), ["mae_phantom", "pretrain"]),
-             "objective": (dict(pretrain={"mae_phantom": {"backbone": "profound_toy", "objective": "masked"}}), ["Unknown objective 'masked'"]),
-             "size": (dict(spacing=[400.0, 1.5, 1.5]), ["spacing"])}
+BAD_NAMES = {
+    "task": (dict(tasks={"segmantation": {}}), ["Unknown task 'segmantation'", "Did you mean 'segmentation'?"]),
+    "strategy": (dict(strategies=["scrach"]), ["Unknown strategy 'scrach'", "'scratch'"]),
+    "backbone": (
+        dict(backbones=["profund_toy.mae_phantom"], pretrain={"mae_phantom": {"backbone": "profund_toy"}}),
+        ["Unknown backbone 'profund_toy'", "'profound_toy'"],
+    ),
+    "cohort": (dict(cohort="fantom"), ["Unknown cohort 'fantom'", "'phantom'"]),
+    "weights": (dict(pretrain={}), ["mae_phantom", "pretrain"]),
+    "objective": (
+        dict(pretrain={"mae_phantom": {"backbone": "profound_toy", "objective": "masked"}}),
+        ["Unknown objective 'masked'"],
+    ),
+    "size": (dict(spacing=[400.0, 1.5, 1.5]), ["spacing"]),
+}
 
 
 @pytest.mark.parametrize("case", BAD_NAMES)

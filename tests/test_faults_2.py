@@ -27,7 +27,8 @@ def toy(tmp_path) -> Toy: return Toy(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> dict: return undisturbed(tmp_path_factory.mktemp("undisturbed")).table()  # what is left where nothing happens
+# what is left where nothing happens
+def table(tmp_path_factory) -> dict: return undisturbed(tmp_path_factory.mktemp("undisturbed")).table()
 
 
 def mended(toy: Toy, table: dict, flag: str) -> bool:
@@ -63,7 +64,8 @@ def training(root) -> Toy:
     return toy
 
 
-def numbers(toy: Toy) -> dict: return {i.rsplit("-", 1)[0]: (r["status"], r["metrics"]) for i, r in toy.records().items()}
+def numbers(toy: Toy) -> dict:
+    return {i.rsplit("-", 1)[0]: (r["status"], r["metrics"]) for i, r in toy.records().items()}
 
 
 @pytest.mark.parametrize("whom", ["runner", "worker", "kernel"])
@@ -72,20 +74,28 @@ def test_sigterm_ends_the_epoch_and_leaves_a_checkpoint(tmp_path, trained, whom)
     toy.flag("slow")
     runner = toy.start_run(*ONLY)
     kernel = kernel_at_work(toy)
-    worker = int((toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock").read_text(encoding="utf-8").split()[0])
+    worker = int(
+        (toy.runs / "toy" / "locks" / "pretrain-profound_toy.mae_phantom.lock").read_text(encoding="utf-8").split()[0]
+    )
     os.kill({"runner": runner.pid, "worker": worker, "kernel": kernel}[whom], signal.SIGTERM)
     out, err = runner.communicate(timeout=300)
-    assert runner.returncode == 1 and "paused  pretrain" in out and not any(r["status"] == "failed" for r in toy.records().values()), out + err
+    assert (
+        runner.returncode == 1
+        and "paused  pretrain" in out
+        and not any(r["status"] == "failed" for r in toy.records().values())
+    ), out + err
     assert whom != "runner" or ("stop requested" in out and not toy.records() and "SIGTERM" in err)
     kept, = (toy.runs/"toy"/"checkpoints").glob("*.pt")
     epochs = (toy.flags/"epochs").read_text(encoding="utf-8").split()
     import torch
     at = torch.load(kept, weights_only=True)
-    assert (at["epoch"], at["done"]) == (int(epochs[-1]) + 1, 0) and int(epochs[-1]) < 40  # after a whole epoch, long before the end
+    # after a whole epoch, long before the end
+    assert (at["epoch"], at["done"]) == (int(epochs[-1]) + 1, 0) and int(epochs[-1]) < 40
     toy.flag("slow", False)
     again = toy.run(*ONLY)
     assert again.returncode == 0 and numbers(toy) == trained, again.stdout + again.stderr
-    assert (toy.flags/"epochs").read_text(encoding="utf-8").split() == [str(e) for e in range(1, 41)]  # none was taken twice
+    # none was taken twice
+    assert (toy.flags/"epochs").read_text(encoding="utf-8").split() == [str(e) for e in range(1, 41)]
     assert not kept.exists()
 
 
@@ -109,7 +119,11 @@ def test_a_run_that_wants_too_much_memory_fails_alone(toy, table):
     done = toy.run()
     assert done.returncode == 1 and Counter(r["status"] for r in toy.records().values()) == {"done": 6, "failed": 1}
     bad, = (r for r in toy.records().values() if r["status"] == "failed")
-    assert "full" in bad["id"] and bad["error"]["type"] in ("MemoryError", "_ArrayMemoryError") and "allocate" in bad["error"]["message"]
+    assert (
+        "full" in bad["id"]
+        and bad["error"]["type"] in ("MemoryError", "_ArrayMemoryError")
+        and "allocate" in bad["error"]["message"]
+    )
     assert mended(toy, table, "hungry-transfer-full-1")
 
 
@@ -126,17 +140,32 @@ def test_a_kernel_that_the_system_kills_for_memory(toy, table):
         done = toy.run()
         assert done.returncode == 1, done.stdout + done.stderr
         bad, = (r for r in toy.records().values() if r["status"] == "failed")
-        assert bad["error"]["type"] == "KernelDied" and "memory runs out" in bad["error"]["message"] and bad["error"]["cell"] == 3 and "full" in bad["id"]
-        assert Counter(r["status"] for r in toy.records().values()) == {"done": 6, "failed": 1} and mended(toy, table, "hungry-group-transfer-full-1")
+        assert (
+            bad["error"]["type"] == "KernelDied"
+            and "memory runs out" in bad["error"]["message"]
+            and bad["error"]["cell"] == 3
+            and "full" in bad["id"]
+        )
+        assert Counter(r["status"] for r in toy.records().values()) == {"done": 6, "failed": 1} and mended(
+            toy, table, "hungry-group-transfer-full-1"
+        )
     finally: os.rmdir(group)
 
 
 def test_a_run_that_hangs_is_ended_and_names_its_cell(toy, table):
     toy.flag("hang-transfer-scratch-1")
     done = toy.run("--time-limit", "0.4")  # minutes; the others take a moment
-    assert done.returncode == 1 and Counter(r["status"] for r in toy.records().values()) == {"done": 6, "failed": 1}, done.stdout + done.stderr
+    assert done.returncode == 1 and Counter(r["status"] for r in toy.records().values()) == {"done": 6, "failed": 1}, (
+        done.stdout + done.stderr
+    )
     bad, = (r for r in toy.records().values() if r["status"] == "failed")
-    assert "scratch-n4-s1" in bad["id"] and bad["error"]["type"] == "TimeLimit" and bad["error"]["cell"] == 3 and "0.4 minutes" in bad["error"]["message"] and "cell 3" in done.stdout
+    assert (
+        "scratch-n4-s1" in bad["id"]
+        and bad["error"]["type"] == "TimeLimit"
+        and bad["error"]["cell"] == 3
+        and "0.4 minutes" in bad["error"]["message"]
+        and "cell 3" in done.stdout
+    )
     toy.write(time_limit=1)
     assert mended(toy, table, "hang-transfer-scratch-1")
 
@@ -145,26 +174,36 @@ def test_a_notebook_that_hangs_outside_of_its_runs(toy):
     toy.flag("hang-at-the-end")
     toy.write(time_limit=0.4)
     done = toy.run("--only", "kind=pretrain")
-    assert done.returncode == 1 and "cell 4" in done.stdout and [r["status"] for r in toy.records().values()] == ["done"], done.stdout + done.stderr
+    assert (
+        done.returncode == 1 and "cell 4" in done.stdout and [r["status"] for r in toy.records().values()] == ["done"]
+    ), done.stdout + done.stderr
 
 
 def test_a_disk_that_becomes_full(tmp_path, table):
     toy, disk = Toy(tmp_path), tmp_path/"disk"
     disk.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("a small tmpfs needs root")
+    if (
+        os.getuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("a small tmpfs needs root")
     try:
         toy.runs = disk/"runs"
         toy.flag("fill-transfer-full-0")
         (toy.flags/"where").write_text(str(disk/"filler"))
         full = toy.run("--jobs", "1")
         said = f"The disk of {disk}/runs/toy is full: make space"
-        assert full.returncode == 1 and full.stderr.count(said) == 1 and "Traceback" not in full.stderr, full.stdout + full.stderr
+        assert full.returncode == 1 and full.stderr.count(said) == 1 and "Traceback" not in full.stderr, (
+            full.stdout + full.stderr
+        )
         whole = toy.results()
         assert whole and {r[0] for r in whole.values()} == {"done"} and not list((toy.runs/"toy").glob(".*"))
         toy.flag("fill-transfer-full-0", False)
         (disk/"filler").unlink()
         again = toy.run()
-        assert again.returncode == 0 and toy.table() == table and whole.items() <= toy.results().items(), again.stdout + again.stderr
+        assert again.returncode == 0 and toy.table() == table and whole.items() <= toy.results().items(), (
+            again.stdout + again.stderr
+        )
         assert not set(whole) & {i for i, n in Counter(toy.log()).items() if n > 1}
     finally: subprocess.run(["umount", disk])
 
@@ -184,7 +223,10 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, table):
     (tmp_path/"jumps").mkdir()
     (tmp_path/"jumps"/"sitecustomize.py").write_text(JUMPS)
     path = f"{tmp_path/'jumps'}{os.pathsep}{toy.env['PYTHONPATH']}"
-    probe = subprocess.run([sys.executable, "-c", "import time; print(max(abs(time.time() - time.time()) for _ in range(50)))"], env=toy.env | {"PYTHONPATH": path}, capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", "import time; print(max(abs(time.time() - time.time()) for _ in range(50)))"],
+        env=toy.env | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )
     assert float(probe.stdout) > 80000, probe.stderr
     runner = toy.start_run("--jobs", "1", PYTHONPATH=path)
     lock = toy.runs/"toy"/"locks"/"pretrain-profound_toy.mae_phantom.lock"
@@ -195,7 +237,9 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, table):
     for line in status.stdout.splitlines():
         if line.startswith("running"): assert not re.search(r" -\d", line), "no negative times"
     out, err = runner.communicate(timeout=300)
-    assert runner.returncode == 0 and " h " not in out and toy.table() == table and set(Counter(toy.log()).values()) == {1}, out + err
+    assert (
+        runner.returncode == 0 and " h " not in out and toy.table() == table and set(Counter(toy.log()).values()) == {1}
+    ), out + err
     assert "up to date" in toy.run(PYTHONPATH=path).stdout
     files = [p for p in (toy.runs/"toy").rglob("*") if p.is_file()]
     for p in files: os.utime(p, (time.time() + 1e7, time.time() + 1e7))
@@ -210,7 +254,11 @@ def test_a_template_edited_in_the_middle_of_a_study_is_told(toy, table):
     status = toy.vfm("status", str(toy.study)).stdout
     assert f"2 records were made by another version of {template}" in status
     done = toy.run()
-    assert done.returncode == 0 and f"2 records were made by another version of {template}" in done.stdout and before.items() <= toy.results().items()
+    assert (
+        done.returncode == 0
+        and f"2 records were made by another version of {template}" in done.stdout
+        and before.items() <= toy.results().items()
+    )
     hashes = Counter(r["template_hash"] for r in toy.records().values() if r["kind"] == "transfer")
     assert sorted(hashes.values()) == [2, 4] and toy.table() == table
 
@@ -219,7 +267,10 @@ def test_a_changed_study_lists_old_records_and_never_mixes_them(toy):
     assert toy.run("--seeds", "0").returncode == 0
     toy.write(size=[4, 8, 16])
     status = toy.vfm("status", str(toy.study))
-    assert "3 records belong to no run of the study file as it is now" in status.stdout and "Study toy: 7 missing of 7 runs" in status.stdout
+    assert (
+        "3 records belong to no run of the study file as it is now" in status.stdout
+        and "Study toy: 7 missing of 7 runs" in status.stdout
+    )
     assert toy.run("--seeds", "0").returncode == 0 and len(toy.records()) == 6
     table = toy.vfm("table", str(toy.study))
     assert "3 records belong to no run" in table.stderr and table.stdout.count("done") == 3, table

@@ -11,17 +11,25 @@ import torch
 
 import vfm_notes
 
-NAMES = ["distance_to_pretraining", "gain", "load_backbone", "load_cohort", "load_study", "mmd2", "run_study", "two_sample_test"]
+NAMES = [
+    "distance_to_pretraining", "gain", "load_backbone", "load_cohort", "load_study", "mmd2", "run_study",
+    "two_sample_test",
+]
 INIT = Path(vfm_notes.__file__)
 
 
 def fresh(program: str, *options: str) -> subprocess.CompletedProcess:
     "A process that has imported nothing."
-    return subprocess.run([sys.executable, *options, "-c", program], capture_output=True, text=True, cwd=INIT.parents[1])
+    return subprocess.run(
+        [sys.executable, *options, "-c", program], capture_output=True, text=True, cwd=INIT.parents[1]
+    )
 
 
 def test_the_door_itself_imports_nothing():
-    seen = [set(re.findall(r"\| +([\w.]+)$", fresh(p, "-X", "importtime").stderr, re.M)) for p in ("pass", "import vfm_notes; dir(vfm_notes)")]
+    seen = [
+        set(re.findall(r"\| +([\w.]+)$", fresh(p, "-X", "importtime").stderr, re.M))
+        for p in ("pass", "import vfm_notes; dir(vfm_notes)")
+    ]
     assert seen[1] - seen[0] == {"vfm_notes"}
 
 
@@ -34,12 +42,18 @@ def test_tab_completion_lists_every_name():
 
 @pytest.mark.parametrize("name,heavy", [("load_study", False), ("gain", False), ("run_study", False), ("mmd2", True)])
 def test_a_name_imports_torch_only_where_it_computes_with_it(name, heavy):
-    done = fresh(f"import sys, vfm_notes; assert callable(vfm_notes.{name}); print('torch' in sys.modules, 'monai' in sys.modules)")
+    done = fresh(
+        f"import sys, vfm_notes; assert callable(vfm_notes.{name}); print('torch' in sys.modules, 'monai' in "
+        "sys.modules)"
+    )
     assert done.stdout.split() == [str(heavy), "False"], done.stderr
 
 
 def test_a_backbone_needs_no_catalog_first():
-    done = fresh("import vfm_notes, torch; net = vfm_notes.load_backbone('profound_toy'); print(net.in_channels, net.embed(torch.zeros(1, 3, 8, 32, 32)).shape[1] == net.embed_dim)")
+    done = fresh(
+        "import vfm_notes, torch; net = vfm_notes.load_backbone('profound_toy'); print(net.in_channels, "
+        "net.embed(torch.zeros(1, 3, 8, 32, 32)).shape[1] == net.embed_dim)"
+    )
     assert done.stdout.split() == ["3", "True"], done.stderr
 
 
@@ -81,10 +95,15 @@ def test_distance_between_backbones_is_that_of_their_features():
     off = ~np.eye(n, dtype=bool)
     wanted = (kernel[:n, :n][off] + kernel[n:, n:][off] - 2 * kernel[:n, n:][off]).mean()
     assert table.layer.iloc[-1] == "embed" and table.mmd2.iloc[-1] == pytest.approx(wanted, abs=1e-5)
-    with pytest.raises(vfm_notes.foundation.registry.VfmError, match="needs volumes"): vfm_notes.distance_to_pretraining(before, after)
+    with pytest.raises(vfm_notes.foundation.registry.VfmError, match="needs volumes"):
+        vfm_notes.distance_to_pretraining(before, after)
 
 
-@pytest.mark.parametrize("score,reference,metric,percent", [(0.9, 0.8, "dice", 12.5), (4.0, 5.0, "hd95", 20.0), (0.5, 0.4, "mae", -25.0), (0.4, 0.5, "auc", -20.0)])
+@pytest.mark.parametrize(
+    "score,reference,metric,percent",
+    [(0.9, 0.8, "dice", 12.5), (4.0, 5.0, "hd95", 20.0), (0.5, 0.4, "mae", -25.0), (0.4, 0.5, "auc", -20.0)],
+)
 def test_gain_is_positive_where_the_metric_got_better(score, reference, metric, percent):
     assert vfm_notes.gain(score, reference, metric) == pytest.approx(percent)
-    with pytest.raises(vfm_notes.foundation.registry.VfmError, match=f"Did you mean '{metric}'"): vfm_notes.gain(score, reference, f"{metric}x")
+    with pytest.raises(vfm_notes.foundation.registry.VfmError, match=f"Did you mean '{metric}'"):
+        vfm_notes.gain(score, reference, f"{metric}x")

@@ -14,7 +14,7 @@ from vfm_notes.foundation.schema import from_values
 from vfm_notes.foundation.spec import StudySpec
 from vfm_notes.report.cli import app
 from vfm_notes.report.convert import join_lines, read_notebook
-from vfm_notes.report.folder import init_folder
+from vfm_notes.report.doctor import init_folder
 from vfm_notes.runs.slurm import SlurmSettings
 
 ROOT = package_root().parent
@@ -47,7 +47,8 @@ def parse(command: str) -> None:
         assert words[0] in group.commands, f"{command}: no command {words[0]}"
         group, words = group.commands[words[0]], words[1:]
     if words and words != ["--version"]: group.make_context(command, list(words), resilient_parsing=False)
-    elif not hasattr(group, "commands"): assert not [p for p in group.params if p.required], f"{command}: an argument is missing"
+    elif not hasattr(group, "commands"):
+        assert not [p for p in group.params if p.required], f"{command}: an argument is missing"
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -70,8 +71,11 @@ def test_commands_of_a_new_folder_parse(tmp_path):
             for c in commands(path.read_text(encoding="utf-8")): parse(c)
     study = (tmp_path/"new"/"study.yaml").read_text(encoding="utf-8")
     parse(re.search(r"Run it:\s+(vfm .+)", study)[1])
-    offered = yaml.safe_load("\n".join(l.removeprefix("# ") for l in study.splitlines() if re.match(r"# \w+:", l) and "Run it" not in l))
-    from_values(StudySpec, yaml.safe_load(study) | offered | {"bad_cases": "exclude"}, "study.yaml")  # what is offered in comments is accepted
+    offered = yaml.safe_load(
+        "\n".join(l.removeprefix("# ") for l in study.splitlines() if re.match(r"# \w+:", l) and "Run it" not in l)
+    )
+    # what is offered in comments is accepted
+    from_values(StudySpec, yaml.safe_load(study) | offered | {"bad_cases": "exclude"}, "study.yaml")
     cells = json.loads((tmp_path/"new"/"look.ipynb").read_text(encoding="utf-8"))["cells"]
     for line in "\n".join("".join(c["source"]) for c in cells).splitlines(): check_import(line)
 
@@ -91,10 +95,15 @@ def test_names_and_files_exist(name):
             values = yaml.safe_load(body)
             from_values(StudySpec if "backbones" in values else SlurmSettings, values, name)
     for path in re.findall(r"`((?:nbs|tests|vfm_notes)/[\w./-]+\w)`", TEXTS[name]):
-        assert (ROOT/path).exists() or list((ROOT/path).parent.glob(Path(path).name + "*")), f"{name}: {path} does not exist"
+        assert (ROOT / path).exists() or list((ROOT / path).parent.glob(Path(path).name + "*")), (
+            f"{name}: {path} does not exist"
+        )
 
 
 def test_every_command_has_its_guide():
     said = " ".join(TEXTS.values())
     for name, command in COMMAND.commands.items():
-        for full in [f"vfm {name} {sub}" for sub in command.commands] if hasattr(command, "commands") else [f"vfm {name}"]: assert full in said, f"no guide mentions {full}"
+        for full in (
+            [f"vfm {name} {sub}" for sub in command.commands] if hasattr(command, "commands") else [f"vfm {name}"]
+        ):
+            assert full in said, f"no guide mentions {full}"

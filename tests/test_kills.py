@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vfm_notes.runs.forkserver import python_path
-from vfm_notes.foundation.disk import lives
+from vfm_notes.foundation.places import pid_alive
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals as on Linux")
 ROUNDS = 12  # kills of each kind
@@ -38,18 +38,18 @@ from vfm_notes.backbones import weights as w
 folder, name = Path(os.environ["VFM_WEIGHTS"]), "net.test"
 folder.mkdir()
 torch.save({f"l{i}": torch.ones(40_000) * i for i in range(12)}, folder/"net.pth")
-card = dict(title="a test", licence="MIT", source="a page", file="net.pth", sha256=w.digest(folder/"net.pth"))
+card = dict(title="a test", licence="MIT", source="a page", file="net.pth", sha256=w.file_digest(folder/"net.pth"))
 w.weights(name, **card)(lambda state: state)
 def work(k):
     made = w.converted_file(name)
     if made.exists(): made.rename(folder/f"before-{k % 3}.safetensors")
-    w.fetch(name)
+    w.fetch_weights(name)
 work(0)
 ''', 0.2),
     "cache": ('''
 from vfm_notes.data.load import load_cohort
 from vfm_notes.data.load import cache_root
-from vfm_notes.runs.repair import sweep_cache
+from vfm_notes.runs.locks import remove_stale_cache
 load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, 999)
 def work(k): load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, k % 5)
 ''', 0.4),
@@ -64,7 +64,9 @@ def work(k): small_site.build(studies[k % 2])
 
 def environment(root: Path) -> dict:
     "Runs below a folder, and the tests' own modules."
-    return os.environ | {"VFM_RUNS": str(root/"runs"), "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
+    return os.environ | {
+        "VFM_RUNS": str(root / "runs"), "PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)]),
+    }
 
 
 @pytest.fixture
@@ -73,8 +75,10 @@ def killed(tmp_path):
     env = environment(tmp_path) | {"VFM_WEIGHTS": str(tmp_path/"weights"), "OMP_NUM_THREADS": "1"}
     def run(kind: str, after_each, enough=lambda: True) -> None:  # on a busy machine it takes more and later kills
         prepare, longest = KINDS[kind]
-        parent = subprocess.Popen([sys.executable, "-c", PARENT.format(prepare=prepare)], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1, env=env, cwd=tmp_path)
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT.format(prepare=prepare)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, bufsize=1, env=env, cwd=tmp_path,
+        )
         rng = random.Random(kind)
         try:
             assert parent.stdout.readline() == "ready\n"
@@ -84,7 +88,7 @@ def killed(tmp_path):
                 pid = int(parent.stdout.readline())
                 time.sleep(rng.uniform(0, longest * (1 + turn // ROUNDS)))
                 os.kill(pid, signal.SIGKILL)
-                while lives(pid): time.sleep(0.001)
+                while pid_alive(pid): time.sleep(0.001)
                 after_each()
         finally: parent.kill(), parent.communicate()
     return run
@@ -107,13 +111,13 @@ def test_prepared_cohorts_are_whole_or_made_again(killed, tmp_path, monkeypatch)
     import numpy as np
 
     from vfm_notes.data.load import load_cohort
-    from vfm_notes.runs.repair import sweep_cache
+    from vfm_notes.runs.locks import remove_stale_cache
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"undisturbed"/"runs"))
     ask = lambda k: load_cohort("phantom", (4, 16, 16), (4.0, 1.5, 1.5), {"test": 2}, k)
     undisturbed = {k: np.array(ask(k).volumes) for k in range(5)}
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
     killed("cache", lambda: None)
-    sweep_cache()
+    remove_stale_cache()
     assert not list((tmp_path/"runs"/"cache").glob(".*"))
     for k, volumes in undisturbed.items(): assert (ask(k).volumes == volumes).all()
     assert len(list((tmp_path/"runs"/"cache").iterdir())) == 6
@@ -121,12 +125,12 @@ def test_prepared_cohorts_are_whole_or_made_again(killed, tmp_path, monkeypatch)
 
 def test_a_site_is_whole_or_the_old_one(killed, tmp_path, monkeypatch):
     import small_site
-    from vfm_notes.report.stamp import beside, changed, files_of, read_stamp
+    from vfm_notes.report.stamp import replacement_names, changed_files, files_of, read_stamp
     site = tmp_path/"_site"
     def whole():
-        there = site if site.exists() else beside(site)[1]  # between two renames
+        there = site if site.exists() else replacement_names(site)[1]  # between two renames
         stamp = read_stamp(there/"stamp.json")
-        assert stamp["study"] in "ab" and not changed(there, stamp["files"])
+        assert stamp["study"] in "ab" and not changed_files(there, stamp["files"])
         assert files_of(there) == sorted(stamp["files"])
     killed("site", whole)
     monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
@@ -144,13 +148,13 @@ def test_a_site_is_whole_or_the_old_one(killed, tmp_path, monkeypatch):
 def test_a_stamp_whose_writing_was_killed_is_tidied_up(tmp_path):
     "What the kill left is one unfinished file; a folder with anything else is left alone."
     from vfm_notes.foundation.registry import VfmError
-    from vfm_notes.report.stamp import beside, recover
-    new, _ = beside(tmp_path/"_site")
+    from vfm_notes.report.stamp import replacement_names, finish_replacement
+    new, _ = replacement_names(tmp_path/"_site")
     new.mkdir()
     (new/".stamp.json.host.1.part").write_text("{")
-    recover(tmp_path/"_site")
+    finish_replacement(tmp_path/"_site")
     assert not new.exists()
     new.mkdir()
     for name in (".stamp.json.host.1.part", "notes.txt"): (new/name).write_text("{")
-    with pytest.raises(VfmError, match="was not made by 'vfm site'"): recover(tmp_path/"_site")
+    with pytest.raises(VfmError, match="was not made by 'vfm site'"): finish_replacement(tmp_path/"_site")
     assert (new/"notes.txt").is_file()

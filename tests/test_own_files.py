@@ -206,7 +206,9 @@ def test_pages_that_were_not_made_here_stay(tmp_path, few):
 def test_two_sites_at_once_one_waits(tmp_path, few, other):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([python_path(), str(Path(__file__).parent)])}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    start = lambda name, *hold: subprocess.Popen([sys.executable, small_site.__file__, str(tmp_path/f"{name}.yaml"), *hold], env=env, text=True, **pipes)
+    start = lambda name, *hold: subprocess.Popen(
+        [sys.executable, small_site.__file__, str(tmp_path / f"{name}.yaml"), *hold], env=env, text=True, **pipes
+    )
     first = start("a", "hold")
     assert first.stdout.readline() == "rendering\n"
     second = start(other)
@@ -283,5 +285,7 @@ def test_pages_do_not_run_what_lies_beside_a_study(tmp_path):
     script.write_text(code)
     done = subprocess.run([sys.executable, script, str(tmp_path/"page.ipynb")], cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, text=True)
-    assert done.stdout.strip() == "False True []", done.stdout + done.stderr + (mark.read_text() if mark.exists() else "")
+    assert done.stdout.strip() == "False True []", (
+        done.stdout + done.stderr + (mark.read_text() if mark.exists() else "")
+    )
     assert not mark.exists(), done.stdout + done.stderr + (mark.read_text() if mark.exists() else "")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vfm_notes
-from vfm_notes.data.prostate_layouts import write_image, toy_case
+from vfm_notes.data.layouts_mri import write_image, toy_case
 from vfm_notes.foundation.places import library_notebooks, package_root
 from vfm_notes.report.convert import join_lines, read_notebook
 
@@ -59,7 +59,14 @@ def installed(built, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
     site = next(env.glob("lib/python*/site-packages"))
     (site/"borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
-    done = subprocess.run([sys.executable, "-m", "pip", "--python", str(env/"bin"/"python"), "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check", str(built["wheel"])], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "--python", str(env / "bin" / "python"), "install", "-q", "--no-deps",
+            "--no-index", "--disable-pip-version-check", str(built["wheel"]),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return env
 
@@ -67,19 +74,35 @@ def installed(built, tmp_path_factory):
 def shell(env: Path, script: str, folder: Path) -> str:
     "Run a script as a user of the environment would; its output."
     own = {k: v for k, v in os.environ.items() if not k.startswith(("VFM_", "PYTHON", "VIRTUAL_ENV"))}
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=own | {"PATH": f"{env/'bin'}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder,
+        env=own | {"PATH": f"{env / 'bin'}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def names(wheel: Path) -> set[str]: return {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith(("RECORD", "/"))}
+def names(wheel: Path) -> set[str]:
+    return {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith(("RECORD", "/"))}
 
 
 def test_wheel_has_all_that_is_needed_and_no_more(built):
     inside = names(built["wheel"])
-    share = {str(p.relative_to(ROOT)) for d, kinds in (("nbs", [".ipynb"]), ("nbs/runs", [".ipynb"]), ("nbs/studies", [".yaml"]), ("nbs/report", [".ipynb", ".json", ".css", ".js", ".scss", ".html"])) for p in (ROOT/d).iterdir() if p.suffix in kinds} | {"_quarto.yml"}
+    share = {
+        str(p.relative_to(ROOT))
+        for d, kinds in (
+            ("nbs", [".ipynb"]), *((f"nbs/{p.name}", [".ipynb"]) for p in (ROOT/"nbs").glob("[0-9]_*")),
+            ("nbs/runs", [".ipynb"]), ("nbs/studies", [".yaml"]),
+            ("nbs/report", [".ipynb", ".json", ".css", ".js", ".scss", ".html"]),
+        )
+        for p in (ROOT / d).iterdir()
+        if p.suffix in kinds
+    } | {"_quarto.yml"}
     assert not {n for n in share if f"vfm_notes/share/{n}" not in inside} and len(share) > 100
-    assert not [n for n in inside if ".ipynb_checkpoints" in n or n.startswith(("tests/", "nbs/")) or "__pycache__" in n]
+    assert not [
+        n for n in inside if ".ipynb_checkpoints" in n or n.startswith(("tests/", "nbs/")) or "__pycache__" in n
+    ]
     assert not (ROOT/"vfm_notes"/"share").exists(), "no copies in the working tree"
     assert built["wheel"].stat().st_size < 10e6
     text = zipfile.ZipFile(built["wheel"]).read(next(n for n in inside if n.endswith("entry_points.txt"))).decode()
@@ -87,7 +110,10 @@ def test_wheel_has_all_that_is_needed_and_no_more(built):
 
 
 def test_sdist_has_the_project_and_builds_the_same_wheel(built):
-    for name in ("nbs/50_mmd.ipynb", "nbs/runs/transfer.ipynb", "nbs/report/site.js", "nbs/studies/phantom.yaml", "tests/test_packaging.py", "settings.ini", "_quarto.yml", "Makefile", "CONTRIBUTING.md", "LICENSE", ".ci/run"):
+    for name in (
+        "nbs/5_shift/01_mmd.ipynb", "nbs/runs/transfer.ipynb", "nbs/report/site.js", "nbs/studies/phantom.yaml",
+        "tests/test_packaging.py", "settings.ini", "_quarto.yml", "Makefile", "CONTRIBUTING.md", "LICENSE", ".ci/run",
+    ):
         assert (built["unpacked"]/name).is_file(), name
     assert names(built["wheel"]) == names(built["wheel of the sdist"])
     assert zipfile.ZipFile(built["wheel of the sdist"]).read("vfm_notes/share/commit") == b"0123456789abcdef"
@@ -95,27 +121,64 @@ def test_sdist_has_the_project_and_builds_the_same_wheel(built):
 
 def test_one_version_everywhere(built, installed):
     version = re.search(r"^version = (\S+)", (ROOT/"settings.ini").read_text(encoding="utf-8"), re.M)[1]
-    assert vfm_notes.__version__ == version and f"-{version}-" in built["wheel"].name and f"-{version}.tar" in built["sdist"].name
+    assert (
+        vfm_notes.__version__ == version
+        and f"-{version}-" in built["wheel"].name
+        and f"-{version}.tar" in built["sdist"].name
+    )
     assert shell(installed, "vfm --version", installed).strip() == version
-    headings = re.findall(r"^## (\S+)", "\n".join(join_lines(c["source"]) for c in read_notebook(ROOT/"nbs"/"report"/"changelog.ipynb")["cells"]), re.M)
+    headings = re.findall(
+        r"^## (\S+)",
+        "\n".join(join_lines(c["source"]) for c in read_notebook(ROOT / "nbs" / "report" / "changelog.ipynb")["cells"]),
+        re.M,
+    )
     assert headings[0] == version, "the page of changes begins with the current version"
 
 
 def test_installed_places(installed, tmp_path):
-    code = "import json; from vfm_notes.foundation import places as p; from vfm_notes.foundation.origin import git_commit; from vfm_notes.runs.forkserver import python_path; print(json.dumps([str(p.checkout()), str(p.project_root()), p.studies(), str(p.runs_root()), str(p.site_root()), python_path(), git_commit(), len(p.library_notebooks())]))"
-    checkout, root, studies, runs, site, path, commit, count = json.loads(shell(installed, f'python -c "{code}"'.replace("$", r"\$"), tmp_path))
-    assert checkout == "None" and Path(root).parts[-2:] == ("vfm_notes", "share") and Path(root).is_relative_to(installed)
-    assert "phantom" in studies and runs == str(tmp_path/"runs") and site == str(tmp_path/"_site") and path == "" and commit is None and count == len(library_notebooks())
+    code = (
+        "import json; from vfm_notes.foundation import places as p; from vfm_notes.foundation.meter import "
+        "git_commit; from vfm_notes.runs.forkserver import python_path; print(json.dumps([str(p.working_tree()), "
+        "str(p.project_root()), p.shipped_studies(), str(p.runs_root()), str(p.site_root()), python_path(), "
+        "git_commit(), len(p.library_notebooks())]))"
+    )
+    checkout, root, studies, runs, site, path, commit, count = json.loads(
+        shell(installed, f'python -c "{code}"'.replace("$", r"\$"), tmp_path)
+    )
+    assert (
+        checkout == "None" and Path(root).parts[-2:] == ("vfm_notes", "share") and Path(root).is_relative_to(installed)
+    )
+    assert (
+        "phantom" in studies
+        and runs == str(tmp_path / "runs")
+        and site == str(tmp_path / "_site")
+        and path == ""
+        and commit is None
+        and count == len(library_notebooks())
+    )
 
 
 def test_a_folder_of_ones_own(installed, tmp_path):
-    said = shell(installed, "vfm init 'My first'; cd 'My first'; vfm run study.yaml --dry-run; mkdir studies; mv study.yaml studies/second.yaml; vfm status second; ls -A", tmp_path)
+    said = shell(
+        installed,
+        "vfm init 'My first'; cd 'My first'; vfm run study.yaml --dry-run; mkdir studies; mv study.yaml "
+        "studies/second.yaml; vfm status second; ls -A",
+        tmp_path,
+    )
     assert "cd My first" in said or "cd 'My first'" in said
-    assert "Study My_first: 2 of 2 notebooks to run" in said and "5 missing" in said and not (tmp_path/"My first"/"runs").exists()
+    assert (
+        "Study My_first: 2 of 2 notebooks to run" in said
+        and "5 missing" in said
+        and not (tmp_path / "My first" / "runs").exists()
+    )
     assert {"README.md", ".gitignore", "cohorts", "look.ipynb"} <= set(said.split())
     before = (tmp_path/"My first"/"README.md").read_text(encoding="utf-8")
     done = subprocess.run([installed/"bin"/"vfm", "init", "My first"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "already has README.md" in done.stderr and not (tmp_path/"My first"/"study.yaml").exists()
+    assert (
+        done.returncode == 2
+        and "already has README.md" in done.stderr
+        and not (tmp_path / "My first" / "study.yaml").exists()
+    )
     assert (tmp_path/"My first"/"README.md").read_text(encoding="utf-8") == before
 
 
@@ -134,17 +197,40 @@ def test_walk_through_from_nifti_files_to_a_report(installed, tmp_path, lend_lib
         case = toy_case(i, False)
         for name in ("t2w", "adc", "gland"): write_image(case[name], tmp_path/"scans"/f"P{i:02d}"/f"{name}.nii.gz")
     script = walk_through()
-    assert all(w in script for w in ("vfm init", "vfm data import", "vfm data check", "vfm run", "vfm table", "vfm site"))
+    assert all(
+        w in script for w in ("vfm init", "vfm data import", "vfm data check", "vfm run", "vfm table", "vfm site")
+    )
     lend_library(tmp_path/"my-study")
     said = shell(installed, script, tmp_path)
     study = tmp_path/"my-study"
-    assert "14 cases, no problems" in said and "2 of 2 notebooks to run" in said and "3 of 3 runs done" in said and "3 done" in said and "Nothing is missing." in said
+    assert (
+        "14 cases, no problems" in said
+        and "2 of 2 notebooks to run" in said
+        and "3 of 3 runs done" in said
+        and "3 done" in said
+        and "Nothing is missing." in said
+    )
     records = [json.loads(p.read_text(encoding="utf-8")) for p in (study/"runs"/"mine").glob("*/record.json")]
     assert len(records) == 3 and {r["status"] for r in records} == {"done"}
     tuned = next(r for r in records if r["spec"].get("strategy") == "full")
-    assert 0 < tuned["metrics"]["dice"] <= 1 and tuned["licences"][0] == "in house, not to be passed on" and tuned["n"]["test"] == 4
-    assert f"{tuned['metrics']['dice']:.3f}"[:5] in (study/"_site"/"index.html").read_text(encoding="utf-8").replace("−", "-")
+    assert (
+        0 < tuned["metrics"]["dice"] <= 1
+        and tuned["licences"][0] == "in house, not to be passed on"
+        and tuned["n"]["test"] == 4
+    )
+    assert f"{tuned['metrics']['dice']:.3f}"[:5] in (study / "_site" / "index.html").read_text(
+        encoding="utf-8"
+    ).replace("−", "-")
     assert (study/"results.csv").read_text(encoding="utf-8").count("\n") == 4
-    assert {"index.html", "runs.html", "data.html", "guide_cohort.html", "reference", "records", "notebooks"} <= {p.name for p in (study/"_site").iterdir()}
+    assert {"index.html", "runs.html", "data.html", "guide_cohort.html", "reference", "records", "notebooks"} <= {
+        p.name for p in (study / "_site").iterdir()
+    }
     assert "in house, not to be passed on" in (study/"_site"/"data.html").read_text(encoding="utf-8")
-    assert not [p for p in installed.rglob("*") if p.name in ("runs", "_site", "pages") and p.is_dir() and "share" not in str(p) and "vfm_notes/runs" not in str(p)], "nothing is written into the installation"
+    assert not [
+        p
+        for p in installed.rglob("*")
+        if p.name in ("runs", "_site", "pages")
+        and p.is_dir()
+        and "share" not in str(p)
+        and "vfm_notes/runs" not in str(p)
+    ], "nothing is written into the installation"

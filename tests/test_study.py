@@ -12,17 +12,26 @@ import yaml
 from vfm_notes.foundation.spec import load_study, run_id, run_specs
 
 VFM = [sys.executable, "-c", "from vfm_notes.report.cli import main; main()"]
-STUDY = {"name": "small", "title": "A small study", "cohort": "phantom", "size": [4, 32, 32], "spacing": [8.0, 3.0, 3.0],
-         "cases": {"pretrain": 8, "train": 8, "val": 4, "test": 8},
-         "pretrain": {"mae": {"backbone": "profound_toy", "objective": "masked_reconstruction", "epochs": 1},
-                      "contrast": {"backbone": "provicnet_toy", "objective": "patch_contrast", "epochs": 1}},
-         "backbones": ["profound_toy.mae", "provicnet_toy.contrast"], "tasks": {"classification": {}, "super_resolution": {"factor": [1, 2, 2]}},
-         "strategies": ["scratch", "full"], "seeds": [0], "budget": {"epochs": 2}}
+STUDY = {
+    "name": "small", "title": "A small study", "cohort": "phantom", "size": [4, 32, 32], "spacing": [8.0, 3.0, 3.0],
+    "cases": {"pretrain": 8, "train": 8, "val": 4, "test": 8},
+    "pretrain": {
+        "mae": {"backbone": "profound_toy", "objective": "masked_reconstruction", "epochs": 1},
+        "contrast": {"backbone": "provicnet_toy", "objective": "patch_contrast", "epochs": 1},
+    },
+    "backbones": ["profound_toy.mae", "provicnet_toy.contrast"],
+    "tasks": {"classification": {}, "super_resolution": {"factor": [1, 2, 2]}},
+    "strategies": ["scratch", "full"],
+    "seeds": [0],
+    "budget": {"epochs": 2},
+}
 
 
 def vfm(folder: Path, *args, **env):
-    return subprocess.run([*VFM, *args], cwd=folder, capture_output=True, text=True,
-                          env={k: v for k, v in os.environ.items() if k != "VFM_DATA"} | {"VFM_RUNS": str(folder/"runs")} | env)
+    return subprocess.run(
+        [*VFM, *args], cwd=folder, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "VFM_DATA"} | {"VFM_RUNS": str(folder / "runs")} | env,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,11 @@ def done(tmp_path_factory, toy_server):
     return folder
 
 
-def records(folder, study="small"): return {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in (folder/"runs"/study).glob("*/record.json")}
+def records(folder, study="small"):
+    return {
+        p.parent.name: json.loads(p.read_text(encoding="utf-8"))
+        for p in (folder / "runs" / study).glob("*/record.json")
+    }
 
 
 def test_every_run_of_the_study_has_its_record(done):
@@ -42,7 +55,14 @@ def test_every_run_of_the_study_has_its_record(done):
     found = records(done)
     assert wanted <= set(found) and len(found) == len(wanted) + 2
     for r in found.values():
-        assert r["status"] == "done" and r["versions"] and r["cohort_hash"] and r["licences"] and r["notebook"] and r["template_hash"]
+        assert (
+            r["status"] == "done"
+            and r["versions"]
+            and r["cohort_hash"]
+            and r["licences"]
+            and r["notebook"]
+            and r["template_hash"]
+        )
         assert r["cost"]["parameters"]["trainable"] > 0 and r["cost"]["seconds"]["total"] > 0
         if r["kind"] == "transfer":
             assert set(r["metrics"]) == set(r["controls"]) and r["n"] == {"train": 8, "val": 4, "test": 8}
@@ -57,7 +77,8 @@ def test_curves_hold_every_epoch_and_the_distance_starts_at_zero(done):
         assert set(d2p.epoch) == {0, 1, 2} and d2p[d2p.epoch == 0].value.abs().max() < 1e-9
         assert {row["layer"] for row in r["d2p"]} == {n.removeprefix("d2p_") for n in set(d2p.name)}
         last = d2p[d2p.epoch == 2].set_index("name").value
-        for row in r["d2p"]: assert last[f"d2p_{row['layer']}"] == pytest.approx(row["mmd2"], abs=1e-9) and 0 < row["p_value"] <= 1
+        for row in r["d2p"]:
+            assert last[f"d2p_{row['layer']}"] == pytest.approx(row["mmd2"], abs=1e-9) and 0 < row["p_value"] <= 1
 
 
 def test_notebooks_are_executed_and_show_images(done):
@@ -72,7 +93,9 @@ def test_notebooks_are_executed_and_show_images(done):
 
 
 def test_a_second_run_finds_everything_done(done, toy_server):
-    before = {p: p.stat().st_mtime_ns for p in (done/"runs"/"small").rglob("*") if p.is_file() and "locks" not in p.parts}
+    before = {
+        p: p.stat().st_mtime_ns for p in (done / "runs" / "small").rglob("*") if p.is_file() and "locks" not in p.parts
+    }
     again = vfm(done, "run", "small.yaml", VFM_FORKSERVER=toy_server)
     assert again.returncode == 0 and "everything is up to date" in again.stdout + again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -80,7 +103,8 @@ def test_a_second_run_finds_everything_done(done, toy_server):
 
 def test_a_run_that_raises_is_recorded_and_the_others_go_on(done, toy_server):
     rest = {k: v for k, v in STUDY["tasks"].items() if k != "classification"}
-    broken = STUDY | {"tasks": rest | {"ordinal": {}}, "backbones": STUDY["backbones"][:1], "n_train": [2]}  # two cases have two of three grades
+    # two cases have two of three grades
+    broken = STUDY | {"tasks": rest | {"ordinal": {}}, "backbones": STUDY["backbones"][:1], "n_train": [2]}
     (done/"broken.yaml").write_text(yaml.safe_dump(broken))
     ran = vfm(done, "run", "broken.yaml", VFM_FORKSERVER=toy_server)
     assert ran.returncode == 1 and "so it cannot be learned" in ran.stdout + ran.stderr
@@ -91,7 +115,11 @@ def test_a_run_that_raises_is_recorded_and_the_others_go_on(done, toy_server):
 
 
 def test_the_real_prostate_cases_load_and_are_scored(done, real_data, toy_server):
-    outside = STUDY | {"tasks": {"segmentation": {}}, "backbones": STUDY["backbones"][:1], "strategies": ["full"], "external": {"cohort": "prostate_cases", "task": "segmentation"}, "name": "outside", "size": [12, 48, 48], "spacing": [4.0, 1.5, 1.5]}
+    outside = STUDY | {
+        "tasks": {"segmentation": {}}, "backbones": STUDY["backbones"][:1], "strategies": ["full"],
+        "external": {"cohort": "prostate_cases", "task": "segmentation"}, "name": "outside", "size": [12, 48, 48],
+        "spacing": [4.0, 1.5, 1.5],
+    }
     (done/"outside.yaml").write_text(yaml.safe_dump(outside))
     ran = vfm(done, "run", "outside.yaml", VFM_DATA=str(real_data), VFM_FORKSERVER=toy_server)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,7 +1,9 @@
 """Time and peak memory of backbones: forward, and forward with backward, one case, each in a process of its own.
 
-Without arguments: the toys, as ratios against the first. `--all --write` measures every registered backbone and keeps the result
-for the report's page (nbs/report/backbone_costs.json). A size that needs too much time or memory is left for the next smaller one,
+Without arguments: the toys, as ratios against the first. `--all --write` measures every registered backbone and
+keeps the result
+for the report's page (nbs/report/backbone_costs.json). A size that needs too much time or memory is left for the
+next smaller one,
 and the row says so; nothing is extrapolated.
 """
 import argparse
@@ -22,7 +24,9 @@ def sizes(card, stride):
     "The card's size and smaller ones, each rounded up to cells of the coarsest stride, two in the plane at least."
     out = []
     for deep, wide in SHARES:
-        cells = [max(math.ceil(s / f / t), least) for s, f, t, least in zip(card.size, (deep, wide, wide), stride, (1, 2, 2))]
+        cells = [
+            max(math.ceil(s / f / t), least) for s, f, t, least in zip(card.size, (deep, wide, wide), stride, (1, 2, 2))
+        ]
         out.append(tuple(c * t for c, t in zip(cells, stride)))
     return list(dict.fromkeys(out))
 
@@ -59,7 +63,15 @@ def one(name, size, threads):
             model.zero_grad(set_to_none=True)
             sum(m.square().mean() for m in model.pyramid(x)).backward()
         with PeakMemory() as inner: seconds = timed(forward, torch, cuda)
-        print(json.dumps(dict(forward_s=seconds[0], forward_cpu_s=seconds[1], forward_mib=round(inner.mib + (0 if cuda else weights)), weights_mib=round(weights, 1))), flush=True)
+        print(
+            json.dumps(
+                dict(
+                    forward_s=seconds[0], forward_cpu_s=seconds[1],
+                    forward_mib=round(inner.mib + (0 if cuda else weights)), weights_mib=round(weights, 1),
+                )
+            ),
+            flush=True,
+        )
         seconds = timed(both, torch, cuda)
     print(json.dumps(dict(step_s=seconds[0], step_cpu_s=seconds[1], step_mib=round(whole.mib))), flush=True)
 
@@ -79,11 +91,20 @@ def resident(pid):
 
 def attempt(name, size, a):
     "One size in its own process: what it measured, and why it ended early."
-    job = subprocess.Popen([sys.executable, __file__, "--one", name, "--size", *map(str, size), "--threads", str(a.threads)], env=os.environ | {"OMP_NUM_THREADS": str(a.threads)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, __file__, "--one", name, "--size", *map(str, size), "--threads", str(a.threads)],
+        env=os.environ | {"OMP_NUM_THREADS": str(a.threads)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
     why = ""
     while job.poll() is None and not why:
         time.sleep(0.1)
-        why = f"over {a.gib:g} GiB" if resident(job.pid) > a.gib else f"over {a.seconds:g} s" if spent(job.pid) > a.seconds * a.threads else ""
+        why = (
+            f"over {a.gib:g} GiB"
+            if resident(job.pid) > a.gib
+            else f"over {a.seconds:g} s"
+            if spent(job.pid) > a.seconds * a.threads
+            else ""
+        )
     if why: job.kill()
     out, err = job.communicate()
     if not why and job.returncode: why = (err.strip().splitlines() or [f"ended with status {job.returncode}"])[-1][:200]
@@ -96,9 +117,11 @@ def attempt(name, size, a):
 def measure(name, a):
     "A row: the largest size at which a whole step could be measured, or the largest forward."
     from vfm_notes.backbones.protocol import backbone_card
-    from vfm_notes.tune.backbone_cards import describe_backbone
+    from vfm_notes.tune.catalog import describe_backbone
     card, told = backbone_card(name), describe_backbone(name)
-    row, left, best = dict(name=name, card_size=list(card.size), channels=told["in_channels"], parameters=told["parameters"]), [], {}
+    row, left, best = (
+        dict(name=name, card_size=list(card.size), channels=told["in_channels"], parameters=told["parameters"]), [], {},
+    )
     for size in sizes(card, told["strides"][-1]):
         found, why = attempt(name, size, a)
         if found and not best: best = found | dict(size=list(size))
@@ -112,7 +135,13 @@ def keep(run):
     runs = {r["kind"]: r for r in json.loads(KEPT.read_text())} if KEPT.is_file() else {}
     rows = {r["name"]: r for r in runs.get(run["kind"], {}).get("rows", [])} | {r["name"]: r for r in run["rows"]}
     runs[run["kind"]] = run | dict(rows=[rows[n] for n in sorted(rows)])
-    lines = [json.dumps({k: v for k, v in r.items() if k != "rows"})[:-1] + ', "rows": [\n' + ",\n".join(map(json.dumps, r["rows"])) + "\n]}" for r in runs.values()]
+    lines = [
+        json.dumps({k: v for k, v in r.items() if k != "rows"})[:-1]
+        + ', "rows": [\n'
+        + ",\n".join(map(json.dumps, r["rows"]))
+        + "\n]}"
+        for r in runs.values()
+    ]
     KEPT.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
@@ -121,7 +150,10 @@ def main():
     p.add_argument("names", nargs="*", help="backbones; default: the toys")
     p.add_argument("--all", action="store_true", help="every registered backbone")
     p.add_argument("--write", action="store_true", help=f"keep the rows in {KEPT}")
-    p.add_argument("--threads", type=int, default=1, help="more than one misleads on a machine with other work: threads wait for each other")
+    p.add_argument(
+        "--threads", type=int, default=1,
+        help="more than one misleads on a machine with other work: threads wait for each other",
+    )
     p.add_argument("--seconds", type=float, default=120, help="most processor seconds of a process, per thread")
     p.add_argument("--gib", type=float, default=20, help="most memory of a process")
     p.add_argument("--note", default="", help="what a reader must know about the machine")
@@ -130,22 +162,32 @@ def main():
     a = p.parse_args()
     if a.one: return one(a.one, a.size, a.threads)
     from vfm_notes.backbones.protocol import backbone_card
-    from vfm_notes.foundation.origin import provenance
+    from vfm_notes.foundation.meter import provenance
     from vfm_notes.foundation.registry import backbones
     from vfm_notes.tune import catalog  # fills the registries
     import torch
     names = list(backbones) if a.all else a.names or [n for n in backbones if backbone_card(n).toy]
-    run = {k: v for k, v in provenance().items() if k != "host"} | dict(kind="cuda" if torch.cuda.is_available() else "cpu", threads=a.threads, seconds=a.seconds, gib=a.gib, note=a.note,
-                              date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), rows=[])
-    print(f"{'backbone':24}{'size':>16}{'forward s':>11}{'MiB':>7}{'step s':>9}{'MiB':>7}{'/ first':>9}   left out", flush=True)
+    run = {k: v for k, v in provenance().items() if k != "host"} | dict(
+        kind="cuda" if torch.cuda.is_available() else "cpu", threads=a.threads, seconds=a.seconds, gib=a.gib,
+        note=a.note, date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), rows=[],
+    )
+    print(
+        f"{'backbone':24}{'size':>16}{'forward s':>11}{'MiB':>7}{'step s':>9}{'MiB':>7}{'/ first':>9}   left out",
+        flush=True,
+    )
     first = None
     for name in names:
         row = measure(name, a)
         run["rows"] = [row]
         first = first or row.get("step_s")
         show = lambda k, places=3: f"{row[k]:.{places}f}" if k in row else "-"
-        print(f"{name:24}{'x'.join(map(str, row.get('size', ['-']))):>16}{show('forward_s'):>11}{show('forward_mib', 0):>7}{show('step_s'):>9}{show('step_mib', 0):>7}"
-              f"{row['step_s'] / first if 'step_s' in row and first else math.nan:9.2f}   {row['left_out']}", flush=True)
+        size = "x".join(map(str, row.get("size", ["-"])))
+        times = row["step_s"] / first if "step_s" in row and first else math.nan
+        print(
+            f"{name:24}{size:>16}{show('forward_s'):>11}{show('forward_mib', 0):>7}{show('step_s'):>9}"
+            f"{show('step_mib', 0):>7}{times:9.2f}   {row['left_out']}",
+            flush=True,
+        )
         if a.write: keep(run)
 
 

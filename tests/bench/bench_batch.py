@@ -15,8 +15,14 @@ WORK, TIMES = 0.5, 3
 def notebook(path):
     "Imports as a run has them, then a known amount of work."
     import nbformat
-    cells = ["x = 1", "import torch, monai, transformers, pandas", f"import time; time.sleep({WORK})", "print(torch.ones(3).sum().item() * x)"]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    cells = [
+        "x = 1", "import torch, monai, transformers, pandas", f"import time; time.sleep({WORK})",
+        "print(torch.ones(3).sum().item() * x)",
+    ]
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c) for c in cells],
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+    )
     nb.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nb, path)
 
@@ -33,7 +39,10 @@ def engines(folder):
         os.environ["VFM_FORKSERVER"] = server.address
         def execute(name):
             begun = time.monotonic()
-            done = papermill.execute_notebook(folder/"in.ipynb", folder/"out.ipynb", {"x": 2}, engine_name="forked" if name == "forked" else None, progress_bar=False)
+            done = papermill.execute_notebook(
+                folder / "in.ipynb", folder / "out.ipynb", {"x": 2}, engine_name="forked" if name == "forked" else None,
+                progress_bar=False,
+            )
             took[name].append(time.monotonic() - begun - WORK)
             cells[name] = [(c.cell_type, c.source, c.get("execution_count"), c.get("outputs")) for c in done.cells]
         execute("forked")  # the first waits for the server's imports
@@ -43,7 +52,12 @@ def engines(folder):
             for name in took: execute(name)
     assert cells["forked"] == cells["papermill"], "the engines give different notebooks"
     forked, plain = (statistics.median(took[k]) for k in ("forked", "papermill"))
-    print(f"{'overhead per notebook, median of ' + str(TIMES):40}{'seconds':>10}\n{'forked':40}{forked:10.2f}   (aim: 0.5)\n{'plain papermill':40}{plain:10.2f}   {plain/forked:.1f} times as much; same cells, same outputs", flush=True)
+    print(
+        f"{'overhead per notebook, median of ' + str(TIMES):40}{'seconds':>10}\n{'forked':40}{forked:10.2f}   "
+        f"(aim: 0.5)\n{'plain papermill':40}{plain:10.2f}   {plain / forked:.1f} times as much; same cells, same "
+        "outputs",
+        flush=True,
+    )
 
 
 def main():

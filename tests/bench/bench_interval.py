@@ -1,9 +1,12 @@
-"""How often intervals of a mean over seeds and cases hold the truth: seven ways, 2 to 10 seeds, five ratios of variances.
+"""How often intervals of a mean over seeds and cases hold the truth: seven ways, 2 to 10 seeds, five ratios of
+variances.
 
     python tests/bench/bench_interval.py [studies]
 
-Each study is a table of differences d = a(seed) + b(case) + e, all normal, 40 cases, true mean 0, so what does not hold is
-a false positive. `seeds` is the variance that seeds give to the mean of two, over that of the cases: on the phantom .3
+Each study is a table of differences d = a(seed) + b(case) + e, all normal, 40 cases, true mean 0, so what does not
+hold is
+a false positive. `seeds` is the variance that seeds give to the mean of two, over that of the cases: on the phantom
+.3
 (AUC), .5 (distortion), 1.6 (Dice) and 4 (super-resolution). The standard deviation of e is .3 or 1 of that of b.
 """
 import sys
@@ -18,7 +21,11 @@ CASES, DRAWS = 40, 400
 def studies(seeds: int, ratio: float, rest: float, rng) -> np.ndarray:  # (studies, seeds, cases)
     "Made-up studies."
     seed = np.sqrt(2 * ratio / CASES)
-    return seed * rng.normal(size=(STUDIES, seeds, 1)) + rng.normal(size=(STUDIES, 1, CASES)) + rest * rng.normal(size=(STUDIES, seeds, CASES))
+    return (
+        seed * rng.normal(size=(STUDIES, seeds, 1))
+        + rng.normal(size=(STUDIES, 1, CASES))
+        + rest * rng.normal(size=(STUDIES, seeds, CASES))
+    )
 
 
 def redrawn(d: np.ndarray, rng, seeds: bool) -> np.ndarray:  # (studies,) bool: the percentile bootstrap holds 0
@@ -41,12 +48,18 @@ def ways(d: np.ndarray, rng) -> dict[str, tuple[float, float]]:
     t = lambda free: student.isf(0.025, free)
     total = np.maximum(seed + case - rest, 1e-12)
     free = np.maximum(1, total**2 / (seed**2 / (s - 1) + case**2 / (c - 1) + rest**2 / (s - 1) / (c - 1)))
-    half = {"Student over cases": t(c - 1) * np.sqrt(case / (s * c)), "Student over seeds": t(s - 1) * np.sqrt(seed / (s * c)),
-            "Satterthwaite": t(free) * np.sqrt(total / (s * c)), "one t for both (seeds - 1)": t(s - 1) * np.sqrt(total / (s * c)),
-            "Banerjee": np.sqrt((t(s - 1) ** 2 * seed + t(c - 1) ** 2 * np.maximum(0, case - rest)) / (s * c))}
+    half = {
+        "Student over cases": t(c - 1) * np.sqrt(case / (s * c)),
+        "Student over seeds": t(s - 1) * np.sqrt(seed / (s * c)), "Satterthwaite": t(free) * np.sqrt(total / (s * c)),
+        "one t for both (seeds - 1)": t(s - 1) * np.sqrt(total / (s * c)),
+        "Banerjee": np.sqrt((t(s - 1) ** 2 * seed + t(c - 1) ** 2 * np.maximum(0, case - rest)) / (s * c)),
+    }
     found = {k: (float((np.abs(mean) <= h).mean()), float(np.median(h))) for k, h in half.items()}
     part = d[: max(200, STUDIES // 5)]
-    return found | {"re-drawn cases": (redrawn(part, rng, False).mean(), np.nan), "re-drawn seeds and cases": (redrawn(part, rng, True).mean(), np.nan)}
+    return found | {
+        "re-drawn cases": (redrawn(part, rng, False).mean(), np.nan),
+        "re-drawn seeds and cases": (redrawn(part, rng, True).mean(), np.nan),
+    }
 
 
 if __name__ == "__main__":
@@ -57,8 +70,15 @@ if __name__ == "__main__":
                 for name, (held, half) in ways(studies(seeds, ratio, rest, rng), rng).items():
                     table.setdefault(name, {}).setdefault(seeds, []).append(held)
                     wide.setdefault(name, {}).setdefault(seeds, []).append(half)
-    print(f"share of {STUDIES} studies whose 95 % interval holds the truth, in %: least to most over ten settings (mean half width)")
+    print(
+        f"share of {STUDIES} studies whose 95 % interval holds the truth, in %: least to most over ten settings "
+        "(mean half width)"
+    )
     print(f"{'':28}" + "".join(f"{f'{s} seeds':>22}" for s in (2, 3, 5, 10)))
     for name, rows in table.items():
-        cells = [f"{100 * min(v):.1f} to {100 * max(v):.1f}" + (f" ({np.mean(wide[name][s]):.2f})" if np.isfinite(wide[name][s]).all() else "") for s, v in rows.items()]
+        cells = [
+            f"{100 * min(v):.1f} to {100 * max(v):.1f}"
+            + (f" ({np.mean(wide[name][s]):.2f})" if np.isfinite(wide[name][s]).all() else "")
+            for s, v in rows.items()
+        ]
         print(f"{name:28}" + "".join(f"{c:>22}" for c in cells))

@@ -1,9 +1,13 @@
 """Cases per second of pretraining with every objective: our trainer beside a plain PyTorch loop.
 
-The plain loop has the same network, optimiser and mirrored cases, with all data in memory; the difference is what the trainer
-costs. The same loop on one dummy batch that never changes tells what handling data costs. Toys first, then ProFound's encoder
-at its published size, one case a step, each in a process of its own for its peak memory. The three are taken in turn, and the
-best of the repeats counts. Where there is a GPU, precision, compilation and memory layout are chosen by measurement, and the
+The plain loop has the same network, optimiser and mirrored cases, with all data in memory; the difference is what
+the trainer
+costs. The same loop on one dummy batch that never changes tells what handling data costs. Toys first, then
+ProFound's encoder
+at its published size, one case a step, each in a process of its own for its peak memory. The three are taken in
+turn, and the
+best of the repeats counts. Where there is a GPU, precision, compilation and memory layout are chosen by
+measurement, and the
 share of the rate of a large matrix product and the largest batch are told.
 """
 import argparse
@@ -19,12 +23,13 @@ from vfm_notes.data.loader import normalise
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
 from vfm_notes.foundation.spec import PretrainSpec
 from vfm_notes.pretrain.loop import pretraining_batches
-from vfm_notes.pretrain.trainer import Recipe, Trainer, out_of_memory
+from vfm_notes.pretrain.trainer import TrainConfig, Trainer, is_out_of_memory
 from vfm_notes.tune import catalog  # fills the registries
 
 TOYS, SIZE, SPACING, BATCH, CASES = ("profound_toy", "provicnet_toy"), (12, 64, 64), (4.0, 1.5, 1.5), 4, 16
 WHOLE, WHOLE_SIZE = "profound_tiny", (64, 224, 224)
-CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # on one thread of a shared machine, neighbours then count little
+# on one thread of a shared machine, neighbours then count little
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
 def data(size, n, made=True):
@@ -45,7 +50,10 @@ def build(objective, backbone, device="cpu"):
 
 def ours(module, volumes, labels, batch):
     "What `pretrain` does, epoch after epoch."
-    trainer = Trainer(module, lambda m, b: m.loss(b), pretraining_batches(volumes, labels, PretrainSpec(batch_size=batch)), Recipe(epochs=10_000, lr=1e-4, betas=(0.9, 0.95)))
+    trainer = Trainer(
+        module, lambda m, b: m.loss(b), pretraining_batches(volumes, labels, PretrainSpec(batch_size=batch)),
+        TrainConfig(epochs=10_000, lr=1e-4, betas=(0.9, 0.95)),
+    )
     while True:
         trainer.run_epoch()
         yield len(trainer.loader)
@@ -97,7 +105,11 @@ def compared(ways, least=0.3, repeats=4):
 
 
 def toys(names):
-    print(f"{BATCH} cases of {'x'.join(map(str, SIZE))} voxels a step; cases per second\n{'objective':24}{'toy':16}{'ours':>8}{'plain':>8}{'dummy':>8}{'ours/plain':>12}{'plain/dummy':>12}", flush=True)
+    print(
+        f"{BATCH} cases of {'x'.join(map(str, SIZE))} voxels a step; cases per second\n"
+        f"{'objective':24}{'toy':16}{'ours':>8}{'plain':>8}{'dummy':>8}{'ours/plain':>12}{'plain/dummy':>12}",
+        flush=True,
+    )
     volumes, labels, worst = *data(SIZE, CASES), []
     for name, toy in itertools.product(names, TOYS):
         try: took = compared(loops(name, toy, volumes, labels, BATCH))
@@ -106,7 +118,11 @@ def toys(names):
             continue
         rate = {k: BATCH/s for k, s in took.items()}
         worst.append(rate["ours"]/rate["plain"])
-        print(f"{name:24}{toy:16}{rate['ours']:8.1f}{rate['plain']:8.1f}{rate['dummy']:8.1f}{worst[-1]:12.2f}{rate['plain']/rate['dummy']:12.2f}", flush=True)
+        print(
+            f"{name:24}{toy:16}{rate['ours']:8.1f}{rate['plain']:8.1f}{rate['dummy']:8.1f}"
+            f"{worst[-1]:12.2f}{rate['plain'] / rate['dummy']:12.2f}",
+            flush=True,
+        )
     print(f"slowest beside the plain loop: {min(worst):.2f}; wanted: 0.9 or more")
     return min(worst)
 
@@ -119,7 +135,10 @@ def whole(objective):
     volumes, labels = data(WHOLE_SIZE, batch, made=False)
     module = build(objective, WHOLE)
     took = []
-    for steps in (plain(module, dummy(volumes, labels, batch)), ours(module, volumes, labels, batch), plain(module, dummy(volumes, labels, batch))):
+    for steps in (
+        plain(module, dummy(volumes, labels, batch)), ours(module, volumes, labels, batch),
+        plain(module, dummy(volumes, labels, batch)),
+    ):
         start = CLOCK()
         next(steps)
         took.append(CLOCK() - start)
@@ -128,28 +147,48 @@ def whole(objective):
 
 
 def wholes(names, limit):
-    print(f"\n{WHOLE}, {'x'.join(map(str, WHOLE_SIZE))}, one case a step (two where cases are compared), 1 thread\n{'objective':24}{'cases':>6}{'ours, s':>10}{'dummy, s':>10}{'ours/dummy':>12}{'cases/min':>11}{'peak MiB':>10}", flush=True)
+    print(
+        f"\n{WHOLE}, {'x'.join(map(str, WHOLE_SIZE))}, one case a step (two where cases are compared), 1 thread\n"
+        f"{'objective':24}{'cases':>6}{'ours, s':>10}{'dummy, s':>10}{'ours/dummy':>12}{'cases/min':>11}"
+        f"{'peak MiB':>10}",
+        flush=True,
+    )
     for name in names:
-        try: done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, timeout=limit)
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", name], capture_output=True, text=True, timeout=limit
+            )
         except subprocess.TimeoutExpired:
             print(f"{name:24}left out: over {limit} s", flush=True)
             continue
         found = [l.split()[1:] for l in done.stdout.splitlines() if l.startswith("RESULT")]
         if not found:
-            print(f"{name:24}left out: {(done.stderr.strip().splitlines() or [f'ended with {done.returncode}'])[-1][:150]}", flush=True)
+            print(
+                f"{name:24}left out: "
+                f"{(done.stderr.strip().splitlines() or [f'ended with {done.returncode}'])[-1][:150]}",
+                flush=True,
+            )
             continue
         cases, mine, other, peak = map(float, found[0])
-        print(f"{name:24}{cases:6.0f}{mine:10.1f}{other:10.1f}{other/mine:12.2f}{60*cases/mine:11.1f}{peak:10.0f}", flush=True)
+        print(
+            f"{name:24}{cases:6.0f}{mine:10.1f}{other:10.1f}{other / mine:12.2f}{60 * cases / mine:11.1f}{peak:10.0f}",
+            flush=True,
+        )
 
 
 # --- on a GPU ---
 
-VARIANTS = [dict(zip(("bf16", "compile", "last"), v)) for v in itertools.product((False, True), repeat=3)]  # half precision, compilation, channels last
+# half precision, compilation, channels last
+VARIANTS = [dict(zip(("bf16", "compile", "last"), v)) for v in itertools.product((False, True), repeat=3)]
 
 
 def arranged(batch, last):
     "Volumes in a memory layout."
-    return batch | {"volumes": batch["volumes"].contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)}
+    return batch | {
+        "volumes": batch["volumes"].contiguous(
+            memory_format=torch.channels_last_3d if last else torch.contiguous_format
+        )
+    }
 
 
 def stepper(module, batch, bf16, compiled, last):
@@ -193,7 +232,7 @@ def largest(fits, most=1024):
     while (n := max(1, 2*batch)) <= most:
         try: fits(n)
         except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e): raise
+            if not is_out_of_memory(e): raise
             break
         batch = n
     return batch
@@ -217,34 +256,52 @@ def gpu(names):
     if not torch.cuda.is_available(): return print("\nGPU: torch sees none, left out.")
     torch.backends.cudnn.benchmark = True
     peak = matmul_rate("cuda")
-    print(f"\n{torch.cuda.get_device_name()}: {peak/1e12:.0f} TFLOP/s in a {8192}² product of bf16; {WHOLE} at {'x'.join(map(str, WHOLE_SIZE))}", flush=True)
+    print(
+        f"\n{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a {8192}² product of bf16; {WHOLE} at "
+        f"{'x'.join(map(str, WHOLE_SIZE))}",
+        flush=True,
+    )
     for name in names:
         n = 2 if getattr(objectives[name], "whole_batches", False) else 1
         make = lambda name=name: build(name, WHOLE, "cuda")
         cases = lambda n: dict(zip(("volumes", "labels"), (t.cuda() for t in data(WHOLE_SIZE, n, made=False))))
         try:
             how, took, why = fastest(make, cases(n))
-            share, variant = operations(make, cases(n))/took[how]/peak, dict.fromkeys(("bf16", "compile", "last"), False) | {k: True for k in how.split(" + ") if k != "plain"}
+            share, variant = (
+                operations(make, cases(n)) / took[how] / peak,
+                dict.fromkeys(("bf16", "compile", "last"), False) | {k: True for k in how.split(" + ") if k != "plain"},
+            )
             torch.cuda.reset_peak_memory_stats()
             top = largest(lambda n: stepper(make(), cases(n), **variant)())
-            print(f"{name:24}{n/took[how]:8.2f} cases/s with {how} ({took[how]/took.get('plain', float('nan')):.2f} of plain's time), {100*share:.0f} % of the product's rate; largest batch {top}, {torch.cuda.max_memory_allocated()/2**30:.1f} GiB"
-                  + (f"; cannot: {why}" if why else ""), flush=True)
+            print(
+                f"{name:24}{n / took[how]:8.2f} cases/s with {how} ({took[how] / took.get('plain', float('nan')):.2f} "
+                f"of plain's time), {100 * share:.0f} % of the product's rate; largest batch {top}, "
+                f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (f"; cannot: {why}" if why else ""),
+                flush=True,
+            )
         except VfmError as e: print(f"{name:24}refused: {e}")
 
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("--objectives", nargs="+", default=None, help="registered names; default: all")
-    ask.add_argument("--whole", nargs="*", default=None, help="those measured at full size; default: the same; nothing after it: none")
+    ask.add_argument(
+        "--whole", nargs="*", default=None,
+        help="those measured at full size; default: the same; nothing after it: none",
+    )
     ask.add_argument("--limit", type=float, default=900, help="seconds that one objective may take at full size")
     ask.add_argument("--one", help=argparse.SUPPRESS)
     args = ask.parse_args()
     torch.set_num_threads(1)
     if args.one: return whole(args.one)
     names = args.objectives or list(objectives)
-    print(f"1 thread, load on the machine {os.getloadavg()[0]:.1f}; {'wall' if torch.cuda.is_available() else 'processor'} time")
+    print(
+        f"1 thread, load on the machine {os.getloadavg()[0]:.1f}; "
+        f"{'wall' if torch.cuda.is_available() else 'processor'} time"
+    )
     slowest = toys(names)
-    wholes([n for n in (names if args.whole is None else args.whole) if n != "masked_tokens"], args.limit)  # which needs a plain transformer
+    # which needs a plain transformer
+    wholes([n for n in (names if args.whole is None else args.whole) if n != "masked_tokens"], args.limit)
     gpu([n for n in names if n != "masked_tokens"])
     assert slowest > 0.8, f"the trainer costs more than a fifth beside the plain loop: {slowest:.2f}"
 

@@ -7,7 +7,7 @@ import numpy as np
 from monai.data import create_test_image_3d
 from sklearn.metrics import roc_auc_score
 
-from vfm_notes.analysis.gain import Pair, Ranking, exchange_test, gain_interval
+from vfm_notes.analysis.gain import Pair, Ranking, permutation_test, gain_interval
 from vfm_notes.data.phantom import phantom_case
 
 DRAWS = 2000
@@ -30,7 +30,7 @@ def python(*words): return lambda: subprocess.run([sys.executable, *words], chec
 
 def cell():
     pair = Pair(Ranking(tuned, label), Ranking(scratch, label), [0, 1, 2], np.arange(48))
-    gain_interval(pair, "auc"), exchange_test(pair, DRAWS)
+    gain_interval(pair, "auc"), permutation_test(pair, DRAWS)
 
 
 def loop(draws: int = DRAWS // 20):

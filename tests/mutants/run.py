@@ -152,7 +152,8 @@ class Sight:
         made = self.worker.folder / "look.json"
         made.unlink(missing_ok=True)
         self.worker.run(
-            600 + 30 * self.limit, look={"file": str(file.relative_to(self.worker.tree)), "limit": self.limit, "to": str(made)}
+            600 + 30 * self.limit,
+            look={"file": str(file.relative_to(self.worker.tree)), "limit": self.limit, "to": str(made)},
         )
         record = {"seconds": 0.0, "tests": {}, "lines": {}, "failed": ["it ended without a word"]}
         if made.is_file():
@@ -246,11 +247,15 @@ def named_mutants() -> list[Mutant]:
     for package, old, new, what in NAMED:
         if package not in modules:
             files = [p for p in sorted((ROOT / "vfm_notes" / package).glob("*.py")) if p.name != "__init__.py"]
-            modules[package] = [(f"{package}/{p.name}", code := p.read_text(encoding="utf-8"), words(code)) for p in files]
+            modules[package] = [
+                (f"{package}/{p.name}", code := p.read_text(encoding="utf-8"), words(code)) for p in files
+            ]
         at = [(module, code, *place) for module, code, own in modules[package] for place in places(old, own)]
         if len(at) != 1:
             where = ", ".join(module for module, *_ in at) or "nowhere"
-            raise SystemExit(f"named mutant '{what}': {old!r} is in {where}, expected once in {package}; correct named.py.")
+            raise SystemExit(
+                f"named mutant '{what}': {old!r} is in {where}, expected once in {package}; correct named.py."
+            )
         [(module, code, start, end)] = at
         first, last = (code.encode()[:k].count(b"\n") + 1 for k in (start, end))
         whole, source = statement_lines(ast.parse(code)), code.splitlines()[first - 1]

@@ -1,0 +1,290 @@
+"""What cannot work is reported before anything is computed, by one function, with the smallest change that helps; and
+what `vfm init` writes runs."""
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from vfm_notes.backbones.keys import build_tiny
+from vfm_notes.foundation.registry import VfmError, backbones, objectives
+from vfm_notes.report.cli import main
+from vfm_notes.foundation.spec import RunSpec, StudySpec, pretrain_specs, run_specs
+from vfm_notes.runs.notebook import known_conflicts as of_jobs
+from vfm_notes.runs.notebook import preflight
+from vfm_notes.runs.grid import jobs_of
+from vfm_notes.tune.conflicts import (
+    cohort_facts, conflicts, empty_network, next_size, read_without_weights, size_conflicts, strategy_conflicts,
+)
+from vfm_notes.tune.strategy import apply_strategy
+from vfm_notes.tune.task import build_task
+from vfm_notes.tune.transfer import build_model, transfer
+
+VFM = [sys.executable, "-c", "from vfm_notes.report.cli import main; main()"]
+CASES = {"pretrain": 8, "train": 8, "val": 4, "test": 8}
+
+
+def study(**changes) -> StudySpec:
+    base = dict(
+        name="toy", title="t", cohort="phantom", size=[8, 32, 32], spacing=[6.0, 2.25, 2.25], cases=CASES,
+        backbones=["profound_toy.mae"], pretrain={"mae": {"backbone": "profound_toy"}}, tasks={"segmentation": {}},
+        strategies=["scratch", "full"], seeds=[0],
+    )
+    return StudySpec(**base | changes)
+
+
+def said(**changes) -> list[str]:
+    s = study(**changes)
+    found = conflicts(s, [*pretrain_specs(s), *run_specs(s)])
+    assert all("\n" not in f for f in found)
+    return found
+
+
+def facts() -> tuple: return cohort_facts("phantom", (8, 32, 32), (6.0, 2.25, 2.25), tuple(CASES.items()))
+
+
+def test_a_study_that_fits_has_no_conflict(): assert said() == []
+
+
+UNET = {"backbones": ["unet_toy.mae"], "pretrain": {"mae": {"backbone": "unet_toy"}}}
+KNOWN = {
+    "size": (
+        {"size": [6, 32, 32]},
+        ["size [6, 32, 32] does not suit backbone 'profound_toy'", "4 x 16 x 16", "write size: [8, 32, 32]"],
+    ),
+    "size for all": (
+        {
+            "size": [4, 32, 36], "backbones": ["profound_toy.mae", "unet_toy.mae"],
+            "pretrain": {"mae": {"backbone": ["profound_toy", "unet_toy"]}},
+        },
+        ["'unet_toy'", "write size: [8, 32, 48]"],
+    ),
+    "window": (
+        {"window": [4, 24, 32]},
+        ["window [4, 24, 32] does not suit backbone 'profound_toy'", "write window: [4, 32, 32]"],
+    ),
+    "large window": ({"window": [16, 32, 32]}, ["larger than size", "write window: [8, 32, 32]"]),
+    "window of a case": (
+        {"window": [4, 16, 16], "tasks": {"classification": {}}}, ["'classification' answers once for a whole case"],
+    ),
+    "sequence": ({"tasks": {"translation": {"target": "ct"}}}, ["needs the sequence 'ct'", "t2w, dwi, adc"]),
+    "task option": (
+        {"tasks": {"super_resolution": {"factr": [1, 2, 2]}}}, ["no option 'factr'", "Did you mean 'factor'"],
+    ),
+    "task value": (
+        {"tasks": {"super_resolution": {"factor": [1, 2, "two"]}}}, ["option 'factor' of task 'super_resolution'"],
+    ),
+    "class weights": (
+        {"tasks": {"segmentation": {"class_weights": [1, 2]}}}, ["class_weights has 2 values", "3 classes"],
+    ),
+    "lora": (UNET | {"strategies": ["lora"]}, ["targets=linear matches no layer", "write targets=conv"]),
+    "top": ({"strategies": ["top k=9"]}, ["k=9 does not fit", "5 blocks"]),
+    "knn": ({"strategies": ["knn"]}, ["'knn' needs one class per case", "use probe or decoder"]),
+    "strategy option": ({"strategies": ["lora rank=four"]}, ["option 'rank'", "a whole number"]),
+    "patch": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "options": {"patch": 6}}}},
+        ["pretraining 'profound_toy.mae'", "patch 6 is not a multiple", "(4, 16, 16)"],
+    ),
+    "large patch": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "options": {"patch": 64}}}}, ["does not divide the volume"],
+    ),
+    "objective option": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "options": {"mask": 0.5}}}},
+        ["Objective 'masked_reconstruction' has no option 'mask'", "'mask_ratio'"],
+    ),
+    "objective value": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "options": {"mask_ratio": "half"}}}},
+        ["option 'mask_ratio' of objective", "a number"],
+    ),
+    "tokens": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "objective": "masked_tokens"}}},
+        ["no plain transformer", "use masked_reconstruction"],
+    ),
+    "labels": (
+        {
+            "pretrain": {
+                "mae": {"backbone": "profound_toy", "objective": "patch_contrast", "options": {"class_weights": [1, 1]}}
+            }
+        },
+        ["anchor_class is 2, but class_weights has 2"],
+    ),
+    "few weights": (
+        {
+            "pretrain": {
+                "mae": {
+                    "backbone": "profound_toy", "objective": "patch_contrast",
+                    "options": {"class_weights": [1, 1], "anchor_class": 1},
+                }
+            }
+        },
+        ["3 classes", "class_weights has 2 entries"],
+    ),
+    "cut batches": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "objective": "nt_xent", "accumulate": 2}}},
+        ["compares the cases of a batch", "accumulate: 1"],
+    ),
+    "batch of one": (
+        {"pretrain": {"mae": {"backbone": "profound_toy", "objective": "nt_xent", "batch_size": 1}}},
+        ["batch_size to 2"],
+    ),
+    "few cases": ({"cases": CASES | {"pretrain": 2}}, ["batches of 4", "2 cases", "cases.pretrain to 4"]),
+    "no validation": ({"cases": CASES | {"val": 0}}, ["split 'val'", "set cases.val to 1"]),
+    "specialist": ({"specialists": {"segmentation": "unet_3"}}, ["Unknown backbone 'unet_3'", "'unet_3d'"]),
+    "specialist's size": (
+        {"specialists": {"segmentation": "densenet121_3d"}}, ["'densenet121_3d'", "write size: [32, 32, 32]"],
+    ),
+    "augmentation": ({"budget": {"augment": {"flip": {"axes": [3]}}}}, ["option 'axes' of augmentation 'flip'"]),
+    "task name": ({"tasks": {"segmantation": {}}}, ["Did you mean 'segmentation'"]),
+    "cohort": ({"cohort": "fantom"}, ["Did you mean 'phantom'"]),
+    "weights": ({"pretrain": {}}, ["profound_toy.mae", "'pretrain' section does not make"]),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_a_conflict_is_told_with_what_helps(case):
+    changes, words = KNOWN[case]
+    found = said(**changes)
+    assert any(all(w in f for w in words) for f in found), found
+
+
+def test_all_conflicts_are_told_at_once_and_only_of_what_is_to_be_done(runs_root):
+    wrong = study(
+        size=[6, 32, 32], backbones=["profound_toy.mae", "provicnet_toy.mae"],
+        pretrain={"mae": {"backbone": ["profound_toy", "provicnet_toy"]}}, strategies=["scratch", "knn"],
+        slurm={"time": 0}, tasks={"segmentation": {}, "translation": {"target": "ct"}},
+    )
+    found = of_jobs(wrong, jobs_of(wrong))
+    assert len(found) == 4 and {w for w in ("slurm", "size [6", "'knn'", "'ct'") if any(w in f for f in found)} == {
+        "slurm", "size [6", "'knn'", "'ct'",
+    }, found
+    with pytest.raises(VfmError, match=r"4 things of study 'toy' cannot work: \(1\) .*; \(4\) ") as e:
+        preflight(wrong, jobs_of(wrong))
+    assert "\n" not in str(e.value)
+    part = jobs_of(replace(wrong, slurm={}), "task=segmentation,backbone=provicnet_toy.mae,strategy=scratch")
+    assert of_jobs(replace(wrong, slurm={}), part) == []  # the other network's size is no matter here
+
+
+def test_the_size_that_is_proposed_suits_every_network():
+    nets = [empty_network(n, 3) for n in ("profound_toy", "unet_toy", "cnn_3d", "provicnet_toy", "efficientnet_toy")]
+    size = next_size((5, 33, 47), nets)
+    assert size == (8, 48, 48) and next_size(size, nets) == size
+    for net in nets: net.check_input(torch.empty(1, 3, *size))
+
+
+TOYS = [n for n in backbones if backbones.card(n).get("toy")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({*TOYS, "dinov2_small", "segresnet_ds", "swin_unetr_24", "densenet121_3d", "lite_medsam", "profound_vit"}),
+)
+def test_networks_without_numbers_agree_with_the_protocol(name):
+    "What fits is read, on the meta device, and one voxel more is refused."
+    net = build_tiny(name, 3)
+    fits = next_size((32, 64, 64) if net.strides[-1][0] > 1 else (1, 64, 64), [net])
+    read_without_weights(net.to("meta").eval(), fits)
+    if not net.ragged:
+        with pytest.raises(VfmError): net.check_input(torch.empty(1, 3, *(s + 1 for s in fits), device="meta"))
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_strategies_on_shapes_alone_are_judged_as_on_numbers(name):
+    card = facts()[0]
+    whole = build_model(
+        RunSpec(
+            size=(8, 32, 32), spacing=(6, 2.25, 2.25), cases=CASES, task="classification", backbone=f"{name}.random",
+            strategy="scratch",
+        ),
+        build_task("classification", card, {}),
+        3,
+    )
+    for line in ("probe", "knn", "top", "lora", "top k=40", "full drop=1", "lora targets=conv"):
+        spec = RunSpec(
+            size=(8, 32, 32), spacing=(6, 2.25, 2.25), cases=CASES, task="classification", backbone=f"{name}.random",
+            strategy=line,
+        )
+        told = list(strategy_conflicts([spec], card))
+        try: apply_strategy(spec.strategy, copy.deepcopy(whole))
+        except VfmError as e: assert told == [str(e)]
+        else: assert told == [], (name, line, told)
+
+
+def test_what_is_told_is_what_would_have_happened():
+    "A run that conflicts fails in truth, with the size proposed it does not."
+    spec = RunSpec(
+        size=(6, 32, 32), spacing=(8.0, 2.25, 2.25), cases=CASES, n_train=4, epochs=1, strategy="random",
+        task="classification",
+    )
+    card, _ = facts()
+    assert list(size_conflicts([spec], card))
+    with pytest.raises(VfmError, match="divisible"): transfer(spec)
+    again = replace(spec, size=(8, 32, 32))
+    assert not list(size_conflicts([again], card)) and transfer(again).summary["metrics"]
+
+
+def test_objectives_without_conflict_take_a_step():
+    from vfm_notes.pretrain.loop import prepare_pretraining
+    for name in objectives:
+        s = study(pretrain={"mae": {"backbone": "profound_toy", "objective": name}})
+        if conflicts(s, pretrain_specs(s)): continue
+        x, labels = torch.randn(4, 3, 8, 32, 32), torch.randint(0, 3, (4, 8, 32, 32))
+        _, objective = prepare_pretraining(pretrain_specs(s)[0], x, 3)
+        assert torch.isfinite(objective.loss({"volumes": x, "labels": labels})[0]), name
+
+
+def test_status_and_table_need_no_torch(tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump({
+            k: list(v) if isinstance(v, tuple) else v for k, v in vars(study()).items() if k not in ("budget",)
+        })
+    )
+    code = (
+        "import sys; from vfm_notes.report import cli; sys.argv = ['vfm', sys.argv[1], 's.yaml']\ntry: "
+        "cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    for command in ("status", "table"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"VFM_RUNS": str(tmp_path / "runs")},
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_init_writes_runs_as_it_was_written(tmp_path, monkeypatch, capfd, toy_server):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VFM_")} | {
+        "VFM_RUNS": str(tmp_path / "first" / "runs"), "VFM_FORKSERVER": toy_server,
+    }
+    def vfm(*words, at=tmp_path/"first"):
+        return subprocess.run([*VFM, *words], cwd=at, env=env, capture_output=True, text=True)
+    assert vfm("init", "first", at=tmp_path).returncode == 0
+    text = (tmp_path/"first"/"study.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path/"first")
+    for name in ("VFM_RUNS", "VFM_FORKSERVER"): monkeypatch.setenv(name, env[name])
+
+    def here(*words) -> tuple:
+        "The command in this process, which has imported torch: its exit status, and what it says."
+        monkeypatch.setattr(sys, "argv", ["vfm", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended: main()
+        gc.unfreeze()  # this process goes on
+        return ended.value.code or 0, "".join(capfd.readouterr())
+    assert "cannot work" not in here("run", "study.yaml", "--dry-run")[1]
+    ran = vfm("run", "study.yaml")
+    assert ran.returncode == 0 and "5 of 5 runs done" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+    assert (tmp_path/"first"/"study.yaml").read_text(encoding="utf-8") == text
+    records = [
+        json.loads(p.read_text(encoding="utf-8")) for p in (tmp_path / "first" / "runs" / "first").glob("*/record.json")
+    ]
+    assert len(records) == 5 and {r["status"] for r in records} == {"done"}
+    (tmp_path/"first"/"study.yaml").write_text(text.replace("size: [8, 32, 32]", "size: [6, 32, 32]"))
+    for words in (["run", "study.yaml", "--dry-run"], ["run", "study.yaml"], ["doctor", "study.yaml"]):
+        code, told = here(*words)
+        assert "write size: [8, 32, 32]" in told and "Traceback" not in told, told
+        assert code == {"run": 0 if "--dry-run" in words else 2, "doctor": 1}[words[0]]
+    assert len(list((tmp_path/"first"/"runs"/"first").glob("*/record.json"))) == 5
