@@ -9,7 +9,7 @@ from toy_batch import write_template
 
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.registry import VfmError
-from vfm_notes.foundation.spec import StudySpec, load_study, pretrain_specs, run_id, run_specs
+from vfm_notes.foundation.spec import StudySpec, external_specs, load_study, pretrain_specs, run_id, run_specs
 from vfm_notes.runs.grid import (
     check_template, check_templates, job_specs, known_records, parameter_names, parse_only, jobs_of, seed_choice,
     shard_jobs, run_states, template_parameters,
@@ -196,3 +196,12 @@ def test_seeds_and_shards_are_read_strictly():
         with pytest.raises(VfmError, match="--seeds"): seed_choice(text)
     for text in ("0/4", "5/4", "2", "a/b"):
         with pytest.raises(VfmError, match="--shard"): shard_jobs([], text)
+
+
+def test_only_backbones_that_have_runs_of_the_task_are_tried_elsewhere():
+    study = replace(
+        load_study("phantom"), leave_out=[{"backbone": "profound_toy.drawn", "task": "segmentation"}],
+        external={"cohort": "prostate_cases", "task": "segmentation"},
+    )
+    tried = [s.backbone for s in external_specs(study)]
+    assert set(study.backbones) - set(tried) == {"profound_toy.drawn"} and all(s.parents for s in external_specs(study))

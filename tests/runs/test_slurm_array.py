@@ -139,7 +139,7 @@ def made_up(tmp_path, monkeypatch, runs_root):
     monkeypatch.setenv("FAKE", str(folder))
     # a small process, which forks a thousand times
     code = "import sys, test_slurm_array as t; t.Cluster(t.Path(sys.argv[1]), seed=7).loop()"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([python_path(), os.path.dirname(os.path.dirname(__file__))])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([python_path(), os.path.dirname(__file__)])}
     cluster = subprocess.Popen([sys.executable, "-c", code, folder], env=env)
     yield folder
     (folder/"over").touch()

@@ -16,11 +16,11 @@ from vfm_notes.foundation.spec import PretrainSpec, RunSpec, load_study, pretrai
 from vfm_notes.nets.decoder import ClassificationHead, DenseDecoder, LinearDecoder
 from vfm_notes.pretrain.loop import pretrain
 from vfm_notes.shift.features import collect_features, layer_distances
-from vfm_notes.tune import transfer as module
+from vfm_notes.tune import monitor, transfer as module
 from vfm_notes.tune.task import DENSE_HEADS, IMAGE_HEADS
 from vfm_notes.tune.strategy import call_order, run_without_weights
 from vfm_notes.tune.supervised import dealt_anew, pretraining_cases
-from vfm_notes.tune.monitor import LOOKED_AT
+from vfm_notes.tune.monitor import LOOKED_AT, under_ceiling
 from vfm_notes.tune.transfer import run_cohort, run_data, transfer
 
 CASES = {"pretrain": 8, "train": 16, "val": 4, "test": 6}
@@ -211,7 +211,7 @@ def test_distances_stand_under_their_ceiling(state):
 
 
 def test_a_few_test_cases_are_looked_at(monkeypatch, state):
-    monkeypatch.setattr(module, "LOOKED_AT", 4)
+    monkeypatch.setattr(monitor, "LOOKED_AT", 4)
     outcome = transfer(replace(SPEC, strategy="full"), state)
     assert (
         {r["n"] for r in outcome.summary["d2p"]} == {4}
@@ -321,3 +321,8 @@ def test_a_control_that_misbehaves_is_the_headline():
         )
         == []
     )
+
+
+def test_a_ceiling_of_nothing_has_no_share():
+    [row] = under_ceiling([{"layer": "embed", "mmd2": 0.0}], {"embed": 0.0})
+    assert np.isnan(row["relative"]) and row["saturated"] is False

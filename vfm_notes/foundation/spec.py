@@ -423,7 +423,10 @@ def external_fields(study: StudySpec) -> ExternalSpec:
 def external_specs(study: StudySpec) -> list[ExternalSpec]:
     "Return one spec for each backbone whose tuned runs are tried on the external cohort."
     if not study.external: return []
-    base = external_fields(study)
-    runs = [r for r in run_specs(study) if r.task == base.task]
-    return [ExternalSpec(**asdict(base) | {"backbone": b, "options": study.tasks[base.task],
-                         "parents": tuple(run_id(r) for r in runs if r.backbone == b)}) for b in study.backbones]
+    base, parents = external_fields(study), {}
+    for run in run_specs(study):
+        if run.task == base.task and run.backbone in study.backbones:
+            parents.setdefault(run.backbone, []).append(run_id(run))
+    common = asdict(base) | {"options": study.tasks[base.task]}
+    tuned = [b for b in study.backbones if b in parents]
+    return [ExternalSpec(**common | {"backbone": b, "parents": tuple(parents[b])}) for b in tuned]

@@ -98,8 +98,8 @@ def under_ceiling(
     return [
         r
         | {
-            "ceiling": ceiling[r["layer"]], "relative": r["mmd2"] / ceiling[r["layer"]],
-            "saturated": r["mmd2"] >= SATURATED * ceiling[r["layer"]],
+            "ceiling": (most := ceiling[r["layer"]]), "relative": r["mmd2"] / most if most > 0 else float("nan"),
+            "saturated": r["mmd2"] >= SATURATED * most > 0,
         }
         for r in rows
     ]
