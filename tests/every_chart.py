@@ -11,7 +11,7 @@ from vfm_notes.analysis.prediction import prediction_points, prediction_table
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.report import curves, evidence, explorer, figures, explorer as live, curves as measured
 
-PARTS = {"titled", "curve_panel"}  # of other charts
+PARTS = {"titled", "curve_panel", "place_cells"}  # of other charts
 
 
 def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:

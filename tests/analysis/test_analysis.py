@@ -114,7 +114,7 @@ def test_tables_hold_every_run_and_value(study):
 
 def test_a_cell_is_scored_where_nobody_wrote_how_many_cases_it_was_trained_on(study):
     unknown = replace(study, runs=study.runs.assign(n_train=pd.array([pd.NA] * len(study.runs), "Int64")))
-    whole, found = cell_scores(study, draws=50), cell_scores(unknown, draws=50)
+    whole, found = cell_scores(study), cell_scores(unknown)
     assert len(whole) == 9 and found.n_train.isna().all()
     assert found.drop(columns="n_train").equals(whole.drop(columns="n_train"))
     means = study.done().groupby(["task", "backbone", "strategy"])["value"].mean()  # by pandas

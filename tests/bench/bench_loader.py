@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from vfm_notes.backbones.protocol import build_backbone
-from vfm_notes.data.loader import augment
+from vfm_notes.data.augment import augment
 from vfm_notes.data.cohort import CohortCard
 from vfm_notes.data.load import load_cohort
 from vfm_notes.data.loader import Loader, normalise

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
-from vfm_notes.data.loader import (
-    AUGMENTATIONS, affine, affine_matrices, augment, draw_parameter, flip, gamma, intensity, noise, quarter_turns,
-    to_tensors, warp,
+from vfm_notes.data.augment import (
+    AUGMENTATIONS, affine, affine_matrices, augment, draw_parameter, flip, gamma, intensity, noise,
+    quarter_turns, to_tensors, warp,
 )
 from vfm_notes.data.loader import LAST, Loader, batches, cohort_moments, normalise
 from vfm_notes.foundation.registry import VfmError

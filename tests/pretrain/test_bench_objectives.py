@@ -10,7 +10,7 @@ import torch
 @pytest.fixture(scope="module")
 def bench():
     spec = importlib.util.spec_from_file_location(
-        "bench_objectives", Path(__file__).parent / "bench" / "bench_objectives.py"
+        "bench_objectives", Path(__file__).parents[1] / "bench" / "bench_objectives.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

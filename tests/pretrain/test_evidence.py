@@ -38,8 +38,8 @@ def test_readers_see_no_test_case_when_they_are_fitted():
 
 
 def test_before_any_training_nothing_is_gained():
-    "A pretraining that learns nothing (rate 0) leaves the encoder that the random one is."
-    plan = replace(SMALL, lr=0.0)
+    "A pretraining without steps leaves the encoder that the random one is."
+    plan = replace(SMALL, epochs=0)
     cohort = plan.cohort()
     assert probe_pretrained("autoencoding", 3, plan, cohort)[0] == probe_random_weights(3, plan, cohort)
 

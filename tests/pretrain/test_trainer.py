@@ -20,7 +20,7 @@ TOY = '''
 import sys, time, torch
 from pathlib import Path
 from torch import nn
-from vfm_notes.data.loader import augment
+from vfm_notes.data.augment import augment
 from vfm_notes.data.loader import Loader
 from vfm_notes.pretrain.trainer import Checkpointer, TrainConfig, Trainer, train
 

@@ -123,7 +123,7 @@ def test_two_runs_on_a_gpu_are_the_same():
 
 # --- few shots ---
 
-def test_few_shots_are_the_same_nested_cases_for_every_backbone_strategy_and_seed():
+def test_few_shots_are_nested_and_the_same_for_every_backbone_and_strategy_while_each_seed_draws_its_own():
     base = RunSpec(
         task="classification", size=(4, 32, 32), spacing=(8, 3, 3),
         cases={"pretrain": 0, "train": 12, "val": 3, "test": 3},
@@ -133,7 +133,9 @@ def test_few_shots_are_the_same_nested_cases_for_every_backbone_strategy_and_see
         return data["train"].names, data["test"].names, data["train"].target
     (four, test, grades), (eight, _, _), (twelve, _, _) = names(4), names(8), names(12)
     assert set(four) < set(eight) < set(twelve) and len(four) == 4
-    for other in (dict(backbone="provicnet_toy.x"), dict(seed=7), dict(strategy="probe"), dict(lr=0.1)):
+    for other in (dict(backbone="provicnet_toy.x"), dict(strategy="probe"), dict(lr=0.1)):
         assert names(4, **other)[:2] == (four, test)
+    drawn, seen, _ = names(4, seed=7)
+    assert set(drawn) != set(four) and set(drawn) < set(names(8, seed=7)[0]) < set(twelve) and seen == test
     # every grade is there as early as can be
     assert len(set(grades.tolist())) == min(4, len(set(names(12)[2].tolist())))

@@ -388,6 +388,8 @@ OTHER = {
     "window": (4, 32, 32),
     "start": "profound_toy.x",
     "parents": ("p",),
+    "divergences": ("energy",),
+    "expected": "gain",
 }
 UNNAMED = {("pretrain", "probe_every")}  # looks at the encoder on the way; changes no weights
 

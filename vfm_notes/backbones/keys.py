@@ -267,8 +267,7 @@ def load_weights(
 # %% ../../nbs/3_backbones/04_keys.ipynb #12662aa5
 def load_backbone(
     name: str,  # "architecture" with random weights, or "architecture.weights"
-    # input sequences; None is what the weights, or else the backbone, were published with
-    in_channels: int | None = None,
+    in_channels: int | None = None,  # input sequences; None: as the weights or the backbone were published
     accepted: Iterable[str] = (),  # licences or weights that are accepted by name
 ) -> Backbone:
     "Build a backbone, with its weights where the name has some."

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/4_pretrain/04_contrast.ipynb #6ffcf0d5
 from ..backbones.protocol import Backbone
-from ..data.loader import augment
+from ..data.augment import augment
 from ..foundation.registry import objectives, VfmError
 from ..nets.convnext3d import enlarge_mask
 from ..nets.decoder import TokenHead

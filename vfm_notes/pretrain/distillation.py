@@ -22,7 +22,7 @@ from ..backbones.profound import MAEBackbone
 from ..backbones.protocol import Backbone
 from ..backbones.provicnet import ProViCNet
 from ..backbones.volumetric import FirstPatch, reverse_axes, Volumetric
-from ..data.loader import augment
+from ..data.augment import augment
 from ..foundation.registry import objectives, VfmError
 from ..nets.convnext3d import enlarge_mask
 from ..nets.mae3d import gather_tokens, PlainBlock, scatter_tokens, sincos_positions

@@ -23,7 +23,8 @@ from ..backbones.adaptation import InitialWeights
 from ..backbones.plan import known_fingerprints, state_hash, WeightsManifest
 from ..backbones.protocol import Backbone, build_backbone
 from ..data.cohort import Cohort, CohortCard
-from ..data.loader import augment, Loader
+from ..data.augment import augment
+from ..data.loader import Loader
 from ..foundation.meter import epoch_seconds, Meter, provenance
 from ..foundation.registry import objectives, suggest_name, VfmError
 from ..foundation.schema import argument_types, check_options

@@ -71,9 +71,17 @@ class Documented:
 def comments(
     source: str,  # Python code
 ) -> dict[int, str]:  # line → comment, without its mark
-    "Find the comments of a source."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+    "Find the comments of a source: behind a line, or on lines of their own above it."
+    found, above = {}, []
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type == tokenize.COMMENT and not t.string.startswith("#|"):
+            text = t.string.lstrip("# ").rstrip()
+            if t.line[:t.start[1]].strip(): found[t.start[0]] = text
+            else: above.append(text)
+        elif above and t.string.strip():
+            found.setdefault(t.start[0], " ".join(above))
+            above = []
+    return found
 
 # %% ../../nbs/9_report/07_reference.ipynb #3b18877d
 def argument(
@@ -148,7 +156,8 @@ def function_doc(
     said: dict[int, str],  # comments by line
 ) -> Documented:
     "Read a function."
-    one_line = node.lineno == node.end_lineno
+    begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    alone = len(node.body) == 1 and isinstance(node.body[0], ast.Return)  # its comment stands for a docstring
     last = node.returns.end_lineno if node.returns else node.body[0].lineno - 1
     # a comment behind `def f(x): …` is not about x alone
     listed = arguments(node.args, {} if last == node.lineno else said)
@@ -157,11 +166,11 @@ def function_doc(
             None,
             (
                 ast.unparse(node.returns) if node.returns else "",
-                "" if one_line else f"— {said[last]}" if last in said else "",
+                f"— {said[last]}" if last in said and not (alone and last == begin) else "",
             ),
         )
     )
-    doc = ast.get_docstring(node) or (said.get(node.lineno, "") if one_line else "")
+    doc = ast.get_docstring(node) or (said.get(begin, "") if alone else "")
     return Documented(
         full_name(node), doc, signature(node), tuple(listed), returns if returns != "None" else "", refusals(node), ()
     )

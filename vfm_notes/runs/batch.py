@@ -364,8 +364,7 @@ def run_study(
     name_or_path: str | Path,  # a name in nbs/studies or a path to a YAML file
     jobs: int | None = None,  # notebooks at a time; None: one for each core
     executor: str = "local",  # or slurm
-    # a part of the study, e.g. "task=segmentation,backbone=profound_toy.mae_phantom"
-    only: str | list[str] | None = None,
+    only: str | list[str] | None = None,  # a part, e.g. "task=segmentation,backbone=profound_toy.mae_phantom"
     retry_failed: bool = False,  # compute failed runs again
     templates: Path | None = None,  # a folder with one's own templates
     engine: str | None = "forked",  # papermill engine; None: papermill's own

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/6_tune/07_fit.ipynb #ae1d6bc8
-from ..data.loader import augment
+from ..data.augment import augment
 from ..data.loader import Loader
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec

@@ -14,7 +14,7 @@ import vfm_notes.tune.catalog
 from vfm_notes.backbones.weights import (
     check_licence, converted_file, known_weights, normalisation, weights, weights_card,
 )
-from ..data.loader import augment
+from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.registry import parse_strategy, starts_random
 from ..foundation.places import weights_file, weights_root
