@@ -11,7 +11,7 @@ from vfm_notes.analysis.prediction import prediction_points, prediction_table
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.report import curves, evidence, explorer, figures, explorer as live, curves as measured
 
-PARTS = {"titled", "curve_panel", "place_cells"}  # of other charts
+PARTS = {"with_title", "curve_panel", "place_cells", "score_layers"}  # of other charts
 
 
 def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
@@ -30,7 +30,7 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "gain_matrix": figures.gain_matrix(gains),
         "alignment_scatter": figures.alignment_scatter(cells, crossed_association(cells, draws=100)),
         "distance_layers": figures.distance_layers(tables.d2p[tables.d2p.strategy != "scratch"], "t", "s"),
-        "dots": figures.dot_chart(first, "epochs"),
+        "dot_chart": figures.dot_chart(first, "epochs"),
         "cost_chart": figures.cost_chart(done, "t", "s"),
         "curve_panels": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}),
         "trajectories": curves.trajectories(tables.curves, metrics, "t", "s"),

@@ -91,7 +91,7 @@ def test_every_chart_is_drawn(charts):
     }
     assert made - PARTS == set(charts), "a chart was added: draw it in every_chart"
     for name, (_, svg) in charts.items(): assert svg.count("<path") > 12 and "NaN" not in svg, name
-    for name in ("curve_panels", "trajectories", "reached_panels", "moment_panels", "seed_panels", "dots"):
+    for name in ("curve_panels", "trajectories", "reached_panels", "moment_panels", "seed_panels", "dot_chart"):
         assert all(s in charts[name][1] for s in SIX[1:]), name
 
 

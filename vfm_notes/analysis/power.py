@@ -223,7 +223,7 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
         f"Study {made.study}: {made.backbones} backbones, {made.tasks} tasks, {made.seeds} seeds, {made.cases} test "
         f"cases; runs one by one:{time(made.hours)}."
     ]
-    said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>15}{'or cases':>17}")
+    said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>18}{'or cases':>18}")
     for r in made.rows:
         if "smallest" not in r:
             why = r["variances"] if made.cases > 1 else "cases.test does not say how many cases there are"
@@ -238,7 +238,7 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
         )
         said.append(
             f"{r['task'][:23]:24}{number(r['smallest'], 2) + ' ' + r['unit']:>24}{number(r['sooner']):>8}"
-            f"{number(r['wanted']):>8}{need('seeds'):>15}{need('cases'):>17}"
+            f"{number(r['wanted']):>8}{need('seeds'):>18}{need('cases'):>18}"
         )
     can = f"|rho| from {round_value(made.rho, 2)} on" if made.rho == made.rho else "no correlation, however strong"
     said.append(f"Distance and gain over these tasks and backbones: {can}.")

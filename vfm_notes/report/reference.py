@@ -166,11 +166,11 @@ def function_doc(
             None,
             (
                 ast.unparse(node.returns) if node.returns else "",
-                f"— {said[last]}" if last in said and not (alone and last == begin) else "",
+                f"— {said[last]}" if last in said and not (alone and last == node.lineno) else "",
             ),
         )
     )
-    doc = ast.get_docstring(node) or (said.get(begin, "") if alone else "")
+    doc = ast.get_docstring(node) or (said.get(node.lineno) or said.get(begin, "") if alone else "")
     return Documented(
         full_name(node), doc, signature(node), tuple(listed), returns if returns != "None" else "", refusals(node), ()
     )

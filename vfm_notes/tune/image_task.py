@@ -193,12 +193,12 @@ def presence_rows(
     return {"label": present, "score_0": 1 - score, "score_1": score}
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #b1a59d61
+# one row per case, one column per metric
 def detection_table(cases: pd.DataFrame) -> pd.DataFrame:
     return cases.pivot(index="case", columns="metric", values="value")
 
-# area under the ROC curve over cases
-
 # %% ../../nbs/6_tune/04_image_task.ipynb #3e9d7cec
+# area under the ROC curve over cases
 def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #9400bea4
