@@ -179,7 +179,7 @@ def wholes(names, limit):
 # --- on a GPU ---
 
 # half precision, compilation, channels last
-VARIANTS = [dict(zip(("bf16", "compile", "last"), v)) for v in itertools.product((False, True), repeat=3)]
+VARIANTS = [dict(zip(("bf16", "compiled", "last"), v)) for v in itertools.product((False, True), repeat=3)]
 
 
 def arranged(batch, last):

@@ -46,7 +46,7 @@ def test_the_fastest_variant_and_why_one_is_left_out(bench, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no compiler")))
     best, took, why = bench.fastest(make, batch)
     assert set(took) == {"plain", "bf16", "last", "bf16 + last"} and set(why) == {
-        "compile", "bf16 + compile", "compile + last", "bf16 + compile + last",
+        "compiled", "bf16 + compiled", "compiled + last", "bf16 + compiled + last",
     }
     assert took[best] == min(took.values()) and set(why.values()) == {"no compiler"}
 
