@@ -45,7 +45,8 @@ from .reference import addresses, index_page, read_library, reference_page, sear
 from ..runs.grid import jobs_of
 from ..runs.record import SMALL_FILE, damage_lines, scan_records
 from vfm_notes.report.stamp import (
-    close_folder, drop_files, drop_pages, with_site_lock, open_folder, read_stamp, replacing, write_json,
+    close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder, read_stamp, replacing,
+    write_json,
 )
 
 # %% ../../nbs/9_report/10_site.ipynb #1a271c8a
@@ -404,6 +405,7 @@ def make_site(
     records, damaged = scan_records(spec.name, ids, same=SMALL_FILE)
     by, pages = site_pages(spec, records, pseudonyms)
     folder, target = pages_root() / spec.name, site_root()
+    finish_replacement(target.resolve())  # what a kill left, also where nothing else is to do
     stamp, shown = read_stamp(folder / "stamp.json"), read_stamp(target / "stamp.json")
     known = hash_values(records_fingerprint(records), code_fingerprint())
     around = hash_values(assets_fingerprint(), chosen, [p.name for p in pages], known, reference_fingerprint(chosen))
