@@ -269,7 +269,7 @@ def gpu(names):
             how, took, why = fastest(make, cases(n))
             share, variant = (
                 operations(make, cases(n)) / took[how] / peak,
-                dict.fromkeys(("bf16", "compiled", "last"), False) | {k: True for k in how.split(" + ") if k != "plain"},
+                {k: k in how.split(" + ") for k in ("bf16", "compiled", "last")},
             )
             torch.cuda.reset_peak_memory_stats()
             top = largest(lambda n: stepper(make(), cases(n), **variant)())

@@ -411,10 +411,9 @@ def make_site(
     around = hash_values(assets_fingerprint(), chosen, [p.name for p in pages], known, reference_fingerprint(chosen))
     wanted = {p.name: p.print for p in pages}
     todo = outdated_pages(pages, stamp, folder)
-    whole = (
-        stamp.get("around") == around and shown.get("site") == stamp.get("site") and (target / "index.html").exists()
-    )
-    if not todo and whole: return site_result(target, pages, stamp, pseudonyms, begun, up_to_date=True)
+    whole = stamp.get("around") == around and shown.get("site") == stamp.get("site")
+    if not todo and whole and (target / "index.html").exists():
+        return site_result(target, pages, stamp, pseudonyms, begun, up_to_date=True)
     open_folder(folder, [p.name for p in todo], target)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
     write_assets(folder / "assets")
@@ -426,7 +425,7 @@ def make_site(
         findings = sentences.result() if stale else stamp["findings"]
         reference = library.result()
     made = {"around": around, "known": known, "findings": findings}
-    made |= {"library": place_reference(folder, pages, reference)}
+    made["library"] = place_reference(folder, pages, reference)
     made |= {"problems": damage_lines(spec.name, damaged, ids) + problems, "people": stamp.get("people", {}) | people}
     write_config(folder, site_config(spec, pages, made_from(spec, records)), by.text)
     finish_site(folder, target, made, wanted, chosen, reference, say)
