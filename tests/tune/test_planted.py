@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import vfm_notes.tune.catalog
-from vfm_notes.analysis.planted import planted_table, planted_words
+from vfm_notes.analysis.planted import control_verdict, planted_table, planted_words
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.backbones.protocol import build_backbone
 from vfm_notes.data.load import load_cohort
@@ -326,3 +326,17 @@ def test_a_control_that_misbehaves_is_the_headline():
 def test_a_ceiling_of_nothing_has_no_share():
     [row] = under_ceiling([{"layer": "embed", "mmd2": 0.0}], {"embed": 0.0})
     assert np.isnan(row["relative"]) and row["saturated"] is False
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "verdict"),
+    [
+        ("gain", ["gain", "gain"], "as expected"), ("gain", ["gain", "not clear"], "found in part"),
+        ("gain", ["gain", "not clear", "not clear"], "failed"), ("gain", ["gain", "gain", "loss"], "failed"),
+        ("none", ["not clear", "not clear"], "as expected"), ("none", ["not clear", "not clear", "gain"], "failed"),
+    ],
+)
+def test_a_control_is_found_in_part_where_nothing_speaks_against_it(expected, found, verdict):
+    right = {"gain": "gain", "none": "not clear"}[expected]
+    own = pd.DataFrame({"found": found, "agrees": [f == right for f in found]})
+    assert control_verdict(own) == verdict
