@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'CaseSource', 'DecodePlan', 'assign_splits', 'code_hash', 'file_stats', 'case_key', 'case_hashes',
-           'write_cohort_json', 'write_cohort', 'open_cohort', 'read_cohort', 'publish', 'track_progress',
-           'DecodedCases', 'check_decoded', 'decode_into', 'decode_cohort', 'plan_problems']
+           'write_cohort_json', 'write_cohort', 'open_cohort', 'read_cohort', 'publish', 'DecodedCases',
+           'check_decoded', 'decode_into', 'decode_cohort', 'plan_problems']
 
 # %% ../../nbs/1_data/10_cache.ipynb #603827e8
 import hashlib
@@ -13,14 +13,14 @@ import importlib.util
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from ..foundation.places import fsync
+from ..foundation.progress import track_progress
 from ..foundation.registry import VfmError, error_line
 from ..foundation.spec import SPLITS
 from vfm_notes.data.cohort import (
@@ -201,31 +201,6 @@ def publish(
         f"{folder} cannot be written; is the disk full, or does another process hold it? It is a cache and safe to "
         "delete."
     )
-
-# %% ../../nbs/1_data/10_cache.ipynb #3c7bf1de
-def track_progress(
-    items: list,
-    what: str,  # the work, for people
-    patience: float = 2.0,  # seconds before a bar appears
-) -> Iterator:
-    "Go through items; a bar with the time left when it takes long."
-    start, bar = time.monotonic(), None
-    try:
-        for i, item in enumerate(items):
-            if bar is None and time.monotonic() - start > patience:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-                console = Console(stderr=True)
-                bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    console=console, transient=True, disable=not console.is_terminal,
-                )
-                bar.start()
-                row = bar.add_task(what, total=len(items))
-            if bar: bar.update(row, completed=i)
-            yield item
-    finally:
-        if bar: bar.stop()
 
 # %% ../../nbs/1_data/10_cache.ipynb #2cc95421
 class DecodedCases:

@@ -50,6 +50,9 @@ class ImageTask(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
 
+    @property
+    def control_learns(self) -> bool: return self.residual is None  # otherwise it is the first guess
+
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return case_table(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
 

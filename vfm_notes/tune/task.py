@@ -183,6 +183,7 @@ class Task:
     title: str = ""  # for figures
     primary: str = ""  # the metric that gains are computed on
     metrics: tuple = ()  # names in METRICS
+    control_learns = True  # the trivial control reads the training cases
     scale: Callable[[np.ndarray], np.ndarray] = staticmethod(normalise)  # of the inputs; a run sets its backbone's
 
     def __init__(self, card: CohortCard): self.card = card

@@ -345,8 +345,9 @@ def measure(run: Prepared, trained: Trained) -> Measured:
     "Test a trained network, and say how far it moved and what it cost."
     task, data, watch = run.task, run.data, trained.watch
     cases = task.evaluate(watch.answer("test"), data["test"])
-    tried = task.evaluate(watch.answer("val"), data["val"])
-    undefined = [*task.undefined(cases), *task.undefined(tried, "validation")]
+    undefined = task.undefined(cases)
+    if trained.curves.value[trained.curves.name == f"val_{task.primary}"].isna().any():
+        undefined += task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")
     random = random_features(run.spec, watch)
     top = layer_distances(watch.before, random)
     last, others = (
@@ -378,7 +379,8 @@ def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     "Compute the trivial control, once for all runs with the same cases."
     data = run.data
     key = (
-        type(run.task), asked_of(run.spec), *data["train"].names, *data["test"].names,
+        type(run.task), asked_of(run.spec), *(data["train"].names if run.task.control_learns else ()),
+        *data["test"].names,
         float(data["test"].inputs.double().mean()),
     )
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
