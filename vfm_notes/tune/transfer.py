@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model',
            'Memo', 'cache_key', 'center_windows', 'transferability_scores', 'recalibrate_batchnorm', 'frozen_data',
-           'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train', 'Measured', 'run_cost',
-           'measure', 'weights_files', 'head_facts', 'control_rows', 'beside_control', 'summarise', 'transfer']
+           'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train', 'shown_slice',
+           'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows',
+           'beside_control', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -53,6 +55,7 @@ class RunResult:
     curves: pd.DataFrame  # epoch, seconds, name, value
     cases: pd.DataFrame  # case, patient, metric, value
     features: dict = field(default_factory=dict)  # before.<layer>, after.<layer>: n f
+    pictures: dict = field(default_factory=dict)  # input, target, prediction: h w, a slice of one test case
     weights: dict = field(default_factory=dict)  # state dict of the tuned model
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #890ffed7
@@ -322,6 +325,31 @@ def train(
     run.tuning.finish(run.model)
     return Trained(watch, batches, curves, training_notes(run) + notes)
 
+# %% ../../nbs/6_tune/09_transfer.ipynb #d8d8f0e1
+def shown_slice(
+    target: Tensor,  # of the test cases
+) -> tuple[int, int]:  # case, slice
+    "Choose by the targets alone what is shown: the first case with the last class, where that is largest."
+    if target.ndim != 4: return 0, target.shape[2] // 2 if target.ndim == 5 else 0
+    area = (target == target.max()).sum((2, 3))  # n d
+    case = int(area.any(1).int().argmax())
+    return case, int(area[case].argmax())
+
+def case_pictures(
+    task: Task,
+    output: Tensor,  # of the test cases
+    data: TaskData,  # the test cases
+) -> tuple[dict, dict]:  # case and slice; name → h w
+    "Keep a slice of one test case: the same one for all runs of a task, so that their answers can stand side by side."
+    case, k = shown_slice(data.target)
+    one = slice(case, case + 1)
+    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
+    volumes = {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output[one], alone).items()}
+    if data.target.ndim < 4: k = len(volumes["input"]) // 2
+    pictures = {name: np.float32(v[k]) for name, v in volumes.items()}
+    classes = list(task.card.classes) if data.target.ndim == 4 else []
+    return {"case": data.names[case], "slice": k, "spacing": list(data.spacing), "classes": classes}, pictures
+
 # %% ../../nbs/6_tune/09_transfer.ipynb #3d5a46a3
 @dataclass
 class Measured:
@@ -331,6 +359,8 @@ class Measured:
     d2p: list[dict]  # a row for each layer
     moments: list[dict]  # the same at other moments
     cost: dict  # seconds, memory, parameters, operations
+    shown: dict  # case and slice of the pictures
+    pictures: dict  # name → h w
 
 def run_cost(run: Prepared, trained: Trained) -> dict:
     "Compute what a run has cost, as records keep it."
@@ -344,7 +374,8 @@ def run_cost(run: Prepared, trained: Trained) -> dict:
 def measure(run: Prepared, trained: Trained) -> Measured:
     "Test a trained network, and say how far it moved and what it cost."
     task, data, watch = run.task, run.data, trained.watch
-    cases = task.evaluate(watch.answer("test"), data["test"])
+    output = watch.answer("test")
+    cases = task.evaluate(output, data["test"])
     undefined = task.undefined(cases)
     if trained.curves.value[trained.curves.name == f"val_{task.primary}"].isna().any():
         undefined += task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")
@@ -353,7 +384,7 @@ def measure(run: Prepared, trained: Trained) -> Measured:
     last, others = (
         under_ceiling(rows, top) for rows in (final_distances(run.spec, watch), d2p_snapshots(run.spec, watch, random))
     )
-    return Measured(cases, undefined, last, others, run_cost(run, trained))
+    return Measured(cases, undefined, last, others, run_cost(run, trained), *case_pictures(task, output, data["test"]))
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #60f10326
 def weights_files(
@@ -407,7 +438,7 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
         beside_control(run.task, run.data, measured.cases, control)
         | {
             "head": head_facts(run.model.head), "d2p": measured.d2p, "d2p_moments": measured.moments,
-            "scores": run.scores, "cost": measured.cost,
+            "scores": run.scores, "cost": measured.cost, "shown": measured.shown,
             "notes": [*run.start.notes, *trained.notes, *measured.undefined],
         }
         | origin
@@ -416,7 +447,7 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
                 for layer, f in table.items()}
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
-    return RunResult(summary, trained.curves, cases, features, weights)
+    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
