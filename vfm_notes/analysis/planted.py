@@ -67,6 +67,7 @@ def cells_of(
     names = [f"{t.replace('_', ' ')} with {b} ({s})" for t, b, s in zip(rows.task, rows.backbone, rows.strategy)]
     return "; ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
+# %% ../../nbs/8_analysis/14_planted.ipynb #7b865133
 def control_verdict(
     own: pd.DataFrame,  # cells of one expectation, from planted_table
 ) -> str:  # as expected; found in part (gains not clear in at most half of the cells); within chance; or failed

@@ -52,7 +52,7 @@ def verdict(
     gains: pd.DataFrame,  # from gain_table
     planted: pd.DataFrame,  # from planted_table
 ) -> str:  # a sentence of at most twenty words
-    "Answer the question of a study."
+    "State the answer to the question of a study."
     return planted_verdict(planted) or gain_verdict(gains)
 
 # %% ../../nbs/8_analysis/15_verdict.ipynb #39c8cba6

@@ -33,7 +33,7 @@ def case_panel(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # image (1, h, w), outlines: name → (1, h, w) bool
     "Return what one picture of a strip shows."
     if not classes or name not in ("target", "prediction"): return pictures[name][None], {}
-    labels = pictures[name].round().astype(int)
+    labels = np.rint(pictures[name]).astype(int)
     return pictures["input"][None], {c: (labels == k)[None] for k, c in enumerate(classes) if k}
 
 # %% ../../nbs/9_report/19_case_pictures.ipynb #01a0f003
@@ -54,9 +54,9 @@ def case_strip(
         drawn.append(draw_panel(image, [0], masks, (x, top, PANEL, high), window, False))
     named = next((masks for _, masks in images if masks), {})
     drawn.append(draw_legend(named, 0, top + high + 20))
-    wide, tall = len(images) * (PANEL + 8) - 8, top + high + (28 if named else 6)
+    wide, tall = len(images) * (PANEL + 8) - 8, int(top + high + (28 if named else 6))
     said = f"{title}: {', '.join(c.replace(chr(10), ' ') for c in panels)}"
     return Figure(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {tall:.0f}" width="{wide:.0f}" '
-        f'height="{tall:.0f}" font-family="sans-serif" role="img"><title>{said}</title>{"".join(drawn)}</svg>', said,
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {tall}" width="{wide}" '
+        f'height="{tall}" font-family="sans-serif" role="img"><title>{said}</title>{"".join(drawn)}</svg>', said,
     )

@@ -42,7 +42,7 @@ def small_curves(
     lines = []
     for id, own in curves.sort_values("epoch").groupby("id", sort=False):
         at = " ".join(
-            f"{4 + (WIDE - 8) * e / last:.1f},{HIGH - 4 - (HIGH - 8) * (v - low) / span:.1f}"
+            f"{int(4 + (WIDE - 8) * e / last)},{int(HIGH - 4 - (HIGH - 8) * (v - low) / span)}"
             for e, v in zip(own["epoch"], own["value"])
         )
         faint = 'stroke="currentColor" stroke-opacity=".5" stroke-dasharray="4 3"'
