@@ -172,7 +172,9 @@ def gain_cells(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> pd.DataFrame:  # with the words of each cell
     "Write the words of the gain matrix."
-    out = gains.assign(row=gains.backbone, column=gains.task.map(readable_name))
+    out = gains.assign(
+        row=gains.backbone, column=gains.task.map(readable_name), metric=gains.metric.where(gains.metric.notna(), "")
+    )
     for c in [c for c in ("strategy", "n_train") if gains[c].nunique() > 1]:
         beside = out[["column", c]].drop_duplicates().shape[0] <= MATRIX_COLUMNS
         out["column" if beside else "row"] += ", " + out[c].astype(str)
