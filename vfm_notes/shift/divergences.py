@@ -17,7 +17,7 @@ from torch import Tensor
 # %% ../../nbs/5_shift/04_divergences.ipynb #03b2baca
 from ..foundation.registry import VfmError, divergences
 from .features import check_layers, standardise_pair
-from .mmd import Interval, check_interval, resamples
+from .mmd import ResampledInterval, check_interval, resamples
 from .mmd import as_features, with_norms, median_bandwidth
 
 # %% ../../nbs/5_shift/04_divergences.ipynb #43eb0cd1
@@ -275,7 +275,7 @@ def paired_interval(
     draws: int = 500,  # at least 20
     level: float = 0.95,  # share of the draws inside
     seed: int = 0,
-) -> Interval:
+) -> ResampledInterval:
     "Bootstrap over cases, the same ones in both tables: percentile interval, moved back to the value."
     divergence, least = divergences[name], divergences.card(name).get("least", -np.inf)
     x, y = check_tables(x, y, paired=True, same_width=False)
@@ -284,7 +284,7 @@ def paired_interval(
     drawn = np.array([divergence(x[i], y[i]) for i in torch.from_numpy(resamples(len(x), draws, seed)).to(x.device)])
     shift = float(drawn.mean()) - value
     low, high = (max(float(q) - shift, least) for q in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(value, low, high, len(x), draws, level, shift, seed)
+    return ResampledInterval(value, low, high, len(x), draws, level, shift, seed)
 
 # %% ../../nbs/5_shift/04_divergences.ipynb #2f29e54d
 def layer_divergences(
