@@ -6,7 +6,7 @@
 __all__ = ['app', 'OnlyOption', 'ShardOption', 'TimeLimitOption', 'TemplatesOption', 'ProfileOption', 'GpusOption',
            'TABLE_COLUMNS', 'show_version', 'options', 'main', 'choose_gpus', 'run', 'print_summary', 'failures',
            'show_plan', 'job_line', 'status_lines', 'status', 'wanted_gains', 'primary_metrics', 'plan_study',
-           'write_metrics', 'is_table', 'table_writer', 'table', 'site', 'init', 'doctor']
+           'write_metrics', 'is_table', 'table_writer', 'save_table', 'site', 'init', 'doctor']
 
 # %% ../../nbs/9_report/18_cli.ipynb #734378de
 import gc
@@ -379,8 +379,8 @@ def table_writer(
     return writers[output.suffix]
 
 # %% ../../nbs/9_report/18_cli.ipynb #809bd7ea
-@app.command()
-def table(
+@app.command("table")
+def save_table(
     study: Study,
     output: Annotated[
         Path | None,
