@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model',
            'Memo', 'cache_key', 'center_windows', 'transferability_scores', 'recalibrate_batchnorm', 'frozen_data',
-           'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train', 'shown_slice',
+           'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train_run', 'shown_slice',
            'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows',
            'beside_control', 'summarise', 'transfer']
 
@@ -306,7 +306,7 @@ def training_notes(run: Prepared) -> list[str]:
     ]
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
-def train(
+def train_run(
     run: Prepared,  # its model is changed in place
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
     keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
@@ -460,5 +460,5 @@ def transfer(
 ) -> RunResult:
     "Fine-tune, test and measure: everything a record keeps."
     run = prepare(spec, state, start)
-    trained = train(run, progress, keeper)
+    trained = train_run(run, progress, keeper)
     return summarise(run, trained, measure(run, trained))
