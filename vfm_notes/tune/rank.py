@@ -248,6 +248,11 @@ class Ranking:
     images: list[np.ndarray] = field(default_factory=list)  # (h, w) middle slices of the pictured cases
 
     @property
+    def reference(self) -> str:
+        "Return the best weights, which all others are compared with; without weights, the first."
+        return next((n for n in self.order if self.candidates[n].kind == "weights"), self.order[0])
+
+    @property
     def order(self) -> list[str]:
         "Return candidates, the best first; those without a value at the end."
         by = self.facts["by"]
@@ -337,12 +342,12 @@ def ranking_row(
 ) -> dict:
     "Describe a candidate in one row."
     c, found, by = ranking.candidates[name], ranking.features[name], ranking.facts["by"]
-    own, first = ranking.scored[name][by], ranking.scored[ranking.order[0]][by]
+    own, first = ranking.scored[name][by], ranking.scored[ranking.reference][by]
     known = published_facts(name)
     row = {"name": name, "kind": c.kind, "parameters": found.parameters, "images": known.images, "imagenet": known.top1,
            "imagenet_how": known.how, "licence": c.licence, "overlap": c.overlap if c.kind == "weights" else "",
            "seconds": found.seconds, "from_cache": found.known, "reason": own if isinstance(own, str) else ""}
-    if isinstance(own, Resampled):
+    if isinstance(own, Resampled) and isinstance(first, Resampled):
         sign = scores.card(by)["direction"]
         less = Resampled(sign * first.value, sign * first.draws).minus(Resampled(sign * own.value, sign * own.draws))
         row |= dict(zip(("value", "low", "high"), (own.value, *own.interval())))
@@ -358,4 +363,5 @@ def ranking_values(ranking: Ranking) -> dict:  # plain values, for a JSON file
     import json
     rows = json.loads(ranking_table(ranking).to_json(orient="records"))
     return {"version": 1, **ranking.facts, "seconds": ranking.seconds, "made": provenance(), "rows": rows,
-            "left_out": ranking.left_out}
+            "left_out": ranking.left_out, "reference": ranking.reference,
+            "directions": {s: scores.card(s)["direction"] for s in ranking.facts["scores"]}}
