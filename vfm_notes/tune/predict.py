@@ -91,7 +91,8 @@ def load_member(
     state: dict[str, Tensor],  # tuned weights
 ) -> Member:
     "Build a tuned network, with the task's head and scale."
-    spec, card = from_values(RunSpec, plan.spec, f"The spec of run {plan.run}"), plan.card
+    values, card = {k: v for k, v in plan.spec.items() if k != "kind"}, plan.card
+    spec = from_values(RunSpec, values, f"The spec of run {plan.run}")
     task = build_task(spec.task, card, dict(spec.options))
     task.scale = partial(normalise, **plan.normalisation)
     for name, value in plan.input["learned"].items(): setattr(task, name, value)
