@@ -52,6 +52,8 @@ class DecodePlan:
     bad: dict[str, str]  # case → what is wrong with it, as far as it is known without decoding
     zones: bool = False  # whether there are masks of zones
     modules: tuple[str, ...] = ()  # whose source code decides the voxels
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures
 
 # %% ../../nbs/1_data/10_cache.ipynb #1a7991ad
 def assign_splits(
@@ -254,7 +256,7 @@ def decode_into(
     targets = np.array([s.target for s in sources], np.uint8) if plan.card.targets else None
     cohort = Cohort(
         plan.card, **arrays, grade=np.array([s.grade for s in sources], np.int64), names=[s.name for s in sources],
-        patients=[s.patient for s in sources], split=list(homes), targets=targets,
+        patients=[s.patient for s in sources], split=list(homes), targets=targets, crop=plan.crop, pictures=plan.pictures,
     )
     bad, marks = {}, []
     for i, source in enumerate(track_progress(sources, f"decoding {plan.card.name}")):

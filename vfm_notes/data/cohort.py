@@ -117,6 +117,8 @@ class Cohort:
     targets: np.ndarray | None = None  # (n, k) uint8, 0 or 1 for each of card.targets
     excluded: list[dict] = field(default_factory=list)  # bad cases that were left out: {case, reason}
     known_hash: str = field(default="", repr=False)  # of a cohort that cannot change, because it is read from the cache
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures, brought to the grid by resizing
 
     def __len__(self) -> int: return len(self.names)
 

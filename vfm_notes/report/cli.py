@@ -20,7 +20,8 @@ import typer
 # %% ../../nbs/9_report/18_cli.ipynb #03b2baca
 from ..foundation.registry import VfmError
 from .data_commands import data_app
-from .weights_commands import Study, weights_app
+from .rank_command import rank_command
+from .weights_commands import predict_command, Study, weights_app
 
 # %% ../../nbs/9_report/18_cli.ipynb #fd814547
 app = typer.Typer(
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
+app.command("rank")(rank_command)
+app.command("predict")(predict_command)
 
 # %% ../../nbs/9_report/18_cli.ipynb #b9534bc2
 def show_version(asked: bool) -> None:  # asked: whether --version was given

@@ -39,6 +39,7 @@ from ..foundation.spec import Spec, canonical_text, run_id
 # %% ../../nbs/7_runs/01_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY_RECORD = {
+    "input": {},  # what a new case must have, see tune.transfer
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
     "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "shown": {}, "normalisation": {},
     "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [],
@@ -204,13 +205,15 @@ def write_record(
     weights: dict | None = None,  # name → numpy array
     pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
+    adapters: dict | None = None,  # name → numpy array, low-rank updates that are in the weights, too
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
     with detect_full_disk(folder.parent), part_folder(folder) as new:
         files = write_files(
             new, {"curves": curves, "cases": cases},
-            {"features": features, "weights": weights, "pictures": pictures}, {"weights": plan},
+            {"features": features, "weights": weights, "pictures": pictures, "adapters": adapters or None},
+            {"weights": plan},
         )
         record = plain_json(record | {"files": files})
         write_atomic(new/"record.json", json.dumps(record, indent=1))

@@ -7,13 +7,13 @@ __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_s
            'Memo', 'cache_key', 'center_windows', 'transferability_scores', 'recalibrate_batchnorm', 'frozen_data',
            'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train_run', 'shown_slice',
            'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows',
-           'beside_control', 'summarise', 'transfer']
+           'beside_control', 'describe_input', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class RunResult:
     features: dict = field(default_factory=dict)  # before.<layer>, after.<layer>: n f
     pictures: dict = field(default_factory=dict)  # input, target, prediction: h w, a slice of one test case
     weights: dict = field(default_factory=dict)  # state dict of the tuned model
+    adapters: dict = field(default_factory=dict)  # low-rank updates by layer, which are in `weights`, too
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #890ffed7
 JUDGED = ("val", "test")  # splits that all seeds share
@@ -424,6 +425,15 @@ def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, c
         "n": {k: len(v) for k, v in data.items()}, "train_cases": list(data["train"].names),
     }
 
+# %% ../../nbs/6_tune/09_transfer.ipynb #48f8b8b1
+def describe_input(
+    cohort: Cohort,
+    task: Task,  # that has learned
+) -> dict:  # card, crop, pictures, learned
+    "Describe what the network is made for: the sequences, where the grid lies, and what the task took from the cases."
+    learned = {k: getattr(task, k) for k in task.kept}
+    return {"card": asdict(cohort.card), "crop": cohort.crop, "pictures": cohort.pictures, "learned": learned}
+
 # %% ../../nbs/6_tune/09_transfer.ipynb #204fe828
 def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
     "Gather all that a run leaves behind."
@@ -432,6 +442,7 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
     origin = {
         "normalisation": run.task.scale.keywords, "cohort_hash": run.cohort.hash(), "excluded": run.cohort.excluded,
         "weights_hash": run.weights_hash, "weights_files": files, "licences": list(dict.fromkeys(licences)),
+        "input": describe_input(run.cohort, run.task),
     }
     control = control_rows(run)
     summary = (
@@ -447,7 +458,8 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
                 for layer, f in table.items()}
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
-    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights)
+    adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
+    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights, adapters)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
