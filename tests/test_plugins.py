@@ -109,7 +109,7 @@ def test_other_code_means_other_runs_wherever_the_file_lies(tmp_path):
 MISTAKES = {
     "syntax": ("x = 1\ndef f(:\n    pass\n", "code_of_mine.py, line 2"),
     "import": ("import no_such_module_here\n", "code_of_mine.py, line 1"),
-    "taken": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full', title='x')\ndef full(model): "
+    "taken": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full')\ndef full(m): "
               "pass\n", "the strategy 'full', which exists"),
     "taken by another name": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full')\n"
                               "def mine(m): pass\n", "code_of_mine.py, line 3"),

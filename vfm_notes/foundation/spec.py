@@ -170,8 +170,7 @@ class StudySpec:
     tasks: Annotated[dict[Name, Options], Meta(min_length=1)]  # task → its options
     strategies: Annotated[list[Strategy], Meta(min_length=1), check_distinct]  # with their options, e.g. "lora rank=8"
     seeds: Annotated[list[Seed], Meta(min_length=1), check_distinct]
-    # weights → fields of PretrainSpec, or backbone: [a, b]; expected
-    pretrain: dict[Name, Options] = field(default_factory=dict)
+    pretrain: dict[Name, Options] = field(default_factory=dict)  # weights → fields of PretrainSpec, expected
     n_train: Annotated[list[Count], check_distinct] = field(default_factory=list)  # sizes; empty: cases['train']
     specialists: dict[Name, WeightsName] = field(default_factory=dict)  # task → a network made for it
     budget: Budget = field(default_factory=Budget)
@@ -184,8 +183,7 @@ class StudySpec:
     search: dict[Searched, Tried] = field(default_factory=dict)  # field of the budget → values; see analysis.tables
     window: Window = ()  # voxels, d h w: train on random pieces, predict by sliding windows; empty: whole volumes
     pages: list[Name] = field(default_factory=list)  # optional pages of the report that this study shows
-    # other distances beside D2P, for the page of alignment
-    divergences: Annotated[list[Name], check_distinct] = field(default_factory=list)
+    divergences: Annotated[list[Name], check_distinct] = field(default_factory=list)  # other distances beside D2P
     leave_out: list[dict[Axis, str | int | list[str | int]]] = field(default_factory=list)  # not run
     plugins: dict[Word, Line] = field(default_factory=dict)  # own code → its checksum; in the file [my_code.py]
 
