@@ -65,8 +65,10 @@ def local_weights_card(
         f"{plan.objective.get('title') or plan.objective.get('name')} on "
         f"{plan.data.get('title') or plan.data.get('cohort')}"
     )
+    made = plan.made
+    source = f"imported from {made['file']}" if "file" in made else f"run {made.get('run')} of study {made.get('study')}"
     return WeightsCard(
-        name, title, " and ".join(plan.licences), f"run {plan.made.get('run')} of study {plan.made.get('study')}",
+        name, title, " and ".join(plan.licences), source,
         path.name, share=1.0, normalisation=plan.normalisation["how"],
         non_commercial=bool(plan.data.get("non_commercial")),
         note=f"adaptation plan inside: {', '.join(plan.sequences)}",

@@ -39,11 +39,14 @@ def suggest_name(
 # %% ../../nbs/0_foundation/01_registry.ipynb #7217a186
 class Registry:
     "Names to objects of one kind, strict about what it does not know."
+    made = []  # all registries of this process
+
     def __init__(
         self,
         kind: str,  # one word for an entry, used in messages
     ):
         self.kind, self._entries, self._cards = kind, {}, {}
+        self.made.append(self)
 
     def __call__(self, name: str, **card):
         "Decorator: register the object below under `name` with `card`."
@@ -91,6 +94,7 @@ NAME_RULE = f"letters, digits and _ . + = -, beginning with a letter or a digit,
 # folders of our own in runs/, in a study's folder and in pages/
 RESERVED_NAMES = {
     "cache", "notebooks", "logs", "progress", "locks", "checkpoints", "records", "reference", "pages", "runs",
+    "plugins",
 }
 DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}  # of Windows
 

@@ -25,7 +25,7 @@ from msgspec import Meta
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #1d2e4aad
 from .registry import RANDOM, canonical_on, check_strategy, pretraining_of, canonical_strategy
-from .places import study_file
+from .places import plugin_hashes, study_file
 from .registry import VfmError
 from vfm_notes.foundation.schema import (
     Average, BadCases, BatchSize, Count, Decay, Epochs, Kept, Line, Name, Options, Precision, Rate, Schedule, Seed,
@@ -77,6 +77,7 @@ class Source:
     bad_cases: BadCases = "refuse"  # or exclude: run without cases that cannot be used, and list them in the record
     backbone: WeightsName = "profound_toy.mae_phantom"  # architecture.weights; of a pretraining: those that it makes
     options: Options = field(default_factory=dict)  # of the task or the objective
+    plugins: dict[Word, Line] = field(default_factory=dict)  # code of the study's own → its checksum
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSource(Source):
@@ -137,7 +138,8 @@ def canonical_text(
 ) -> str:  # JSON with sorted keys and lists for tuples
     "Write a spec as text that depends on its values only."
     values = {k: v for k, v in vars(spec).items() if k not in UNHASHED_FIELDS}
-    return json.dumps({"kind": spec.kind} | values, sort_keys=True)
+    plugins = {Path(place).name: code for place, code in values.pop("plugins").items()}  # wherever they lie
+    return json.dumps({"kind": spec.kind} | values | ({"plugins": plugins} if plugins else {}), sort_keys=True)
 
 def file_name(text: str) -> str:  # text: what is shown
     "Make as much of a text as a file can be called."
@@ -173,8 +175,7 @@ class StudySpec:
     tasks: Annotated[dict[Name, Options], Meta(min_length=1)]  # task → its options
     strategies: Annotated[list[Strategy], Meta(min_length=1), check_distinct]  # with their options, e.g. "lora rank=8"
     seeds: Annotated[list[Seed], Meta(min_length=1), check_distinct]
-    # weights → fields of PretrainSpec, or backbone: [a, b]; expected
-    pretrain: dict[Name, Options] = field(default_factory=dict)
+    pretrain: dict[Name, Options] = field(default_factory=dict)  # weights → fields of PretrainSpec, expected
     n_train: Annotated[list[Count], check_distinct] = field(default_factory=list)  # sizes; empty: cases['train']
     specialists: dict[Name, WeightsName] = field(default_factory=dict)  # task → a network made for it
     budget: Budget = field(default_factory=Budget)
@@ -187,9 +188,9 @@ class StudySpec:
     search: dict[Searched, Tried] = field(default_factory=dict)  # field of the budget → values; see analysis.tables
     window: Window = ()  # voxels, d h w: train on random pieces, predict by sliding windows; empty: whole volumes
     pages: list[Name] = field(default_factory=list)  # optional pages of the report that this study shows
-    # other distances beside D2P, for the page of alignment
-    divergences: Annotated[list[Divergence], check_distinct] = field(default_factory=list)
+    divergences: Annotated[list[Divergence], check_distinct] = field(default_factory=list)  # beside D2P
     leave_out: list[dict[Axis, str | int | list[str | int]]] = field(default_factory=list)  # not run
+    plugins: dict[Word, Line] = field(default_factory=dict)  # own code → its checksum; in the file [my_code.py]
 
     def __post_init__(self):
         for key, value in convert_fields(StudySpec, vars(self)).items(): object.__setattr__(self, key, value)
@@ -298,6 +299,7 @@ def study_from_values(
     "Build a study from its values, strictly."
     values = dict(values)
     if "cohort" in values: values["cohort"] = cohort_beside(path, values["cohort"])
+    if "plugins" in values: values["plugins"] = plugin_hashes(values["plugins"], path)
     if isinstance(values.get("external"), dict) and "cohort" in values["external"]:
         values["external"] = values["external"] | {"cohort": cohort_beside(path, values["external"]["cohort"])}
     return from_values(StudySpec, values, str(path))
@@ -327,7 +329,7 @@ def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
     "Return one spec for each set of weights that the study makes itself."
     common = {
         "cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases,
-        "bad_cases": study.bad_cases,
+        "bad_cases": study.bad_cases, "plugins": study.plugins,
     }
     specs = []
     for weights, values in study.pretrain.items():
@@ -381,6 +383,7 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
     common = {
         "cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases,
         "bad_cases": study.bad_cases, "window": study.window, "divergences": tuple(study.divergences),
+        "plugins": study.plugins,
     } | asdict(study.budget)
     axes = product(
         study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], search_settings(study),
@@ -419,7 +422,10 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
 # %% ../../nbs/0_foundation/04_spec.ipynb #dae6985e
 def external_fields(study: StudySpec) -> ExternalSpec:
     "Return what all external specs of a study have in common."
-    common = {"size": study.size, "spacing": study.spacing, "bad_cases": study.bad_cases, "window": study.window}
+    common = {
+        "size": study.size, "spacing": study.spacing, "bad_cases": study.bad_cases, "window": study.window,
+        "plugins": study.plugins,
+    }
     base = ExternalSpec(**convert_fields(ExternalSpec, common | study.external, "external"))
     if base.task not in study.tasks:
         raise VfmError(f"external.task is '{base.task}', which is not among the study's tasks "

@@ -187,6 +187,7 @@ def failures(summary, shown: int = 10) -> list[str]:  # shown: of each kind, a t
 def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None,
               executor: str = "local", profile: Path | None = None) -> None:
     "Show the plan, without doing anything."
+    from vfm_notes.foundation.plugins import plugin_lines
     from vfm_notes.foundation.spec import load_study
     from vfm_notes.runs.batch import pending_jobs
     from vfm_notes.runs.grid import check_templates, count_states, jobs_of, shard_jobs
@@ -209,6 +210,7 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
     print(f"Study {spec.name}: {len(todo)} of {len(jobs)} notebooks to run{work}.")
     print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged))
     found = known_conflicts(spec, todo)
+    print(*plugin_lines(spec.plugins), sep="\n", end="\n" * bool(spec.plugins))
     for sentence in found: print(f"cannot work: {sentence}")
     for sentence in weights_problems(spec):
         if sentence not in found: print(f"missing: {sentence}")
@@ -302,7 +304,10 @@ def wanted_gains(words: list[str]) -> dict[str, float]:  # task or metric → ga
 
 def primary_metrics(spec) -> dict[str, str]:  # spec: of the study; task → metric
     "Return the metric that each task's gains are computed on."
+    import vfm_notes.tune.catalog
+    from vfm_notes.foundation.plugins import load_plugins
     from vfm_notes.tune.task import task_kind, tasks
+    load_plugins(spec.plugins, spec.name)
     return {name: getattr(tasks[task_kind(name, options)], "primary", "") for name, options in spec.tasks.items()}
 
 # %% ../../nbs/9_report/18_cli.ipynb #e16065f4

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from ..foundation.places import DiskFull, detect_full_disk, write_atomic
 from ..foundation.shutdown import stop_requested, handling_signals
 from ..foundation.places import log_file, run_folder, runs_root
+from ..foundation.plugins import keep_plugins, plugin_lines
 from ..foundation.spec import StudySpec, load_study, run_id
 from .watch import measure_speeds, time_left
 from .executors import Cancelled, Died, Lost, executors
@@ -354,7 +355,7 @@ def describe_start(
     planned: int,  # notebooks of the plan
 ) -> str:
     "State what a batch is going to do."
-    return (
+    return "\n".join(plugin_lines(study.plugins)) + "\n" * bool(study.plugins) + (
         f"{study.name}: {todo} of {planned} notebooks to run, {pool.jobs} at a "
         f"time{describe_gpus(pool)}; importing libraries and preparing cohort '{Path(study.cohort).name}' ..."
     )
@@ -385,6 +386,7 @@ def run_study(
     os.environ["VFM_RUNS"] = str(runs_root())
     pool = make_executor(executor, study, profile)(jobs, fast=engine == "forked")
     try:
+        keep_plugins(study.plugins, study.name)
         show.say(describe_start(study, pool, len(todo), len(plan_)))
         if not templates: check_first(pool, study, todo)
         show.say("ready")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #6a727297
 from ..foundation.places import detect_full_disk, DiskFull, notebook_file, pid_alive, runs_root
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec
 from .executors import executors, LocalExecutor
@@ -152,6 +153,7 @@ def known_conflicts(
 ) -> list[str]:  # one sentence each
     "List everything that is known to fail before it is computed."
     from vfm_notes.tune import conflicts as known
+    load_plugins(study.plugins, study.name)
     return settings_conflicts(study) + known.conflicts(study, [s for job in jobs for s in job.specs])
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #a362c926

@@ -33,6 +33,7 @@ from ..foundation.shutdown import Stopped
 from ..foundation.meter import convert_old_cost
 from ..foundation.meter import provenance
 from ..foundation.places import run_folder, study_root
+from ..foundation.plugins import code_line
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import Spec, canonical_text, run_id
 
@@ -77,8 +78,9 @@ def failed_record(
 ) -> dict:
     "Make the record of a run that did not finish: it states why."
     if isinstance(error, BaseException):
+        line = code_line(error)  # of a study's own code
         error = {
-            "type": type(error).__name__, "message": str(error),
+            "type": type(error).__name__, "message": str(error) + f" ({line})" * bool(line),
             "traceback": "".join(traceback.format_exception(error)),
         }
     full = {"type": "", "message": "", "cell": cell, "traceback": ""} | error

@@ -31,6 +31,7 @@ from ..data.cohort import Cohort
 from ..data.load import load_cohort
 from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec, canonical_text
 from ..nets.decoder import Network
@@ -83,6 +84,7 @@ def _cohort(name: str, size: tuple, spacing: tuple, cases: tuple, bad_cases: str
 
 def run_cohort(spec) -> Cohort:
     "Return the cohort of a spec, kept in memory."
+    load_plugins(spec.plugins)
     return _cohort(
         spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases
     )
@@ -123,6 +125,7 @@ def build_model(
     state: dict[str, Tensor] | None = None,  # pretrained weights of the backbone
 ) -> Network:
     "Build backbone and head, seeded; pretrained weights are loaded where the strategy starts from them."
+    load_plugins(spec.plugins)
     torch.manual_seed(spec.seed)
     backbone = build_backbone(spec.backbone, in_channels)
     model = Network(backbone, task.head(backbone, in_channels))
