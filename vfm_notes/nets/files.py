@@ -114,7 +114,7 @@ def unwrap_state(
     while inner := next(
         (
             content[k]
-            for k in ("model", "state_dict", "model_state_dict", "teacher", "net")
+            for k in ("model", "state_dict", "model_state_dict", "teacher", "net", "network_weights")
             if isinstance(content.get(k), dict)
         ),
         None,

@@ -14,6 +14,7 @@ from pathlib import Path
 import vfm_notes.backbones.natural
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet
+import vfm_notes.backbones.openmind
 import vfm_notes.backbones.specialists
 import vfm_notes.backbones.sulcal
 import vfm_notes.backbones.volumetric
