@@ -124,7 +124,7 @@ def handle_event(doc: Document, event) -> None:
             doc.begun = True
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #1951589c
-CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what YAML refuses
+CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML's
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #bd63dab7
