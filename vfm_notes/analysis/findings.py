@@ -46,12 +46,12 @@ def gain_words(
     "Return a gain as a sentence."
     of = describe_value("rpg", row)
     n = f"{format_count([row.n_seeds], 'seed', 'seeds')}, {format_count([row.n_cases], 'test case', 'test cases')}"
-    said = (
-        f"{lead}: {cell_words(row, many)}, {format_value(row.rpg, 'gain', of, unit=True)} "
-        f"{metric_card(row.metric).title} against {row.versus}"
-    )
+    change, card = describe_value("change", row), metric_card(row.metric)
+    unit = f" {card.unit}" * bool(card.unit)
+    ends = format_interval(row.change_low, row.change_high, "difference", change, row.metric)
     return (
-        f"{said} (95 % interval {format_interval(row.low, row.high, 'gain', of, unit=True)}; {n}; "
+        f"{lead}: {cell_words(row, many)}, {format_value(row.change, 'difference', change, row.metric)}{unit} "
+        f"{card.title} against {row.versus} (95 % interval {ends}{unit}; {format_value(row.rpg, 'gain', of, unit=True)}; {n}; "
         f"{format_p(row.p_holm, of)} over seeds and cases, corrected)."
     )
 

@@ -79,7 +79,8 @@ def runs_table(
         name = r.get("primary") or None
         row |= {
             "metric": name, "value": _number(r["metrics"].get(name)), "control": _number(r["controls"].get(name)),
-            "direction": r["directions"].get(name, 1), "unit": r["units"].get(name, ""),
+            "hand_made": _number(r.get("hand_made", {}).get(name)), "direction": r["directions"].get(name, 1),
+            "unit": r["units"].get(name, ""),
         }
         row |= {f"cases_{k}": _number((r.get("n") or {}).get(k)) for k in ("train", "val", "test")} | cost_columns(
             r["cost"]
@@ -97,7 +98,7 @@ def runs_table(
     return _frame(
         rows,
         [
-            *RUN, "kind", "status", "metric", "value", "control", "direction", "unit", "seconds_training",
+            *RUN, "kind", "status", "metric", "value", "control", "hand_made", "direction", "unit", "seconds_training",
             "peak_memory_mib", "parameters_trainable", "error", "expected", *SEARCHABLE, "keep", "chosen",
         ],
     ).astype({"chosen": bool})

@@ -59,6 +59,7 @@ def verdict(
 def best_cells(
     scores: pd.DataFrame,  # from cell_scores
     learned: pd.DataFrame,  # from learned_table
+    done: pd.DataFrame,  # finished runs: task, n_train, hand_made
 ) -> pd.DataFrame:  # a row per task and n_train: the cell with the best score, and whether it beats the control
     "Find the best network of each task in absolute terms."
     key, rows = ["task", "backbone", "strategy", "n_train"], []
@@ -66,7 +67,9 @@ def best_cells(
         first = find_leaders((own.direction * own.score).to_dict())[0]
         rows.append(own.loc[first])
     best = pd.DataFrame(rows, columns=scores.columns)
-    return best.merge(learned[[*key, "beats", "p_holm"]], on=key, how="left")
+    hand = done.groupby(["task", "n_train"], dropna=False)["hand_made"].mean().reset_index()
+    best = best.merge(learned[[*key, "beats", "p_holm"]], on=key, how="left")
+    return best.merge(hand.astype({"n_train": best.n_train.dtype}), on=["task", "n_train"], how="left")
 
 def best_words(
     best: pd.DataFrame,  # from best_cells
@@ -80,6 +83,10 @@ def best_words(
             f"{'beats' if r.beats else 'does not clearly beat'} the trivial control "
             f"({format_value(r.control, 'score', f'control of {r.task}', r.metric)})"
         )
+        hand = "" if r.hand_made != r.hand_made else (
+            "; hand-made features with a linear reader reach "
+            f"{format_value(r.hand_made, 'score', f'hand-made control of {r.task}', r.metric)}"
+        )
         name = cell_words({"task": r.task, "backbone": r.backbone, "strategy": r.strategy}, many=True)
-        said.append(f"Best at {name}: {card.title} {score}, {control}.")
+        said.append(f"Best at {name}: {card.title} {score}, {control}{hand}.")
     return said

@@ -171,10 +171,16 @@ def empty(
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #2da12965
 def findings_list(
-    sentences: Iterable[str],  # one finding each
+    sentences: Iterable[str],  # one finding each; of several sentences the first one says what was found
+    fold: bool = False,  # hide all but the first sentence of each until somebody asks
 ) -> Block:
     "Number the findings."
-    return Block('<ol class="vfm-findings">' + "".join(f"<li><div>{text(s)}</div></li>" for s in sentences) + "</ol>")
+    def item(said: str) -> str:
+        "Write one finding."
+        first, stop, more = said.partition(". ")
+        if not (fold and more): return text(said)
+        return f"{text(first + stop.strip())} <details><summary>details</summary>{text(more)}</details>"
+    return Block('<ol class="vfm-findings">' + "".join(f"<li><div>{item(s)}</div></li>" for s in sentences) + "</ol>")
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #1d13abc6
 def facts(

@@ -50,8 +50,10 @@ def send_answers(
     function: Callable,  # of an item
     items: list,
     pipe,  # multiprocessing.connection.Connection
+    inherited: list,  # ends that only the parent reads; open here, they would hide that it is gone
 ) -> None:
     "Send the answer for every item, or the error of the first that fails."
+    for end in inherited: end.close()
     try:
         for item in items: pipe.send((function(item), None))
     except BrokenPipeError: return  # whoever asked is gone
@@ -85,10 +87,11 @@ def map_items(
     fork, pipes, children = multiprocessing.get_context("fork"), [], []
     for k in range(processes):
         here, there = fork.Pipe(duplex=False)
-        children.append(fork.Process(target=send_answers, args=(function, items[k::processes], there), daemon=True))
+        pipes.append(here)
+        work = function, items[k::processes], there, pipes
+        children.append(fork.Process(target=send_answers, args=work, daemon=True))
         children[-1].start()
         there.close()
-        pipes.append(here)
     try: return list(track_progress(receive_answers(pipes, len(items)), what, total=len(items)))
     finally:
         for pipe in pipes: pipe.close()

@@ -7,6 +7,8 @@ __all__ = ['CaseTask', 'GradeTask', 'Classification', 'MultiClass', 'corn_loss',
            'Scale', 'case_values', 'Regression']
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #ceef6183
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -18,8 +20,8 @@ from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import suggest_name, tasks, VfmError
 from .metric import auc, quadratic_kappa, r_squared, recall_parts
 from vfm_notes.tune.task import (
-    Answer, case_head, CASE_HEADS, case_table, check_head, check_scores, fit_statistics, predict_class_scores, Task,
-    TaskData,
+    Answer, case_head, CASE_HEADS, case_table, check_head, check_scores, contrast_statistics, fit_statistics,
+    image_statistics, predict_class_scores, Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #25d580c5
@@ -107,13 +109,21 @@ def why(self: GradeTask, metric: str, cases: pd.DataFrame) -> str:
     return f"all of them have the grade {self.card.grades[self.table(cases)[0][0]]}"
 
 @patch
+def read_statistics(
+    self: GradeTask, train: TaskData, test: TaskData,
+    features: Callable[[Tensor], np.ndarray],  # inputs → n f
+) -> pd.DataFrame:
+    "Score a logistic regression on features that nobody learned."
+    reader = fit_statistics(train, train.target.numpy(), features)
+    return self.rows(predict_class_scores(reader, test, len(self.card.grades), features).softmax(-1).numpy(), test)
+
+@patch
 def control(self: GradeTask, train: TaskData, test: TaskData) -> pd.DataFrame:
-    return self.rows(
-        predict_class_scores(fit_statistics(train, train.target.numpy()), test, len(self.card.grades))
-        .softmax(-1)
-        .numpy(),
-        test,
-    )
+    return self.read_statistics(train, test, image_statistics)
+
+@patch
+def hand_made(self: GradeTask, train: TaskData, test: TaskData) -> pd.DataFrame:
+    return self.read_statistics(train, test, contrast_statistics)
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #2d159324
 @tasks("classification", title="Lesion-risk classification")

@@ -18,7 +18,7 @@ from torch import Tensor
 # %% ../../nbs/6_tune/08_monitor.ipynb #9dff6b10
 from ..backbones.protocol import build_backbone
 from ..foundation.meter import Meter
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from ..foundation.spec import RunSpec
 from ..nets.decoder import Network
 from ..shift.divergences import layer_divergences
@@ -62,7 +62,7 @@ class Monitor:
         if self.before is None: self.before = self.after
         moved = {f"d2p_{layer}": value for layer, value in layer_distances(self.before, self.after).items()}
         score = self.task.validate(self.answer("val"), self.data["val"])
-        if epoch and (good := score * METRICS[self.task.primary].direction) > self.carried["best"]:
+        if epoch and (good := score * metric_card(self.task.primary).direction) > self.carried["best"]:
             self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
         self.seconds += time.perf_counter() - start
         self.meter.lap(evaluation=self.seconds)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CASE_HEADS', 'DENSE_HEADS', 'IMAGE_HEADS', 'AUXILIARY', 'LinearHead', 'deit', 'DeiTHead', 'check_head', 'case_head',
            'dense_head', 'check_dense', 'TaskData', 'case_table', 'Answer', 'Task', 'task_kind', 'build_task',
-           'channel', 'image_statistics', 'fit_statistics', 'predict_class_scores', 'check_masks', 'check_scores',
-           'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
+           'channel', 'image_statistics', 'contrast_statistics', 'fit_statistics', 'predict_class_scores',
+           'check_masks', 'check_scores', 'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
 
 # %% ../../nbs/6_tune/02_task.ipynb #532fc926
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from ..backbones.keys import build_tiny, load_backbone
 from ..backbones.protocol import build_backbone
 from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from ..foundation.registry import suggest_name, tasks, VfmError
 from ..foundation.schema import argument_types, check_options
 from ..nets.decoder import ClassificationHead, DenseDecoder, LinearDecoder, UNETRHead, UPerNetHead
@@ -202,6 +202,7 @@ class Task:
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame: raise NotImplementedError
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame: raise NotImplementedError
     def pictures(self, output: Tensor, data: TaskData) -> dict: raise NotImplementedError
+    def hand_made(self, train: TaskData, test: TaskData) -> pd.DataFrame | None: "Score a reader of hand-made features."
 
     kept: tuple = ()  # names of what `learn` found and `answer` needs; records keep them
     dense: bool = True  # whether it answers for every voxel, in contrast to a case as a whole
@@ -223,7 +224,7 @@ class Task:
         "Return the mean over cases of each metric."
         return {m: float(cases.loc[cases.metric == m, "value"].mean()) for m in self.metrics}
 
-    def unit(self, metric: str) -> str: return METRICS[metric].unit
+    def unit(self, metric: str) -> str: return metric_card(metric).unit
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         return "no case has a value, since what it compares is empty"
 
@@ -231,7 +232,7 @@ class Task:
         "Return a sentence for each metric that has no value."
         missing = [m for m, value in self.summary(cases).items() if np.isnan(value)]
         return [
-            f"{METRICS[m].title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
+            f"{metric_card(m).title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
             for m in missing
         ]
 
@@ -274,9 +275,21 @@ def image_statistics(
     parts = [x.mean(-1), x.std(-1), *np.percentile(x, (1, 10, 90, 99), axis=-1)]
     return np.concatenate(parts, axis=1)
 
+def contrast_statistics(
+    inputs: Tensor,  # n c d h w
+) -> np.ndarray:  # n 2c(c − 1)
+    "Return the largest smoothed differences of channels, as DWI − ADC, which is high where a lesion may be."
+    pairs = [(a, b) for a in range(inputs.shape[1]) for b in range(inputs.shape[1]) if a != b]
+    if not pairs: return image_statistics(inputs)
+    between = torch.stack([inputs[:, a] - inputs[:, b] for a, b in pairs], 1)
+    smooth = nn.functional.avg_pool3d(between, (1, 3, 3), 1, (0, 1, 1))
+    x = rearrange(smooth, "n p d h w -> n p (d h w)").numpy()
+    return np.concatenate([x.max(-1), np.percentile(x, 99.5, axis=-1)], axis=1)
+
 def fit_statistics(
     train: TaskData,
     label: np.ndarray,  # n, of the training cases
+    features: Callable[[Tensor], np.ndarray] = image_statistics,
 ):  # a fitted classifier of scikit-learn
     "Fit a logistic regression on image statistics."
     from sklearn.dummy import DummyClassifier
@@ -284,17 +297,18 @@ def fit_statistics(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     last = LogisticRegression(C=0.1) if len(set(label.tolist())) > 1 else DummyClassifier()
-    return make_pipeline(StandardScaler(), last).fit(image_statistics(train.inputs), label)
+    return make_pipeline(StandardScaler(), last).fit(features(train.inputs), label)
 
 # %% ../../nbs/6_tune/02_task.ipynb #02f7b396
 def predict_class_scores(
     reader,  # of statistics_reader
     test: TaskData,
     n_classes: int,
+    features: Callable[[Tensor], np.ndarray] = image_statistics,
 ) -> Tensor:  # n k, log-probabilities
     "Return the score of every class by image statistics."
     found = np.full((len(test), n_classes), -20.0)
-    found[:, reader[-1].classes_] = np.log(reader.predict_proba(image_statistics(test.inputs)).clip(1e-9))
+    found[:, reader[-1].classes_] = np.log(reader.predict_proba(features(test.inputs)).clip(1e-9))
     return torch.from_numpy(found).float()
 
 # %% ../../nbs/6_tune/02_task.ipynb #cf0170de
@@ -369,9 +383,18 @@ class Segmentation(Task):
                  class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
                  head: str = "decoder",  # decoder, linear, upernet or unetr
                  width: int | None = None,  # channels inside the head; default: as published
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+                 skip: bool = True,  # of the decoder: it reads raw voxels, too
+                 judged_by: str = ""):  # class whose Dice gains are computed on, e.g. lesion; default: the mean of all
         super().__init__(card)
         check_masks(card, self.called)
+        if judged_by:
+            if judged_by not in card.classes[1:]:
+                raise VfmError(
+                    f"Task '{self.called}': judged_by is '{judged_by}', which is no class of cohort '{card.name}'."
+                    f"{suggest_name(judged_by, card.classes[1:])} Known: {', '.join(card.classes[1:])}."
+                )
+            self.primary = f"dice_{judged_by}"
+            self.metrics = (self.primary, *self.metrics)
         self.reading, self.width = check_dense(head, skip, self.called), width
         if class_weights is not None and len(class_weights) != len(self.classes):
             raise VfmError(
@@ -408,7 +431,9 @@ class Segmentation(Task):
 # %% ../../nbs/6_tune/02_task.ipynb #1a5da5bb
 @patch
 def validate(self: Segmentation, output: Tensor, data: TaskData) -> float:
-    dice = mean_defined(dice_per_class(self.labels(output), data.target, len(self.classes)))
+    each = dice_per_class(self.labels(output), data.target, len(self.classes))
+    own = self.primary.removeprefix("dice_")
+    dice = each[:, self.classes.index(own) - 1] if own in self.classes else mean_defined(each)
     return float(dice[np.isfinite(dice)].mean()) if np.isfinite(dice).any() else float("nan")
 
 @patch

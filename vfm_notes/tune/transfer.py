@@ -7,7 +7,7 @@ __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_s
            'Memo', 'cache_key', 'center_windows', 'transferability_scores', 'recalibrate_batchnorm', 'frozen_data',
            'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train_run', 'shown_slice',
            'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows',
-           'beside_control', 'describe_input', 'summarise', 'transfer']
+           'hand_made_scores', 'beside_control', 'describe_input', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -40,7 +40,7 @@ from ..pretrain.trainer import Checkpointer
 from ..shift.features import layer_distances
 from ..shift.scores import transferability
 from .fit import OVERLAP, fit, center_crop, predict, needs_sliding_window, training_batches
-from ..foundation.quantity import CONTROL, METRICS
+from ..foundation.quantity import CONTROL, metric_card
 from .probe import CachedHead, cache_features
 from .strategy import Tuning, apply_strategy, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
@@ -409,7 +409,7 @@ def head_facts(head: torch.nn.Module) -> dict:
     }
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4ba55fd1
-_controls = Memo(16)  # rows of trivial controls
+_controls = Memo(16)  # rows of trivial controls, metrics of hand-made ones
 def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     "Compute the trivial control, once for all runs with the same cases."
     data = run.data
@@ -420,11 +420,17 @@ def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     )
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
 
+def hand_made_scores(run: Prepared) -> dict[str, float]:  # metric → value; empty where the task has no such control
+    "Compute what a reader of hand-made features reaches on the same cases."
+    rows = run.task.hand_made(run.data["train"], run.data["test"])
+    return {} if rows is None else run.task.summary(rows)
+
 def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, control: pd.DataFrame) -> dict:
     "Compute metrics of a run beside those of the trivial control."
     return {
         "metrics": task.summary(cases), "primary": task.primary, "controls": task.summary(control),
-        "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
+        "directions": {m: metric_card(m).direction for m in task.metrics},
+        "units": {m: task.unit(m) for m in task.metrics},
         "n": {k: len(v) for k, v in data.items()}, "train_cases": list(data["train"].names),
     }
 
@@ -451,7 +457,8 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
     summary = (
         beside_control(run.task, run.data, measured.cases, control)
         | {
-            "head": head_facts(run.model.head), "d2p": measured.d2p, "d2p_moments": measured.moments,
+            "head": head_facts(run.model.head), "hand_made": hand_made_scores(run), "d2p": measured.d2p,
+            "d2p_moments": measured.moments,
             "scores": run.scores, "cost": measured.cost, "shown": measured.shown,
             "notes": [*run.start.notes, *trained.notes, *measured.undefined],
         }
