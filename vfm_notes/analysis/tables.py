@@ -127,7 +127,7 @@ def list_records(
     columns: list[str],  # that the table has even without rows
 ) -> pd.DataFrame:  # a row per run and row of the field; the run's seed is `seed`,
     # that of a permutation `permutation_seed`
-    "Return a list of every finished run, under each other; records of an older form have none."
+    "Return a list of every finished run, under each other; some have none."
     rows = [run_key(r) | d | ({"permutation_seed": d["seed"]} if "seed" in d else {}) | {"seed": r["spec"].get("seed")}
             for r in records if r["status"] == "done" for d in r.get(name) or []]
     return _frame(rows, [*RUN, *columns])

@@ -30,7 +30,6 @@ from vfm_notes.foundation.places import (
     DiskFull, check_companion, file_hash, fsync, detect_full_disk, part_folder, part_name, swap_folder, write_atomic,
 )
 from ..foundation.shutdown import Stopped
-from ..foundation.meter import convert_old_cost
 from ..foundation.meter import provenance
 from ..foundation.places import run_folder, study_root
 from ..foundation.plugins import code_line
@@ -132,7 +131,6 @@ def check_record(
         raise VfmError(f"{folder} has record schema {record['schema']}, this version reads schema {SCHEMA}: "
                        "use the version that wrote it, or another VFM_RUNS.")
     if record["id"] != (name or os.path.basename(folder)): return None, f"record.json belongs to {record['id']}"
-    if "cost" not in record: record["cost"] = convert_old_cost(record)
     why = compare_files(folder, record.get("files", {}), **depth)
     return (None, why) if why else (record, "")
 
