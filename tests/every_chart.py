@@ -41,4 +41,4 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "seed_panels": evidence.seed_panels(run_points(tables), "t", "s"),
         "cost_of_backbones": measured.cost_of_backbones(measured.cost_frame(costs, {"profound_toy": "x"}), "t", "s"),
         "curve_chart": explorer.curve_chart(losses, "loss"),
-        "training_chart": live.training_chart([live.Training("toy", 8, told, time.time())])}
+        "training_chart": live.training_chart([live.RunningTraining("toy", 8, told, time.time())])}

@@ -38,6 +38,16 @@
     if (footer && document.querySelector('script[type="module"]')) footer.insertAdjacentHTML("beforeend", '<p class="vfm-from-file">Opened from a file: “On this page” does not follow the reading. It does when a server shows the folder, e.g. python -m http.server.</p>');
   });
 
+  // ---- a cell of the matrix leads to its drawer, which opens
+  const openDrawer = () => {
+    const drawer = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!drawer || !drawer.matches("details.vfm-drawer")) return;
+    for (let d = drawer; d; d = d.parentElement.closest("details")) d.open = true;
+    drawer.scrollIntoView();
+  };
+  window.addEventListener("hashchange", openDrawer);
+  ready(openDrawer);
+
   // ---- downloads
   const save = (name, href) => { const a = document.createElement("a"); a.download = name; a.href = href; a.click(); };
   const saveText = (name, text, kind) => { const url = URL.createObjectURL(new Blob([text], { type: kind })); save(name, url); setTimeout(() => URL.revokeObjectURL(url), 5000); };

@@ -424,7 +424,7 @@ def test_trainings_at_work_are_read_and_told(tmp_path, monkeypatch):
         and one.last("val_") == ("val_dice", 0.5)
         and one.last("none") is None
     )
-    assert one.curves.name.tolist() == ["loss", "val_dice"] * 2 and live.Training("n", 5, [], 0.0).left is None
+    assert one.curves.name.tolist() == ["loss", "val_dice"] * 2 and live.RunningTraining("n", 5, [], 0.0).left is None
     told = live.training_rows(found[:2], 260.0)
     assert (
         "2 of 5" in told
@@ -435,7 +435,7 @@ def test_trainings_at_work_are_read_and_told(tmp_path, monkeypatch):
         and told.index("new") < told.index("old")
     )
     assert ">done<" in live.training_rows(
-        [live.Training("n", 2, rows, 0.0)], 0.0
+        [live.RunningTraining("n", 2, rows, 0.0)], 0.0
     ) and "No training" in live.training_rows([], 0.0)
     assert (
         live.training_chart(found).to_dict()["title"]

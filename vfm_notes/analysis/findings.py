@@ -18,7 +18,7 @@ import pandas as pd
 from .association import cell_points
 from .convergence import convergence_table, mean_interval
 from .crossed import crossed_association, crossed_words
-from .gain import gain_table, holm, of_learned, unlearned_words
+from .gain import gain_table, holm, is_clear, of_learned, unlearned_words
 from .interval import smallest_shift
 from .prediction import prediction_finding, prediction_table
 from .tables import CELL, load_tables, Tables
@@ -70,7 +70,8 @@ def gain_findings(
             "result yet."
         ]
     many = gains.strategy.nunique() > 1
-    up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)
+    clear = is_clear(known)
+    up, down, n = int((clear & (known.rpg > 0)).sum()), int((clear & (known.rpg < 0)).sum()), len(known)
     said = [gain_words(row, first, many) for row, first in name_extremes(known)]
     none = "" if said else "None is named as the largest, because that can change with the seed or the processor."
     missing = (
@@ -80,9 +81,11 @@ def gain_findings(
         else ""
     )
     rest = n - up - down
-    clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
-    counts = f"Of {format_count([n], 'cell', 'cells')}, {clear}; {rest} {'is' if rest == 1 else 'are'} undecided."
-    open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
+    counts = (
+        f"Of {format_count([n], 'cell', 'cells')}, {up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} "
+        f"clearly (after correction); {rest} {'is' if rest == 1 else 'are'} undecided."
+    )
+    open_ = known.smallest[~clear].dropna()
     could = (
         f" There, gains from {format_value(open_.min(), 'gain', unit=True)} (cell with the narrowest interval) to "
         f"{format_value(open_.max(), 'gain', unit=True)} on would have been seen in 80 of 100 such studies."
@@ -100,10 +103,10 @@ def pretrained_cells(
 
 def name_extremes(
     known: pd.DataFrame,  # cells with a gain
-) -> list[tuple[pd.Series, str]]:  # the largest gain and the largest loss, of those whose interval excludes 0
+) -> list[tuple[pd.Series, str]]:  # the largest gain and the largest loss, of those that are clear
     "Name what is clear; cells that are equal are counted."
-    found = []
-    for way, lead, clear in ((1, "Largest gain", known[known.low > 0]), (-1, "Largest loss", known[known.high < 0])):
+    found, sure = [], known[is_clear(known)]
+    for way, lead, clear in ((1, "Largest gain", sure[sure.rpg > 0]), (-1, "Largest loss", sure[sure.rpg < 0])):
         if clear.empty: continue
         first = find_leaders((way * clear.rpg).to_dict())
         found.append((clear.loc[first[0]], lead + f", shared by {len(first)} cells" * (len(first) > 1)))

@@ -140,19 +140,25 @@ def spread_divergences(
     others = {f"divergence {k}": _number(v) for k, v in row.get("divergences", {}).items()}
     return {k: v for k, v in row.items() if k != "divergences"} | others
 
+def _with_divergences(records: list[dict], name: str, columns: list[str]) -> pd.DataFrame:
+    "A list of distances of every finished run, each divergence a column."
+    return list_records(
+        [r | {name: [spread_divergences(d) for d in r.get(name) or []]} for r in records], name, columns
+    )
+
 def d2p_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run and layer
     """Return the distance to pretraining of each run at its end, early to late layers, and what a study measured
     beside it."""
-    return list_records([r | {"d2p": [spread_divergences(d) for d in r.get("d2p") or []]} for r in records], "d2p", D2P)
+    return _with_divergences(records, "d2p", D2P)
 
 # %% ../../nbs/8_analysis/01_tables.ipynb #40cad09d
 def moments_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run, moment (`when`) and layer
     "Return the same early in training, at the best epoch, and of random weights."
-    return list_records(records, "d2p_moments", ["when", *D2P])
+    return _with_divergences(records, "d2p_moments", ["when", *D2P])
 
 def scores_table(
     records: list[dict],  # as read_records gives them

@@ -15,11 +15,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from msgspec import Meta
+from ..foundation.progress import map_items
 from ..foundation.registry import short_yaml
 from ..foundation.registry import VfmError, cohorts, suggest_name
 from ..foundation.schema import Line, Name, Positive, Word, check_distinct
@@ -115,6 +117,8 @@ class Cohort:
     targets: np.ndarray | None = None  # (n, k) uint8, 0 or 1 for each of card.targets
     excluded: list[dict] = field(default_factory=list)  # bad cases that were left out: {case, reason}
     known_hash: str = field(default="", repr=False)  # of a cohort that cannot change, because it is read from the cache
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures, brought to the grid by resizing
 
     def __len__(self) -> int: return len(self.names)
 
@@ -363,7 +367,10 @@ def phantom_cohort(
             f"The phantom cohort needs a number of cases in n, e.g. {{'train': 24}}; splits: {', '.join(SPLITS)}."
         )
     index = [(s, i) for s in n for i in range(n[s])]
-    cases = [phantom_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
+    cases = map_items(
+        partial(phantom_case, seed, size=size, spacing=spacing), [SPLITS.index(s) * 1_000_000 + i for s, i in index],
+        "drawing phantom cases",
+    )
     names = [f"phantom-{s}-{i:03d}" for s, i in index]
     card = CohortCard(
         "phantom", "Synthetic prostate mpMRI", "Apache-2.0", "vfm_notes.data.phantom",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FONT', 'INK', 'VEGALITE_MIME', 'CHART_WIDTH', 'chart_theme', 'json_safe', 'title_mapping', 'wrap_title',
            'fit_notebook', 'chart_bundle', 'use_charts', 'chart_html', 'Block', 'text', 'lead', 'note', 'empty',
-           'findings_list', 'facts', 'link', 'links', 'coloured_name', 'stacked', 'is_missing', 'format_digits',
+           'findings_list', 'facts', 'link', 'fold', 'links', 'coloured_name', 'stacked', 'is_missing', 'format_digits',
            'format_estimate', 'table_cell', 'table', 'plain_text', 'filter_menus']
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #42284d8e
@@ -196,6 +196,13 @@ def link(
     return Block(f'<a href="{html.escape(to, quote=True)}">{text(words)}</a>')
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #dd7de923
+def fold(
+    title: str,  # what is inside
+    inner: Block,
+) -> Block:
+    "Hide a long block behind its title."
+    return Block(f'<details class="vfm-fold"><summary>{text(title)}</summary>{inner.html}</details>')
+
 def links(
     pages: Mapping[str, tuple[str, str]],  # address within the site → what it is called, the question it answers
 ) -> Block:

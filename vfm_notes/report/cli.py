@@ -6,7 +6,7 @@
 __all__ = ['app', 'OnlyOption', 'ShardOption', 'TimeLimitOption', 'TemplatesOption', 'ProfileOption', 'GpusOption',
            'TABLE_COLUMNS', 'show_version', 'options', 'main', 'choose_gpus', 'run', 'print_summary', 'failures',
            'show_plan', 'job_line', 'status_lines', 'status', 'wanted_gains', 'primary_metrics', 'plan_study',
-           'write_metrics', 'is_table', 'table_writer', 'table', 'site', 'init', 'doctor']
+           'write_metrics', 'is_table', 'table_writer', 'save_table', 'site', 'init', 'doctor']
 
 # %% ../../nbs/9_report/18_cli.ipynb #734378de
 import gc
@@ -20,7 +20,8 @@ import typer
 # %% ../../nbs/9_report/18_cli.ipynb #03b2baca
 from ..foundation.registry import VfmError
 from .data_commands import data_app
-from .weights_commands import Study, weights_app
+from .rank_command import rank_command
+from .weights_commands import predict_command, Study, weights_app
 
 # %% ../../nbs/9_report/18_cli.ipynb #fd814547
 app = typer.Typer(
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
+app.command("rank")(rank_command)
+app.command("predict")(predict_command)
 
 # %% ../../nbs/9_report/18_cli.ipynb #b9534bc2
 def show_version(asked: bool) -> None:  # asked: whether --version was given
@@ -384,8 +387,8 @@ def table_writer(
     return writers[output.suffix]
 
 # %% ../../nbs/9_report/18_cli.ipynb #809bd7ea
-@app.command()
-def table(
+@app.command("table")
+def save_table(
     study: Study,
     output: Annotated[
         Path | None,

@@ -28,7 +28,8 @@ import yaml
 
 # %% ../../nbs/9_report/08_pages.ipynb #b0c5c573
 from ..foundation.blocks import Block, table
-from ..foundation.places import notebook_file, package_root, report_notebooks, write_atomic
+from ..analysis.ranking import rankings_of
+from ..foundation.places import file_hash, notebook_file, package_root, report_notebooks, write_atomic
 from ..foundation.registry import suggest_name, VfmError
 from ..foundation.spec import StudySpec
 from vfm_notes.report.convert import (
@@ -41,9 +42,9 @@ from ..runs.grid import count_states, Job, run_states, states_of
 # %% ../../nbs/9_report/08_pages.ipynb #78e20c45
 # pages in reading order; others follow
 ORDER = (
-    "index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "as_released",
-    "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort",
-    "guide_batch", "phantom", "methods", "log", "changelog",
+    "index", "before", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff",
+    "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher",
+    "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog",
 )
 
 # %% ../../nbs/9_report/08_pages.ipynb #4a67adf5
@@ -94,14 +95,16 @@ def report_pages(
 ) -> list[Page]:
     "List the report's own pages in reading order."
     code, folder = hash_values(code_fingerprint(), published), report_notebooks()[0].parent
-    made_of = {"records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", "")} | {
+    ranked = [file_hash(p) for p in rankings_of(study.name)]
+    made_of = {"records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", ""), "rankings": ranked} | {
         p.stem: hash_values(p) for p in sorted(folder.glob("*.json"))
     }
     out = []
     for path in report_notebooks():
         options = front_matter(read_notebook(path))
-        if options.pop("optional", False) and path.stem not in study.pages: continue
         needs = options.pop("needs", ["records"])
+        wanted = path.stem in study.pages or ("rankings" in needs and ranked)
+        if options.pop("optional", False) and not wanted: continue
         for n in needs:
             if n not in made_of:
                 raise VfmError(f"{path}: unknown 'needs: {n}'.{suggest_name(n, made_of)} Known: {', '.join(made_of)}.")

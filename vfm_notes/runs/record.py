@@ -40,10 +40,11 @@ from ..foundation.spec import Spec, canonical_text, run_id
 # %% ../../nbs/7_runs/01_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY_RECORD = {
+    "input": {},  # what a new case must have, see tune.transfer
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
-    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "normalisation": {}, "cohort_hash": "",
-    "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "",
-    "template_hash": "", "error": None,
+    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "shown": {}, "normalisation": {},
+    "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [],
+    "notebook": "", "template_hash": "", "error": None,
 }
 
 def new_record(
@@ -204,13 +205,17 @@ def write_record(
     cases=None,  # DataFrame or rows: case, patient, metric, value
     features: dict | None = None,  # name → numpy array (n, f)
     weights: dict | None = None,  # name → numpy array
+    pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
+    adapters: dict | None = None,  # name → numpy array, low-rank updates that are in the weights, too
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
     with detect_full_disk(folder.parent), part_folder(folder) as new:
         files = write_files(
-            new, {"curves": curves, "cases": cases}, {"features": features, "weights": weights}, {"weights": plan}
+            new, {"curves": curves, "cases": cases},
+            {"features": features, "weights": weights, "pictures": pictures, "adapters": adapters or None},
+            {"weights": plan},
         )
         record = plain_json(record | {"files": files})
         write_atomic(new/"record.json", json.dumps(record, indent=1))
@@ -302,7 +307,7 @@ def read_table(
 def read_arrays(
     study: str,
     id: str,  # run id
-    name: str,  # features or weights
+    name: str,  # features, weights or pictures
 ) -> dict | None:  # array name → numpy array, None when the run has none
     "Read the arrays of a run."
     path = run_folder(study, id)/f"{name}.safetensors"

@@ -18,7 +18,7 @@ from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import suggest_name, tasks, VfmError
 from .metric import auc, quadratic_kappa, r_squared, recall_parts
 from vfm_notes.tune.task import (
-    case_head, CASE_HEADS, case_table, check_head, check_scores, fit_statistics, predict_class_scores, Task,
+    Answer, case_head, CASE_HEADS, case_table, check_head, check_scores, fit_statistics, predict_class_scores, Task,
     TaskData,
 )
 
@@ -26,6 +26,7 @@ from vfm_notes.tune.task import (
 class CaseTask(Task):
     "One answer per case; sub-classes say how many numbers it has."
     outputs: int
+    dense = False
 
     def __init__(self, card: CohortCard, head: str = "pooled", deit: str = "toy"):
         super().__init__(card)
@@ -77,6 +78,8 @@ class GradeTask(CaseTask):
         return nn.functional.cross_entropy(output, target)
 
     def probabilities(self, output: Tensor) -> Tensor: return output.softmax(-1)
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values=dict(zip(self.card.grades, self.probabilities(output).T)))
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:  # score: n grades
         return case_table(
@@ -145,6 +148,11 @@ class Classification(GradeTask):
             "auc": auc(label >= self.positive, score[:, self.positive :].sum(1)),
             "kappa": quadratic_kappa(label, score.argmax(1)),
         }
+
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        found = super().answer(output, like).values
+        above = f"{self.card.grades[self.positive]} or higher"
+        return Answer(values=found | ({above: sum(list(found.values())[self.positive:])} if len(found) > 2 else {}))
 
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         label = self.table(cases)[0]
@@ -242,6 +250,8 @@ class MultiLabel(CaseTask):
             )
 
     def prepare(self, cohort: Cohort) -> TaskData: return self.inputs(cohort, cohort.targets.astype(np.float32))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values=dict(zip(self.card.targets, output.sigmoid().T)))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         if output.shape != target.shape:
@@ -353,6 +363,8 @@ class Regression(CaseTask):
             )
 
     def prepare(self, cohort: Cohort) -> TaskData: return self.inputs(cohort, self.values(cohort))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values={self.of if self.of == "grade" else f"{self.of}, ml": output[:, 0]})
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
         head = super().head(backbone, in_channels)
         part = "last" if self.reading == "deit" else "layers"

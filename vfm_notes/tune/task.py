@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CASE_HEADS', 'DENSE_HEADS', 'IMAGE_HEADS', 'AUXILIARY', 'LinearHead', 'deit', 'DeiTHead', 'check_head', 'case_head',
-           'dense_head', 'check_dense', 'TaskData', 'case_table', 'Task', 'task_kind', 'build_task', 'channel',
-           'image_statistics', 'fit_statistics', 'predict_class_scores', 'check_masks', 'check_scores',
+           'dense_head', 'check_dense', 'TaskData', 'case_table', 'Answer', 'Task', 'task_kind', 'build_task',
+           'channel', 'image_statistics', 'fit_statistics', 'predict_class_scores', 'check_masks', 'check_scores',
            'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
 
 # %% ../../nbs/6_tune/02_task.ipynb #532fc926
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -177,12 +177,21 @@ def case_table(
     ]
     return pd.concat(frames, ignore_index=True)
 
+# %% ../../nbs/6_tune/02_task.ipynb #d123108f
+@dataclass
+class Answer:
+    "What a network states about new cases."
+    voxels: Tensor | None = None  # n k d h w: probabilities of k classes, or n 1 d h w: an image; None: neither
+    classes: tuple = ()  # of the probabilities, background first; () where the voxels are an image
+    values: dict[str, Tensor] = field(default_factory=dict)  # name → n: probabilities or numbers of whole cases
+
 # %% ../../nbs/6_tune/02_task.ipynb #7421f0ec
 class Task:
     "What every task has; sub-classes fill in the six methods."
     title: str = ""  # for figures
     primary: str = ""  # the metric that gains are computed on
     metrics: tuple = ()  # names in METRICS
+    control_learns = True  # the trivial control reads the training cases
     scale: Callable[[np.ndarray], np.ndarray] = staticmethod(normalise)  # of the inputs; a run sets its backbone's
 
     def __init__(self, card: CohortCard): self.card = card
@@ -193,6 +202,18 @@ class Task:
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame: raise NotImplementedError
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame: raise NotImplementedError
     def pictures(self, output: Tensor, data: TaskData) -> dict: raise NotImplementedError
+
+    kept: tuple = ()  # names of what `learn` found and `answer` needs; records keep them
+    dense: bool = True  # whether it answers for every voxel, in contrast to a case as a whole
+
+    @property
+    def reads(self) -> tuple[str, ...]: return self.card.sequences  # sequences that a new case must have
+    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:  # n c d h w raw; see data.loader.normalise
+        "Return inputs of the network from new volumes that have no target."
+        return torch.from_numpy(self.scale(volumes, like=like))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:  # like: n c d h w raw, the volumes as they came
+        "Return what the network's output means, in the terms of the task."
+        raise VfmError(f"Task '{type(self).__name__}' has no method `answer`, so it cannot be applied to new cases.")
 
     def validate(self, output: Tensor, data: TaskData) -> float:
         "Return the primary metric alone, cheap enough for every epoch."
@@ -379,6 +400,7 @@ class Segmentation(Task):
         return dice_and_entropy(output, target, self.class_weights)
 
     def labels(self, output: Tensor) -> Tensor: return output if output.dim() == 4 else output.argmax(1)
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer: return Answer(output.softmax(1), self.classes)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return mask_rows(self.labels(output), data, self.classes)

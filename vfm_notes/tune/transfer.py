@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'build_model', 'tuned_model',
            'Memo', 'cache_key', 'center_windows', 'transferability_scores', 'recalibrate_batchnorm', 'frozen_data',
-           'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train', 'Measured', 'run_cost',
-           'measure', 'weights_files', 'head_facts', 'control_rows', 'beside_control', 'summarise', 'transfer']
+           'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes', 'train_run', 'shown_slice',
+           'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows',
+           'beside_control', 'describe_input', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -54,7 +56,9 @@ class RunResult:
     curves: pd.DataFrame  # epoch, seconds, name, value
     cases: pd.DataFrame  # case, patient, metric, value
     features: dict = field(default_factory=dict)  # before.<layer>, after.<layer>: n f
+    pictures: dict = field(default_factory=dict)  # input, target, prediction: h w, a slice of one test case
     weights: dict = field(default_factory=dict)  # state dict of the tuned model
+    adapters: dict = field(default_factory=dict)  # low-rank updates by layer, which are in `weights`, too
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #890ffed7
 JUDGED = ("val", "test")  # splits that all seeds share
@@ -306,7 +310,7 @@ def training_notes(run: Prepared) -> list[str]:
     ]
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
-def train(
+def train_run(
     run: Prepared,  # its model is changed in place
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
     keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
@@ -325,6 +329,31 @@ def train(
     run.tuning.finish(run.model)
     return Trained(watch, batches, curves, training_notes(run) + notes)
 
+# %% ../../nbs/6_tune/09_transfer.ipynb #d8d8f0e1
+def shown_slice(
+    target: Tensor,  # of the test cases
+) -> tuple[int, int]:  # case, slice
+    "Choose by the targets alone what is shown: the first case with the last class, where that is largest."
+    if target.ndim != 4: return 0, target.shape[2] // 2 if target.ndim == 5 else 0
+    area = (target == target.max()).sum((2, 3))  # n d
+    case = int(area.any(1).int().argmax())
+    return case, int(area[case].argmax())
+
+def case_pictures(
+    task: Task,
+    output: Tensor,  # of the test cases
+    data: TaskData,  # the test cases
+) -> tuple[dict, dict]:  # case and slice; name → h w
+    "Keep a slice of one test case: the same one for all runs of a task, so that their answers can stand side by side."
+    case, k = shown_slice(data.target)
+    one = slice(case, case + 1)
+    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
+    volumes = {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output[one], alone).items()}
+    if data.target.ndim < 4: k = len(volumes["input"]) // 2
+    pictures = {name: np.float32(v[k]) for name, v in volumes.items()}
+    classes = list(task.card.classes) if data.target.ndim == 4 else []
+    return {"case": data.names[case], "slice": k, "spacing": list(data.spacing), "classes": classes}, pictures
+
 # %% ../../nbs/6_tune/09_transfer.ipynb #3d5a46a3
 @dataclass
 class Measured:
@@ -334,6 +363,8 @@ class Measured:
     d2p: list[dict]  # a row for each layer
     moments: list[dict]  # the same at other moments
     cost: dict  # seconds, memory, parameters, operations
+    shown: dict  # case and slice of the pictures
+    pictures: dict  # name → h w
 
 def run_cost(run: Prepared, trained: Trained) -> dict:
     "Compute what a run has cost, as records keep it."
@@ -347,15 +378,17 @@ def run_cost(run: Prepared, trained: Trained) -> dict:
 def measure(run: Prepared, trained: Trained) -> Measured:
     "Test a trained network, and say how far it moved and what it cost."
     task, data, watch = run.task, run.data, trained.watch
-    cases = task.evaluate(watch.answer("test"), data["test"])
-    tried = task.evaluate(watch.answer("val"), data["val"])
-    undefined = [*task.undefined(cases), *task.undefined(tried, "validation")]
+    output = watch.answer("test")
+    cases = task.evaluate(output, data["test"])
+    undefined = task.undefined(cases)
+    if trained.curves.value[trained.curves.name == f"val_{task.primary}"].isna().any():
+        undefined += task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")
     random = random_features(run.spec, watch)
     top = layer_distances(watch.before, random)
     last, others = (
         under_ceiling(rows, top) for rows in (final_distances(run.spec, watch), d2p_snapshots(run.spec, watch, random))
     )
-    return Measured(cases, undefined, last, others, run_cost(run, trained))
+    return Measured(cases, undefined, last, others, run_cost(run, trained), *case_pictures(task, output, data["test"]))
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #60f10326
 def weights_files(
@@ -381,7 +414,8 @@ def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     "Compute the trivial control, once for all runs with the same cases."
     data = run.data
     key = (
-        type(run.task), asked_of(run.spec), *data["train"].names, *data["test"].names,
+        type(run.task), asked_of(run.spec), *(data["train"].names if run.task.control_learns else ()),
+        *data["test"].names,
         float(data["test"].inputs.double().mean()),
     )
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
@@ -394,6 +428,15 @@ def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, c
         "n": {k: len(v) for k, v in data.items()}, "train_cases": list(data["train"].names),
     }
 
+# %% ../../nbs/6_tune/09_transfer.ipynb #48f8b8b1
+def describe_input(
+    cohort: Cohort,
+    task: Task,  # that has learned
+) -> dict:  # card, crop, pictures, learned
+    "Describe what the network is made for: the sequences, where the grid lies, and what the task took from the cases."
+    learned = {k: getattr(task, k) for k in task.kept}
+    return {"card": asdict(cohort.card), "crop": cohort.crop, "pictures": cohort.pictures, "learned": learned}
+
 # %% ../../nbs/6_tune/09_transfer.ipynb #204fe828
 def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
     "Gather all that a run leaves behind."
@@ -402,13 +445,14 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
     origin = {
         "normalisation": run.task.scale.keywords, "cohort_hash": run.cohort.hash(), "excluded": run.cohort.excluded,
         "weights_hash": run.weights_hash, "weights_files": files, "licences": list(dict.fromkeys(licences)),
+        "input": describe_input(run.cohort, run.task),
     }
     control = control_rows(run)
     summary = (
         beside_control(run.task, run.data, measured.cases, control)
         | {
             "head": head_facts(run.model.head), "d2p": measured.d2p, "d2p_moments": measured.moments,
-            "scores": run.scores, "cost": measured.cost,
+            "scores": run.scores, "cost": measured.cost, "shown": measured.shown,
             "notes": [*run.start.notes, *trained.notes, *measured.undefined],
         }
         | origin
@@ -417,7 +461,8 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
                 for layer, f in table.items()}
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
-    return RunResult(summary, trained.curves, cases, features, weights)
+    adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
+    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights, adapters)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
@@ -430,5 +475,5 @@ def transfer(
 ) -> RunResult:
     "Fine-tune, test and measure: everything a record keeps."
     run = prepare(spec, state, start)
-    trained = train(run, progress, keeper)
+    trained = train_run(run, progress, keeper)
     return summarise(run, trained, measure(run, trained))
