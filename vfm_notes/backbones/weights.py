@@ -30,7 +30,7 @@ from .protocol import backbone_card
 from ..foundation.places import file_hash, atomic_file, write_atomic
 from ..foundation.places import weights_file, weights_root
 from ..foundation.registry import Registry, VfmError, backbones, suggest_name
-from ..nets.files import read_state
+from ..nets.files import import_onnx, read_state
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -260,6 +260,7 @@ def fetch_weights(
     card, done = weights_card(name), converted_file(name)
     check_licence(card, accepted)
     if done.is_file(): return done
+    if card.file.endswith(".onnx"): import_onnx(card.file)  # before anything is downloaded
     with tempfile.TemporaryDirectory() as folder:
         raw = published_file(card, Path(folder))
         state = {k: v.contiguous().clone() for k, v in weights[name](read_state(raw)).items()}

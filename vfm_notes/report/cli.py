@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'OnlyOption', 'ShardOption', 'TimeLimitOption', 'TemplatesOption', 'ProfileOption', 'GpusOption',
-           'TABLE_COLUMNS', 'show_version', 'options', 'main', 'choose_gpus', 'run', 'print_summary', 'failures',
-           'show_plan', 'job_line', 'status_lines', 'status', 'wanted_gains', 'primary_metrics', 'plan_study',
-           'write_metrics', 'is_table', 'table_writer', 'save_table', 'site', 'init', 'doctor']
+           'show_version', 'options', 'main', 'choose_gpus', 'run', 'print_summary', 'failures', 'show_plan',
+           'job_line', 'status_lines', 'status', 'wanted_gains', 'primary_metrics', 'plan_study', 'site', 'init',
+           'doctor']
 
 # %% ../../nbs/9_report/18_cli.ipynb #734378de
 import gc
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,7 @@ import typer
 from ..foundation.registry import VfmError
 from .data_commands import data_app
 from .rank_command import rank_command
+from .result_commands import compare_command, table_command
 from .weights_commands import predict_command, Study, weights_app
 
 # %% ../../nbs/9_report/18_cli.ipynb #fd814547
@@ -32,6 +32,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.command("rank")(rank_command)
+app.command("table")(table_command)
+app.command("compare")(compare_command)
 app.command("predict")(predict_command)
 
 # %% ../../nbs/9_report/18_cli.ipynb #b9534bc2
@@ -337,91 +339,6 @@ def plan_study(
     own = study_variances(load_tables(spec)) if any(r["status"] == "done" for r in records) else {}
     made = plan(spec, primary_metrics(spec), own, measure_speeds(records), wanted_gains(gain or []), rho)
     print(json.dumps(made.plain(), ensure_ascii=False, indent=1) if as_json else "\n".join(plan_lines(made)))
-
-# %% ../../nbs/9_report/18_cli.ipynb #1cdd3527
-def write_metrics(runs):  # runs: from analysis.tables.runs_table; the same with numbers as all pages write them
-    "Write the numbers of a table of runs."
-    from vfm_notes.foundation.quantity import round_value, format_value
-    say = lambda r, c, kind, of: (
-        format_value(float(r[c]), kind, f"{of} {r['id']}", r["metric"] or "") if r[c] == r[c] else ""
-    )
-    rows = runs.to_dict("records")
-    scores = {
-        c: [say(r, c, "score", f"{of} of run") for r in rows] for c, of in (("value", "score"), ("control", "control"))
-    }
-    seconds = [format_value(r["seconds_training"], "seconds", f"training of run {r['id']}") for r in rows]
-    memory = [round_value(v, 0) if v == v else "" for v in runs.peak_memory_mib]
-    return runs.assign(**scores, seconds_training=seconds, peak_memory_mib=memory, metric=runs.metric.fillna(""))
-
-# %% ../../nbs/9_report/18_cli.ipynb #b9b3d6a4
-TABLE_COLUMNS = [
-    "id", "status", "metric", "value", "control", "seconds_training", "peak_memory_mib", "parameters_trainable",
-    "error",
-]
-
-def is_table(file: Path) -> bool:
-    "Return whether a file is a table of runs, as `vfm table` writes it."
-    import pandas as pd
-    try:
-        if file.suffix == ".parquet":
-            from pyarrow.parquet import read_schema
-            return set(TABLE_COLUMNS) <= set(read_schema(file).names)
-        found = pd.read_csv(file, nrows=0) if file.suffix == ".csv" else pd.read_json(file)
-        return set(TABLE_COLUMNS) <= set(found.columns) or (file.suffix == ".json" and found.empty)
-    except Exception: return False  # whatever it is, it is not ours
-
-# %% ../../nbs/9_report/18_cli.ipynb #e5f8904b
-def table_writer(
-    output: Path,  # -o
-) -> Callable:  # (table, file)
-    "Find what writes a table in the format of a file; refuse a file that exists and is no table of runs."
-    from vfm_notes.foundation.people import write_sheet
-    writers = {
-        ".csv": write_sheet, ".json": lambda t, f: t.to_json(f, orient="records", indent=1),
-        ".parquet": lambda t, f: t.to_parquet(f, index=False),
-    }
-    if output.suffix not in writers:
-        raise VfmError(f"Cannot write {output}: expected a name that ends in {', '.join(writers)}.")
-    if output.exists() and not is_table(output):
-        raise VfmError(f"{output} exists and is no table of runs: give another name, or delete it.")
-    return writers[output.suffix]
-
-# %% ../../nbs/9_report/18_cli.ipynb #809bd7ea
-@app.command("table")
-def save_table(
-    study: Study,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="A .csv, .json or .parquet file; default: print the main columns."),
-    ] = None,
-) -> None:
-    "Write one row for each run: spec, metrics, cost."
-    from vfm_notes.analysis.tables import curves_table, mark_counted, runs_table, search_candidates
-    from vfm_notes.foundation.places import atomic_file
-    from vfm_notes.foundation.spec import load_study
-    from vfm_notes.runs.grid import count_states, jobs_of, states_of
-    from vfm_notes.runs.record import damage_lines, gc_paused, scan_records
-    write = table_writer(output) if output else None
-    spec = load_study(study)
-    with gc_paused():  # until all is written
-        jobs = jobs_of(spec)
-        ids = {id for j in jobs for id in j.runs}
-        known, damaged = scan_records(spec.name, ids)
-        print(*damage_lines(spec.name, damaged, ids), sep="\n", end="\n" * bool(damaged), file=sys.stderr)
-        by_id, records = {r["id"]: r for r in known}, [r for r in known if r["id"] in ids]
-        states = [s for j in jobs for s in states_of(j, by_id).values()]
-        runs = runs_table(records)
-        if len(known) > len(records):
-            print(f"{len(known) - len(records)} records belong to no run of the study file as it is now; they are "
-                  "left out.", file=sys.stderr)
-        if spec.search: runs = mark_counted(runs, search_candidates(runs, curves_table(spec.name, records)))
-        print(f"Study {spec.name}: {count_states(states)} of {len(states)} runs.", file=sys.stderr)
-        shown = TABLE_COLUMNS + [*spec.search, "chosen"] * bool(spec.search)
-        if not output: return print(write_metrics(runs)[shown].to_string(index=False) if records else "No records yet.")
-        names = sorted({m for r in records for m in r["metrics"]})
-        with atomic_file(output) as part:  # a row is a record
-            write(runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names}), part)
-        print(f"{output}: {len(runs)} runs")
 
 # %% ../../nbs/9_report/18_cli.ipynb #b4607401
 @app.command()

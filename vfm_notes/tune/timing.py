@@ -16,8 +16,7 @@ import torch
 import vfm_notes.tune.catalog
 from ..backbones.keys import empty_backbone
 from ..backbones.protocol import build_backbone
-from ..foundation.places import cache_root, project_root, write_atomic
-from ..foundation.meter import cpu_name
+from ..foundation.places import project_root, write_atomic
 from ..foundation.registry import backbones
 from ..nets.files import forward_flops
 
