@@ -200,7 +200,7 @@ def imported_manifest(
     channels: int,  # input channels
 ) -> WeightsManifest:
     "Write the plan of weights that were made elsewhere."
-    card, arch = backbone_card(name.partition(".")[0]), name.partition(".")[0]
+    card = backbone_card(name.partition(".")[0])
     source = origin.source or file[0]
     return WeightsManifest(
         name, {"in_channels": channels}, check_sequences(origin.sequences, facts, channels),

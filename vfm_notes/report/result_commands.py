@@ -26,7 +26,7 @@ from .weights_commands import Study
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #ff371f24
 WIDTH = 100  # columns
-HEADS = ("backbone, strategy", "seeds", "score [95 % interval]", "gain over scratch [95 % interval]")
+HEADS = ("backbone, strategy", "seeds", "score [95 %]", "gain over scratch [95 %]")
 PLACES = (37, 6, 25, 29)  # columns of each
 
 def cell_words(row: dict) -> tuple[str, str, str, str]:  # row: of analysis.scored_cells.score_and_gain
