@@ -171,11 +171,10 @@ ANY = "any"  # an input channel that may be any sequence
 def check_sequences(
     given: Iterable[str],  # --sequences
     facts: Facts,
-    arch: str,  # architecture
     channels: int,  # of the file
 ) -> tuple[str, ...]:  # a name for each input channel
-    "Name the input channels: as given, as the file states, as the architecture was published, or any."
-    given, own = tuple(given), tuple(backbone_card(arch).sequences)
+    "Name the input channels: as given, as the file states, or any."
+    given = tuple(given)
     if given and len(given) != channels:
         raise VfmError(f"--sequences names {len(given)}, and the weights take {channels} input "
                        f"channel{'s' if channels > 1 else ''}: name {'each' if channels > 1 else 'one'}, in order.")
@@ -201,10 +200,10 @@ def imported_manifest(
     channels: int,  # input channels
 ) -> WeightsManifest:
     "Write the plan of weights that were made elsewhere."
-    card, arch = backbone_card(name.partition(".")[0]), name.partition(".")[0]
+    card = backbone_card(name.partition(".")[0])
     source = origin.source or file[0]
     return WeightsManifest(
-        name, {"in_channels": channels}, check_sequences(origin.sequences, facts, arch, channels),
+        name, {"in_channels": channels}, check_sequences(origin.sequences, facts, channels),
         facts.size or tuple(card.size), facts.spacing or tuple(card.spacing),
         {"how": facts.normalisation or card.normalisation},
         {"name": "imported", "title": f"{facts.layout} weights", "source": source, "options": {}, "labels": False}, {},

@@ -402,8 +402,7 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
         for r in runs
         if not any(all(getattr(r, k) in has_several(v) for k, v in rule.items()) for rule in study.leave_out)
     ]
-    # scratch and full are one where the weights are random
-    runs = list(
+    runs = list(  # scratch and full are one where the weights are random
         {
             (r.task, r.backbone, r.n_train, r.strategy, r.seed, *(getattr(r, k) for k in study.search)): r for r in runs
         }.values()

@@ -31,6 +31,7 @@ from vfm_notes.foundation.places import (
 )
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import StudySpec, load_study
+from .citation import citation_cff
 from .convert import read_notebook, to_page, write_notebook
 from vfm_notes.report.pages import (
     Page, code_fingerprint, execute_pages, hash_values, records_fingerprint, report_pages, run_page, run_pages,
@@ -120,6 +121,7 @@ def write_assets(
     own = report_notebooks()[0].parent
     for name in ("style.css", "light.scss", "dark.scss", "head.html", "icon.svg"):
         shutil.copy(own / name, folder / name)
+    (folder / "CITATION.cff").write_text(citation_cff(), encoding="utf-8")
     themes = json.dumps({mode: chart_theme(mode) for mode in ("light", "dark")})
     (folder / "site.js").write_text(
         f"window.vfmThemes = {themes};\n" + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8"
