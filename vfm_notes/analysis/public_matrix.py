@@ -20,6 +20,7 @@ from scipy.stats import t as student
 from scipy.stats import weightedtau
 
 # %% ../../nbs/8_analysis/19_public_matrix.ipynb #50e35f90
+from .combination import combined_scores
 from ..foundation.places import report_notebooks
 from ..foundation.quantity import DRAWS, SEED, format_interval, format_value
 from ..foundation.registry import VfmError, suggest_name
@@ -83,9 +84,10 @@ def lp_times_fu(
 def rank_elsewhere(
     outcome: pd.DataFrame,  # sources by targets, the higher the better; NaN where there is none
 ) -> pd.DataFrame:  # the same shape; the higher the better
-    "Return the mean rank of each source over all other targets."
-    ranks = outcome.rank()
-    return pd.DataFrame({t: ranks.drop(columns=t).mean(axis=1) for t in outcome})
+    "Return the mean rank of each source over all other targets, as a share of those that were ranked."
+    ranks = outcome.rank(pct=True)
+    # rounded, so that equal sums of shares are ties
+    return pd.DataFrame({t: ranks.drop(columns=t).mean(axis=1).round(12) for t in outcome})
 
 def mean_elsewhere(
     outcome: pd.DataFrame,  # sources by targets, the higher the better; NaN where there is none
@@ -97,6 +99,7 @@ def matrix_predictors(m: Matrix) -> dict[str, pd.DataFrame]:  # title → values
     "Return all that is compared: scores, the combination, and controls."
     found = {MATRIX_SCORES[s]: v for s, v in m.values.items()}
     found["LP × FU"] = lp_times_fu(m.values["lp"], m.values["fu"])
+    found["combination"] = combined_scores({s: m.values[s] for s in MATRIX_SCORES}, m.outcome)
     repeat = lambda s: pd.DataFrame({t: s.reindex(m.outcome.index) for t in m.outcome})
     return found | {k: repeat(v) for k, v in m.static.items()} | {
         "mean rank elsewhere": rank_elsewhere(m.outcome), "mean AUC elsewhere": mean_elsewhere(m.outcome),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL_TITLES', 'STATIC', 'HEADS', 'read_ranking', 'rankings_of', 'rows_of', 'scale_words', 'compare_words',
-           'ranking_verdict', 'ranking_findings', 'static_picks', 'short_amount', 'ranking_cells', 'ranking_lines']
+           'ranking_verdict', 'ranking_findings', 'static_picks', 'short_amount', 'shown_less', 'ranking_cells',
+           'ranking_lines']
 
 # %% ../../nbs/8_analysis/16_ranking.ipynb #8e03c80a
 import json
@@ -132,6 +133,12 @@ def short_amount(
         if value >= size: return f"{round_value(value / size, None, 3)} {unit}"
     return f"{value:g}"
 
+def shown_less(ranking: dict) -> list[str]:
+    "List candidates that were shown the middle of the cases only."
+    sides = lambda size: " x ".join(map(str, size))
+    return [f"{r['name']}: the middle {sides(r['seen'])} of {sides(ranking['size'])} voxels, which its stride divides"
+            for r in ranking["rows"] if r.get("seen") and list(r["seen"]) != list(ranking["size"])]
+
 HEADS = ("", "name", "score", "95 % interval", "behind", "params", "images", "ImageNet", "overlap", "licence", "s")
 
 def ranking_cells(ranking: dict) -> Iterable[tuple[str, ...]]:
@@ -161,5 +168,6 @@ def ranking_lines(ranking: dict) -> list[str]:
     rows = [HEADS, *ranking_cells(ranking)]
     wide = [max(len(r[i]) for r in rows) for i in range(len(HEADS))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows]
-    left = [f"left out  {name}: {why}" for name, why in ranking["left_out"].items()]
+    left = [f"shown less  {said}" for said in shown_less(ranking)]
+    left += [f"left out  {name}: {why}" for name, why in ranking["left_out"].items()]
     return [*lines, "", ranking_verdict(ranking), *(f"- {s}." for s in ranking_findings(ranking)), *left]

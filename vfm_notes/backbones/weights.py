@@ -67,7 +67,8 @@ def local_weights_card(
         f"{plan.data.get('title') or plan.data.get('cohort')}"
     )
     made = plan.made
-    source = f"imported from {made['file']}" if "file" in made else f"run {made.get('run')} of study {made.get('study')}"
+    run = f"run {made.get('run')} of study {made.get('study')}"
+    source = f"imported from {made['file']}" if "file" in made else run
     return WeightsCard(
         name, title, " and ".join(plan.licences), source,
         path.name, share=1.0, normalisation=plan.normalisation["how"],

@@ -15,7 +15,7 @@ import numpy as np
 # %% ../../nbs/9_report/16_before.ipynb #e9019ec0
 from ..analysis.prediction import score_title
 from vfm_notes.analysis.ranking import (
-    CONTROL_TITLES, ranking_findings, ranking_verdict, rows_of, scale_words, short_amount,
+    CONTROL_TITLES, ranking_findings, ranking_verdict, rows_of, scale_words, short_amount, shown_less,
 )
 from ..foundation.blocks import Block, findings_list, format_estimate, lead, note, table
 from ..foundation.places import project_root
@@ -156,6 +156,7 @@ def before_you_train(ranking: dict) -> Block:  # HTML
                   note("First three principal components as colours, over the three cases together; the middle slice.")]
     parts += [Block("<h3>Numbers</h3>"), table(ranking_rows(ranking)), Block("<h3>Other scores</h3>"),
               table(score_rows_of(ranking))]
+    if less := shown_less(ranking): parts.append(note("Shown less: " + "; ".join(less) + "."))
     left_out = "; ".join(f"{name}: {why}" for name, why in ranking["left_out"].items())
     if left_out: parts.append(note(f"Left out: {left_out}"))
     return sum(parts[1:], parts[0])

@@ -41,16 +41,17 @@ def data_list() -> None:
     from vfm_notes.runs.grid import why_unavailable
     load_entries()
     print("Cohorts")
+    data, reasons = os.environ.get("VFM_DATA"), []
+    def line(name, title, state="", problem=""):
+        if problem and problem not in reasons: reasons.append(problem)
+        print(f"  {name:18.18} {title:60.60} {state or f'not here ({reasons.index(problem) + 1})'}")
     for name in cohorts:
-        print(
-            f"  {name:18} {(cohorts[name].__doc__ or '').strip().splitlines()[0]:60} "
-            f"{why_unavailable(name, os.environ.get('VFM_DATA')) or 'available'}"
-        )
-    data = os.environ.get("VFM_DATA")
+        problem = why_unavailable(name, data)
+        line(name, (cohorts[name].__doc__ or "").strip().splitlines()[0], "" if problem else "available", problem)
     for folder in sorted(Path(data).expanduser().glob("*/card.yaml")) if data else []:
-        try: said = (m := read_manifest(folder)).card.title, f"{len(m)} cases"
-        except VfmError as e: said = "", str(e)
-        print(f"  {folder.parent.name:18} {said[0]:60} {said[1]}")
+        try: line(folder.parent.name, (m := read_manifest(folder)).card.title, f"{len(m)} cases")
+        except VfmError as e: line(folder.parent.name, "", problem=str(e))
+    for i, reason in enumerate(reasons, 1): print(f"  ({i}) {reason}")
     print("Layouts, for vfm data import LAYOUT SRC DEST")
     for name in layouts: print(f"  {name:18} {layouts.card(name)['title']}")
 

@@ -32,6 +32,7 @@ from vfm_notes.foundation.places import (
 from ..foundation.shutdown import Stopped
 from ..foundation.meter import provenance
 from ..foundation.places import run_folder, study_root
+from ..foundation.loggers import log_run
 from ..foundation.plugins import code_line
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import Spec, canonical_text, run_id
@@ -221,6 +222,7 @@ def write_record(
         drop_record(folder, new)
         # of the training, see pretrain.trainer
         if record["status"] == "done": (folder.parent/"checkpoints"/f"{folder.name}.pt").unlink(missing_ok=True)
+    log_run(record, curves, folder.parent, notify)
     return record
 
 # %% ../../nbs/7_runs/01_record.ipynb #6700a6fa

@@ -37,10 +37,10 @@ from vfm_notes.foundation.places import (
 from ..foundation.quantity import MAIN_LAYERS, SEED
 from ..foundation.registry import RANDOM, VfmError, cohorts, error_line, scores, tasks
 from ..foundation.spec import RunSpec, StudySpec, load_study, pretrain_specs, run_id
-from ..shift.resample import Resampled, resampled_score
+from ..shift.resample import HELD_OUT, Resampled, resampled_score
 from vfm_notes.tune.frozen_features import (
-    FrozenData, FrozenFeatures, backbone_scale, features_file, features_key, frozen_cases, frozen_features,
-    with_scale,
+    FrozenData, FrozenFeatures, backbone_scale, features_file, features_key, fitting_window, frozen_cases,
+    frozen_features, middle_of, with_scale,
 )
 from .hand_made import CONTROLS
 from .starting_weights import initial_weights
@@ -68,7 +68,9 @@ def random_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = build_backbone(architecture, len(data.cohort.card.sequences))
-    recalibrate_batchnorm(net, next(data.chunks(32)).inputs[:, : net.in_channels])
+    cases = next(data.chunks(32))
+    seen = middle_of(cases, fitting_window(net, cases.inputs.shape[2:])).inputs
+    recalibrate_batchnorm(net, seen[:, : net.in_channels])
     return net
 
 def random_candidate(architecture: str) -> Candidate:
@@ -181,17 +183,22 @@ def scores_code() -> str:
 
 def score_candidate(
     found: FrozenFeatures,
-    names: list[str],  # of the scores
+    names: list[str],  # of the scores, that which ranks first
     seed: int = SEED,
 ) -> dict[str, Resampled | str]:  # score → value and draws, or why there is none
-    "Compute scores on the layer that was fixed beforehand."
+    "Compute scores on the layer that was fixed beforehand, with an interval for the one that ranks."
     from threadpoolctl import threadpool_limits
     table, out = next(found.tables[m] for m in MAIN_LAYERS if m in found.tables), {}
     for name in names:
         try:
             # small matrices: more threads only wait for each other
             with threadpool_limits(1):
-                out[name] = resampled_score(name, table.features, table.target, table.groups, found.patients, seed)
+                rows = table.features, table.target, table.groups
+                out[name] = (
+                    resampled_score(name, *rows, found.patients, seed)
+                    if name == names[0] or name in HELD_OUT
+                    else Resampled(float(scores[name](*rows)), np.zeros(0))
+                )
         except VfmError as e: out[name] = str(e)
     return out
 
@@ -306,7 +313,7 @@ def rank(
     data = frozen_cases(spec, load_cohort(spec.cohort, spec.size, spec.spacing, spec.cases, bad_cases=spec.bad_cases))
     first = next(with_scale(data, {}).chunks(3))
     kind = "classes" if first.target.ndim in (1, 4) else "values"
-    names = scores_for(kind)
+    names = sorted(scores_for(kind), key=lambda n: n != by)
     if by not in names:
         raise VfmError(
             f"Score '{by}' cannot rank task '{task}', whose target has {kind}: choose from {', '.join(names)}."
@@ -344,9 +351,12 @@ def ranking_row(
     c, found, by = ranking.candidates[name], ranking.features[name], ranking.facts["by"]
     own, first = ranking.scored[name][by], ranking.scored[ranking.reference][by]
     known = published_facts(name)
-    row = {"name": name, "kind": c.kind, "parameters": found.parameters, "images": known.images, "imagenet": known.top1,
-           "imagenet_how": known.how, "licence": c.licence, "overlap": c.overlap if c.kind == "weights" else "",
-           "seconds": found.seconds, "from_cache": found.known, "reason": own if isinstance(own, str) else ""}
+    row = {
+        "name": name, "kind": c.kind, "parameters": found.parameters, "images": known.images, "imagenet": known.top1,
+        "imagenet_how": known.how, "licence": c.licence, "overlap": c.overlap if c.kind == "weights" else "",
+        "seconds": found.seconds, "seen": list(found.size), "from_cache": found.known,
+        "reason": own if isinstance(own, str) else "",
+    }
     if isinstance(own, Resampled) and isinstance(first, Resampled):
         sign = scores.card(by)["direction"]
         less = Resampled(sign * first.value, sign * first.draws).minus(Resampled(sign * own.value, sign * own.draws))

@@ -32,7 +32,7 @@ from ..data.load import load_cohort
 from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.plugins import load_plugins
-from ..foundation.registry import VfmError
+from ..foundation.registry import VfmError, scores
 from ..foundation.spec import RunSpec, canonical_text
 from ..nets.decoder import Network
 from ..nets.files import forward_flops
@@ -191,8 +191,10 @@ def transferability_scores(
 ) -> list[dict]:  # a row per score and layer
     "Compute transferability scores, once for all strategies on the same training cases."
     if not needs_weights(spec): return []
+    quick = [n for n in scores if not scores.card(n).get("slow")]
     return _known.once((cache_key(spec, weights_hash), *data["train"].names), lambda: transferability(
-        model.backbone, *(center_windows(data[k], spec.window) for k in ("train", "val"))).to_dict("records"))
+        model.backbone, *(center_windows(data[k], spec.window) for k in ("train", "val")), names=quick,
+    ).to_dict("records"))
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #baa5f347
 @torch.no_grad()
