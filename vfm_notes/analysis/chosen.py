@@ -91,10 +91,12 @@ def choose_runs(
     except VfmError as e:
         raise VfmError(f"'{name}' is neither a run in {runs_root()} nor a study. {e}") from None
     study: StudySpec = load_study(name)
-    cell, runs, score = best_cell(load_tables(study), task, parse_only(only, study))
-    folders = [runs_root()/study.name/id for id in runs.id]
+    tables = load_tables(study)
+    cell, runs, score = best_cell(tables, task, parse_only(only, study))
+    ids = [one for id in runs.id for one in tables.folds.get(id, [id])]
+    folders = [runs_root()/study.name/id for id in ids]
     where = ", ".join(f"{k} {v}" for k, v in cell.items())
-    n = f"an ensemble of its {len(runs)} runs" if len(runs) > 1 else "its only run"
+    n = f"an ensemble of its {len(ids)} runs" if len(ids) > 1 else "its only run"
     return Chosen([record_in(f) for f in folders], folders,
                   f"Study {study.name}: the best validated cell is {where} (mean validation "
                   f"{runs.metric.iloc[0]} {score:.3f}), {n}.")
@@ -145,7 +147,7 @@ def how_to_use(record: dict) -> list[str]:
     spec, card, side = record["spec"], record["input"]["card"], lambda v: " x ".join(f"{x:g}" for x in v)
     scale = record["normalisation"]["how"]
     return [
-        f"- reads: {', '.join(card['sequences'])}, in this order, on axes left, back, head (d, h, w)",
+        f"- reads: {', '.join(card['sequences'])}, in this order, on axes towards head, back, left (d, h, w)",
         f"- grid: {side(spec['size'])} voxels of {side(spec['spacing'])} mm (d, h, w), centred on "
         f"{record['input']['crop']} of each case",
         f"- intensities: {scale}" + (f" {record['normalisation']['moments']}" if scale == "cohort" else ""),
