@@ -56,6 +56,7 @@ def best_cell(
     tables: Tables,  # of a study
     task: str = "",  # "" for its only one
     chosen: dict | None = None,  # from parse_only
+    seeds: Iterable[int] = (),  # that a cell must have
 ) -> tuple[dict, pd.DataFrame, float]:  # CELL → value, its runs, mean validation score
     "Return the cell of a task with the best mean validation score, whose runs are all done."
     runs = tables.runs[(tables.runs.kind == "transfer") & tables.runs.chosen]
@@ -72,7 +73,7 @@ def best_cell(
     best = None
     for cell, own in runs.groupby(CELL, dropna=False, sort=False):
         mean = own.id.map(score).astype(float).mean(skipna=False)
-        if (own.status != "done").any() or not np.isfinite(mean): continue
+        if (own.status != "done").any() or not np.isfinite(mean) or not set(seeds) <= set(own.seed): continue
         if best is None or mean * own.direction.iloc[0] > best[2] * own.direction.iloc[0]:
             best = dict(zip(CELL, cell)), own, float(mean)
     if best: return best
@@ -91,10 +92,13 @@ def choose_runs(
     except VfmError as e:
         raise VfmError(f"'{name}' is neither a run in {runs_root()} nor a study. {e}") from None
     study: StudySpec = load_study(name)
-    cell, runs, score = best_cell(load_tables(study), task, parse_only(only, study))
-    folders = [runs_root()/study.name/id for id in runs.id]
+    tables = load_tables(study)
+    part = parse_only(only, study)
+    cell, runs, score = best_cell(tables, task, part, {int(s) for s in part.get("seed", study.seeds)})
+    ids = [one for id in runs.id for one in tables.folds.get(id, [id])]
+    folders = [runs_root()/study.name/id for id in ids]
     where = ", ".join(f"{k} {v}" for k, v in cell.items())
-    n = f"an ensemble of its {len(runs)} runs" if len(runs) > 1 else "its only run"
+    n = f"an ensemble of its {len(ids)} runs" if len(ids) > 1 else "its only run"
     return Chosen([record_in(f) for f in folders], folders,
                   f"Study {study.name}: the best validated cell is {where} (mean validation "
                   f"{runs.metric.iloc[0]} {score:.3f}), {n}.")
@@ -145,7 +149,7 @@ def how_to_use(record: dict) -> list[str]:
     spec, card, side = record["spec"], record["input"]["card"], lambda v: " x ".join(f"{x:g}" for x in v)
     scale = record["normalisation"]["how"]
     return [
-        f"- reads: {', '.join(card['sequences'])}, in this order, on axes left, back, head (d, h, w)",
+        f"- reads: {', '.join(card['sequences'])}, in this order, on axes towards head, back, left (d, h, w)",
         f"- grid: {side(spec['size'])} voxels of {side(spec['spacing'])} mm (d, h, w), centred on "
         f"{record['input']['crop']} of each case",
         f"- intensities: {scale}" + (f" {record['normalisation']['moments']}" if scale == "cohort" else ""),

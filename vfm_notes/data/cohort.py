@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Numbers', 'stratified_order', 'split_by_patient', 'check_classes', 'CohortCard', 'Cohort', 'content_hash',
-           'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints', 'identical_cases', 'duplicates',
-           'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
+           'deal_folds', 'fold_cohort', 'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints',
+           'identical_cases', 'duplicates', 'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
 
 # %% ../../nbs/1_data/08_cohort.ipynb #d8fc96ea
 from fastcore.basics import patch
@@ -188,6 +188,46 @@ def content_hash(
             total.update(np.ascontiguousarray(part).data)
         else: total.update(json.dumps(part, sort_keys=True, default=str).encode())
     return total.hexdigest()
+
+# %% ../../nbs/1_data/08_cohort.ipynb #fc919ba0
+def deal_folds(
+    patients: Iterable[str],  # (n,) patient of each case
+    grade: Iterable[int],  # (n,) grade of each case
+    k: int,  # parts
+    seed: int,
+) -> list[int]:  # (n,) part of each case
+    "Deal whole patients to parts of nearly the same size, stratified by their highest grade."
+    patients, grade = np.asarray(patients, str), np.asarray(grade)
+    who, of = np.unique(patients, return_inverse=True)
+    if len(who) < k: raise VfmError(f"{k} folds are requested and there are {len(who)} patients; request fewer.")
+    cases, worst = np.bincount(of), np.array([grade[of == i].max() for i in range(len(who))])
+    home, filled, strata = [0] * len(who), np.zeros(k), {g: np.zeros(k) for g in np.unique(worst)}
+    for i in sorted(np.random.default_rng((seed, 23)).permutation(len(who)), key=lambda i: (worst[i], -cases[i])):
+        part = min(range(k), key=lambda p: (strata[worst[i]][p], filled[p], p))
+        home[i] = part
+        filled[part] += cases[i]
+        strata[worst[i]][part] += cases[i]
+    return [home[i] for i in of]
+
+def fold_cohort(
+    cohort: Cohort,
+    folds: int,  # parts
+    fold: int,  # that is tested, from 0
+    share: float,  # of the other cases that validate, 0 to 1
+) -> Cohort:  # the same cases in other splits
+    "Return a cohort in the splits of one fold; cases to pretrain on stay."
+    if not 0 <= fold < folds: raise VfmError(f"fold is {fold}, expected 0 to {folds - 1} (folds is {folds}).")
+    pool = [i for i, s in enumerate(cohort.split) if s != "pretrain"]
+    pick = lambda index: ([cohort.patients[i] for i in index], cohort.grade[index])
+    part = dict(zip(pool, deal_folds(*pick(pool), folds, 0)))
+    rest = [i for i in pool if part[i] != fold]
+    parts = max(2, round(1 / share)) if share > 0 else 2
+    inner = dict(zip(rest, deal_folds(*pick(rest), parts, fold + 1)))
+    split = [s if i not in part else "test" if part[i] == fold else "val" if inner[i] == 0 else "train"
+             for i, s in enumerate(cohort.split)]
+    order = sorted(range(len(split)), key=lambda i: SPLITS.index(split[i]))
+    known = content_hash([cohort.hash(), split])
+    return replace(cohort.pick(order), split=[split[i] for i in order], known_hash=known)
 
 # %% ../../nbs/1_data/08_cohort.ipynb #6c216980
 def describe_cohort(

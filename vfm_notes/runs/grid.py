@@ -219,7 +219,9 @@ def transfer_jobs(
     searched: tuple = (),  # fields of the study's search
 ) -> list[Job]:
     "Make one job for each task, backbone, training-set size and setting of the search."
-    def key(s): return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched)
+    def key(s):
+        fold = f"-f{s.fold}" if s.folds else ""
+        return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched) + fold
     maker = {job.runs[0]: job.name for job in weights}
     grouped = ((k, list(g)) for k, g in groupby(sorted(runs, key=key), key))
     jobs = [

@@ -236,7 +236,6 @@ def bundle_config(
         **({"postprocessing": {"_target_": "Compose", "transforms": output_transforms(member)}} if dense else
            {"saver": {"_target_": "CSVSaver", "output_dir": "@output_dir", "filename": "predictions.csv",
                       "overwrite": True}}),
-        "initialize": ["$torch.set_grad_enabled(False)"],
         "run": [f"$[@postprocessing(dict(case, pred={answer})) for case in @dataset]"] if dense else
                [save, "$@saver.finalize()"],
     }
@@ -284,6 +283,7 @@ def save_bundle(
                        f"{', '.join(member.task.reads)} alone; use --onnx or 'vfm predict'.")
     (folder/"models").mkdir(parents=True)
     network, x = WindowNetwork(member, xyz=True).to("cpu").eval(), window_input(member, xyz=True)
+    network.requires_grad_(False)  # as it is stored: nobody need switch gradients off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(network, x, check_trace=False).save(str(folder/"models"/"model.ts"))

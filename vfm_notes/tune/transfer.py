@@ -27,7 +27,7 @@ from ..backbones.adaptation import InitialWeights
 from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build_backbone, checkpoint_blocks, load_exact
 from ..backbones.weights import known_weights, normalisation, weights_origin
-from ..data.cohort import Cohort
+from ..data.cohort import Cohort, fold_cohort
 from ..data.load import load_cohort
 from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
@@ -82,12 +82,16 @@ def prepared(
 def _cohort(name: str, size: tuple, spacing: tuple, cases: tuple, bad_cases: str) -> Cohort:
     return load_cohort(name, size, spacing, dict(cases), bad_cases=bad_cases)
 
+@lru_cache(maxsize=2)
+def _fold(folds: int, fold: int, share: float, *of) -> Cohort: return fold_cohort(_cohort(*of), folds, fold, share)
+
 def run_cohort(spec) -> Cohort:
-    "Return the cohort of a spec, kept in memory."
+    "Return the cohort of a spec, kept in memory; that of a cross-validation in the splits of its fold."
     load_plugins(spec.plugins)
-    return _cohort(
-        spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases
-    )
+    of = spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases
+    if not getattr(spec, "folds", 0): return _cohort(*of)
+    many = spec.cases.get("train", 0) + spec.cases.get("val", 0)
+    return _fold(spec.folds, spec.fold, spec.cases["val"] / many if many else 0.2, *of)
 
 def input_scale(
     backbone: str,  # architecture.weights
