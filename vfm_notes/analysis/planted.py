@@ -7,6 +7,8 @@ __all__ = ['COLUMNS', 'verdict', 'agrees', 'control_of', 'planted_table', 'cells
            'planted_words']
 
 # %% ../../nbs/8_analysis/14_planted.ipynb #d0689543
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 
@@ -14,6 +16,7 @@ import pandas as pd
 from .gain import gain_table
 from .tables import CELL, Tables
 from ..foundation.quantity import format_value
+from ..foundation.registry import RANDOM
 
 # %% ../../nbs/8_analysis/14_planted.ipynb #570121b1
 COLUMNS = [
@@ -37,8 +40,15 @@ def agrees(
     return found == "gain" if expected == "gain" else found == "not clear"
 
 # %% ../../nbs/8_analysis/14_planted.ipynb #33593cfb
-# what the same strategy is with random weights
-def control_of(strategy: str) -> str: return "random" if strategy.split(" ")[0] in ("decoder", "probe") else "scratch"
+def control_of(
+    strategy: str,
+    backbone: str = "",  # architecture.weights
+    known: Collection[tuple[str, str]] = (),  # backbone and strategy of the runs that are there
+) -> str:  # a reference, as gain_table takes it
+    "Return what the same strategy is with random weights."
+    random = f"{backbone.partition('.')[0]}.{RANDOM}"
+    if (random, strategy) in known: return f"{random}/{strategy}"
+    return "random" if strategy.split(" ")[0] in ("decoder", "probe") else "scratch"
 
 def planted_table(
     tables: Tables,
@@ -48,7 +58,8 @@ def planted_table(
     runs = tables.runs[(tables.runs.kind == "transfer") & tables.runs.expected.isin(["gain", "none"])]
     told = runs.drop_duplicates(CELL)[[*CELL, "expected"]]
     if told.empty: return pd.DataFrame(columns=COLUMNS)
-    told = told.assign(versus=told.strategy.map(control_of))
+    known = set(zip(tables.runs.backbone, tables.runs.strategy))
+    told = told.assign(versus=[control_of(s, b, known) for s, b in zip(told.strategy, told.backbone)])
     known = {
         r: gains if r == "scratch" and gains is not None else gain_table(tables, reference=r)
         for r in dict.fromkeys(told.versus)
