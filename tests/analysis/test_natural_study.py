@@ -35,14 +35,12 @@ FULL = [s for s in shipped_studies() if s.startswith("natural_full")]
 def test_the_small_study_is_the_grid_less_what_it_leaves_out():
     study = load_study("natural")
     runs = run_specs(study)
-    drawn = [r for r in runs if r.backbone.endswith(".drawn")]  # two networks, one head, four strategies, three seeds
-    assert len(drawn) == 2 * 4 * 3 and {r.expected for r in drawn if r.parent} == {"none"}
-    assert len(runs) - len(drawn) == 3 * 2 * 4 * 3 - 2 * 2 * 3 and not [
+    assert len(runs) == 3 * 2 * 4 * 3 - 2 * 2 * 3 and not [
         r for r in runs if r.backbone.startswith("lite") and r.strategy in ("scratch", "full")
     ]
-    assert len({run_id(r) for r in runs}) == len(runs) and all(not r.parent for r in runs if r not in drawn)
+    assert len({run_id(r) for r in runs}) == len(runs) and all(not r.parent for r in runs)
     assert (
-        len(jobs_of(study)) == 6 + 2 + 2
+        len(jobs_of(study)) == 6
         and study.pages == ["natural"]
         and "natural" in {p.name for p in report_pages(study, [])}
     )
