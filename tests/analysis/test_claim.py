@@ -28,7 +28,9 @@ STUDY = {
         "other": {"backbone": ["profound_toy", "provicnet_toy"]},
         "drawn": {"backbone": ["profound_toy", "provicnet_toy"], "epochs": 0, "seed": 9, "expected": "none"},
     },
-    "backbones": [f"{n}.{w}" for n in ("profound_toy", "provicnet_toy") for w in ("random", "matched", "other", "drawn")],
+    "backbones": [
+        f"{n}.{w}" for n in ("profound_toy", "provicnet_toy") for w in ("random", "matched", "other", "drawn")
+    ],
     "tasks": {"segmentation": {}, "super_resolution": {"factor": [1, 2, 2]}, "distortion_correction": {}},
     "strategies": ["full"], "seeds": [0, 1, 2], "budget": {"epochs": 2}, "divergences": ["energy", "frechet"],
 }

@@ -146,7 +146,8 @@ def finished(tmp_path_factory):
         study = load_study(str(root/"finished.yaml"))
         for spec in run_specs(study):
             made = transfer(spec)
-            summary = {k: made.summary[k] for k in ("metrics", "primary", "controls", "directions", "units", "d2p", "n", "cost")}
+            kept = ("metrics", "primary", "controls", "directions", "units", "d2p", "n", "cost")
+            summary = {k: made.summary[k] for k in kept}
             write_record(run_folder(study.name, run_id(spec)), new_record(spec, study.name, **summary),
                          made.curves.to_dict("records"), made.cases.to_dict("records"))
         yield root, study
@@ -212,7 +213,8 @@ def test_hours_are_those_of_the_runs_that_more_takes():
     pretraining = 2 * one - made.hours
     each = (made.hours - pretraining) / 2
     assert row["seeds_hours"] == pytest.approx(pretraining + row["seeds_needed"] * each)
-    assert crossed_cells(study) == (2, 1, 1.0) and "finished runs of this study (3 cells a task)" in "\n".join(plan_lines(made))
+    assert crossed_cells(study) == (2, 1, 1.0)
+    assert "finished runs of this study (3 cells a task)" in "\n".join(plan_lines(made))
 
 
 def test_what_is_needed_is_the_first_that_sees():

@@ -40,6 +40,7 @@ def planted_counts(
         "drawn_clear": int((drawn.found != "not clear").sum()),
     }
 
+# %% ../../nbs/8_analysis/16_claim.ipynb #ab85117e
 def sooner_of(
     tables: Tables,
     expected: str,  # gain or none
@@ -58,7 +59,7 @@ def correlations(
     gains: pd.DataFrame,  # from gain_table, of pretrained cells
     layer: str = "embed",
 ) -> dict[str, dict]:  # gain, sooner: rho, low, high, p, n, shown; and least: what could have been seen
-    "Correlate the distance of cells with what they gained and how soon."
+    "Compute how the distance of cells goes with what they gained and how soon."
     known = [] if tables.d2p.empty else list(dict.fromkeys(tables.d2p.layer))
     points = cell_points(tables, gains, layer if layer in known else known[-1]) if known and len(gains) else None
     if points is None or not points.d2p.notna().any(): return {}
@@ -82,7 +83,7 @@ def study_row(
     tables: Tables,
     title: str = "",
 ) -> dict | None:  # plain numbers; None: no finished pair of a tuned run and its reference
-    "Answer the claim from the records of one study."
+    "Return what the records of one study say of the claim."
     done = tables.done()
     if done.empty: return None
     gains = pretrained_cells(gain_table(tables))
@@ -101,6 +102,7 @@ def study_row(
     }
     return _plain(row)
 
+# %% ../../nbs/8_analysis/16_claim.ipynb #fbacae0a
 def _plain(v):
     "Numbers of Python, NaN as None, as JSON has them."
     if isinstance(v, dict): return {k: _plain(w) for k, w in v.items()}
@@ -116,7 +118,7 @@ def studies_here() -> list[str]:
     return sorted(found - set(RESERVED_NAMES))
 
 def rows_here() -> list[dict]:
-    "Answer the claim for every study that has records here."
+    "Return the rows of all studies that have records here."
     rows = []
     for name in studies_here():
         shipped = name in shipped_studies()
@@ -124,6 +126,7 @@ def rows_here() -> list[dict]:
         rows.append(study_row(load_tables(study or name), study.title if study else ""))
     return [r for r in rows if r]
 
+# %% ../../nbs/8_analysis/16_claim.ipynb #a47c5904
 def all_rows(
     shipped: list[dict],  # rows of the file beside the pages
 ) -> list[dict]:  # with from: records, or shipped
@@ -167,10 +170,11 @@ def claim_sentence(
         )
     return f"{row['study']}: {'; '.join(said) or 'nothing was planted and no distance was compared'}."
 
+# %% ../../nbs/8_analysis/16_claim.ipynb #7a0b3739
 def claim_words(
     rows: list[dict],  # from all_rows
 ) -> list[str]:  # the three parts of the claim, over all studies
-    "Answer the claim over all studies."
+    "State what all studies together say of the claim."
     if not rows: return ["No study has finished runs here, and none was shipped: there is no answer yet."]
     total = lambda k: sum(r["planted"][k] for r in rows)
     planted, n = [r for r in rows if r["planted"]["matched"]], format_count([len(rows)], "study", "studies")

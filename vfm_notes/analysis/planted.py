@@ -87,6 +87,7 @@ def control_verdict(
     if wrong.empty: return "as expected"
     return "found in part" if (wrong.found == "not clear").all() and 2 * len(wrong) <= len(own) else "failed"
 
+# %% ../../nbs/8_analysis/14_planted.ipynb #d478e896
 def unclear_words(
     rows: pd.DataFrame,  # cells of one expectation, from planted_table
 ) -> str:  # "" where all are clear
@@ -96,6 +97,7 @@ def unclear_words(
     span = " to ".join(dict.fromkeys(format_value(float(v), "gain", unit=True) for v in (least.min(), least.max())))
     return f" Where it is not clear, gains from {span} on would have been seen in 80 of 100 such studies."
 
+# %% ../../nbs/8_analysis/14_planted.ipynb #3c8ace1d
 def planted_words(
     table: pd.DataFrame,  # from planted_table
 ) -> list[str]:  # a sentence each, what is wrong first
@@ -118,6 +120,7 @@ def planted_words(
         said.append(
             f"{name}: {lead} "
             f"{clear if kind == 'none' else clear.replace('gain', 'gains', 1).replace('lose', 'loses')} (gain "
-            f"expected: {told})." + (f" Otherwise than expected: {cells_of(wrong)}." if len(wrong) else "") + unclear_words(own) + late
+            f"expected: {told})." + (f" Otherwise than expected: {cells_of(wrong)}." if len(wrong) else "")
+            + unclear_words(own) + late
         )
     return sorted(said, key=lambda s: s.split(":")[0].endswith("as expected"))

@@ -41,7 +41,8 @@ from ..runs.grid import count_states, Job, run_states, states_of
 # %% ../../nbs/9_report/08_pages.ipynb #78e20c45
 # pages in reading order; others follow
 ORDER = (
-    "index", "claim", "alignment", "which", "convergence", "prediction", "power", "strategies", "search", "natural", "tradeoff", "as_released",
+    "index", "claim", "alignment", "which", "convergence", "prediction", "power", "strategies", "search", "natural",
+    "tradeoff", "as_released",
     "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort",
     "guide_batch", "phantom", "methods", "log", "changelog",
 )
@@ -100,7 +101,8 @@ def report_pages(
     "List the report's own pages in reading order."
     code, folder = hash_values(code_fingerprint(), published), report_notebooks()[0].parent
     made_of = {
-        "records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", ""), "studies": studies_fingerprint(),
+        "records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", ""),
+        "studies": studies_fingerprint(),
     } | {
         p.stem: hash_values(p) for p in sorted(folder.glob("*.json"))
     }
