@@ -30,7 +30,7 @@ def test_without_a_look_that_tells_none_is_named(shared):
 
 
 def test_the_halves_alone_would_be_fooled_by_what_weights_share():
-    "A plain test of the chosen look on the other half names one far too often: the exchange has to be of whole weights."
+    "A plain test of the chosen look on the other half names one far too often: whole weights have to be exchanged."
     fooled = 0
     for i in range(200):
         q = made_up(np.random.default_rng((8, i)), shared=0.9)
@@ -81,7 +81,8 @@ def record(task, weights, seed, match, rng, net="profound_toy", strategy="full")
     "A finished run: gain follows the match, and so does one look of many, with the opposite sign."
     layers = ["stage1", "stage2", "stage3", "stage4", "embed"]
     row = lambda layer, **more: {
-        "layer": layer, "mmd2": rng.uniform(0.1, 1), "ceiling": 1.4, "relative": rng.uniform(0.1, 1), "n": 8, "seed": seed,
+        "layer": layer, "mmd2": rng.uniform(0.1, 1), "ceiling": 1.4, "relative": rng.uniform(0.1, 1), "n": 8,
+        "seed": seed,
         "divergences": {"energy": rng.uniform(0.1, 1), "frechet": rng.uniform(0.1, 1)},
     } | more
     d2p = [row(layer) for layer in layers]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cell_words', 'gain_words', 'gain_findings', 'pretrained_cells', 'name_extremes', 'sooner_interval', 'sooner_words',
            'soonest_words', 'convergence_finding', 'findings', 'read_evidence', 'probe_gains', 'join_words',
-           'gain_text', 'backbone_verdict', 'objective_verdict', 'count_helpful', 'count_by_probe', 'rounding_words']
+           'gain_text', 'could_see', 'backbone_verdict', 'objective_verdict', 'count_helpful', 'count_by_probe',
+           'rounding_words']
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #aa277898
 import json
@@ -222,7 +223,7 @@ def probe_gains(
         p = float(ttest_1samp(g.gain, 0).pvalue) if n > 1 and g.gain.std() > 0 else np.nan
         return pd.Series({
             "random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": low, "high": high, "n": n,
-            "seconds": g.seconds.mean(), "p": p,
+            "seconds": g.seconds.mean(), "p": p, "smallest": smallest_shift(float(g.gain.std()), n),
         })
     by = [k for k in ("backbone", "objective", "probe") if k in frame]
     table = (
@@ -250,6 +251,14 @@ def gain_text(row) -> str:  # of `probe_gains`
         f"[{', '.join(format_value(v, 'difference', f'{of}, {k}') for k, v in (('low', row.low), ('high', row.high)))}]"
     )
 
+def could_see(open_: pd.DataFrame) -> str:  # open_: undecided rows of `probe_gains`
+    "State which gains undecided probes would have shown."
+    least = open_.smallest.dropna() if "smallest" in open_ else []
+    if not len(least): return ""
+    span = dict.fromkeys(format_value(float(v), "difference", "gain of a probe, could be seen")
+                         for v in (min(least), max(least)))
+    return f" (gains from {' to '.join(span)} on would have been seen in 80 of 100 such measurements)"
+
 def backbone_verdict(
     rows: pd.DataFrame,  # of `probe_gains`, one objective and one backbone
 ) -> str:  # without a full stop
@@ -261,7 +270,7 @@ def backbone_verdict(
     up, down = open_[open_.low > 0], open_[open_.high < 0]
     said = those(sure[sure.verdict == "raises"], "raises") + those(sure[sure.verdict == "lowers"], "lowers")
     weak = those(up, "a rise of") + those(down, "a fall of")
-    parts = [join_words(said) if said else f"shows no gain in {int(rows.n.max())} seeds"]
+    parts = [join_words(said) if said else f"shows no gain in {int(rows.n.max())} seeds{could_see(open_)}"]
     if weak: parts.append(f"uncorrected intervals alone would suggest {join_words(weak)}")
     return ", ".join(
         parts + those(rows[rows.verdict == "reads nothing"], "the probe finds nothing before or after:", False)

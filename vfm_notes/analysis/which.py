@@ -99,7 +99,8 @@ def question(
     else: runs = runs.assign(half=0)
     wide = runs.merge(looks, on="id").pivot_table("distance", [*CELL, "half"], LOOK, sort=False)
     cells = runs.groupby([*CELL, "half"], sort=False).outcome.mean().reset_index()
-    if wide.empty: return Question(cells.assign(block=""), pd.DataFrame(columns=LOOK), np.zeros((0, len(cells))), outcome)
+    if wide.empty:
+        return Question(cells.assign(block=""), pd.DataFrame(columns=LOOK), np.zeros((0, len(cells))), outcome)
     wide = wide.dropna(axis=1).loc[:, lambda t: t.nunique() > 1]
     cells = wide.index.to_frame(index=False).merge(cells, on=[*CELL, "half"])
     cells["block"] = cells.task + " " + cells.backbone.str.partition(".")[0] + " " + cells.strategy + " " + \
@@ -223,7 +224,7 @@ def ask_again(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> Elsewhere:
-    "Ask for a look that was chosen elsewhere."
+    "Test a look that was chosen elsewhere."
     same = np.flatnonzero((asked.looks[LOOK] == pd.Series({k: look[k] for k in LOOK})).all(axis=1))
     cells = asked.cells
     if not len(same) or cells.outcome.nunique() < 2: return Elsewhere(study, np.nan, np.nan, np.nan, len(cells))

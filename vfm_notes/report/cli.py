@@ -350,6 +350,7 @@ def plan_study(
         float, typer.Option(min=0.01, max=0.99, help="The rank correlation of distance and gain to be seen.")
     ] = 0.57,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A picture of it: .html or .png.")] = None,
 ) -> None:
     "Show the smallest effects that a study can see, and what it takes to see smaller ones."
     import json
@@ -365,6 +366,9 @@ def plan_study(
     own = study_variances(load_tables(spec)) if any(r["status"] == "done" for r in records) else {}
     made = plan(spec, primary_metrics(spec), own, measure_speeds(records), wanted_gains(gain or []), rho)
     print(json.dumps(made.plain(), ensure_ascii=False, indent=1) if as_json else "\n".join(plan_lines(made)))
+    if output:
+        from vfm_notes.report.evidence import save_plan
+        save_plan(made, output)
 
 # %% ../../nbs/9_report/20_cli.ipynb #b4607401
 @app.command()

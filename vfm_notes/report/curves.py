@@ -17,6 +17,7 @@ import pandas as pd
 
 # %% ../../nbs/9_report/02_curves.ipynb #aa30aa2e
 from ..analysis.convergence import mean_interval
+from ..analysis.interval import smallest_shift
 from ..foundation.places import report_notebooks
 from ..foundation.registry import VfmError
 from ..foundation.show import PALETTE
@@ -315,7 +316,7 @@ def paired_difference(
     value: str,  # column that is compared
     by: str = "seed",  # equal where two rows are a pair
     most: float = 1.0,  # how far two values can be apart
-) -> dict:  # mean of one less other, low, high, n
+) -> dict:  # mean of one less other, low, high, n, smallest that would have been seen
     "Compute the mean difference with its 95 % interval over the pairs, between what is possible."
     def pick(which: dict) -> pd.Series:
         found = rows[(rows[list(which)] == pd.Series(which)).all(axis=1)].set_index(by)[value]
@@ -323,4 +324,6 @@ def paired_difference(
             raise VfmError(f"{which} names more than one row per {by}; name one column more.")
         return found.astype(float)
     gap = (pick(one) - pick(other)).dropna()
-    return dict(zip(("mean", "low", "high"), mean_interval(gap.to_numpy(), -most, most))) | {"n": len(gap)}
+    return dict(zip(("mean", "low", "high"), mean_interval(gap.to_numpy(), -most, most))) | {
+        "n": len(gap), "smallest": smallest_shift(float(gap.std()), len(gap)) if len(gap) > 1 else float("nan"),
+    }

@@ -4,18 +4,26 @@
 
 # %% auto #0
 __all__ = ['DEFINED', 'MOMENTS', 'defined', 'score_points', 'score_layers', 'score_panels', 'regret_chart', 'distances_at',
-           'moment_panels', 'seed_panels']
+           'moment_panels', 'seed_panels', 'plan_chart', 'save_plan']
 
 # %% ../../nbs/9_report/03_evidence.ipynb #21a3860d
+import html
+from pathlib import Path
+
 import altair as alt
 import pandas as pd
 
 # %% ../../nbs/9_report/03_evidence.ipynb #56961465
 from ..analysis.convergence import mean_interval
+from ..analysis.power import Plan, plan_lines
 from ..analysis.prediction import score_title
-from ..foundation.blocks import Block, link
+from ..foundation.blocks import Block, link, use_charts
+from ..foundation.places import atomic_file, write_atomic
+from ..foundation.registry import VfmError
 from .curves import with_panels
-from .figures import backbone_colour, round_columns, strategy_shape, with_title, with_lines
+from vfm_notes.report.figures import (
+    backbone_colour, readable_name, round_columns, strategy_shape, with_lines, with_title,
+)
 
 # %% ../../nbs/9_report/03_evidence.ipynb #a919b2e3
 # word → anchor of the page "Methods"
@@ -236,3 +244,61 @@ def seed_panels(
         chart.resolve_scale(x="independent", y="independent"), title, subtitle,
         dict(min=230, columns=columns, gap=66, left=0),
     )
+
+# %% ../../nbs/9_report/03_evidence.ipynb #439cd9c6
+def plan_chart(
+    made: Plan,  # from analysis.power.plan
+) -> alt.VConcatChart:
+    "Draw the smallest gain against seeds and cases, a panel per task."
+    data = made.curves.assign(
+        now=[n == {"seeds": made.seeds, "cases": made.cases}[m] for n, m in zip(made.curves.n, made.curves.more)]
+    )
+    wanted = {r["task"]: r.get("wanted") for r in made.rows}
+    data["wanted"] = data.task.map(wanted).astype(float)
+    panels = [
+        alt.hconcat(
+            *(_plan_panel(own[own.more == more], more, readable_name(task), unit) for more in ("seeds", "cases"))
+        ).resolve_scale(y="shared")
+        for (task, unit), own in data.groupby(["task", "unit"], sort=False)
+    ]
+    n = f"{made.seeds} {'seed' if made.seeds == 1 else 'seeds'}"
+    said = f"now {n} and {made.cases} test cases (filled); seen: in 80 of 100 such studies; dashed: wanted"
+    return with_title(alt.vconcat(*panels, spacing=16), f"The smallest gain that study {made.study} can see", said)
+
+# %% ../../nbs/9_report/03_evidence.ipynb #e7202fc7
+def _plan_panel(own: pd.DataFrame, more: str, task: str, unit: str) -> alt.LayerChart:
+    "One task and one way of taking more."
+    data = round_columns(own, ["n", "smallest", "now", "wanted"])
+    held = {"seeds": "cases as they are", "cases": "seeds as they are"}[more]
+    base = alt.Chart(data).encode(
+        x=alt.X("n:Q", title=f"{more} ({held})", scale=alt.Scale(type="log", nice=False)),
+        y=alt.Y("smallest:Q", title=f"{task}, {unit}", scale=alt.Scale(type="log", nice=False, padding=8)),
+        tooltip=[alt.Tooltip("n:Q", title=more), alt.Tooltip("smallest:Q", title=f"smallest gain, {unit}")],
+    )
+    parts = [base.mark_line(strokeWidth=2), base.mark_point(filled=False, size=40),
+             base.mark_point(filled=True, size=110, opacity=1).transform_filter("datum.now")]
+    if own.wanted.notna().any():
+        parts.append(alt.Chart(data).mark_rule(strokeDash=[4, 3]).encode(y="wanted:Q"))
+    return alt.layer(*parts).properties(width=260, height=120)
+
+# %% ../../nbs/9_report/03_evidence.ipynb #a13c5c7c
+def save_plan(
+    made: Plan,
+    path: Path,  # ends in .html or .png
+) -> None:
+    "Write a plan as a picture, or as a page of its own with its words and table."
+    if path.suffix not in (".html", ".png"):
+        raise VfmError(f"Cannot write {path}: expected a name that ends in .html or .png.")
+    if made.curves.empty:
+        raise VfmError(
+            f"Study '{made.study}' has no task of which a smallest gain is known (vfm plan {made.study} says why), so "
+            "there is no picture."
+        )
+    use_charts()
+    chart = plan_chart(made)
+    if path.suffix == ".png":
+        with atomic_file(path) as part: chart.save(part, format="png", scale_factor=2)
+        return
+    words = html.escape("\n".join(plan_lines(made)))
+    page = chart.to_html(inline=True, embed_options={"actions": False})
+    write_atomic(path, page.replace("<body>", f"<body><pre>{words}</pre>", 1))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'RESET_CODE', 'CELL_TIMEOUT', 'OLDEST_VERSION', 'FOOTER', 'MODULE', 'IMPORT', 'EXPORT', 'Page', 'hash_values',
-           'code_fingerprint', 'records_fingerprint', 'report_pages', 'run_pages', 'job_title', 'page_heading',
-           'execute_pages', 'last_line', 'record_rows', 'run_header', 'run_page', 'check_version', 'quarto_version',
-           'plain_lines', 'quarto_error', 'find_warnings', 'footer_mark', 'project_fingerprint', 'pages_to_render',
-           'run_quarto', 'copy_resources', 'render_project', 'plain_script', 'without_modules']
+           'code_fingerprint', 'records_fingerprint', 'studies_fingerprint', 'report_pages', 'run_pages', 'job_title',
+           'page_heading', 'execute_pages', 'last_line', 'record_rows', 'run_header', 'run_page', 'check_version',
+           'quarto_version', 'plain_lines', 'quarto_error', 'find_warnings', 'footer_mark', 'project_fingerprint',
+           'pages_to_render', 'run_quarto', 'copy_resources', 'render_project', 'plain_script', 'without_modules']
 
 # %% ../../nbs/9_report/08_pages.ipynb #bc256300
 import filecmp
@@ -29,7 +29,7 @@ import yaml
 # %% ../../nbs/9_report/08_pages.ipynb #b0c5c573
 from ..foundation.blocks import Block, table
 from ..analysis.ranking import rankings_of
-from ..foundation.places import file_hash, notebook_file, package_root, report_notebooks, write_atomic
+from ..foundation.places import file_hash, notebook_file, package_root, report_notebooks, runs_root, write_atomic
 from ..foundation.registry import suggest_name, VfmError
 from ..foundation.spec import StudySpec
 from vfm_notes.report.convert import (
@@ -42,9 +42,9 @@ from ..runs.grid import count_states, Job, run_states, states_of
 # %% ../../nbs/9_report/08_pages.ipynb #78e20c45
 # pages in reading order; others follow
 ORDER = (
-    "index", "before", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff",
-    "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher",
-    "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog",
+    "index", "claim", "before", "alignment", "which", "convergence", "prediction", "power", "strategies", "search",
+    "natural", "tradeoff", "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader",
+    "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog",
 )
 
 # %% ../../nbs/9_report/08_pages.ipynb #4a67adf5
@@ -88,6 +88,11 @@ def records_fingerprint(
     return hash_values([json.dumps(r, sort_keys=True) for r in records])
 
 # %% ../../nbs/9_report/08_pages.ipynb #2b5b41d3
+def studies_fingerprint() -> str:
+    "Hash which records all studies here have."
+    files = sorted(runs_root().glob("*/*/record.json"))
+    return hash_values([(str(f.relative_to(runs_root())), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
 def report_pages(
     study: StudySpec,
     records: list[dict],  # of the study
@@ -96,7 +101,10 @@ def report_pages(
     "List the report's own pages in reading order."
     code, folder = hash_values(code_fingerprint(), published), report_notebooks()[0].parent
     ranked = [file_hash(p) for p in rankings_of(study.name)]
-    made_of = {"records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", ""), "rankings": ranked} | {
+    made_of = {
+        "records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", ""), "rankings": ranked,
+        "studies": studies_fingerprint(),
+    } | {
         p.stem: hash_values(p) for p in sorted(folder.glob("*.json"))
     }
     out = []
