@@ -255,3 +255,8 @@ def test_the_checkpoint_is_found_without_naming_an_architecture(put):
     report, state, _ = check_weights_file(path)
     assert "resenc" in report.name and report.share == 1
     assert compare_keys(state, build_tiny("resenc_l")).share == 1
+
+
+def test_a_volume_of_one_cell_is_refused_in_the_users_terms():
+    with pytest.raises(VfmError, match="leaves one voxel of .4, 4, 4.*8 along one axis"):
+        build_tiny("resenc_l").embed(torch.randn(1, 1, 4, 4, 4))
