@@ -1,4 +1,5 @@
-"""Objective and task: leads against scipy's U, the exact test by hand, the interval on drawn data, the published table."""
+"""Objective and task: leads against scipy's U, the exact test by hand, the interval, the published table."""
+
 import json
 from itertools import permutations
 
@@ -43,8 +44,11 @@ def test_the_exact_test_counts_every_naming():
     wide = table.pivot(index=["group", "column"], columns="objective", values="score")
 
     def difference(first, second):
-        wins = [[sum(r[a] > r[b] for a in first for b in second) / 6 for _, r in wide.loc[g].iterrows()] for g in GROUPS]
+        wins = [
+            [sum(r[a] > r[b] for a in first for b in second) / 6 for _, r in wide.loc[g].iterrows()] for g in GROUPS
+        ]
         return np.mean(wins[0]) - np.mean(wins[1])
+
     given = [difference(p[:2], p[2:]) for p in permutations("abcde")]  # every naming, twelve times
     assert found.difference == pytest.approx(difference("ab", "cde"))
     assert found.p == pytest.approx(np.mean([g >= found.difference - 1e-9 for g in given]))
@@ -59,7 +63,9 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_claims():
         low, high = np.quantile(o.resampled_leads(leads, GROUPS, 300, 0)[:, 2], [0.025, 0.975])
         inside.append(low <= 0 <= high)
     assert 0.8 <= np.mean(inside) <= 1
-    clear = o.family_lead(made(np.random.default_rng(3), 12, (2.0, -2.0)), ["a", "b"], ["c", "d", "e"], GROUPS, draws=300)
+    clear = o.family_lead(
+        made(np.random.default_rng(3), 12, (2.0, -2.0)), ["a", "b"], ["c", "d", "e"], GROUPS, draws=300
+    )
     assert clear.lows[2] > 0.4 and clear.leads[0] > 0.8 > 0.2 > clear.leads[1] and clear.p == clear.least_p
     said = " ".join(o.lead_words(clear, "masked", "others", "x"))
     assert "clear of 0" in said and "with 5 objectives no p below 0.1 is possible" in said
@@ -70,7 +76,9 @@ def test_the_published_table_is_read_as_its_authors_do():
     paper = json.loads((report_notebooks()[0].parent / "openmind_results.json").read_text(encoding="utf-8"))
     t = pd.DataFrame(paper["rows"])
     t = t[~t.column.isin(["ID", "OOD", "All", "Mean"]) & t.metric.isin(["DSC", "AP"])]
-    scores = pd.DataFrame({"group": t.task, "column": t.architecture + t.column, "objective": t.objective, "score": t.value})
+    scores = pd.DataFrame(
+        {"group": t.task, "column": t.architecture + t.column, "objective": t.objective, "score": t.value}
+    )
     found = o.family_lead(scores, paper["masked"], paper["contrast"], ("segmentation", "classification"))
     assert found.columns == (24, 6) and found.objectives == 6 and found.least_p == pytest.approx(1 / 20)
     wins = o.column_wins(scores, paper["masked"], paper["contrast"])

@@ -307,7 +307,7 @@ ENTRIES = [
           ("chromium", "finished site of the default study")),
     Entry("published_gains.json", "gains of other authors, read by hand from the figure that it cites", 0,
           "", None, (), "tests/test_evidence_files.py::test_what_was_copied_by_hand_says_from_where"),
-    Entry("openmind_results.json", "published scores of OpenMind's fourteen weights, copied from the tables it cites", 0,
+    Entry("openmind_results.json", "published scores of OpenMind's weights, copied from the tables it cites", 0,
           "", None, (), "tests/test_evidence_files.py::test_the_published_means_are_those_of_their_columns"),
 ]
 

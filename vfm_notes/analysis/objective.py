@@ -8,7 +8,7 @@ __all__ = ['pair_wins', 'column_wins', 'FamilyLead', 'mean_leads', 'resampled_le
 # %% ../../nbs/8_analysis/15_objective.ipynb #ab30967e
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -115,11 +115,12 @@ def lead_words(
         f"{g}: {first} are ahead of {second} in {share(lead.leads[i], g)} {ends(i, share, g)} of the pairs "
         f"({format_count([lead.columns[i]], 'column', 'columns')})" for i, g in enumerate(lead.groups)
     ]
-    clear = "is clear of 0" if lead.lows[2] > 0 else "has 0 inside" if lead.highs[2] >= 0 else "is on the other side of 0"
+    beyond = "has 0 inside" if lead.highs[2] >= 0 else "is on the other side of 0"
+    clear, gaps = "is clear of 0" if lead.lows[2] > 0 else beyond, ends(2, gap, "difference")
     return [
         *(p[0].upper() + p[1:] + "." for p in parts),
-        f"The difference is {gap(lead.difference, 'difference')} {ends(2, gap, 'difference')}: the interval over columns "
-        f"{clear}. Giving the families' names to other objectives, p = {format_value(lead.p, 'p')} (one-sided, exact; with "
+        f"The difference is {gap(lead.difference, 'difference')} {gaps}: the interval over columns {clear}. Giving the "
+        f"families' names to other objectives, p = {format_value(lead.p, 'p')} (one-sided, exact; with "
         f"{lead.objectives} objectives no p below {format_value(lead.least_p, 'p')} is possible).",
     ]
 

@@ -11,7 +11,6 @@ __all__ = ['OPENMIND_CARD', 'MIXED', 'LAYOUTS', 'OBJECTIVES', 'KNOWN_SUMS', 'SEE
 import json
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/3_backbones/13_openmind.ipynb #e5772387

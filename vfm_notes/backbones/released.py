@@ -106,7 +106,8 @@ def one_channel_swin(
     return out | {first: out[first].sum(1, keepdim=True)} if first in out else out
 
 for key, title, file in (
-    ("brainsegfounder_ukb", "UK Biobank, T1 and T2", "UKB-pretrain"), ("brainsegfounder_brats", "and BraTS", "BRATS-pretrain"),
+    ("brainsegfounder_ukb", "UK Biobank, T1 and T2", "UKB-pretrain"),
+    ("brainsegfounder_brats", "and BraTS", "BRATS-pretrain"),
     ("brainsegfounder_atlas", "and ATLAS, T1", "ATLAS-pretrain"),
 ):
     weights(
@@ -236,8 +237,8 @@ HUB_WEIGHTS.update(MORE_HUB)
 for name in MORE_HUB: register_hub(name)
 for name, told in (
     ("medsiglip.medsiglip", "keys inferred from transformers and the published size; mean and deviation 0.5"),
-    ("curia.curia", "keys inferred: Dinov2Model's layout by others' readers, who disagree about the licence (CC BY-NC-ND "
-     "4.0 or RAIL-M), treated as non-commercial; one channel: three equal channels are averaged"),
+    ("curia.curia", "keys inferred: Dinov2Model's layout by others' readers, who disagree about the licence (CC "
+     "BY-NC-ND 4.0 or RAIL-M), treated as non-commercial; one channel: three equal channels are averaged"),
 ):
     weights._cards[name]["note"] += f"; {told}"
 
@@ -306,8 +307,8 @@ def medsam2_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 for key, file in (
-    ("medsam2", "latest"), ("medsam2_2411", "2411"), ("medsam2_us_heart", "US_Heart"), ("medsam2_ct_lesion", "CTLesion"),
-    ("medsam2_mri_liver_lesion", "MRI_LiverLesion"),
+    ("medsam2", "latest"), ("medsam2_2411", "2411"), ("medsam2_us_heart", "US_Heart"),
+    ("medsam2_ct_lesion", "CTLesion"), ("medsam2_mri_liver_lesion", "MRI_LiverLesion"),
 ):
     weights(
         f"sam2_hiera_t.{key}", title=f"MedSAM2, {file}", licence="Apache-2.0", source="github.com/bowang-lab/MedSAM2",

@@ -9,7 +9,6 @@ __all__ = ['RESENC_L', 'STU_SIZES', 'ConvUnit', 'ResBlock', 'ResStage', 'initial
 # %% ../../nbs/2_nets/07_resenc.ipynb #424a5d7f
 import math
 
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/2_nets/07_resenc.ipynb #371d1262
@@ -89,8 +88,10 @@ class ResidualEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         if all(s <= self.stride for s in x.shape[2:]):
-            raise VfmError(f"A residual encoder of stride {self.stride} leaves one voxel of {tuple(x.shape[2:])}, which "
-                           f"cannot be normalised: set a size with {2 * self.stride} along one axis at least.")
+            raise VfmError(
+                f"A residual encoder of stride {self.stride} leaves one voxel of {tuple(x.shape[2:])}, which cannot be "
+                f"normalised: set a size with {2 * self.stride} along one axis at least."
+            )
         x, maps = self.stem["convs"](x), []
         for stage in self.stages: maps.append(x := stage(x))
         return maps

@@ -41,9 +41,9 @@ from ..runs.grid import count_states, Job, run_states, states_of
 # %% ../../nbs/9_report/08_pages.ipynb #78e20c45
 # pages in reading order; others follow
 ORDER = (
-    "index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "openmind", "tradeoff", "as_released",
-    "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort",
-    "guide_batch", "phantom", "methods", "log", "changelog",
+    "index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "openmind", "tradeoff",
+    "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher",
+    "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog",
 )
 
 # %% ../../nbs/9_report/08_pages.ipynb #4a67adf5
