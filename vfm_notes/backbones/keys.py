@@ -326,7 +326,7 @@ def read_as(
 
 # %% ../../nbs/3_backbones/04_keys.ipynb #f2f1e6de
 OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists",
-    "sulcus_nets")  # modules with networks of transformers or MONAI
+    "sulcus_nets", "released")  # modules with networks of transformers or MONAI
 def search_architectures(
     path: str,  # of the file, for messages
     parts: list[Part],  # of it

@@ -11,7 +11,6 @@ __all__ = ['OPENMIND_CARD', 'MIXED', 'LAYOUTS', 'OBJECTIVES', 'KNOWN_SUMS', 'SEE
 import json
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/3_backbones/14_openmind.ipynb #e5772387
@@ -90,14 +89,14 @@ def resenc_l(
 
 @backbones(
     "resenc_toy", title="ResEnc toy", family="reconstruction", toy=True,
-    note="the class of ResEnc-L with four stages, widths 8 to 48, stride 8",
+    note="the class of ResEnc-L with three stages, widths 12 to 48, stride 8",
     **OPENMIND_CARD | dict(source="this project, after arXiv 2412.17041", licence="Apache-2.0", size=(32, 48, 32)),
 )
 def resenc_toy(
     in_channels: int = 3,  # sequences
 ) -> Volumes:
     "Build a residual encoder that is small enough for a CPU."
-    small = dict(widths=(8, 16, 32, 48), blocks=(1, 1, 2, 2), strides=(1, 2, 2, 2))
+    small = dict(widths=(12, 24, 48), blocks=(1, 2, 2), strides=(2, 2, 2))
     return residual_backbone("resenc_toy", in_channels, small)
 
 # %% ../../nbs/3_backbones/14_openmind.ipynb #2189e7e3

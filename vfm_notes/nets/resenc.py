@@ -7,8 +7,12 @@ __all__ = ['RESENC_L', 'STU_SIZES', 'ConvUnit', 'ResBlock', 'ResStage', 'initial
            'StuNet', 'GenesisUnit', 'GenesisEncoder']
 
 # %% ../../nbs/2_nets/07_resenc.ipynb #424a5d7f
-import torch
+import math
+
 from torch import Tensor, nn
+
+# %% ../../nbs/2_nets/07_resenc.ipynb #371d1262
+from ..foundation.registry import VfmError
 
 # %% ../../nbs/2_nets/07_resenc.ipynb #3fcbf71e
 class ConvUnit(nn.Module):
@@ -76,12 +80,18 @@ class ResidualEncoder(nn.Module):
                 ):
         super().__init__()
         self.stem = nn.ModuleDict({"convs": nn.Sequential(ConvUnit(in_channels, widths[0]))})
+        self.stride = math.prod(strides)
         self.stages = nn.Sequential(
             *(ResStage(a, b, n, s) for a, b, n, s in zip((widths[0], *widths), widths, blocks, strides))
         )
         self.apply(initialise_conv)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        if all(s <= self.stride for s in x.shape[2:]):
+            raise VfmError(
+                f"A residual encoder of stride {self.stride} leaves one voxel of {tuple(x.shape[2:])}, which cannot be "
+                f"normalised: set a size with {2 * self.stride} along one axis at least."
+            )
         x, maps = self.stem["convs"](x), []
         for stage in self.stages: maps.append(x := stage(x))
         return maps

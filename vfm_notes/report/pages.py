@@ -43,7 +43,7 @@ from ..runs.grid import count_states, Job, run_states, states_of
 # pages in reading order; others follow
 ORDER = (
     "index", "claim", "before", "alignment", "which", "convergence", "prediction", "power", "strategies", "search",
-    "natural", "tradeoff", "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader",
+    "natural", "openmind", "tradeoff", "as_released", "pretraining", "cost", "backbones", "data", "runs", "guide_reader",
     "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log", "changelog",
 )
 
