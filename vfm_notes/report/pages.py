@@ -91,7 +91,7 @@ def records_fingerprint(
 PAGE_NEEDS = {  # page → whether a study has what it needs, and the sentence where it has not
     "prediction": (lambda s: len(s.backbones) > 1, "“Prediction” needs two backbones to choose from."),
     "strategies": (
-        lambda s: len(set(s.strategies) - {"scratch", "random"}) > 1, "“Strategies” needs two ways of tuning to compare.",
+        lambda s: len(set(s.strategies) - {"scratch", "random"}) > 1, "“Strategies” needs two ways of tuning.",
     ),
     "search": (lambda s: bool(s.search), "“Search” needs settings to search over: “search” in the study file."),
 }
