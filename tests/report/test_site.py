@@ -406,6 +406,17 @@ def test_equations_are_drawn_without_a_script(browser, server):
     assert browser.execute_script("return document.querySelectorAll('p math').length") > 10
 
 
+def test_the_search_knows_the_rows_of_tables(project):
+    "Each leads to the heading above its table; pages of runs are found as a whole."
+    site = project["root"] / "_site"
+    rows = [e for e in json.loads((site / "search.json").read_text(encoding="utf-8")) if " row " in e["objectID"]]
+    said = "task segmentation; backbone provicnet_toy.contrast"
+    assert any(e["href"] == "runs.html" and said in e["text"] for e in rows)
+    assert len({e["objectID"] for e in rows}) == len(rows) > 60 and not any(e["href"].startswith("run-") for e in rows)
+    for page, _, anchor in {e["href"].partition("#") for e in rows}:
+        assert not anchor or f'id="{anchor}"' in (site / page).read_text(encoding="utf-8"), (page, anchor)
+
+
 @pytest.mark.parametrize("kind", ["http", "file"])
 def test_search_finds_a_run(project, browser, server, kind):
     visit(browser, server if kind == "http" else (project["root"] / "_site").as_uri(), "index")

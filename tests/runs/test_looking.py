@@ -89,8 +89,10 @@ def test_a_trajectory_joins_the_two_means_of_an_epoch():
         == [[0, 0.15, 2.0, 2], [1, 0.4, 3.0, 2]]
         and len(rows) == 4
     )
-    assert list(dict.fromkeys(rows.panel)) == ["seg, a", "seg, b"] == chart.to_dict()["facet"]["sort"]
+    assert rows.groupby("cell").backbone.unique().explode().tolist() == ["net.a", "net.b"]
+    assert chart.to_dict()["facet"]["field"] == "task"
     line, dots = chart.to_dict()["spec"]["layer"]
+    assert line["encoding"]["detail"]["field"] == "cell"
     assert line["encoding"]["order"]["field"] == "epoch" and (line["mark"]["type"], dots["mark"]["type"]) == (
         "line", "point",
     )
@@ -188,7 +190,7 @@ def test_layers_and_costs_are_means_over_seeds():
     rows = pd.concat(map(pd.DataFrame, chart["datasets"].values())).set_index(["backbone", "layer"])
     assert rows.mmd2.to_dict() == pytest.approx(
         {("net.a", "l1"): 0.02, ("net.a", "l0"): 0.03, ("net.b", "l1"): 0.2, ("net.b", "l0"): 0.3}
-    ) and set(rows.seeds) == {2}
+    ) and set(rows.runs) == {2}
     tiles = [p["layer"][0]["encoding"] for p in chart["concat"]]
     assert all(
         t["x"]["sort"] == ["l1", "l0"] and t["opacity"]["scale"]["domain"] == pytest.approx([0, 0.3]) for t in tiles

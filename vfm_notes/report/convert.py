@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 # %% ../../nbs/9_report/04_convert.ipynb #93ff0911
-from ..foundation.blocks import chart_html
+from ..foundation.blocks import chart_html, format_digits
 from ..foundation.places import write_atomic
 from ..foundation.registry import VfmError
 
@@ -89,7 +89,7 @@ def shorten_text(
     "Keep the beginning and the end of a long text."
     head, tail = content[:LIMIT["text"] * 3 // 4], content[-LIMIT["text"] // 4:]
     middle = len(content) - len(head) - len(tail)
-    said = to_html_output(f'<p class="vfm-cut">… {middle:,} characters left out here; {whole} …</p>')
+    said = to_html_output(f'<p class="vfm-cut">… {format_digits(middle)} characters left out here; {whole} …</p>')
     return [stream_text(head), said, stream_text(tail)]
 
 # %% ../../nbs/9_report/04_convert.ipynb #b46ff2f2
@@ -123,7 +123,7 @@ def convert_output(
     content = shown.get("text/html", shown.get("text/markdown", ""))
     if len(content) > LIMIT["html"] or REMOTE.search(content):
         why = (
-            f"an output of {len(content):,} characters is left out"
+            f"an output of {format_digits(len(content))} characters is left out"
             if len(content) > LIMIT["html"]
             else "an output that loads from the network is left out"
         )

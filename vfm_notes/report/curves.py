@@ -217,7 +217,7 @@ def commit_words(
 def shipped(
     *names: str,  # of files beside the report's pages
 ) -> Block:
-    "Label what a page shows and the study did not compute."
+    "State that a page shows what the study did not compute."
     said = text(commit_words(*names))
     return Block(f"<p class='vfm-shipped'><b>Shipped with vfm_notes</b>, not computed by this study. {said}</p>")
 

@@ -18,13 +18,14 @@ from ..analysis.prediction import score_title
 from ..foundation.blocks import Block
 from .figures import backbone_colour, round_columns, strategy_shape, with_title
 
-# %% ../../nbs/9_report/03_evidence.ipynb #a919b2e3
+# %% ../../nbs/9_report/03_evidence.ipynb #1672572a
 # word → anchor of the page "Methods"
 DEFINED = {
     "gain": "gain", "distance": "distance-to-pretraining", "association": "association", "convergence": "convergence",
     "prediction": "known-before-fine-tuning",
 }
 
+# %% ../../nbs/9_report/03_evidence.ipynb #4811fd93
 # word → what it means, shown when it is pointed at or reached by the keyboard
 MEANINGS = {
     "gain": "Relative performance gain: by how many percent of the reference's score a tuned network is better, on the "
@@ -37,6 +38,7 @@ MEANINGS = {
     "prediction": "What a score that is known before fine-tuning says about the ranking of backbones afterwards.",
 }
 
+# %% ../../nbs/9_report/03_evidence.ipynb #a919b2e3
 def defined(
     *names: str,  # of DEFINED
 ) -> Block:  # a line below a figure
@@ -100,12 +102,13 @@ def distances_at(
         )
     return pd.DataFrame(rows, columns=["task", "backbone", "strategy", "when", "value", "low", "high", "n_seeds"])
 
-# %% ../../nbs/9_report/03_evidence.ipynb #220706f1
+# %% ../../nbs/9_report/03_evidence.ipynb #58c7c7b8
 MOMENT_COLOURS = {
     "after 5 % of training": "#56B4E9", "at the best epoch": "#0072B2", "at the end": "#D55E00",
     "random weights": "#7F7F7F",
 }
 
+# %% ../../nbs/9_report/03_evidence.ipynb #220706f1
 def moment_panels(
     table: pd.DataFrame,  # from distances_at
     title: str,  # what was found
@@ -119,7 +122,7 @@ def moment_panels(
     scale = alt.Scale(domain=seen, range=[MOMENT_COLOURS[m] for m in seen])
     base = alt.Chart().encode(
         y=alt.Y("line:N", sort=list(dict.fromkeys(data["line"])), title=None, axis=alt.Axis(labelLimit=260)),
-        color=alt.Color("when:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=4)),
+        color=alt.Color("when:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=4, symbolOpacity=1)),
     )
     far = alt.X("value:Q", title="MMD²", scale=alt.Scale(type="sqrt", zero=True, clamp=True))
     bars = base.mark_rule(strokeWidth=1.6, opacity=0.5).encode(x=alt.X("low:Q", title="MMD²"), x2="high:Q")

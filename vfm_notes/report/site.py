@@ -47,7 +47,7 @@ from vfm_notes.report.reference import (
 from ..runs.grid import jobs_of
 from ..runs.record import SMALL_FILE, damage_lines, scan_records
 from vfm_notes.report.stamp import (
-    bibtex, cell_pages, close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder,
+    script_values, close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder,
     read_stamp, replacing, write_json,
 )
 
@@ -419,8 +419,7 @@ def make_site(
         return site_result(target, pages, stamp, pseudonyms, begun, up_to_date=True)
     open_folder(folder, [p.name for p in todo], target)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
-    told = {"vfmCells": cell_pages(pages, by.text), "vfmCite": by.text(bibtex(spec, records))}
-    write_assets(folder / "assets", told=told)
+    write_assets(folder / "assets", told=script_values(spec, pages, records, by.text))
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None

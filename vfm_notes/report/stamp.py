@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MADE_BY', 'RENDERER_FOLDERS', 'read_stamp', 'write_json', 'files_of', 'stamp_folder', 'changed_files', 'check_ours',
            'open_folder', 'close_folder', 'drop_pages', 'drop_files', 'replacing', 'replacement_names', 'delete_folder',
-           'finish_replacement', 'site_lock', 'with_site_lock', 'cell_pages', 'bibtex']
+           'finish_replacement', 'site_lock', 'with_site_lock', 'cell_pages', 'bibtex', 'script_values']
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp003
 import fcntl
@@ -237,3 +237,13 @@ def bibtex(
     lines = {"title": title, "author": "{the vfm\\_notes authors}", "year": year,
              "note": f"Study {study.name}, {runs} runs; vfm\\_notes {version}, commit {commit}"}
     return f"@misc{{vfm_notes_{study.name},\n" + "".join(f"  {k} = {{{v}}},\n" for k, v in lines.items()) + "}\n"
+
+# %% ../../nbs/9_report/09_stamp.ipynb #3a624aac
+def script_values(
+    study: StudySpec,
+    pages: list[Page],
+    records: list[dict],  # of the study
+    text: Callable[[str], str] = str,  # what becomes of a text, e.g. pseudonyms
+) -> dict:  # name in the script → plain value
+    "Collect what the script of a site has to know."
+    return {"vfmCells": cell_pages(pages, text), "vfmCite": text(bibtex(study, records))}
