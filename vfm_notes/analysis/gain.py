@@ -332,7 +332,12 @@ def has_learned(
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> bool:  # True, too, where no control is recorded
     "Check whether a cell or its reference beats the trivial control."
-    known, (other, _, strategy) = learned_table(tables), reference.rpartition("/")
+    kept, cell = tables.memory.setdefault(f"learned against {reference}", {}), tuple(key[c] for c in CELL)
+    if cell not in kept: kept[cell] = _has_learned(learned_table(tables), key, reference)
+    return kept[cell]
+
+def _has_learned(known: pd.DataFrame, key: dict, reference: str) -> bool:  # known: from learned_table
+    other, _, strategy = reference.rpartition("/")
     known = known[(known.task == key["task"]) & (known.n_train == key["n_train"])]
     base = reference_runs(known, strategy)
     if reference != "specialist": base = base[base.backbone == (other or key["backbone"])]

@@ -451,8 +451,12 @@ def reference_runs(
     "Return the runs of a reference; those of random weights stand in for weights that have none of their own."
     own = runs[runs.strategy == strategy]
     lacking = sorted(set(runs.backbone) - set(own.backbone)) if strategy in RANDOM_START else []
-    shared = [own[own.backbone == f"{b.partition('.')[0]}.{RANDOM}"].assign(backbone=b) for b in lacking]
-    return pd.concat([own, *(s for s in shared if len(s))])
+    at = own.groupby("backbone", sort=False).indices if lacking else {}  # name → positions
+    shared = [(b, at[r]) for b in lacking if (r := f"{b.partition('.')[0]}.{RANDOM}") in at]
+    if not shared: return own.copy()
+    rows = np.concatenate([np.arange(len(own)), *(i for _, i in shared)])
+    names = [*own.backbone, *(b for b, i in shared for _ in i)]
+    return own.iloc[rows].assign(backbone=pd.array(names, dtype=own.backbone.dtype))
 
 # %% ../../nbs/8_analysis/02_tables.ipynb #da56bf11
 def class_scores(

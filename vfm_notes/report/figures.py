@@ -92,7 +92,10 @@ def backbone_colour(
     scale = colours(names)
     return alt.Color(
         "backbone:N", title=None, scale=alt.Scale(domain=list(scale), range=list(scale.values())),
-        legend=alt.Legend(orient="top", direction="vertical", labelLimit=330, offset=4, symbolOpacity=1)
+        legend=alt.Legend(
+            orient="top", direction="vertical", columns=1 if len(scale) < 5 else 3, labelLimit=330, offset=4,
+            symbolOpacity=1,
+        )
         if legend
         else None,
     )
@@ -339,78 +342,68 @@ def alignment_scatter(
     "Draw gain against distance to pretraining."
     data = points.assign(near=points.d2p - points.d2p_sd.fillna(0), far=points.d2p + points.d2p_sd.fillna(0))
     data = round_columns(data[data.d2p.notna() & data.rpg.notna()], SCATTER_COLUMNS)
-    many = data["strategy"].nunique() > 1
-    base = alt.Chart().encode(color=backbone_colour(dict.fromkeys(points["backbone"])))
+    base = alt.Chart().encode(color=backbone_colour(dict.fromkeys(data["backbone"])))
     far, gain = "distance to pretraining (MMD², unbiased)", "gain over scratch, %"
-    x, y = alt.X("d2p:Q", title=far, scale=alt.Scale(zero=False)), alt.Y("rpg:Q", title=gain)
+    wide = alt.Scale(zero=False, nice=False, padding=14, type="log" if (data["d2p"] > 0).all() else "linear")
+    x, y = alt.X("d2p:Q", title=far, scale=wide, axis=alt.Axis(tickCount=4, format="~g")), alt.Y("rpg:Q", title=gain)
     zero = alt.Chart().mark_rule(strokeDash=[2, 3]).encode(y=alt.datum(0))
     bars = base.mark_rule(opacity=0.55).encode(x=x, y=alt.Y("low:Q", title=gain), y2="high:Q") + base.mark_rule(
         opacity=0.55
     ).encode(x=alt.X("near:Q", title=far), x2="far:Q", y=y)
     dots = base.mark_point(filled=True, size=110, opacity=1).encode(
         x=x, y=y,
-        shape=alt.Shape("task:N", title=None, sort=None, legend=alt.Legend(orient="top", columns=3, labelLimit=160)),
+        shape=strategy_shape(data["strategy"]),
         tooltip=[
             "task:N", "backbone:N", "strategy:N", "metric:N", alt.Tooltip("d2p:Q", title="distance"),
             alt.Tooltip("rpg:Q", title="gain, %"), "low:Q", "high:Q", "n_seeds:Q", "n_cases:Q",
         ],
     )
     layer, chart = points["layer"].iloc[0] if len(points) else "embed", zero + bars + dots
-    if many:
+    if data["task"].nunique() < 2:
         return with_title(
-            chart.properties(width=280, height=220).facet(
-                data=data, columns=2,
-                facet=alt.Facet("strategy:N", title=None, sort=None, header=alt.Header(labelAnchor="start")),
-            ),
-            alignment_title(a),
-            alignment_caption(a, layer),
-            dict(min=230, columns=2, gap=74, left=0),
+            chart.properties(data=data, width="container", height=340), alignment_title(a), alignment_caption(a, layer)
         )
+    panels = chart.properties(width=280, height=200).facet(
+        data=data, columns=2,
+        facet=alt.Facet("task:N", title=None, sort=None, header=alt.Header(labelAnchor="start")),
+    )
     return with_title(
-        chart.properties(data=data, width="container", height=340), alignment_title(a), alignment_caption(a, layer)
+        panels.resolve_scale(x="independent", y="independent"), alignment_title(a), alignment_caption(a, layer),
+        dict(min=230, columns=2, gap=74, left=0),
     )
 
 # %% ../../nbs/9_report/01_figures.ipynb #c1d4cb41
 def distance_layers(
-    d2p: pd.DataFrame,  # from analysis.tables.d2p_table, of one strategy
+    d2p: pd.DataFrame,  # from analysis.tables.d2p_table
     title: str,  # what was found
     subtitle: str,  # n, estimator
 ) -> alt.ConcatChart:
-    "Show the distance of each layer, one panel per backbone."
-    names = list(dict.fromkeys(d2p["backbone"]))
-    shades, top, panels = colours(names), float(d2p.groupby(["task", "backbone", "layer"])["mmd2"].mean().max()), []
-    for name in names:
-        own = d2p[d2p.backbone == name]
-        mean = (
-            own
-            .groupby(["task", "layer"], sort=False, as_index=False)
-            .agg(mmd2=("mmd2", "mean"), seeds=("mmd2", "count"))
-            .assign(backbone=name)
-        )
-        data = round_columns(
-            mean.assign(text=[round_value(v, digits=2) for v in mean.mmd2]),
-            ["task", "backbone", "layer", "mmd2", "text", "seeds"],
-        )
-        base = alt.Chart(data, title=alt.Title(name, fontSize=12, offset=6)).encode(
+    "Show the distance of each layer, mean over tasks: a panel for backbones that have the same layers."
+    layers = {b: tuple(dict.fromkeys(own["layer"])) for b, own in d2p.groupby("backbone", sort=False)}
+    groups = d2p.groupby(["backbone", "layer"], sort=False, as_index=False)
+    mean = groups.agg(mmd2=("mmd2", "mean"), runs=("mmd2", "count"))
+    shades, top, panels = colours(layers), max(float(mean.mmd2.max()), 1e-9), []
+    for own in dict.fromkeys(layers.values()):
+        names = [b for b in layers if layers[b] == own]
+        some = mean[mean.backbone.isin(names)]
+        data = round_columns(some.assign(text=[round_value(v, digits=2) for v in some.mmd2]), [*some, "text"])
+        base = alt.Chart(data).encode(
             x=alt.X(
-                "layer:N", sort=list(dict.fromkeys(data["layer"])), title=None,
-                axis=alt.Axis(labelAngle=-35, domain=False, ticks=False),
+                "layer:N", sort=list(own), title=None,
+                axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False, labelLimit=90),
             ),
-            y=alt.Y("task:N", sort=None, title=None, axis=alt.Axis(domain=False, ticks=False)),
-            tooltip=["task:N", "layer:N", alt.Tooltip("mmd2:Q", title="MMD²"), "seeds:Q"],
+            y=alt.Y("backbone:N", sort=names, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=230)),
+            tooltip=["backbone:N", "layer:N", alt.Tooltip("mmd2:Q", title="MMD²"), "runs:Q"],
         )
-        tiles = base.mark_rect(cornerRadius=3, color=shades[name]).encode(
-            opacity=alt.Opacity("mmd2:Q", legend=None, scale=alt.Scale(domain=[0, max(top, 1e-9)], range=[0.06, 0.7]))
+        tiles = base.mark_rect(cornerRadius=3).encode(
+            color=alt.Color("backbone:N", legend=None, scale=alt.Scale(domain=names, range=[shades[b] for b in names])),
+            opacity=alt.Opacity("mmd2:Q", legend=None, scale=alt.Scale(domain=[0, top], range=[0.06, 0.7])),
         )
         panels.append(
-            (tiles + base.mark_text(fontSize=12).encode(text="text:N")).properties(
-                width=260, height=28 * data["task"].nunique()
-            )
+            (tiles + base.mark_text(fontSize=12).encode(text="text:N")).properties(width=400, height=26 * len(names))
         )
-    return with_title(
-        alt.concat(*panels, columns=len(names), spacing=20), title, subtitle,
-        dict(min=230, columns=len(names), gap=130, left=0),
-    )
+    chart = alt.concat(*panels, columns=1, spacing=20).resolve_scale(color="independent")
+    return with_title(chart, title, subtitle, dict(min=230, columns=1, gap=200, left=0))
 
 # %% ../../nbs/9_report/01_figures.ipynb #b70bf8bc
 def with_lines(
