@@ -228,7 +228,8 @@ def test_a_size_that_a_network_does_not_divide_is_a_conflict_of_pretraining_alon
     assert not list(size_conflicts([spec], card))
     assert list(size_conflicts([PretrainSpec(size=spec.size, spacing=spec.spacing, backbone=spec.backbone)], card))
     result = transfer(spec)
-    assert result.summary["metrics"] and any("zeros fill 6 x 30 x 32 voxels up to 8 x 32 x 32" in n for n in result.summary["notes"])
+    assert result.summary["metrics"]
+    assert any("zeros fill 6 x 30 x 32 voxels up to 8 x 32 x 32" in n for n in result.summary["notes"])
     whole = replace(spec, grid="published", spacing=(4.0, 2.25, 2.25), size=(4, 24, 24))
     assert not list(size_conflicts([whole], card)) and run_id(whole) != run_id(replace(whole, grid="pad"))
     assert any("resampled linearly" in n for n in transfer(whole).summary["notes"])
@@ -237,7 +238,8 @@ def test_a_size_that_a_network_does_not_divide_is_a_conflict_of_pretraining_alon
 def test_a_name_of_a_run_does_not_know_the_default_grid():
     "Records of before stay valid."
     from vfm_notes.foundation.spec import canonical_text
-    assert "grid" not in canonical_text(RunSpec()) and '"grid": "published"' in canonical_text(RunSpec(grid="published"))
+    assert "grid" not in canonical_text(RunSpec())
+    assert '"grid": "published"' in canonical_text(RunSpec(grid="published"))
 
 
 @pytest.mark.parametrize("name", ["profound_toy", "provicnet_toy", "unet_toy"])
@@ -266,8 +268,8 @@ def test_ungraded_cases_are_told_before_a_classification(tmp_path):
     folder = tmp_path / "boxes"
     folder.mkdir()
     write_manifest(boxes(folder, grade=grades, split=split), folder)
-    few = dict(cohort=str(folder), size=[4, 12, 12], spacing=[3.0, 1.0, 1.0], pretrain={}, backbones=["unet_toy.random"],
-               cases={"pretrain": 0, "train": 3, "val": 1, "test": 2}, strategies=["scratch"])
+    few = dict(cohort=str(folder), size=[4, 12, 12], spacing=[3.0, 1.0, 1.0], pretrain={},
+               backbones=["unet_toy.random"], cases={"pretrain": 0, "train": 3, "val": 1, "test": 2}, strategies=["scratch"])
     found = said(**few, tasks={"classification": {}, "segmentation": {}})
     assert found == [f for f in found if "task 'classification' needs a grade" in f] and len(found) == 1, found
     assert "train: 1 (c2), test: 1 (c5)" in found[0] and "leave out the task" in found[0]

@@ -162,7 +162,7 @@ def grid_notes(
                      f"the study{lost}")
     if filled != own:
         more = prod(filled) / prod(own) - 1
-        notes.append(f"grid: zeros fill {sides(own)} voxels up to {sides(filled)} for '{model.name}' ({more:.0%} more), "
-                     f"added at the ends, so features pooled over a case contain them; metrics are computed on "
+        notes.append(f"grid: zeros fill {sides(own)} voxels up to {sides(filled)} for '{model.name}' ({more:.0%} "
+                     f"more), added at the ends, so features pooled over a case contain them; metrics are computed on "
                      f"{sides(size)}")
     return notes

@@ -188,8 +188,7 @@ class StudySpec:
     grid: GridChoice = "pad"  # what backbones read where the study's grid is not theirs; or published
     device_memory: Annotated[float, Meta(ge=0, le=10_000)] = 0.0  # GiB that a run may use of its device; 0: not checked
     pages: list[Name] = field(default_factory=list)  # optional pages of the report that this study shows
-    # other distances beside D2P, for the page of alignment
-    divergences: Annotated[list[Name], check_distinct] = field(default_factory=list)
+    divergences: Annotated[list[Name], check_distinct] = field(default_factory=list)  # other distances, beside D2P
     leave_out: list[dict[Axis, str | int | list[str | int]]] = field(default_factory=list)  # not run
 
     def __post_init__(self):

@@ -143,8 +143,8 @@ def size_conflicts(
     for name, size in dict.fromkeys((architecture(s), tuple(s.size)) for s in specs if s.kind == "pretrain"):
         net, fits = nets[name], next_size(size, list(nets.values()))
         if not net.ragged and any(s % t for s, t in zip(size, net.strides[-1])):
-            yield (f"size {fields_of(size)} does not suit the pretraining of backbone '{name}', whose coarsest cell has "
-                   f"{' x '.join(map(str, net.strides[-1]))} voxels (d, h, w): write size: {fields_of(fits)}.")
+            yield (f"size {fields_of(size)} does not suit the pretraining of backbone '{name}', whose coarsest cell "
+                   f"has {' x '.join(map(str, net.strides[-1]))} voxels (d, h, w): write size: {fields_of(fits)}.")
         else: yield from collect_error(lambda: read_without_weights(net, size), f"size {fields_of(size)}: ")
     runs = [s for s in specs if s.kind == "transfer"]
     for s in {(architecture(s), network_input_size(s), grid_of(s)): s for s in reversed(runs)}.values():
