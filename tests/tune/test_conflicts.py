@@ -82,7 +82,7 @@ KNOWN = {
     "class weights": (
         {"tasks": {"segmentation": {"class_weights": [1, 2]}}}, ["class_weights has 2 values", "3 classes"],
     ),
-    "lora": (UNET | {"strategies": ["lora targets=linear"]}, ["targets=linear matches no layer", "write targets=auto"]),
+    "lora": (UNET | {"strategies": ["lora targets=linear"]}, ["targets=linear matches no layer", "write targets=conv"]),
     "top": ({"strategies": ["top k=9"]}, ["k=9 does not fit", "5 blocks"]),
     "knn": ({"strategies": ["knn"]}, ["'knn' needs one class per case", "use probe or decoder"]),
     "strategy option": ({"strategies": ["lora rank=four"]}, ["option 'rank'", "a whole number"]),

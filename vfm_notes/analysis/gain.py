@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEARNED', 'GAIN_COLUMNS', 'rpg', 'gain', 'Means', 'Ranking', 'kappa', 'Agreement', 'Pair', 'pair_cases', 'carried',
            'score_interval', 'difference_interval', 'gain_interval', 'permutation_test', 'holm', 'Cell', 'study_cells',
-           'learned_table', 'has_learned', 'of_learned', 'unlearned_words', 'gain_table', 'run_gains']
+           'learned_table', 'has_learned', 'of_learned', 'unlearned_words', 'cell_overlap', 'gain_table', 'run_gains']
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #d2bd86f7
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from scipy.stats import rankdata
 from .interval import Interval, interval_of, pseudo_values
 from .set_metrics import SET_METRICS, SetScores, columns_of, exchanged_difference, stack_seeds
 from .tables import CELL, Tables, class_scores, positive_score, reference_runs
+from ..foundation.overlap import OVERLAPS
 from ..foundation.quantity import DRAWS, METRICS, SEED, metric_card
 from ..foundation.registry import VfmError, suggest_name
 
@@ -370,7 +371,7 @@ def unlearned_words(
 # %% ../../nbs/8_analysis/04_gain.ipynb #a4f7d596
 GAIN_COLUMNS = [
     *CELL, "metric", "direction", "versus", "rpg", "low", "high", "p", "p_holm", "n_seeds", "n_cases", "tuned",
-    "reference", "seed_sd", "case_sd", "smallest", "undefined", "learned", "reason", "note",
+    "reference", "seed_sd", "case_sd", "smallest", "undefined", "learned", "reason", "overlap", "note",
 ]
 
 def _row(cell: Cell) -> dict:
@@ -394,6 +395,13 @@ def _row(cell: Cell) -> dict:
     return row | {"note": "; ".join(notes)}
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #38549d3f
+def cell_overlap(tables: Tables, key: dict) -> str:  # of foundation.overlap, the worst of its runs; "" without one
+    "Return whether the weights of a cell have seen the cohort."
+    runs = tables.done()
+    if "overlap" not in runs: return "unknown"
+    own = runs[(runs[list(key)].astype(str) == pd.Series(key).astype(str)).all(axis=1)]
+    return min(own.overlap, key=OVERLAPS.index, default="")
+
 def gain_table(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric
@@ -405,7 +413,7 @@ def gain_table(
         c.key
         | {
             "metric": c.metric, "direction": c.direction, "versus": reference,
-            "learned": has_learned(tables, c.key, reference),
+            "learned": has_learned(tables, c.key, reference), "overlap": cell_overlap(tables, c.key),
         }
         | _row(c)
         for c in cells

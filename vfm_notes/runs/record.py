@@ -41,7 +41,7 @@ SCHEMA = 1
 EMPTY_RECORD = {
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
     "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "normalisation": {}, "cohort_hash": "",
-    "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "",
+    "weights_hash": "", "weights_files": [], "licences": [], "overlap": {}, "excluded": [], "notes": [], "notebook": "",
     "template_hash": "", "error": None,
 }
 

@@ -7,7 +7,7 @@ __all__ = ['collect_error', 'fields_of', 'empty_network', 'empty_model', 'archit
            'ungraded_cases', 'case_conflicts', 'next_size', 'size_conflicts', 'read_without_weights',
            'window_conflicts', 'needs_grades', 'grade_conflicts', 'safe_task', 'task_conflicts', 'objective_conflicts',
            'check_pretraining', 'strategy_conflicts', 'kept_bytes', 'step_memory', 'memory_help', 'memory_conflicts',
-           'conflicts']
+           'overlap_lines', 'conflicts']
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #01230649
 import math
@@ -24,13 +24,14 @@ from ..backbones.protocol import Backbone, checkpoint_blocks
 from ..data.cache import assign_splits
 from ..data.cohort import CohortCard, check_arguments
 from ..data.load import cohort_maker
-from ..foundation.registry import parse_strategy
+from ..foundation.overlap import published_overlap
+from ..foundation.registry import parse_strategy, starts_random
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
 from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import DenseDecoder, Network
 from ..pretrain.loop import check_objective
 from .case_task import CaseTask, GradeTask
-from .study_names import name_checks
+from .study_names import name_checks, weights_of
 from .strategy import apply_strategy
 from .task import Task, build_task, task_kind
 from .transfer import grid_of, network_input_size
@@ -281,6 +282,21 @@ def memory_conflicts(study: StudySpec, specs: list[RunSpec], card: CohortCard) -
             yield (f"backbone '{architecture(s)}' needs at least {need:.1f} GiB for a step of task '{s.task}' with "
                    f"strategy '{s.strategy}', and device_memory is {study.device_memory:g}: "
                    f"{memory_help(s, card, study.device_memory)}.")
+
+# %% ../../nbs/6_tune/15_conflicts.ipynb #3a2e15ca
+def overlap_lines(study: StudySpec) -> list[str]:
+    "Say for all published weights of a study whether they have seen its cohorts."
+    found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
+    for name in tried:
+        try: (maker, entry), size = cohort_maker(name), (study.size, study.spacing)
+        except VfmError: continue  # reported as a conflict
+        try: card = cohort_facts(name, *size, tuple(study.cases.items()) if name == study.cohort else ())[0]
+        except VfmError: continue
+        for weights in weights_of(study):
+            if starts_random(weights): continue
+            answer, why = published_overlap(weights, card.datasets)
+            found.append(f"overlap: weights '{weights}' and cohort '{card.name}': {answer} ({why})")
+    return found
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #a9c985d2
 def conflicts(

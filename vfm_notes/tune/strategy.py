@@ -370,7 +370,7 @@ def lora(
     if alpha is not None and alpha <= 0: raise VfmError(f"Strategy 'lora': alpha is {alpha}, expected above 0.")
     net, layers = model.backbone, lora_layers(model.backbone)
     if not layers[targets]:
-        there = [k for k, v in layers.items() if v]
+        there = [k for k, v in layers.items() if v and k != "auto"]
         do = (
             f"write targets={there[0]} ({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)"
             if there

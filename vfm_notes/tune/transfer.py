@@ -6,8 +6,8 @@
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'network_input_size',
            'grid_of', 'build_model', 'tuned_model', 'Memo', 'cache_key', 'center_windows', 'transferability_scores',
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
-           'train', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows', 'own_grid_notes',
-           'beside_control', 'summarise', 'transfer']
+           'train', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows', 'overlap_facts',
+           'own_grid_notes', 'beside_control', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -396,6 +396,12 @@ def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     )
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
 
+def overlap_facts(run: Prepared) -> dict[str, str]:  # of foundation.overlap, and why
+    "Return whether the weights of a run have seen its cohort."
+    if not needs_weights(run.spec): return {"answer": "not seen", "why": "the encoder began with random weights"}
+    answer, why = run.start.overlap
+    return {"answer": answer or "unknown", "why": why or "nobody said what the weights were made from"}
+
 def own_grid_notes(run: Prepared) -> list[str]:
     "State what the grid of a backbone adds to the volumes of a run, and what it loses."
     return grid_notes(run.model.backbone, network_input_size(run.spec)) if hasattr(run.model.backbone, "grid") else []
@@ -422,7 +428,7 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
         beside_control(run.task, run.data, measured.cases, control)
         | {
             "head": head_facts(run.model.head), "d2p": measured.d2p, "d2p_moments": measured.moments,
-            "scores": run.scores, "cost": measured.cost,
+            "scores": run.scores, "cost": measured.cost, "overlap": overlap_facts(run),
             "notes": [*run.start.notes, *own_grid_notes(run), *trained.notes, *measured.undefined],
         }
         | origin
