@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LEARNED', 'CLEAR', 'GAIN_COLUMNS', 'rpg', 'gain', 'Means', 'Ranking', 'Agreement', 'Pair', 'pair_cases', 'carried',
            'score_interval', 'difference_interval', 'gain_interval', 'permutation_test', 'holm', 'Cell', 'study_cells',
-           'learned_table', 'has_learned', 'of_learned', 'is_clear', 'unlearned_words', 'gain_table', 'run_gains']
+           'learned_table', 'has_learned', 'of_learned', 'is_clear', 'unlearned_words', 'cell_overlap', 'gain_table',
+           'run_gains']
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #d2bd86f7
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from vfm_notes.analysis.set_metrics import (
     columns_of, exchanged_difference, kappa, SET_METRICS, SetScores, stack_seeds,
 )
 from .tables import CELL, Tables, class_scores, positive_score, reference_runs
+from ..foundation.overlap import OVERLAPS
 from ..foundation.quantity import DRAWS, METRICS, SEED, metric_card
 from ..foundation.registry import VfmError, suggest_name
 
@@ -377,7 +379,7 @@ def unlearned_words(
 GAIN_COLUMNS = [
     *CELL, "metric", "direction", "versus", "rpg", "low", "high", "change", "change_low", "change_high", "p",
     "p_holm", "n_seeds", "n_cases", "tuned", "reference", "seed_sd", "case_sd", "smallest", "undefined", "learned",
-    "reason", "note",
+    "reason", "overlap", "note",
 ]
 
 def _row(cell: Cell) -> dict:
@@ -403,6 +405,13 @@ def _row(cell: Cell) -> dict:
     return row | {"note": "; ".join(notes)}
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #38549d3f
+def cell_overlap(tables: Tables, key: dict) -> str:  # of foundation.overlap, the worst of its runs; "" without one
+    "Return whether the weights of a cell have seen the cohort."
+    runs = tables.done()
+    if "overlap" not in runs: return "unknown"
+    own = runs[(runs[list(key)].astype(str) == pd.Series(key).astype(str)).all(axis=1)]
+    return min(own.overlap, key=OVERLAPS.index, default="")
+
 def gain_table(
     tables: Tables,
     metric: str = "primary",  # of each task, or the name of a metric
@@ -414,7 +423,7 @@ def gain_table(
         c.key
         | {
             "metric": c.metric, "direction": c.direction, "versus": reference,
-            "learned": has_learned(tables, c.key, reference),
+            "learned": has_learned(tables, c.key, reference), "overlap": cell_overlap(tables, c.key),
         }
         | _row(c)
         for c in cells

@@ -28,6 +28,7 @@ from torch import Tensor
 # %% ../../nbs/3_backbones/03_weights.ipynb #6187a833
 from .plan import local_weights_file, local_weights_names, read_weights_manifest
 from .protocol import backbone_card
+from ..foundation.overlap import pretraining_data
 from ..foundation.places import file_hash, atomic_file, write_atomic
 from ..foundation.places import weights_file, weights_root
 from ..foundation.registry import Registry, VfmError, backbones, suggest_name
@@ -52,6 +53,11 @@ class WeightsCard:
     share: float = 0.9  # least share of the backbone that the file must fill
     normalisation: str = ""  # a rule of data.loader.normalise; "" is that of the backbone's card
     note: str = ""  # what a reader must know
+
+    @property
+    def pretrained_on(self) -> tuple[dict[str, str], ...]:  # dataset, names, state, complete, note, evidence
+        "Return the data sets that the weights were made from, as far as a source names them."
+        return pretraining_data().get(self.name, ())
 
 weights = Registry("weights")  # name → function from the published state to the backbone's state
 

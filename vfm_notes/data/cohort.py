@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 from msgspec import Meta
+from ..foundation.overlap import MADE_HERE
 from ..foundation.progress import map_items
 from ..foundation.registry import short_yaml
 from ..foundation.registry import VfmError, cohorts, suggest_name
@@ -101,6 +102,7 @@ class CohortCard:
     mean: Numbers = ()
     sd: Numbers = ()  # published standard deviation of every channel, where mean is given
     empty_labels: bool = False  # whether a case may be background everywhere
+    datasets: Words = ()  # public data sets that the cases are from, as foundation.overlap names them
 
 # %% ../../nbs/1_data/08_cohort.ipynb #6e8db070
 @dataclass
@@ -417,7 +419,7 @@ def phantom_cohort(
         "none: simulated, no patient behind it", ("t2w", "dwi", "adc"), ("background", "gland", "lesion"), GRADES,
         spacing,
         "Simulated from published tissue values; T2w in a.u., DWI at b = 1400 s/mm2 in a.u., fitted ADC in 1e-6 "
-        "mm2/s; DWI without geometric distortion; half of the cases clinically significant.",
+        "mm2/s; DWI without geometric distortion; half of the cases clinically significant.", datasets=(MADE_HERE,),
     )
     stack = lambda key: np.stack([getattr(c, key) for c in cases])
     return Cohort(

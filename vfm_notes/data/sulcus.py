@@ -15,6 +15,7 @@ import numpy as np
 # %% ../../nbs/1_data/09_sulcus.ipynb #2aa273f4
 from .anatomy import Grid, smooth_field
 from .cohort import Cohort, CohortCard
+from ..foundation.overlap import MADE_HERE
 from ..foundation.progress import map_items
 from ..foundation.registry import cohorts, VfmError
 from ..foundation.spec import SPLITS
@@ -201,7 +202,7 @@ def sulcus_cohort(
         "sulcus_phantom", "Synthetic sulcal skeletons", "Apache-2.0", "vfm_notes.data.sulcus",
         "none: simulated, no patient behind it", ("skeleton",), ("background", "skeleton", "PCS"), PCS_CLASSES, spacing,
         "Left hemispheres, medial wall; half without a paracingulate sulcus (PCS), 30 % prominent (40 mm and more), "
-        "20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.",
+        "20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.", datasets=(MADE_HERE,),
     )
     return Cohort(
         card, np.stack([c.volume for c in cases]), np.stack([c.label for c in cases]),

@@ -43,9 +43,8 @@ EMPTY_RECORD = {
     "input": {},  # what a new case must have, see tune.transfer
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
     "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "shown": {}, "hand_made": {},
-    "normalisation": {},
-    "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [],
-    "notebook": "", "template_hash": "", "error": None,
+    "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "overlap": {},
+    "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None,
 }
 
 def new_record(

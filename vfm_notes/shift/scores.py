@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['check_features', 'one_hot', 'log_evidence', 'logme', 'bin_values', 'hscore', 'principal_components', 'gbc', 'leep',
            'nleep', 'prediction_score', 'scale_features', 'knn_guess', 'knn_score', 'probe_guess', 'probe_score',
-           'ScoreRows', 'rows_by_case', 'cell_labels', 'cell_values', 'draw_cells', 'cell_rows', 'score_rows',
-           'transferability']
+           'ScoreRows', 'rows_by_case', 'cell_places', 'cell_labels', 'cell_values', 'draw_cells', 'cell_rows',
+           'score_rows', 'transferability']
 
 # %% ../../nbs/5_shift/03_scores.ipynb #5bd2ef3b
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -315,27 +314,32 @@ def rows_by_case(
         yield ScoreRows(layer, features.numpy(), target.numpy(), groups)
 
 # %% ../../nbs/5_shift/03_scores.ipynb #7c4d4225
+def cell_places(
+    size: int,  # voxels of an axis
+    step: int,  # voxels of a cell
+    place: int | None = None,  # voxel of every cell, counted from its first; None: its middle
+) -> Tensor:  # one voxel for each cell, also of a last one that is cut
+    "Return where on an axis the cells of a map are looked at."
+    return (torch.arange(0, size, step) + (step // 2 if place is None else place)).clamp_max(size - 1)
+
 def cell_labels(
     target: Tensor,  # (cases, d, h, w) label map
     stride: tuple[int, int, int],  # voxels per cell
 ) -> Tensor:  # (cases, cells)
-    "Return the label in the middle of every cell."
-    d, h, w = stride
-    return rearrange(target[:, d // 2 :: d, h // 2 :: h, w // 2 :: w], "n d h w -> n (d h w)")
+    "Return the label in the middle of every cell; of a cell that reaches past the end, its last voxel inside."
+    for axis, step in enumerate(stride, 1): target = target.index_select(axis, cell_places(target.shape[axis], step))
+    return rearrange(target, "n d h w -> n (d h w)")
 
 def cell_values(
     image: Tensor,  # (cases, 1, d, h, w)
     stride: tuple[int, int, int],  # voxels per cell
 ) -> Tensor:  # (cases, cells, up to 8)
     "Return intensities at fixed places inside every cell."
-    places = product(*(sorted({s // 4, 3 * s // 4}) for s in stride))
-    return torch.stack(
-        [
-            rearrange(image[:, 0, i :: stride[0], j :: stride[1], k :: stride[2]], "n d h w -> n (d h w)")
-            for i, j, k in places
-        ],
-        -1,
-    )
+    found = image[:, 0, ..., None]
+    for axis, step in list(enumerate(stride, 1))[::-1]:
+        at = [cell_places(image.shape[axis + 1], step, place) for place in sorted({step // 4, 3 * step // 4})]
+        found = torch.cat([found.index_select(axis, i) for i in at], -1)
+    return rearrange(found, "n d h w k -> n (d h w) k")
 
 # %% ../../nbs/5_shift/03_scores.ipynb #277e853e
 def draw_cells(

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/6_tune/08_monitor.ipynb #9dff6b10
+from ..backbones.own_grid import take_grid
 from ..backbones.protocol import build_backbone
 from ..foundation.meter import Meter
 from ..foundation.quantity import metric_card
@@ -87,6 +88,7 @@ def random_features(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed if needs_weights(spec) else spec.seed + ANOTHER)
         random = build_backbone(spec.backbone, watch.model.backbone.in_channels)
+        take_grid(random, getattr(watch.model.backbone, "grid", None))
         if (k := strategy_options(spec.strategy)[1]["drop"]) is not None: drop_blocks(random, k)
     return collect_features(random.to(next(watch.model.backbone.parameters()).device), watch.seen)
 

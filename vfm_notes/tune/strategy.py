@@ -338,8 +338,12 @@ def lora_layers(
     run_without_weights(net, lambda name, module, given, out: called.update({name: module}))
     linear = [k for k, m in called.items() if type(m) is nn.Linear]
     conv = [k for k, m in called.items() if type(m) in (nn.Conv2d, nn.Conv3d) and m.groups == 1]
+    kinds = {"linear": linear, "conv": conv}
+    sizes = {kind: sum(called[k].weight.numel() for k in names) for kind, names in kinds.items()}
+    main = [k for kind, names in kinds.items() if sizes[kind] >= 0.1 * sum(sizes.values()) for k in names]
     return {
-        "attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv, "all": linear + conv,
+        "auto": main, "attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv,
+        "all": linear + conv,
     }
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #0dc8f4e8
@@ -364,7 +368,7 @@ def lora(
     model: Network,
     rank: int = 4,
     alpha: float | None = None,  # the update counts alpha/rank; default: 1
-    targets: Literal["attention", "linear", "conv", "all"] = "linear",
+    targets: Literal["auto", "attention", "linear", "conv", "all"] = "auto",
 ) -> Tuning:
     "Train low-rank updates of the encoder's layers, and the head."
     from peft import LoraConfig, inject_adapter_in_model
@@ -372,7 +376,7 @@ def lora(
     if alpha is not None and alpha <= 0: raise VfmError(f"Strategy 'lora': alpha is {alpha}, expected above 0.")
     net, layers = model.backbone, lora_layers(model.backbone)
     if not layers[targets]:
-        there = [k for k, v in layers.items() if v]
+        there = [k for k, v in layers.items() if v and k != "auto"]
         do = (
             f"write targets={there[0]} ({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)"
             if there
