@@ -45,8 +45,8 @@ def correlation(
 # %% ../../nbs/8_analysis/07_association.ipynb #fdd4a51d
 def block_permutations(
     blocks: np.ndarray,  # (n,) sorted numbers of blocks
-    draws: int,
-    seed: int,
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> tuple[np.ndarray, bool]:  # (orders, n) indices, the first is 0 1 2 …; are these all?
     "Return re-orderings within blocks: all, or many random ones."
     sizes = np.unique(blocks, return_counts=True)[1]
@@ -64,8 +64,8 @@ def bootstrap_rho(
     x: np.ndarray,  # (n,)
     y: np.ndarray,  # (n,)
     blocks: np.ndarray | None,  # (n,) or None
-    draws: int,
-    seed: int,
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws,) rho, NaN where a draw does not vary
     "Return the bootstrap values of rho."
     rng, n = np.random.default_rng(seed), len(x)
@@ -84,16 +84,16 @@ FEWEST_CELLS = 4
 @dataclass(frozen=True)
 class Association:
     "A rank correlation with all that is needed to judge it."
-    rho: float
+    rho: float  # rank correlation, −1 to 1
     low: float  # 95 % bootstrap interval
-    high: float
+    high: float  # upper end of the interval
     p: float  # two-sided permutation p, NaN where not tested
     n: int  # cells (or runs)
     blocks: int  # 0: none
     exact: bool  # all orders were counted
     orders: int  # how many were counted
     visible: float  # smallest |rho| with p ≤ 0.05, NaN where there is none
-    tested: bool
+    tested: bool  # whether there was enough for a test
     why: str = ""  # why not tested
 
 # %% ../../nbs/8_analysis/07_association.ipynb #6ea7a6ee
@@ -124,7 +124,7 @@ def associate(
     y: np.ndarray,  # (n,) e.g. RPG
     blocks: np.ndarray | None = None,  # (n,) any labels: look inside these blocks only
     draws: int = DRAWS,  # of bootstrap and permutation
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> Association:
     "Compute Spearman's rho with a bootstrap interval and a permutation p-value."
     x, y = np.asarray(x, float), np.asarray(y, float)
@@ -150,9 +150,9 @@ def associate(
 
 # %% ../../nbs/8_analysis/07_association.ipynb #439bf65f
 def association_words(
-    a: Association,
-    first: str = "distance to pretraining",
-    second: str = "gain",
+    a: Association,  # of two numbers over cells
+    first: str = "distance to pretraining",  # what the first number is
+    second: str = "gain",  # what the second number is
     unit: str = "cells (task x backbone x strategy)",  # what was counted
     block: str = "blocks",  # what a block was
 ) -> str:
@@ -195,8 +195,8 @@ def _layer(tables: Tables, layer: str, distance: str) -> pd.DataFrame:
 
 # %% ../../nbs/8_analysis/07_association.ipynb #4c20a130
 def run_points(
-    tables: Tables,
-    layer: str = "embed",
+    tables: Tables,  # of the study
+    layer: str = "embed",  # name of a layer
     distance: str = "mmd2",  # column of the d2p table
     gained: pd.DataFrame | None = None,  # from run_gains; default: against scratch
 ) -> pd.DataFrame:  # a row per tuned run with a reference: cell, seed, rpg, d2p
@@ -212,9 +212,9 @@ def run_points(
 
 # %% ../../nbs/8_analysis/07_association.ipynb #b41c2ff8
 def cell_points(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
-    layer: str = "embed",
+    layer: str = "embed",  # name of a layer
     distance: str = "mmd2",  # column of the d2p table
     leave_out: tuple[str, ...] = (),  # of foundation.overlap: cells whose weights have, or may have, seen the cohort
 ) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer, overlap

@@ -28,11 +28,13 @@ from ..runs.record import check_record
 @dataclass
 class Chosen:
     "Tuned runs, and why these."
-    records: list[dict]
+    records: list[dict]  # of the study
     folders: list[Path]  # of the runs
     reason: str  # one sentence
 
-def record_in(folder: Path) -> dict:
+def record_in(
+    folder: Path,  # a folder
+) -> dict:
     "Read the record in a folder, or say what is wrong with it."
     record, why = check_record(folder)
     if record is None: raise VfmError(f"{folder} holds no sound record ({why or 'there is none'}); name another run.")
@@ -117,7 +119,7 @@ def tuned_arrays(
 # %% ../../nbs/8_analysis/15_chosen.ipynb #c221bebf
 def score_rows(
     records: list[dict],  # of one cell
-    folders: list[Path],
+    folders: list[Path],  # one a case
 ) -> list[dict]:  # metric, title, value, low, high, n, control
     "Compute the test scores of a cell with their intervals."
     runs = runs_table(records)
@@ -134,7 +136,9 @@ def score_rows(
     return rows
 
 # %% ../../nbs/8_analysis/15_chosen.ipynb #7b66442b
-def score_table(rows: list[dict]) -> str:  # rows: from score_rows
+def score_table(
+    rows: list[dict],  # from score_rows
+) -> str:
     "Write scores as a Markdown table."
     say = lambda v, m: "undefined" if v is None or v != v else format_value(v, "score", metric=m)
     span = lambda r: ("none" if r["low"] != r["low"] else
@@ -144,7 +148,9 @@ def score_table(rows: list[dict]) -> str:  # rows: from score_rows
     head = ["| metric | score | 95 % interval | test cases | without a network |", "| --- | --- | --- | --- | --- |"]
     return "\n".join([*head, *lines])
 
-def how_to_use(record: dict) -> list[str]:
+def how_to_use(
+    record: dict,  # of a run
+) -> list[str]:
     "State what the network reads and answers."
     spec, card, side = record["spec"], record["input"]["card"], lambda v: " x ".join(f"{x:g}" for x in v)
     scale = record["normalisation"]["how"]
@@ -161,7 +167,7 @@ def how_to_use(record: dict) -> list[str]:
 # %% ../../nbs/8_analysis/15_chosen.ipynb #d2cd8631
 def model_card(
     records: list[dict],  # of one cell
-    folders: list[Path],
+    folders: list[Path],  # one a case
     limits: Iterable[str] = (),  # of the exported form, one sentence each
 ) -> str:  # Markdown
     "Write what a user of tuned weights must know."

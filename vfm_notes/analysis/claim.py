@@ -42,7 +42,7 @@ def planted_counts(
 
 # %% ../../nbs/8_analysis/16_claim.ipynb #ab85117e
 def sooner_of(
-    tables: Tables,
+    tables: Tables,  # of the study
     expected: str,  # gain or none
 ) -> dict[str, float]:  # mean, low, high in epochs; NaN where there are none; cells
     "Compute how much sooner cells of known truth are there than scratch."
@@ -55,9 +55,9 @@ def sooner_of(
 
 # %% ../../nbs/8_analysis/16_claim.ipynb #7e6bbc1e
 def correlations(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table, of pretrained cells
-    layer: str = "embed",
+    layer: str = "embed",  # name of a layer
 ) -> dict[str, dict]:  # gain, sooner: rho, low, high, p, n, shown; and least: what could have been seen
     "Compute how the distance of cells goes with what they gained and how soon."
     known = [] if tables.d2p.empty else list(dict.fromkeys(tables.d2p.layer))
@@ -80,8 +80,8 @@ def correlations(
 
 # %% ../../nbs/8_analysis/16_claim.ipynb #6810fa3e
 def study_row(
-    tables: Tables,
-    title: str = "",
+    tables: Tables,  # of the study
+    title: str = "",  # what readers see
 ) -> dict | None:  # plain numbers; None: no finished pair of a tuned run and its reference
     "Return what the records of one study say of the claim."
     done = tables.done()

@@ -19,7 +19,7 @@ from ..foundation.quantity import format_count, metric_card, format_value
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #9424efdf
 def runs_of(
-    tables: Tables,
+    tables: Tables,  # of the study
     values: Mapping,  # column → value, of task, backbone, strategy, n_train
 ) -> pd.DataFrame:  # finished runs
     "Return the runs of one cell."
@@ -29,7 +29,7 @@ def runs_of(
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #0b5ad8a5
 def cell_scores(
-    tables: Tables,
+    tables: Tables,  # of the study
     metric: str = "primary",  # of each task, or the name of one; tasks without it are left out
 ) -> pd.DataFrame:  # a row per cell: score, low, high, seed_sd, control, n_seeds, n_cases, metric, direction, unit
     "Return a metric of every cell, with an interval over seeds and patients: the one that every page shows."
@@ -68,7 +68,7 @@ CONTRAST_COLUMNS = [
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #65c4c2f7
 def contrast_row(
-    tables: Tables,
+    tables: Tables,  # of the study
     cases: dict[str, pd.DataFrame],  # run id → its rows
     first: Mapping, second: Mapping,  # columns of two cells
     metric: str = "primary",  # or the name of one
@@ -100,7 +100,7 @@ def contrast_row(
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #4af34f72
 def contrast_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     contrasts: Mapping[str, tuple[Mapping, Mapping]],  # name → two choices
     metric: str = "primary",  # of each task, or the name of one
 ) -> pd.DataFrame:  # a row per contrast and values of what it leaves open; positive: the first is better

@@ -42,7 +42,7 @@ def cell_words(
 def gain_words(
     row: pd.Series,  # of gain_table
     lead: str,  # first words, e.g. "Largest gain"
-    many: bool = False,
+    many: bool = False,  # whether there are several cells
 ) -> str:
     "Return a gain as a sentence."
     of = describe_value("rpg", row)
@@ -121,13 +121,18 @@ def sooner_interval(
     most = float(t.budget.max())
     return mean_interval(t.sooner.to_numpy(), -most, most)
 
-def sooner_words(mean: float, of: str = "") -> str:
+def sooner_words(
+    mean: float,  # the estimate
+    of: str = "",  # what the number is of
+) -> str:
     "State epochs sooner, later, or neither."
     text = format_value(mean, "sooner", of)
     return f"{text[1:]} epochs {'later' if text[0] == '−' else 'sooner'}" if float(text[1:]) else "as soon"
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #a0792f1b
-def soonest_words(t: pd.DataFrame) -> str:  # t: rows of convergence_table of one rule
+def soonest_words(
+    t: pd.DataFrame,  # rows of convergence_table of one rule
+) -> str:
     "Name the cell that got there soonest, of those whose interval excludes 0."
     clear = t[t.sooner_low > 0]
     if clear.empty: return ""
@@ -138,7 +143,7 @@ def soonest_words(t: pd.DataFrame) -> str:  # t: rows of convergence_table of on
 
 def convergence_finding(
     table: pd.DataFrame,  # from convergence_table
-    reference: str = "scratch",
+    reference: str = "scratch",  # strategy to compare with
 ) -> str:
     "Return how much sooner tuned runs get there."
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
@@ -239,11 +244,15 @@ def probe_gains(
     return table.assign(verdict=np.where((table.value == 0) & (table.random == 0), "reads nothing", sure))
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #b5be71ca
-def join_words(parts: list[str]) -> str:  # "a", "a and b", "a, b and c"
+def join_words(
+    parts: list[str],  # joined by commas and "and"
+) -> str:  # "a", "a and b", "a, b and c"
     "Return a list in a sentence."
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
-def gain_text(row) -> str:  # of `probe_gains`
+def gain_text(
+    row,  # of a table of gains
+) -> str:  # of `probe_gains`
     "Return a gain with its interval."
     of = describe_value("gain of a probe", row, row.probe, row.objective)
     return (
@@ -251,7 +260,9 @@ def gain_text(row) -> str:  # of `probe_gains`
         f"[{', '.join(format_value(v, 'difference', f'{of}, {k}') for k, v in (('low', row.low), ('high', row.high)))}]"
     )
 
-def could_see(open_: pd.DataFrame) -> str:  # open_: undecided rows of `probe_gains`
+def could_see(
+    open_: pd.DataFrame,  # undecided rows of `probe_gains`
+) -> str:
     "State which gains undecided probes would have shown."
     least = open_.smallest.dropna() if "smallest" in open_ else []
     if not len(least): return ""

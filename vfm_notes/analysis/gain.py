@@ -82,7 +82,7 @@ class Agreement:
     "Quadratic kappa from labels and predicted classes, for the seeds of a cell."
     value: np.ndarray  # (seeds, cases) predicted class
     label: np.ndarray  # (cases,) true class
-    classes: int
+    classes: int  # how many
 
     def weighted(self, w: np.ndarray) -> np.ndarray:
         "Return kappa (seeds, draws) under case weights w (draws, cases)."
@@ -96,11 +96,11 @@ class Agreement:
 @dataclass
 class Pair:
     "A cell and its reference, matched by seed and case."
-    tuned: Means | Ranking | Agreement | SetScores
-    reference: Means | Ranking | Agreement | SetScores
-    seeds: list
+    tuned: Means | Ranking | Agreement | SetScores  # side that is judged
+    reference: Means | Ranking | Agreement | SetScores  # side to compare with
+    seeds: list  # one for each repetition
     patients: np.ndarray  # (cases,) number of the patient
-    direction: int = 1
+    direction: int = 1  # +1 when more is better, −1 when less is
 
     @property
     def n_cases(self) -> int:
@@ -154,7 +154,7 @@ def pair_cases(
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #f7a92c52
 def carried(
-    pair: Pair,
+    pair: Pair,  # two sides, the same cases and seeds
 ) -> tuple[
     np.ndarray, np.ndarray, np.ndarray, np.ndarray
 ]:  # scores (seeds,) and pseudo-values (seeds, patients) of the cell, then of its reference
@@ -165,14 +165,20 @@ def carried(
         *pseudo_values(pair.reference.weighted, pair.patients, counts),
     )
 
-def score_interval(pair: Pair, metric: str) -> Interval:
+def score_interval(
+    pair: Pair,  # two sides, the same cases and seeds
+    metric: str,  # name of a metric
+) -> Interval:
     "Compute the score of the cell itself."
     score, each, _, _ = carried(pair)
     card = metric_card(metric)
     return interval_of(float(score.mean()), each, (card.low, card.high))
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #7b7d70ff
-def difference_interval(pair: Pair, metric: str) -> Interval:
+def difference_interval(
+    pair: Pair,  # two sides, the same cases and seeds
+    metric: str,  # name of a metric
+) -> Interval:
     "Compute by how much of the metric the cell is better than its reference."
     t, each_t, r, each_r = carried(pair)
     card = metric_card(metric)
@@ -181,7 +187,10 @@ def difference_interval(pair: Pair, metric: str) -> Interval:
         (card.low - card.high, card.high - card.low),
     )
 
-def gain_interval(pair: Pair, metric: str) -> Interval:
+def gain_interval(
+    pair: Pair,  # two sides, the same cases and seeds
+    metric: str,  # name of a metric
+) -> Interval:
     "Compute by how many percent of the reference the cell is better."
     t, each_t, r, each_r = carried(pair)
     t, r, card = float(t.mean()), float(r.mean()), metric_card(metric)
@@ -209,9 +218,9 @@ def _row_scores(s, value: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #ecd93beb
 def permutation_test(
-    pair: Pair,
-    draws: int = DRAWS,
-    seed: int = SEED,
+    pair: Pair,  # two sides, the same cases and seeds
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> float:  # two-sided p, NaN where the difference is undefined
     "Test tuned against reference by paired permutation over patients, seeds averaged."
     flip = _random_exchanges(pair.patients, draws, np.random.default_rng(seed))
@@ -247,9 +256,9 @@ def holm(
 class Cell:
     "A cell of a study with its runs matched to the reference, or the reason why not."
     key: dict  # task, backbone, strategy, n_train
-    metric: str | None
-    direction: int
-    pair: Pair | str
+    metric: str | None  # name of a metric
+    direction: int  # +1 when more is better, −1 when less is
+    pair: Pair | str  # two sides, or why they cannot be compared
     left_out: list  # seeds of the cell without a reference
 
 def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, reference: str) -> Cell:
@@ -269,7 +278,7 @@ def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, r
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #c97d4865
 def study_cells(
-    tables: Tables,
+    tables: Tables,  # of the study
     metric: str = "primary",  # of each task, or the name of a metric; tasks without it are left out
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> list[Cell]:
@@ -295,7 +304,7 @@ def study_cells(
 # %% ../../nbs/8_analysis/04_gain.ipynb #c32e0b0a
 LEARNED = [*CELL, "metric", "score", "control", "better", "p", "p_holm", "n_seeds", "n_cases", "beats", "reason"]
 def learned_table(
-    tables: Tables,
+    tables: Tables,  # of the study
 ) -> pd.DataFrame:  # a row per cell, references included; better: by how much of the metric;
     # p NaN where no control was recorded
     "Test whether the runs of each cell beat the trivial control on the same cases."
@@ -329,7 +338,7 @@ def _against_control(pair: Pair | str) -> dict:
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #8b62c382
 def has_learned(
-    tables: Tables,
+    tables: Tables,  # of the study
     key: dict,  # task, backbone, strategy, n_train
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> bool:  # True, too, where no control is recorded
@@ -405,7 +414,10 @@ def _row(cell: Cell) -> dict:
     return row | {"note": "; ".join(notes)}
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #38549d3f
-def cell_overlap(tables: Tables, key: dict) -> str:  # of foundation.overlap, the worst of its runs; "" without one
+def cell_overlap(
+    tables: Tables,  # of the study
+    key: dict,  # of the cell
+) -> str:  # of foundation.overlap, the worst of its runs; "" without one
     "Return whether the weights of a cell have seen the cohort."
     runs = tables.done()
     if "overlap" not in runs: return "unknown"
@@ -413,7 +425,7 @@ def cell_overlap(tables: Tables, key: dict) -> str:  # of foundation.overlap, th
     return min(own.overlap, key=OVERLAPS.index, default="")
 
 def gain_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     metric: str = "primary",  # of each task, or the name of a metric
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) other than the reference
@@ -436,7 +448,7 @@ def gain_table(
 
 # %% ../../nbs/8_analysis/04_gain.ipynb #08f33ba4
 def run_gains(
-    tables: Tables,
+    tables: Tables,  # of the study
     metric: str = "primary",  # of each task, or the name of a metric
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> pd.DataFrame:  # a row per tuned run with a reference: the cell, seed, tuned, reference, rpg

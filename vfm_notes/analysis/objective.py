@@ -46,7 +46,7 @@ class FamilyLead:
     groups: tuple[str, str]  # their names; the pattern expects a higher lead in the first
     leads: tuple[float, float]  # ½: neither is ahead
     lows: tuple[float, float, float]  # 95 % interval of both leads and of their difference
-    highs: tuple[float, float, float]
+    highs: tuple[float, float, float]  # upper ends of the intervals
     p: float  # one-sided, of the difference
     least_p: float  # the smallest that so few objectives can give
     columns: tuple[int, int]  # data sets, or tasks and seeds
@@ -57,7 +57,7 @@ class FamilyLead:
 
 def mean_leads(
     leads: pd.Series,  # of column_wins
-    groups: tuple[str, str],
+    groups: tuple[str, str],  # names of the two sides
 ) -> np.ndarray:  # of the two groups
     "Return the mean lead of each group."
     return np.array([leads.xs(g).mean() if g in leads.index.get_level_values(0) else np.nan for g in groups])
@@ -65,7 +65,7 @@ def mean_leads(
 # %% ../../nbs/8_analysis/15_objective.ipynb #9121a723
 def resampled_leads(
     leads: pd.Series,  # of column_wins
-    groups: tuple[str, str],
+    groups: tuple[str, str],  # names of the two sides
     draws: int, seed: int,  # of the bootstrap
 ) -> np.ndarray:  # (draws, 3): both means and their difference
     "Resample columns within each group."
@@ -102,7 +102,7 @@ def family_lead(
 
 # %% ../../nbs/8_analysis/15_objective.ipynb #d5ac7e01
 def lead_words(
-    lead: FamilyLead | None,
+    lead: FamilyLead | None,  # how far one kind is ahead; None: not known
     first: str, second: str,  # names of the families
     of: str,  # what the numbers are of, for the report
 ) -> list[str]:  # sentences
@@ -125,7 +125,7 @@ def lead_words(
     ]
 
 def study_scores(
-    tables: Tables,
+    tables: Tables,  # of the study
     groups: dict[str, str],  # task → group
     strategy: str,  # whose runs are compared
 ) -> pd.DataFrame:  # group, column, objective, score

@@ -42,7 +42,7 @@ def agrees(
 
 # %% ../../nbs/8_analysis/14_planted.ipynb #33593cfb
 def control_of(
-    strategy: str,
+    strategy: str,  # with its options, e.g. "lora rank=8"
     backbone: str = "",  # architecture.weights
     known: Collection[tuple[str, str]] = (),  # backbone and strategy of the runs that are there
 ) -> str:  # a reference, as gain_table takes it
@@ -52,7 +52,7 @@ def control_of(
     return "random" if strategy.split(" ")[0] in ("decoder", "probe") else "scratch"
 
 def planted_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame | None = None,  # from gain_table against scratch, where somebody has it already
 ) -> pd.DataFrame:  # a row per cell with an expectation, in the order of the runs
     "Return cells of known truth, and what was found of them."

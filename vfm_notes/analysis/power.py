@@ -28,7 +28,7 @@ from ..runs.grid import jobs_of
 @dataclass(frozen=True)
 class Variances:
     "How much the difference of a tuned network and its reference varies, as standard deviations in the metric's unit."
-    metric: str
+    metric: str  # name of a metric
     seed: float  # between trainings
     case: float  # between test cases
     rest: float  # of a case in a training
@@ -84,8 +84,8 @@ def _epochs_saved(tables: Tables, reference: str) -> dict[str, float]:
 BOTH = 3.6  # test and interval of an association, see above
 
 def smallest_rho(
-    tasks: int,
-    backbones: int,
+    tasks: int,  # how many
+    backbones: int,  # how many
     share: float = 1.0,  # of the table of tasks and backbones that is run
 ) -> float:  # NaN where there are too few to see any
     "Compute the smallest rank correlation of distance and gain that is seen with power .8."
@@ -93,14 +93,16 @@ def smallest_rho(
     return float(np.tanh(BOTH * np.sqrt(1.06 / (n - 3)))) if min(tasks, backbones) > 2 and n > 4 else float("nan")
 
 # %% ../../nbs/8_analysis/13_power.ipynb #4a02ffd6
-def unit_of(metric: str) -> tuple[str, float]:  # e.g. ("Dice points", 0.01) or ("dB", 1)
+def unit_of(
+    metric: str,  # name of a metric
+) -> tuple[str, float]:  # e.g. ("Dice points", 0.01) or ("dB", 1)
     "Return in what gains of a metric are counted: hundredths of what ends at 1."
     card = metric_card(metric)
     return (f"{card.title} points", 0.01) if card.high == 1 else (card.unit or card.title, 1.0)
 
 def fewest(
     seen: list[tuple[int, float]],  # number → smallest effect, in the order of numbers
-    wanted: float,
+    wanted: float,  # gain, in the metric's unit
 ) -> int | None:
     "Return the first number with which the effect wanted is seen."
     return next((n for n, smallest in seen if smallest <= wanted), None)
@@ -109,7 +111,11 @@ SEEDS, CASES = (
     (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50), (10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000),
 )
 
-def gains_seen(v: Variances, seeds: int, cases: int) -> pd.DataFrame:  # more, n, smallest (in units of unit_of)
+def gains_seen(
+    v: Variances,  # of a metric
+    seeds: int,  # how many repetitions
+    cases: int,  # how many
+) -> pd.DataFrame:  # more, n, smallest (in units of unit_of)
     "Compute the smallest gain along both ways of taking more."
     _, unit = unit_of(v.metric)
     rows = [("seeds", s, smallest_effect(v.squares(s, cases)) / unit) for s in sorted({*SEEDS, max(2, seeds)})]
@@ -118,14 +124,14 @@ def gains_seen(v: Variances, seeds: int, cases: int) -> pd.DataFrame:  # more, n
 
 # %% ../../nbs/8_analysis/13_power.ipynb #e3c3baaa
 def study_hours(
-    study: StudySpec,
+    study: StudySpec,  # the study
     known: Speeds,  # from runs.estimate.speeds
 ) -> float:
     "Compute how long all runs of a study take, one after the other."
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
 def crossed_cells(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> tuple[int, int, float]:  # tasks, backbones with weights, share of their table that is run
     "Count what an association of distance and gain is made of."
     cells = {(r.task, r.backbone) for r in run_specs(study) if not starts_random(r.backbone, r.strategy)}
@@ -134,7 +140,10 @@ def crossed_cells(
     return tasks, backbones, len(cells) / max(1, tasks * backbones)
 
 def variances_of(
-    task: str, options: Mapping, own: Mapping[str, Variances], metric: str
+    task: str,  # name of a task
+    options: Mapping,  # of the task
+    own: Mapping[str, Variances],  # task → variances
+    metric: str,  # name of a metric
 ) -> tuple[Variances | None, str]:
     "Return the variances of a task, and where they are from."
     if task in own:
@@ -147,12 +156,12 @@ def variances_of(
 @dataclass(frozen=True)
 class Plan:
     "What a study can see, and what more would take."
-    study: str
-    seeds: int
-    cases: int
-    tasks: int
-    backbones: int
-    hours: float
+    study: str  # name of a study
+    seeds: int  # how many repetitions
+    cases: int  # how many
+    tasks: int  # how many
+    backbones: int  # how many
+    hours: float  # of all runs one by one
     rho: float  # smallest that is seen; NaN: none
     needs: dict  # tasks, backbones: the first number with which rho is seen; hours of each
     rows: list  # a dict per task
@@ -175,7 +184,7 @@ class Plan:
 
 # %% ../../nbs/8_analysis/13_power.ipynb #5beb1381
 def plan(
-    study: StudySpec,
+    study: StudySpec,  # the study
     metrics: Mapping[str, str],  # task → its primary metric
     own: Mapping[str, Variances] | None = None,  # from study_variances
     known: Speeds | None = None,  # from runs.estimate.speeds
@@ -230,7 +239,9 @@ def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: 
     )
 
 # %% ../../nbs/8_analysis/13_power.ipynb #6e0a3467
-def plan_lines(made: Plan) -> list[str]:  # within 100 columns
+def plan_lines(
+    made: Plan,  # from plan
+) -> list[str]:  # within 100 columns
     "Return a plan for the terminal."
     number = lambda v, places=1: "-" if v is None or v != v else round_value(v, places)
     time = lambda h: "" if h is None or h != h else f" ({format_duration(3600 * h)})"

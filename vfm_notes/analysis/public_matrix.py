@@ -35,7 +35,7 @@ MATRIX_SCORES = {
 @dataclass(frozen=True)
 class Matrix:
     "Outcomes and scores, sources by targets; NaN where there is none."
-    scenario: str
+    scenario: str  # which way of choosing
     outcome: pd.DataFrame  # AUC
     values: dict[str, pd.DataFrame]  # score → values
     static: dict[str, pd.Series]  # what is known of a source without looking at a target
@@ -45,7 +45,9 @@ def matrix_file() -> dict:
     "Read the published tables."
     return json.loads((report_notebooks()[0].parent/"public_matrix.json").read_text(encoding="utf-8"))
 
-def matrix_table(name: str) -> pd.DataFrame:  # name: of a published file; sources by targets
+def matrix_table(
+    name: str,  # of a published file; sources by targets
+) -> pd.DataFrame:
     "Read one table."
     return pd.read_csv(io.StringIO(matrix_file()["tables"][name]), index_col=0).set_index("source").astype(float)
 
@@ -95,7 +97,9 @@ def mean_elsewhere(
     "Return the mean outcome of each source over all other targets."
     return pd.DataFrame({t: outcome.drop(columns=t).mean(axis=1) for t in outcome})
 
-def matrix_predictors(m: Matrix) -> dict[str, pd.DataFrame]:  # title → values, sources by targets
+def matrix_predictors(
+    m: Matrix,  # backbones and tasks
+) -> dict[str, pd.DataFrame]:  # title → values, sources by targets
     "Return all that is compared: scores, the combination, and controls."
     found = {MATRIX_SCORES[s]: v for s, v in m.values.items()}
     found["LP × FU"] = lp_times_fu(m.values["lp"], m.values["fu"])
@@ -133,9 +137,9 @@ def replay(
 REFERENCE = "mean rank elsewhere"  # what a score has to beat
 
 def target_draws(
-    targets: int,
-    draws: int = DRAWS,
-    seed: int = SEED,
+    targets: int,  # values per case
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws, targets): how often each was drawn
     "Draw targets with replacement."
     return np.random.default_rng([seed, targets]).multinomial(targets, np.full(targets, 1 / targets), draws)
@@ -176,9 +180,9 @@ def replay_table(
 # %% ../../nbs/8_analysis/19_public_matrix.ipynb #01127ac2
 def difference_variance(
     name: str,  # of a predictor
-    scenario: str = "dataset",
+    scenario: str = "dataset",  # which way of choosing
     draws: int = 40,  # subsets of each size
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[float, float]:  # a, b: variance of paired differences over targets is a + b / sources
     "Estimate how much the difference to the mean rank varies over targets."
     m, rng, points = public_matrix(scenario), np.random.default_rng(seed), []
@@ -197,7 +201,7 @@ def difference_variance(
 def targets_needed(
     effect: float,  # difference of τ that is there
     variance: float,  # of paired differences
-    power: float = 0.8,
+    power: float = 0.8,  # share of studies that see the effect, 0 to 1
 ) -> int:  # targets; at least 3
     "Return how many targets a paired t-test needs."
     for n in range(3, 100_000):
@@ -210,7 +214,7 @@ def targets_needed(
 def needed_table(
     name: str = "LP × FU",  # the score whose spread is taken
     effects: tuple = (0.05, 0.1, 0.2),  # differences of τ
-    sources: tuple = (9, 15, 30, 60),
+    sources: tuple = (9, 15, 30, 60),  # which tables
 ) -> pd.DataFrame:  # sources, and a column of targets for each effect
     "Return how many targets would be needed, by number of sources and size of the effect."
     a, b = difference_variance(name)

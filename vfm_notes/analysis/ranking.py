@@ -21,7 +21,7 @@ from ..foundation.registry import VfmError
 
 # %% ../../nbs/8_analysis/16_ranking.ipynb #c82190bc
 def read_ranking(
-    path: Path,
+    path: Path,  # a file
 ) -> dict:  # as `tune.rank.ranking_values` gives it, with pictures
     "Read a ranking that was kept."
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -30,12 +30,14 @@ def read_ranking(
         raise VfmError(f"{path} is no ranking of this version: make it again with vfm rank.")
     return found
 
-def rankings_of(study: str) -> list[Path]:  # study: its name
+def rankings_of(
+    study: str,  # its name
+) -> list[Path]:
     "List the rankings that were made for a study."
     return sorted((study_root(study)/"rank").glob("*.json"))
 
 def rows_of(
-    ranking: dict,
+    ranking: dict,  # as it was written
     kind: str = "",  # weights, random or control; "": all
 ) -> list[dict]:  # the best first; those with a value
     "Return the rows of a ranking that have a value."
@@ -46,7 +48,9 @@ CONTROL_TITLES = {
     "trivial": "the trivial control", "hand_made": "hand-made features",
 }  # name in a ranking → as readers know it
 
-def scale_words(ranking: dict) -> str:
+def scale_words(
+    ranking: dict,  # as it was written
+) -> str:
     "Name the scale of the ranking score."
     what = "balanced accuracy" if ranking["kind"] == "classes" else "R²"
     if ranking["by"] == "probe": return f"{what} of a linear probe on held-out patients"
@@ -54,7 +58,7 @@ def scale_words(ranking: dict) -> str:
     return score_title(ranking["by"])
 
 def compare_words(
-    ranking: dict,
+    ranking: dict,  # as it was written
     row: dict,  # of the other
     name: str,  # how the other is called
 ) -> str:
@@ -70,7 +74,9 @@ def compare_words(
     return f"nothing separates {first} from {name} at {ranking['patients']} patients: {gap}"
 
 # %% ../../nbs/8_analysis/16_ranking.ipynb #688cefd0
-def ranking_verdict(ranking: dict) -> str:
+def ranking_verdict(
+    ranking: dict,  # as it was written
+) -> str:
     "State who is first and whether that means anything."
     own = rows_of(ranking, "weights")
     if not own: return "No weights could be ranked; see what was left out."
@@ -89,7 +95,9 @@ def ranking_verdict(ranking: dict) -> str:
     return said
 
 # %% ../../nbs/8_analysis/16_ranking.ipynb #67d83699
-def ranking_findings(ranking: dict) -> list[str]:  # sentences without a full stop
+def ranking_findings(
+    ranking: dict,  # as it was written
+) -> list[str]:  # sentences without a full stop
     "State what separates the best weights from the second, from the controls and from their own random floor."
     own = rows_of(ranking, "weights")
     if not own: return []
@@ -104,7 +112,9 @@ def ranking_findings(ranking: dict) -> list[str]:  # sentences without a full st
 # %% ../../nbs/8_analysis/16_ranking.ipynb #6ab03f73
 STATIC = {"parameters": "parameter count", "images": "number of pretraining images", "imagenet": "ImageNet accuracy"}
 
-def static_picks(ranking: dict) -> list[str]:
+def static_picks(
+    ranking: dict,  # as it was written
+) -> list[str]:
     "State what would be picked without looking at a case."
     own, said = rows_of(ranking, "weights"), []
     for column, title in STATIC.items():
@@ -133,7 +143,9 @@ def short_amount(
         if value >= size: return f"{round_value(value / size, None, 3)} {unit}"
     return f"{value:g}"
 
-def shown_less(ranking: dict) -> list[str]:
+def shown_less(
+    ranking: dict,  # as it was written
+) -> list[str]:
     "List candidates that were shown the middle of the cases only."
     sides = lambda size: " x ".join(map(str, size))
     return [f"{r['name']}: the middle {sides(r['seen'])} of {sides(ranking['size'])} voxels, which its stride divides"
@@ -141,7 +153,9 @@ def shown_less(ranking: dict) -> list[str]:
 
 HEADS = ("", "name", "score", "95 % interval", "behind", "params", "images", "ImageNet", "overlap", "licence", "s")
 
-def ranking_cells(ranking: dict) -> Iterable[tuple[str, ...]]:
+def ranking_cells(
+    ranking: dict,  # as it was written
+) -> Iterable[tuple[str, ...]]:
     "Write the rows of a ranking, the best first."
     place = 0
     for r in ranking["rows"]:
@@ -163,7 +177,9 @@ def ranking_cells(ranking: dict) -> Iterable[tuple[str, ...]]:
             r["overlap"].partition(" (")[0], r["licence"], format_value(r["seconds"], "seconds"),
         )
 
-def ranking_lines(ranking: dict) -> list[str]:
+def ranking_lines(
+    ranking: dict,  # as it was written
+) -> list[str]:
     "Write a ranking for a terminal."
     rows = [HEADS, *ranking_cells(ranking)]
     wide = [max(len(r[i]) for r in rows) for i in range(len(HEADS))]

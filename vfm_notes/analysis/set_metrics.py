@@ -37,11 +37,17 @@ def set_metric(
     return keep
 
 # %% ../../nbs/8_analysis/01_set_metrics.ipynb #b8627644
-def safe_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def safe_ratio(
+    a: np.ndarray,  # numerator
+    b: np.ndarray,  # denominator
+) -> np.ndarray:
     "Divide a by b; NaN where b is 0."
     with np.errstate(invalid="ignore", divide="ignore"): return np.where(b == 0, np.nan, a / b)
 
-def sort_rows(by: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+def sort_rows(
+    by: np.ndarray,  # sort by this
+    *others: np.ndarray,  # sorted in the same way
+) -> list[np.ndarray]:
     "Sort everything by the first, in ascending order, row by row."
     shape, at = np.broadcast_shapes(*(a.shape for a in (by, *others))), np.argsort(by, axis=1, kind="stable")
     return [np.take_along_axis(np.broadcast_to(a, shape), np.broadcast_to(at, shape), 1) for a in (by, *others)]
@@ -95,13 +101,19 @@ def weighted_precision(
     return safe_ratio((w * hit * np.nan_to_num(safe_ratio(found, all_))).sum(1), lesions)
 
 # %% ../../nbs/8_analysis/01_set_metrics.ipynb #3d15cae2
-def columns_with_prefix(columns: Columns, prefix: str) -> np.ndarray:  # (k, draws or 1, cases), in order of the names
+def columns_with_prefix(
+    columns: Columns,  # column → values
+    prefix: str,  # of the columns
+) -> np.ndarray:  # (k, draws or 1, cases), in order of the names
     "Return all columns that begin so."
     names = sorted((c for c in columns if c.startswith(prefix)), key=lambda c: (len(c), c))
     return np.stack([columns[c] for c in names])
 
 @set_metric("mean_auc", "label_", "score_")
-def mean_auc(c: Columns, w: np.ndarray) -> np.ndarray:
+def mean_auc(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Return the mean over the labels that have both kinds of cases."
     each = np.stack([
         weighted_auc(c[name], c["score_" + name.removeprefix("label_")], w) for name in c if name.startswith("label_")
@@ -111,7 +123,10 @@ def mean_auc(c: Columns, w: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/8_analysis/01_set_metrics.ipynb #29aa1077
 @set_metric("ap", "lesions", "confidence_", "hit_")
-def ap(c: Columns, w: np.ndarray) -> np.ndarray:
+def ap(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Average precision of all candidates of all cases."
     hit, confidence = columns_with_prefix(c, "hit_"), columns_with_prefix(c, "confidence_")
     flat = lambda a: np.concatenate(
@@ -120,13 +135,19 @@ def ap(c: Columns, w: np.ndarray) -> np.ndarray:
     return weighted_precision(flat(hit), flat(confidence), flat(w[None]), (w * c["lesions"]).sum(1))
 
 @set_metric("picai", "label", "score_1", "lesions", "confidence_", "hit_")
-def picai_score(c: Columns, w: np.ndarray) -> np.ndarray:
+def picai_score(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Return the mean of the cases' AUC and the lesions' average precision."
     return (weighted_auc(c["label"], c["score_1"], w) + ap(c, w)) / 2
 
 # %% ../../nbs/8_analysis/01_set_metrics.ipynb #90408923
 @set_metric("f1", "label", "score_1")
-def f1(c: Columns, w: np.ndarray) -> np.ndarray:
+def f1(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Return the harmonic mean of precision and sensitivity at a probability of one half."
     said, true = c["score_1"] >= 0.5, c["label"] == 1
     return np.where(
@@ -134,7 +155,10 @@ def f1(c: Columns, w: np.ndarray) -> np.ndarray:
     )
 
 @set_metric("macro_recall", "label", "score_")
-def macro_recall(c: Columns, w: np.ndarray) -> np.ndarray:
+def macro_recall(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Return the mean over the classes that are there of the share that is found."
     said = columns_with_prefix(c, "score_").argmax(0)
     each = np.stack([
@@ -146,12 +170,18 @@ def macro_recall(c: Columns, w: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/8_analysis/01_set_metrics.ipynb #24dcd1a7
 @set_metric("rmse", "mae")
-def rmse(c: Columns, w: np.ndarray) -> np.ndarray:
+def rmse(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Return the root of the mean squared error."
     return np.sqrt(safe_ratio((w * c["mae"] ** 2).sum(1), w.sum(1)))
 
 @set_metric("r2", "truth", "predicted")
-def r2(c: Columns, w: np.ndarray) -> np.ndarray:
+def r2(
+    c: Columns,  # column → (n,) or (seeds, n)
+    w: np.ndarray,  # (draws, n) weights of the rows
+) -> np.ndarray:
     "Return the share of the variance that is explained."
     mean = safe_ratio((w * c["truth"]).sum(1), w.sum(1))[:, None]
     return 1 - safe_ratio((w * (c["truth"] - c["predicted"]) ** 2).sum(1), (w * (c["truth"] - mean) ** 2).sum(1))
@@ -174,7 +204,7 @@ def columns_of(
 @dataclass
 class SetScores:
     "A registered metric of a set, for the seeds of a cell."
-    metric: str
+    metric: str  # name of a metric
     columns: Columns  # name → (seeds, cases)
 
     @property
@@ -190,7 +220,9 @@ class SetScores:
 
 # %% ../../nbs/8_analysis/01_set_metrics.ipynb #dca3d169
 # each (1, cases); the result (seeds, cases), NaN where a run has no such column
-def stack_seeds(runs: list[Columns]) -> Columns:
+def stack_seeds(
+    runs: list[Columns],  # one per seed
+) -> Columns:
     "Return the columns of several seeds."
     shape = next(iter(runs[0].values())).shape
     return {
@@ -199,7 +231,11 @@ def stack_seeds(runs: list[Columns]) -> Columns:
     }
 
 # (draws,); flip: (draws, cases)
-def exchanged_difference(tuned: SetScores, reference: SetScores, flip: np.ndarray) -> np.ndarray:
+def exchanged_difference(
+    tuned: SetScores,  # side that is judged
+    reference: SetScores,  # side to compare with
+    flip: np.ndarray,  # (draws, n) bool: sides exchanged
+) -> np.ndarray:
     "Return the difference of the metric, seeds averaged, with cases exchanged."
     names, one = dict.fromkeys([*tuned.columns, *reference.columns]), np.ones((1, flip.shape[1]))
     gone = np.full(tuned.value.shape, np.nan)

@@ -70,7 +70,9 @@ def cost_columns(
 def _number(x) -> float: return np.nan if x is None else float(x)
 
 # %% ../../nbs/8_analysis/02_tables.ipynb #b083f9bc
-def run_overlap(record: dict) -> str:  # of foundation.overlap
+def run_overlap(
+    record: dict,  # of a run
+) -> str:  # of foundation.overlap
     "Return whether the weights of a run have seen its cohort; of records that do not say, unknown."
     if record["spec"].get("strategy", "").partition(" ")[0] in RANDOM_START: return "not seen"
     return (record.get("overlap") or {}).get("answer") or "unknown"
@@ -311,14 +313,14 @@ def mark_counted(
 @dataclass
 class Tables:
     "The tables of one study, of the runs that count; `runs` has the others, too."
-    study: str
-    runs: pd.DataFrame
-    metrics: pd.DataFrame
-    cases: pd.DataFrame
-    curves: pd.DataFrame
-    d2p: pd.DataFrame
-    moments: pd.DataFrame = field(default_factory=lambda: moments_table([]))
-    scores: pd.DataFrame = field(default_factory=lambda: scores_table([]))
+    study: str  # name of a study
+    runs: pd.DataFrame  # a row per run
+    metrics: pd.DataFrame  # a row per run and metric
+    cases: pd.DataFrame  # one row per case and metric
+    curves: pd.DataFrame  # a row per epoch and name
+    d2p: pd.DataFrame  # a row per run and layer: distance to pretraining
+    moments: pd.DataFrame = field(default_factory=lambda: moments_table([]))  # a row per run, layer and moment
+    scores: pd.DataFrame = field(default_factory=lambda: scores_table([]))  # a row per score, layer and run
     search: pd.DataFrame = field(default_factory=pd.DataFrame)  # from candidates
     # the trivial control on every test case
     controls: pd.DataFrame = field(default_factory=lambda: cases_table("", []))
@@ -334,7 +336,7 @@ class Tables:
 # %% ../../nbs/8_analysis/02_tables.ipynb #b20345a3
 def pooled_metric(
     cases: pd.DataFrame,  # case, metric, value
-    metric: str,
+    metric: str,  # name of a metric
     positive: int | None = None,  # of an AUC of grades, see positive_score
 ) -> float:  # NaN where it is undefined
     "Compute a metric over the cases of several runs."
@@ -351,7 +353,9 @@ def pooled_metric(
     return float(weighted_auc((label >= above)[None] * 1.0, positive_score(score, positive)[None],
                               np.ones((1, len(label))))[0])
 
-def add_costs(costs: list[dict]) -> dict:
+def add_costs(
+    costs: list[dict],  # one per run
+) -> dict:
     "Add up what several runs cost: seconds and energy as a sum, the rest as in the first."
     first, keys = dict(costs[0]), ("total", "training", "waiting", "evaluation")
     seconds = [c.get("seconds", {}) for c in costs]
@@ -373,7 +377,9 @@ def average_rows(
     return out
 
 # %% ../../nbs/8_analysis/02_tables.ipynb #e9e63e75
-def fold_group(record: dict) -> str:  # "" where the run is of no cross-validation
+def fold_group(
+    record: dict,  # of a run
+) -> str:  # "" where the run is of no cross-validation
     "Return what the runs of one cross-validation have in common."
     spec = record["spec"]
     return json.dumps({k: v for k, v in spec.items() if k != "fold"}, sort_keys=True) if spec.get("folds") else ""
@@ -381,7 +387,7 @@ def fold_group(record: dict) -> str:  # "" where the run is of no cross-validati
 def pooled_record(
     records: list[dict],  # of all folds, in order
     cases: pd.DataFrame,  # of these runs
-    id: str,
+    id: str,  # of the job
 ) -> dict:
     "Return one record for a cross-validation."
     first, trivial = records[0], cases.metric.astype(str).str.startswith(CONTROL)
@@ -401,7 +407,7 @@ def pooled_record(
 
 # %% ../../nbs/8_analysis/02_tables.ipynb #92c27bd7
 def pool_folds(
-    records: list[dict],
+    records: list[dict],  # of the study
     curves: pd.DataFrame, cases: pd.DataFrame,  # from curves_table and cases_table
 ) -> tuple[list[dict], pd.DataFrame, pd.DataFrame, dict[str, list[str]]]:  # the same, and pooled id → ids
     "Make one run of the folds of each cross-validation."

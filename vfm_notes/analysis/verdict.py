@@ -74,7 +74,7 @@ def best_cells(
 
 # %% ../../nbs/8_analysis/17_verdict.ipynb #b3f3c9eb
 def class_words(
-    tables: Tables,
+    tables: Tables,  # of the study
     row: object,  # of best_cells
 ) -> str:  # e.g. "; by class: gland 0.81 (control 0.80), lesion 0.31 (control 0.00)"; "" where a metric has no classes
     "Write the score of each class alone: a mean over classes can hide that one of them is not found."
@@ -91,7 +91,7 @@ def class_words(
     return f"; by class: {', '.join(said)}" * bool(said)
 
 def best_words(
-    tables: Tables,
+    tables: Tables,  # of the study
     best: pd.DataFrame,  # from best_cells
 ) -> list[str]:  # a sentence per task
     "Write which network is best, beside the trivial control."

@@ -34,7 +34,7 @@ def layer_places(
 
 # %% ../../nbs/8_analysis/18_which.ipynb #24bf6b48
 def measured(
-    tables: Tables,
+    tables: Tables,  # of the study
 ) -> pd.DataFrame:  # id, measure, place, when, distance: a row per run and look
     "List every distance that was measured."
     both = [t for t in (tables.d2p.assign(when="end"), tables.moments) if len(t)]
@@ -68,7 +68,7 @@ class Question:
 OUTCOMES = ("gain", "match")
 
 def tuned_runs(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "gain",  # or match
 ) -> pd.DataFrame:  # id, the cell, seed, outcome
     "Return pretrained and tuned runs of cells that have learned, with what they brought."
@@ -84,7 +84,7 @@ def tuned_runs(
 
 # %% ../../nbs/8_analysis/18_which.ipynb #584a9d5d
 def question(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "gain",  # or match
     halves: bool = True,  # False: all tasks and seeds in both, for a look that was chosen elsewhere
 ) -> Question:
@@ -110,8 +110,8 @@ def question(
 # %% ../../nbs/8_analysis/18_which.ipynb #9c10b2e6
 def exchanges(
     cells: pd.DataFrame,  # backbone, block
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (1 + draws, n) rows whose distances each cell gets; first: its own
     "Draw exchanges of whole weights that were tuned in the same blocks."
     rng = np.random.default_rng(seed)
@@ -134,8 +134,8 @@ class Answer:
     p: float  # of the whole procedure
     needed: float  # rho that the second half would have had to show
     n: tuple[int, int]  # cells of the halves
-    tasks: tuple[tuple, tuple]
-    outcome: str
+    tasks: tuple[tuple, tuple]  # of the first and the second side
+    outcome: str  # gain or score
 
     @property
     def tells(self) -> bool:
@@ -162,9 +162,9 @@ def _rhos(distance: np.ndarray, outcome: np.ndarray, index: np.ndarray) -> np.nd
     return np.stack([d[index] @ outcome for d in distance], axis=1) / np.maximum(size, 1e-300)
 
 def ask(
-    asked: Question,
-    draws: int = DRAWS,
-    seed: int = SEED,
+    asked: Question,  # what is asked
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> Answer:
     "Choose a look on one half of tasks and seeds and confirm it on the other."
     cells, halves = asked.cells, [asked.cells.half.to_numpy() == h for h in (0, 1)]
@@ -187,10 +187,10 @@ def ask(
 
 # %% ../../nbs/8_analysis/18_which.ipynb #7af307e2
 def made_up(
-    rng: np.random.Generator,
-    tasks: int = 5,
-    weights: int = 6,
-    looks: int = 40,
+    rng: np.random.Generator,  # where random numbers come from
+    tasks: int = 5,  # how many
+    weights: int = 6,  # how many numbers
+    looks: int = 40,  # how often it looks
     strength: float = 0.0,  # of the first look, between 0 (noise) and 1 (the outcome itself)
     shared: float = 0.5,  # share of the variance that belongs to weights in all tasks
 ) -> Question:
@@ -210,7 +210,7 @@ def made_up(
 @dataclass(frozen=True)
 class Elsewhere:
     "One look in another study."
-    study: str
+    study: str  # name of a study
     rho: float  # within blocks, NaN where it was not measured
     p: float  # one-sided, in the direction that was chosen
     needed: float  # rho that would have had p ≤ 0.05
@@ -221,8 +221,8 @@ def ask_again(
     asked: Question,  # of the other study, from `question` with halves=False
     look: Mapping,  # measure, place, when
     direction: float,  # sign of the correlation that is expected
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> Elsewhere:
     "Test a look that was chosen elsewhere."
     same = np.flatnonzero((asked.looks[LOOK] == pd.Series({k: look[k] for k in LOOK})).all(axis=1))
@@ -235,7 +235,9 @@ def ask_again(
                      direction * float(np.quantile(null, 0.95)), len(cells))
 
 # %% ../../nbs/8_analysis/18_which.ipynb #cf9307dc
-def look_words(look: Mapping) -> str:
+def look_words(
+    look: Mapping,  # how a run stands
+) -> str:
     "Name a look."
     where = "in the embedding" if look["place"] == "embed" else f"in the {look['place']} layer"
     when = {"end": "at the end", "best": "at the best epoch", "early": "early in training",
@@ -243,7 +245,7 @@ def look_words(look: Mapping) -> str:
     return f"{look['measure']} {where} {when}"
 
 def answer_words(
-    a: Answer,
+    a: Answer,  # scores or a mask
 ) -> str:
     "State which distance tells, or that none does."
     what = {"gain": "gain", "match": "match of pretraining and task"}[a.outcome]

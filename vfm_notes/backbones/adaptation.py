@@ -68,8 +68,8 @@ def outputs_agree(
     architecture: str,  # registered backbone
     state: dict[str, Tensor],  # for n channels
     fewer: dict[str, Tensor],  # for the chosen ones
-    n: int,
-    chosen: list[int],
+    n: int,  # channels
+    chosen: list[int],  # channels
 ) -> bool:  # do both networks see the same?
     "Compare two networks on noise."
     with torch.random.fork_rng(devices=[]):
@@ -85,7 +85,7 @@ def outputs_agree(
 def pick_channels(
     architecture: str,  # registered backbone
     state: dict[str, Tensor],  # for n channels
-    n: int,
+    n: int,  # channels wanted
     chosen: list[int],  # channels to keep, in their new order
 ) -> dict[str, Tensor] | None:  # None: this network cannot be taken apart so
     "Return the weights for some of the input channels, or for another order."
@@ -108,7 +108,7 @@ class InitialWeights:
     overlap: tuple[str, str] = field(default=("", ""), compare=False)  # of foundation.overlap, and why
 
 def adapt_channels(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
     state: dict[str, Tensor],  # by the plan
     sequences: tuple[str, ...],  # of the run
 ) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
@@ -136,7 +136,7 @@ def adapt_channels(
 
 # %% ../../nbs/3_backbones/05_adaptation.ipynb #23330acf
 def describe_scales(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
     size: tuple,  # of the run, voxels
     spacing: tuple,  # of the run, mm
 ) -> list[str]:  # what differs
@@ -157,7 +157,7 @@ def describe_scales(
 
 # %% ../../nbs/3_backbones/05_adaptation.ipynb #a48c0a2c
 def adapt_weights(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
     state: dict[str, Tensor],  # by the plan
     name: str,  # architecture.weights of the run
     sequences: tuple[str, ...],  # of the run, in its order

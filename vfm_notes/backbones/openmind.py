@@ -43,7 +43,7 @@ class Volumes(ReadBackbone):
     "A network for one-channel volumes `d h w` with the backbone protocol."
     def __init__(self,
                  name: str,  # registered name
-                 encoder: MapsAndVector,
+                 encoder: MapsAndVector,  # of the network
                  in_channels: int,  # sequences
                 ):
         super().__init__()

@@ -42,7 +42,7 @@ class OwnGrid:
 
 # %% ../../nbs/3_backbones/13_own_grid.ipynb #49400fdf
 def enter_grid(
-    grid: OwnGrid,
+    grid: OwnGrid,  # of the network
     x: Tensor,  # b c d h w, voxels of the study
 ) -> Tensor:  # b c d h w, own voxels
     "Resample a volume where voxels differ, and add zeros at the ends."
@@ -52,7 +52,7 @@ def enter_grid(
     return F.pad(x, (0, ends[2], 0, ends[1], 0, ends[0])) if any(ends) else x
 
 def leave_grid(
-    grid: OwnGrid,
+    grid: OwnGrid,  # of the network
     m: Tensor,  # b c d h w, a map of own cells
     level: int,  # of the pyramid, 0 is the finest
     study: Sequence[int],  # voxels (d, h, w)
@@ -66,7 +66,7 @@ def leave_grid(
 # %% ../../nbs/3_backbones/13_own_grid.ipynb #137cec79
 class OnOwnGrid(Backbone):
     "What a backbone does in another way when its grid is not the study's."
-    grid: OwnGrid
+    grid: OwnGrid  # of the network
 
     inside: bool = False  # a method of the network calls another one: the volume is on its grid already
 
@@ -103,7 +103,7 @@ def class_on_grid(
 
 # %% ../../nbs/3_backbones/13_own_grid.ipynb #76d92db7
 def published_scale(
-    card: BackboneCard,
+    card: BackboneCard,  # of the backbone
     size: Sequence[int],  # of the study, voxels (d, h, w)
     spacing: Sequence[float],  # of the study, mm
 ) -> tuple[float, ...]:  # own voxels per voxel of the study
@@ -138,14 +138,21 @@ def put_on_grid(
     take_grid(model, grid)
     return grid_notes(model, size)
 
-def take_grid(model: Backbone, grid: OwnGrid | None) -> None:  # model: changed in place; None: it stays as it is
+def take_grid(
+    model: Backbone,  # changed in place; None: it stays as it is
+    grid: OwnGrid | None,  # of the network; None: that of the study
+) -> None:
     "Let a backbone read on a grid, e.g. on that of another one."
     if grid is None: return
     model.__class__ = class_on_grid(type(model))
     model.grid, model.strides, model.ragged = grid, list(grid.steps), True  # it takes any size of the study
 
 # %% ../../nbs/3_backbones/13_own_grid.ipynb #1e4cf557
-def sides(values: Sequence[float]) -> str: return " x ".join(f"{v:g}" for v in values)  # as sentences have them
+# as sentences have them
+def sides(
+    values: Sequence[float],  # one per backbone
+) -> str:
+    return " x ".join(f"{v:g}" for v in values)
 
 def grid_notes(
     model: Backbone,  # on its own grid

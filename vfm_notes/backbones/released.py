@@ -73,15 +73,21 @@ def without_wrapper(
     "Take `module.` and `backbone.` off the names."
     return {"encoder.model." + re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in state.items()}
 
-def suprem_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def suprem_swin(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return the encoder of a Swin UNETR trained inside the universal model."
     return swin_keys({k.removeprefix("module."): v for k, v in state.items()})
 
-def suprem_segresnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def suprem_segresnet(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return the encoder of SuPreM's SegResNet."
     return {k: v for k, v in without_wrapper(state).items() if not re.search(r"\.(up_|conv_final)", k)}
 
-def genesis_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def genesis_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return the way down of Models Genesis' U-Net; running statistics are not used by it."
     return {k: v for k, v in without_wrapper(state).items() if re.search(r"\.down_tr\d+\..*\.(weight|bias)$", k)}
 
@@ -149,7 +155,9 @@ def dino_vit_3d(
     note="MRI, CT and PET of many organs; names of the publishing code; published for −1 to 1, read here at 0 to 1",
     **BY_NC_ND,
 )
-def dino_3d_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def dino_3d_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return 3DINO's backbone."
     return {f"encoder.model.{k}": v for k, v in dinov2_training(state).items()}
 
@@ -158,7 +166,9 @@ def dino_3d_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     file="MRI_CORE_vitb.pth", normalisation="unit_range",
     note="keys inferred: a DINOv2 training file by others' inspection; MRI slices at 0 to 1, 224 pixels",
 )
-def mri_core_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def mri_core_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return MRI-CORE's ViT."
     return hub_state(original_vit(dinov2_training(state)), "vit_base")
 mri_core_keys.fits = lambda state: any(re.match(r"(backbone\.)?blocks\.\d+\.\d+\.attn\.qkv", k) for k in state)
@@ -188,7 +198,9 @@ def register_stunet(
         note="CT, clipped and z-scored by nnU-Net, 1.5 mm inferred; names of the publishing code",
     )(stunet_keys)
 
-def stunet_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def stunet_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return STU-Net's encoder."
     return {
         f"encoder.model.{k}": v for k, v in state.items() if k.startswith("conv_blocks_context.")
@@ -270,14 +282,18 @@ def original_dinov2(
     return out
 
 # %% ../../nbs/3_backbones/14_released.ipynb #2cab77da
-def retfound_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def retfound_mae(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return the encoder of RETFound's masked autoencoder."
     kept = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token", "head.", "fc_norm."))}
     return hub_state(original_vit(kept), "vit_large")
 retfound_mae.fits = lambda state: is_hub_file(original_vit(state), "vit_large")
 retfound_mae.likeness = lambda state: hub_likeness(original_vit(state), "vit_large")
 
-def retfound_dino(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def retfound_dino(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return RETFound's DINOv2 teacher."
     return hub_state(original_dinov2(dinov2_training(state)), "dinov2_large")
 retfound_dino.fits = lambda state: is_hub_file(original_dinov2(dinov2_training(state)), "dinov2_large")
@@ -298,7 +314,9 @@ TRUNK = (
     (".mlp.layers.0.", ".mlp.proj_in."), (".mlp.layers.1.", ".mlp.proj_out."),
 )
 
-def medsam2_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def medsam2_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return the trunk of SAM 2's image encoder."
     out = {}
     for key, value in strip_prefix(state, "image_encoder.trunk.").items():

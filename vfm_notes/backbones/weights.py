@@ -83,7 +83,10 @@ def local_weights_card(
     )
 
 # registered, or here with a plan
-def known_weights(name: str) -> bool: return name in weights or local_weights_file(name) is not None
+def known_weights(
+    name: str,  # architecture.weights
+) -> bool:
+    return name in weights or local_weights_file(name) is not None
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #d1add3db
 def weights_card(
@@ -160,9 +163,17 @@ def check_licence(
     )
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #c98ede65
-def file_digest(path: Path) -> str: return file_hash(path)  # sha256, hex
+# sha256, hex
+def file_digest(
+    path: Path,  # a file
+) -> str:
+    return file_hash(path)
 
-def checksum_file(name: str) -> Path: return weights_file(name, "sha256")  # kept where the card has no checksum
+# kept where the card has no checksum
+def checksum_file(
+    name: str,  # registered weights
+) -> Path:
+    return weights_file(name, "sha256")
 
 def recorded_checksum(
     name: str,  # registered weights

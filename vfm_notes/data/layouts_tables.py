@@ -35,7 +35,9 @@ from ..foundation.registry import VfmError
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #28936ffd
 MSD_NAMES = {"T2": "t2w", "ADC": "adc"}  # other modalities keep their name, in small letters
 
-def msd_example(folder: Path) -> None:
+def msd_example(
+    folder: Path,  # a folder
+) -> None:
     "Write three labelled cases of two channels, and a test image."
     for i in range(3):
         case = toy_case(i, False)
@@ -84,7 +86,7 @@ def msd_index(
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #5508feac
 def msd_pairs(
     path: Path,  # dataset.json
-    index: dict,
+    index: dict,  # content of dataset.json
 ) -> list[tuple[Path, Path]]:  # image and label, absolute
     "Return the training cases; each must name an image and a label inside the folder."
     src, pairs = path.parent, index["training"]
@@ -166,7 +168,9 @@ def check_columns(
     return columns
 
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #f87b0908
-def format_columns(columns: dict[str, str]) -> str:
+def format_columns(
+    columns: dict[str, str],  # column → heading
+) -> str:
     "Write the option columns as it is typed."
     return "-o " + shlex.quote("columns=" + yaml.safe_dump(columns, default_flow_style=True, width=10**6,
         allow_unicode=True, sort_keys=False).strip())
@@ -185,7 +189,7 @@ def standard_name(
 
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #cc8a8620
 def map_headings(
-    rows: list[dict[str, str]],
+    rows: list[dict[str, str]],  # column → text, one a case
     columns: dict[str, str] | None,  # our name → heading
     path: Path,  # of the sheet, for messages
 ) -> list[dict[str, str]]:
@@ -202,7 +206,9 @@ def map_headings(
     return [{n: v for h, v in row.items() for n in names[h]} for row in rows]
 
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #9e0ddf37
-def table_example(folder: Path) -> None:
+def table_example(
+    folder: Path,  # a folder
+) -> None:
     "Write four cases in a sheet with our names, and one column more."
     rows = []
     for i in range(4):
@@ -292,8 +298,8 @@ def table_columns(
 
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #ccfb5b52
 def picture_columns(
-    rows: list[dict[str, str]],
-    sequences: tuple[str, ...],
+    rows: list[dict[str, str]],  # column → text, one a case
+    sequences: tuple[str, ...],  # in the order of the channels
     folder: Path,  # that paths are relative to
     found: list[str],  # problems so far; grows
 ) -> tuple[list[dict[str, str]], tuple[str, ...], tuple[float, float, float], str]:  # rows, sequences, spacing, a note
@@ -318,10 +324,10 @@ MISSING_VALUES = ("na", "n/a", "nan", ".", "-", "?")  # what other programs writ
 
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #c1dc2643
 def table_labels(
-    rows: list[dict[str, str]],
+    rows: list[dict[str, str]],  # column → text, one a case
     path: Path,  # of the sheet
     classes: tuple[str, ...],  # options of `table_manifest`
-    grades: tuple[str, ...],
+    grades: tuple[str, ...],  # in their order
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # classes, grades
     "Find the names of classes and grades, given or read from the sheet."
     have, classes, grades = list(rows[0]), parse_names("classes", classes), parse_names("grades", grades)
@@ -350,7 +356,7 @@ def table_manifest(
     sheet: str = "",  # name of the sheet
     classes: tuple[str, ...] = (),  # of the values of a label column, without background
     grades: tuple[str, ...] = (),  # names in order; () is those that occur, numbers as numbers
-    licence: str = "not stated",
+    licence: str = "not stated",  # as its owner states it
     name: str = "",  # of the cohort; "" is the folder's
     empty_labels: bool = False,  # whether a case may have nothing in any mask
     threshold: float | None = None,  # of masks that are no whole numbers: from here on it is the structure
@@ -373,7 +379,9 @@ def table_manifest(
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #d7af2544
 PROFOUND_GRADES = {"pirads": ("2", "3", "4", "5"), "result": ("0", "1"), "gleason": ("0", "1", "2", "3", "4")}
 
-def profound_example(folder: Path) -> None:
+def profound_example(
+    folder: Path,  # a folder
+) -> None:
     "Write four cases with PI-RADS and masks."
     rows = []
     for i in range(4):
@@ -456,7 +464,7 @@ def profound(
     src: Path,  # a sheet, or a folder with one; paths are relative to its folder
     grade: str = "",  # of PROFOUND_GRADES; "" is the only one that the sheet has
     sheet: str = "",  # name of the sheet
-    licence: str = "not stated",
+    licence: str = "not stated",  # as its owner states it
 ) -> Manifest:
     "Build the manifest of a sheet in ProFound's form."
     path, found = find_sheet(Path(src).absolute(), sheet), []

@@ -42,7 +42,9 @@ class NewCase:
     files: dict[str, str]  # sequence → address
 
 ENDINGS = (*VOLUME_SUFFIXES, *PICTURE_ENDINGS)
-def bare_name(address: str) -> str:
+def bare_name(
+    address: str,  # path, or archive#array
+) -> str:
     "Return a file's or folder's name without its ending."
     name = split_address(address)[0].resolve().name
     return next((name[:-len(e)] for e in ENDINGS if name.lower().endswith(e)), name)
@@ -70,7 +72,7 @@ def have_all(
                    f"name the files, e.g. {lacks[0]}=FILE.")
 
 def folder_files(
-    folder: Path,
+    folder: Path,  # a folder
     sequences: tuple[str, ...],  # that the network reads
 ) -> dict[str, str]:  # sequence → address
     "Find the images of a case in its folder: by the names of the sequences, or as its only DICOM series."
@@ -160,7 +162,9 @@ def new_cases(
     close()
     return check_names_of(cases)
 
-def check_names_of(cases: list[NewCase]) -> list[NewCase]:  # the same
+def check_names_of(
+    cases: list[NewCase],  # files of the cases
+) -> list[NewCase]:  # the same
     "Refuse cases whose answers would have the same name, or a name that no file can have."
     names = [c.name for c in cases]
     if not cases: raise VfmError("No case is named; give a scan, the folder of a case, or a sheet (.csv).")
@@ -176,7 +180,7 @@ def check_names_of(cases: list[NewCase]) -> list[NewCase]:  # the same
 @dataclass
 class PlacedCase:
     "A new case on a network's grid."
-    case: NewCase
+    case: NewCase  # files of the case
     volume: np.ndarray  # (c, d, h, w) float32, raw intensities
     inner: tuple[slice, slice, slice]  # (d, h, w) the part that lies as the training's grids did
     spacing: tuple[float, float, float]  # (d, h, w) mm of the grid
@@ -224,7 +228,7 @@ def stored_grid(
 # %% ../../nbs/1_data/23_new_cases.ipynb #b6cc0fb1
 def given_centre(
     centre: str | tuple[float, float, float],  # "" or middle: of the volume; x, y, z mm towards right, front, head
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
     file: str,  # for messages
 ) -> tuple[float, float, float]:  # physical point (left, back, head) mm
     "Return the point that a grid is centred on."
@@ -237,7 +241,7 @@ def given_centre(
     return tuple(point.tolist())
 
 def place_volumes(
-    case: NewCase,
+    case: NewCase,  # files of the case
     size: tuple[int, int, int],  # (d, h, w) voxels of the training's grid
     spacing: tuple[float, float, float],  # (d, h, w) mm
     centre: str | tuple[float, float, float] = "",  # see given_centre
@@ -256,7 +260,7 @@ def place_volumes(
 
 # %% ../../nbs/1_data/23_new_cases.ipynb #bf3b1144
 def place_pictures(
-    case: NewCase,
+    case: NewCase,  # files of the case
     size: tuple[int, int, int],  # (1, h, w) pixels
     middle: bool = False,  # the training kept the middle of a larger one
 ) -> PlacedCase:
@@ -269,7 +273,7 @@ def place_pictures(
                       shape=next(iter(shapes.values())), middle=middle)
 
 def place_case(
-    case: NewCase,
+    case: NewCase,  # files of the case
     sequences: tuple[str, ...],  # of the network
     pictures: bool,  # whether it was trained on pictures
     size: tuple[int, int, int], spacing: tuple[float, float, float],  # of its training
@@ -293,7 +297,7 @@ def place_case(
 # %% ../../nbs/1_data/23_new_cases.ipynb #e5cafeae
 def to_native(
     values: np.ndarray,  # (d, h, w) on the network's grid
-    placed: PlacedCase,
+    placed: PlacedCase,  # the case on the network's grid
     outside: float = 0.0,  # where a picture was cut off
 ) -> np.ndarray:  # (z, y, x) float32 in the order of the file; of a picture (1, h, w)
     "Bring a map back to the voxels of the scan."
@@ -310,7 +314,7 @@ def to_native(
     return resample(image, placed.native)
 
 def like_header(
-    placed: PlacedCase,
+    placed: PlacedCase,  # the case on the network's grid
 ) -> tuple[nib.Nifti1Header, np.ndarray]:  # header and affine (right, front, head)
     "Return the header of a case's first file; that of a NIfTI file is its own."
     path, _ = split_address(placed.first)
@@ -324,7 +328,7 @@ def like_header(
 
 def write_like(
     values: np.ndarray,  # (z, y, x) in the order of the file
-    placed: PlacedCase,
+    placed: PlacedCase,  # the case on the network's grid
     path: Path,  # .nii.gz
     kind: type = np.float32,  # of the numbers
 ) -> None:

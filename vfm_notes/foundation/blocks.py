@@ -67,7 +67,9 @@ def json_safe(
 # %% ../../nbs/0_foundation/07_blocks.ipynb #d589921d
 CHART_WIDTH = 640  # pixels: width in a notebook of a chart that takes all there is in the site
 
-def title_mapping(spec: dict) -> dict:  # spec: Vega-Lite specification
+def title_mapping(
+    spec: dict,  # Vega-Lite specification
+) -> dict:
     "Return the title of a chart as a mapping, however it was written; empty when there is none."
     title = spec.get("title") or {}
     return dict(title) if isinstance(title, dict) else {"text": title}
@@ -135,7 +137,7 @@ def chart_html(
 @dataclass(frozen=True)
 class Block:
     "A piece of HTML that a notebook shows when it is a cell's value."
-    html: str
+    html: str  # as a page shows it
 
     def _repr_html_(self) -> str: return self.html
     def __add__(self, other: "Block") -> "Block": return Block(self.html + other.html)
@@ -204,7 +206,7 @@ def link(
 # %% ../../nbs/0_foundation/07_blocks.ipynb #dd7de923
 def fold(
     title: str,  # what is inside
-    inner: Block,
+    inner: Block,  # what is folded
 ) -> Block:
     "Hide a long block behind its title."
     return Block(f'<details class="vfm-fold"><summary>{text(title)}</summary>{inner.html}</details>')
@@ -240,7 +242,9 @@ def stacked(
     return Block(f'{text(first)}<span class="vfm-under">{text(second)}</span>' if second else text(first))
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #66086dbb
-def is_missing(value: object) -> bool:
+def is_missing(
+    value: object,  # anything
+) -> bool:
     "Return whether a value is not there."
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -327,7 +331,9 @@ def table(
     )
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #27a245f5
-def plain_text(value: object) -> str:
+def plain_text(
+    value: object,  # anything
+) -> str:
     "Strip a Block of its tags, as a browser's text content would."
     import re
     return html.unescape(re.sub(r"<[^>]+>", "", value.html)) if isinstance(value, Block) else str(value)

@@ -26,7 +26,9 @@ def worst_overlap(
     "Return the worst of several answers."
     return min(found, key=lambda f: OVERLAPS.index(f[0]))
 
-def check_overlap(answers: Iterable[str]) -> tuple[str, ...]:  # answers: of OVERLAPS
+def check_overlap(
+    answers: Iterable[str],  # of OVERLAPS
+) -> tuple[str, ...]:
     "Refuse an answer that does not exist."
     for a in answers:
         if a not in OVERLAPS:

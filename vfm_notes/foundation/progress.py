@@ -29,7 +29,7 @@ def start_bar(
 
 # %% ../../nbs/0_foundation/12_progress.ipynb #ec42b757
 def track_progress(
-    items: Iterable,
+    items: Iterable,  # counted
     what: str,  # the work, for people
     patience: float = 2.0,  # seconds before a bar appears
     total: int | None = None,  # items; None: as many as `items` has
@@ -48,7 +48,7 @@ def track_progress(
 # %% ../../nbs/0_foundation/12_progress.ipynb #94343424
 def send_answers(
     function: Callable,  # of an item
-    items: list,
+    items: list,  # one or more
     pipe,  # multiprocessing.connection.Connection
     inherited: list,  # ends that only the parent reads; open here, they would hide that it is gone
 ) -> None:
@@ -75,7 +75,7 @@ SHARED_FROM = 64  # items below which one process is as fast
 
 def map_items(
     function: Callable,  # of an item
-    items: list,
+    items: list,  # one or more
     what: str,  # the work, for people
     processes: int | None = None,  # None: one for each core
 ) -> list:  # the answers, in the order of the items

@@ -40,7 +40,7 @@ class Steps:
     "How the steps of a training are taken."
     epochs: Wait = 8  # 0: none
     lr: Rate = 1e-3  # peak learning rate
-    weight_decay: Decay = 0.05
+    weight_decay: Decay = 0.05  # of AdamW
     warmup: Share = 0.1  # share of the steps
     schedule: Schedule = "cosine"  # after the warm-up: cosine or constant
     precision: Precision = "no"  # no (32 bit), bf16 or fp16
@@ -55,13 +55,13 @@ class AveragedSteps(Steps):
 @dataclass(frozen=True, kw_only=True)
 class Training(Steps):
     "Steps over batches of cases."
-    batch_size: BatchSize = 4
+    batch_size: BatchSize = 4  # cases at a time
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #4a67adf5
 @dataclass(frozen=True, kw_only=True)
 class Budget(Training):
     "What every run of a study may spend, the same for all backbones."
-    epochs: Epochs = 8
+    epochs: Epochs = 8  # passes over the training cases
     patience: Wait = 0  # epochs without a better validation score until it stops; 0: never
     keep: Kept = "last"  # weights that are tested: last, or best on the validation cases
     checkpointing: bool = False  # compute the encoder's blocks twice: less memory, more time
@@ -82,13 +82,14 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class SplitSource(Source):
     "Cases in splits."
+    # split → number of cases
     cases: dict[Split, Count] = field(default_factory=lambda: {"pretrain": 64, "train": 24, "val": 12, "test": 48})
-    seed: Seed = 0
+    seed: Seed = 0  # of the random numbers; the same seed gives the same result
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource(Source):
     "Cases of a task."
-    task: Name = "segmentation"
+    task: Name = "segmentation"  # name of a task
     window: Window = ()  # voxels, d h w: train on random pieces, predict by sliding windows; empty: whole volumes
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #4dc87111
@@ -140,19 +141,21 @@ Spec = PretrainSpec | RunSpec | ExternalSpec
 UNHASHED_FIELDS = {"probe_every"}  # fields that change no weights: never part of a name
 
 def canonical_text(
-    spec: Spec,
+    spec: Spec,  # what the run is
 ) -> str:  # JSON with sorted keys and lists for tuples
     "Write a spec as text that depends on its values only."
     values = {k: v for k, v in vars(spec).items() if k not in UNHASHED_FIELDS}
     plugins = {Path(place).name: code for place, code in values.pop("plugins").items()}  # wherever they lie
     return json.dumps({"kind": spec.kind} | values | ({"plugins": plugins} if plugins else {}), sort_keys=True)
 
-def file_name(text: str) -> str:  # text: what is shown
+def file_name(
+    text: str,  # what is shown
+) -> str:
     "Make as much of a text as a file can be called."
     return re.sub(r"[^A-Za-z0-9_.=+-]+|\.{2,}", "_", text)[:120]
 
 def run_id(
-    spec: Spec,
+    spec: Spec,  # what the run is
 ) -> str:  # e.g. segmentation-profound_toy.mae_phantom-full-n24-s0-1a2b3c4d
     "Return the name under which a run's record is stored."
     tail = hashlib.sha256(canonical_text(spec).encode()).hexdigest()[:8]
@@ -173,20 +176,20 @@ Tried = Annotated[list[Any], Meta(min_length=1), check_distinct]
 @dataclass(frozen=True)
 class StudySpec:
     "A study file: axes, cohort, budget."
-    name: Name
-    title: Word
-    cohort: Word
-    size: Size
-    spacing: Spacing
+    name: Name  # becomes a file or folder
+    title: Word  # what readers see
+    cohort: Word  # registered, or a folder with a manifest
+    size: Size  # voxels, (d, h, w)
+    spacing: Spacing  # mm, (d, h, w)
     cases: dict[Split, Count]  # split → number of cases; 0 everywhere: all of a cohort on disk
     backbones: Annotated[list[WeightsName], Meta(min_length=1), check_distinct]  # architecture.weights
     tasks: Annotated[dict[Name, Options], Meta(min_length=1)]  # task → its options
     strategies: Annotated[list[Strategy], Meta(min_length=1), check_distinct]  # with their options, e.g. "lora rank=8"
-    seeds: Annotated[list[Seed], Meta(min_length=1), check_distinct]
+    seeds: Annotated[list[Seed], Meta(min_length=1), check_distinct]  # one for each repetition
     pretrain: dict[Name, Options] = field(default_factory=dict)  # weights → fields of PretrainSpec, expected
     n_train: Annotated[list[Count], check_distinct] = field(default_factory=list)  # sizes; empty: cases['train']
     specialists: dict[Name, WeightsName] = field(default_factory=dict)  # task → a network made for it
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = field(default_factory=Budget)  # of every run
     external: Options = field(default_factory=dict)  # {cohort, task}: another cohort to try tuned runs on
     licences: list[Word] = field(default_factory=list)  # non-commercial licences accepted by name
     bad_cases: BadCases = "refuse"  # or exclude: run without cases that cannot be used, and list them
@@ -211,9 +214,15 @@ class StudySpec:
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #83337b25
 SPLITS = ("pretrain", "train", "val", "test")
-def has_several(value) -> list: return value if isinstance(value, list) else [value]  # a value as a list
+# a value as a list
+def has_several(
+    value,  # one, or a list
+) -> list:
+    return value if isinstance(value, list) else [value]
 
-def check_axes(study: StudySpec) -> None:
+def check_axes(
+    study: StudySpec,  # the study
+) -> None:
     "Raise where the axes of a study do not agree."
     for what in ("strategies", "divergences"): check_distinct(getattr(study, what), what)  # however they are written
     for what in ("tasks", "pretrain"):
@@ -242,7 +251,9 @@ def check_axes(study: StudySpec) -> None:
                 raise VfmError(f"leave_out[{i}].{axis} is {lost[0]!r}, which the study does not have: {axes[axis]}.")
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #ced22e8a
-def check_folds(study: StudySpec) -> None:
+def check_folds(
+    study: StudySpec,  # the study
+) -> None:
     "Refuse a cross-validation that cannot be."
     if study.folds == 1:
         raise VfmError("folds is 1, expected 0 (none) or at least 2, e.g. 5: each part of the cases is tested once.")
@@ -254,7 +265,9 @@ def check_folds(study: StudySpec) -> None:
                        "make a second study for the external cohort.")
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #f4d55a52
-def check_study(study: StudySpec) -> None:
+def check_study(
+    study: StudySpec,  # the study
+) -> None:
     "Raise where the fields of a study do not agree."
     check_axes(study)
     check_search(study)
@@ -272,7 +285,9 @@ def check_study(study: StudySpec) -> None:
 # %% ../../nbs/0_foundation/04_spec.ipynb #d35bc1cc
 MOST_RUNS = 20_000
 
-def count_runs(study: StudySpec) -> dict[str, int]:  # axis → how many values, and the runs under "runs"
+def count_runs(
+    study: StudySpec,  # the study
+) -> dict[str, int]:  # axis → how many values, and the runs under "runs"
     "Count the runs of a study, before anything is left out."
     points = prod(map(len, study.search.values()))
     parts = max(study.folds, 1)
@@ -288,7 +303,9 @@ def count_runs(study: StudySpec) -> dict[str, int]:  # axis → how many values,
         | {"pretrainings": made, "runs": (prod(each.values()) + len(study.specialists)) * prod(beside.values()) + made}
     )
 
-def check_counts(study: StudySpec) -> None:
+def check_counts(
+    study: StudySpec,  # the study
+) -> None:
     "Refuse a study that is too large to be meant."
     counts = count_runs(study)
     if (runs := counts.pop("runs")) <= MOST_RUNS: return
@@ -334,7 +351,7 @@ def study_from_values(
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #9e6ab719
 def expectations(
-    study: StudySpec,
+    study: StudySpec,  # the study
     weights: str,  # a name of its `pretrain`
 ) -> dict[str, str]:  # task → gain or none
     "Return what is expected of weights, checked."
@@ -353,7 +370,9 @@ def expectations(
     return found
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #319a7d05
-def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
+def pretrain_specs(
+    study: StudySpec,  # the study
+) -> list[PretrainSpec]:
     "Return one spec for each set of weights that the study makes itself."
     common = {
         "cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases,
@@ -385,7 +404,7 @@ def pretrain_specs(study: StudySpec) -> list[PretrainSpec]:
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #aa35c8cf
 def check_search(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> None:
     "Refuse a search that is too large, or whose values the budget could not have."
     for key, values in study.search.items():
@@ -400,12 +419,16 @@ def check_search(
                        "out there.")
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #2af307d7
-def search_settings(study: StudySpec) -> list[dict]:  # field → value; one empty setting where nothing is searched
+def search_settings(
+    study: StudySpec,  # the study
+) -> list[dict]:  # field → value; one empty setting where nothing is searched
     "Return every point of the search."
     return [dict(zip(study.search, values)) for values in product(*study.search.values())]
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #89af567b
-def run_specs(study: StudySpec) -> list[RunSpec]:
+def run_specs(
+    study: StudySpec,  # the study
+) -> list[RunSpec]:
     "Return every point of the study's grid."
     parents, parts = {s.backbone: run_id(s) for s in pretrain_specs(study)}, range(max(study.folds, 1))
     common = {
@@ -447,7 +470,9 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
     ]
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #dae6985e
-def external_fields(study: StudySpec) -> ExternalSpec:
+def external_fields(
+    study: StudySpec,  # the study
+) -> ExternalSpec:
     "Return what all external specs of a study have in common."
     common = {
         "size": study.size, "spacing": study.spacing, "bad_cases": study.bad_cases, "window": study.window,
@@ -459,7 +484,9 @@ def external_fields(study: StudySpec) -> ExternalSpec:
                        f"({', '.join(study.tasks)}).")
     return base
 
-def external_specs(study: StudySpec) -> list[ExternalSpec]:
+def external_specs(
+    study: StudySpec,  # the study
+) -> list[ExternalSpec]:
     "Return one spec for each backbone whose tuned runs are tried on the external cohort."
     if not study.external: return []
     base, parents = external_fields(study), {}

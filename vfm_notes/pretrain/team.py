@@ -19,7 +19,10 @@ from ..foundation.registry import VfmError
 # %% ../../nbs/4_pretrain/01_team.ipynb #ef659078
 class DistributedContext:
     "The processes of a training, as one of them sees them."
-    def __init__(self, accelerator):  # accelerate's Accelerator
+    def __init__(
+        self,
+        accelerator,  # accelerate's Accelerator
+    ):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
         self.main, self.seed = self.rank == 0, torch.initial_seed()  # the first looks, writes and decides
 

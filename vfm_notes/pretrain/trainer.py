@@ -78,7 +78,9 @@ def microbatches(
     n = len(next(iter(batch.values())))
     for i in range(0, n, size): yield {k: v[i:i + size] for k, v in batch.items()}, min(size, n - i) / n
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(
+    error: BaseException,  # what was raised
+) -> bool:
     "Return whether an error is what torch raises when a device, or this machine, has no memory left."
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -91,14 +93,20 @@ class Diverged(VfmError):
 
 class LossModule(nn.Module):
     "A module and its loss as one forward pass, which is what accelerate prepares."
-    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]]):
+    def __init__(
+        self,
+        module: nn.Module,  # a network
+        loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]],  # network, batch → loss, parts of it
+    ):
         super().__init__()
         self.module, self.loss = module, loss
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]: return self.loss(self.module, batch)
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #52c71afb
-def use_deterministic(on: bool) -> None:
+def use_deterministic(
+    on: bool,  # whether to be deterministic
+) -> None:
     "Switch kernels that give the same every time on or off."
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
     torch.use_deterministic_algorithms(on, warn_only=True)
@@ -129,7 +137,7 @@ def make_accelerator(
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #f21e9e0c
 def average_weights(
-    module: nn.Module,
+    module: nn.Module,  # a network
     ema: float,  # decay of the average per step, 0 to 1
 ) -> torch.optim.swa_utils.AveragedModel:  # a copy
     "Average a module's weights exponentially over the steps."
@@ -144,8 +152,8 @@ class Trainer:
         module: nn.Module,  # trained in place
         # (module, batch) → loss, parts for the curves
         loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]],
-        loader: Loader,
-        recipe: TrainConfig,
+        loader: Loader,  # of the training cases
+        recipe: TrainConfig,  # optimiser and schedule
         groups: list[dict] | None = None,  # parameter groups; None: see `parameter_groups`
     ):
         check_accumulation(module, recipe.accumulate)
@@ -323,7 +331,7 @@ class Checkpointer:
     key: str = ""  # run id
     minutes: float = 10.0  # between two checkpoints
     stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
-    last: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)  # when it was last done, seconds
     hurried: bool = False  # is there a checkpoint since the stop was requested?
     told: float = -math.inf  # when the curves were written
 
@@ -346,7 +354,11 @@ class Checkpointer:
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #71ffd600
 # spec: of the run; minutes: between two checkpoints
-def make_checkpointer(study: str, spec, minutes: float = 10.0) -> Checkpointer:
+def make_checkpointer(
+    study: str,  # name of a study
+    spec,  # what a run is
+    minutes: float = 10.0,  # wall time
+) -> Checkpointer:
     "Make the checkpoint writer of a run of a study; in a batch it reacts to SIGTERM."
     if os.environ.get("VFM_JOB"): install_handlers()
     return Checkpointer(
@@ -368,7 +380,7 @@ def load_progress(
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #47c4155a
 def train(
-    trainer: Trainer,
+    trainer: Trainer,  # network, data and optimiser
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
     rows: list,  # curves before training, changed in place: (epoch, seconds, name, value)
     keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
@@ -409,7 +421,11 @@ def train(
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #8fb98f75
 # losses
-def run_guarded_epoch(trainer: Trainer, between: Callable[[], None], keeper: Checkpointer) -> dict[str, float]:
+def run_guarded_epoch(
+    trainer: Trainer,  # network, data and optimiser
+    between: Callable[[], None],  # called after every step
+    keeper: Checkpointer,  # saves on the way
+) -> dict[str, float]:
     "Run an epoch; write the last good weights when it ends in no number."
     try: return trainer.run_epoch(between)
     except Diverged as error:

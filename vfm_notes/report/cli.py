@@ -38,7 +38,9 @@ app.command("compare")(compare_command)
 app.command("predict")(predict_command)
 
 # %% ../../nbs/9_report/20_cli.ipynb #b9534bc2
-def show_version(asked: bool) -> None:  # asked: whether --version was given
+def show_version(
+    asked: bool,  # whether --version was given
+) -> None:
     "Print the version and leave."
     if not asked: return
     from vfm_notes import __version__
@@ -117,7 +119,9 @@ def choose_gpus(
     if gpus: os.environ["VFM_GPUS"] = gpus
 
 # %% ../../nbs/9_report/20_cli.ipynb #67c89743
-def choose_loggers(names: str) -> None:  # names: --log-to
+def choose_loggers(
+    names: str,  # --log-to
+) -> None:
     "Choose where finished runs are also logged, in all processes of the batch."
     import os
     from vfm_notes.foundation.loggers import chosen_loggers
@@ -126,21 +130,21 @@ def choose_loggers(names: str) -> None:  # names: --log-to
 # %% ../../nbs/9_report/20_cli.ipynb #d8f18a6e
 @app.command()
 def run(
-    study: Study,
+    study: Study,  # name of a study, or its file
     jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks at a time; default: one for each core.")] = None,
     executor: Annotated[str, typer.Option(help="Where the notebooks run: local or slurm.")] = "local",
-    only: OnlyOption = None,
+    only: OnlyOption = None,  # parts of the study
     seeds: Annotated[str | None, typer.Option(help="Some of the seeds, e.g. 0-4,7.")] = None,
-    shard: ShardOption = None,
+    shard: ShardOption = None,  # I/N, one of N parts
     max_hours: Annotated[float | None, typer.Option(min=0, help="Start no notebook after this time.")] = None,
-    time_limit: TimeLimitOption = None,
+    time_limit: TimeLimitOption = None,  # minutes that one run may take
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute failed runs again.")] = False,
-    templates: TemplatesOption = None,
+    templates: TemplatesOption = None,  # folder with one's own templates
     engine: Annotated[str, typer.Option(help="How notebooks start: forked (fast) or plain.")] = "forked",
-    profile: ProfileOption = None,
-    gpus: GpusOption = "",
-    log_to: LogOption = "",
+    profile: ProfileOption = None,  # file with local settings
+    gpus: GpusOption = "",  # at once
+    log_to: LogOption = "",  # trackers that get the curves
 ) -> None:
     "Compute what the study has not got yet."
     from vfm_notes.runs.batch import run_study
@@ -162,7 +166,10 @@ def run(
     raise typer.Exit(summary.status)
 
 # %% ../../nbs/9_report/20_cli.ipynb #9a044776
-def print_summary(summary, typed: str = "") -> None:  # typed: the study as the user named it; "": its name
+def print_summary(
+    summary,  # what a batch did
+    typed: str = "",  # the study as the user named it; "": its name
+) -> None:
     "Print the last lines of `vfm run`."
     from vfm_notes.runs.watch import format_duration
     # a skipped notebook is one run
@@ -186,12 +193,18 @@ def print_summary(summary, typed: str = "") -> None:  # typed: the study as the 
               f"{format_duration(summary.seconds)}.")
 
 # %% ../../nbs/9_report/20_cli.ipynb #e54f6486
-def again_command(typed: str) -> str:  # typed: the study as the user named it
+def again_command(
+    typed: str,  # the study as the user named it
+) -> str:
     "Write the command that computes failed runs again, with the options that the user gave."
     words = sys.argv[1:] if sys.argv[1:2] == ["run"] and typed in sys.argv else ["run", typed]
     return shlex.join(["vfm", *words, *(["--retry-failed"] if "--retry-failed" not in words else [])])
 
-def failures(summary, shown: int = 10, typed: str = "") -> list[str]:  # shown: of each kind, a table lists the rest
+def failures(
+    summary,  # what a batch did
+    shown: int = 10,  # of each kind, a table lists the rest
+    typed: str = "",  # the study as it was typed
+) -> list[str]:
     "List what failed, one line each, not too many."
     lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
     if len(summary.failed) > shown:
@@ -204,8 +217,15 @@ def failures(summary, shown: int = 10, typed: str = "") -> list[str]:  # shown: 
     return lines
 
 # %% ../../nbs/9_report/20_cli.ipynb #981d5ae7
-def show_plan(study: str, only, templates: Path | None, retry: bool, part: str | None = None,
-              executor: str = "local", profile: Path | None = None) -> None:
+def show_plan(
+    study: str,  # name of a study
+    only,  # parts of the study
+    templates: Path | None,  # folder with one's own templates
+    retry: bool,  # whether failed runs are tried again
+    part: str | None = None,  # I/N, one of N parts
+    executor: str = "local",  # name of the executor
+    profile: Path | None = None,  # file with local settings
+) -> None:
     "Show the plan, without doing anything."
     from vfm_notes.foundation.plugins import plugin_lines
     from vfm_notes.foundation.spec import load_study
@@ -242,7 +262,10 @@ def show_plan(study: str, only, templates: Path | None, retry: bool, part: str |
               f"shell:\n\n{job_script(slurm_settings(spec.slurm, profile), len(todo))}")
 
 # %% ../../nbs/9_report/20_cli.ipynb #15865b57
-def job_line(look, width: int) -> str:  # a watch.Look; width of the name's column
+def job_line(
+    look,  # states of the jobs
+    width: int,  # characters
+) -> str:  # a watch.Look; width of the name's column
     "Describe in one line how a job stands."
     from vfm_notes.runs.grid import count_states, job_state
     from vfm_notes.runs.watch import format_duration
@@ -253,7 +276,10 @@ def job_line(look, width: int) -> str:  # a watch.Look; width of the name's colu
     return f"{mark:8}{look.job.name:{width}} {counts}{more}"
 
 # %% ../../nbs/9_report/20_cli.ipynb #3a68ba98
-def look_lines(looks: list, over: bool) -> list[str]:  # looks: watch.JobStatus of each job; over: all is done
+def look_lines(
+    looks: list,  # watch.JobStatus of each job; over: all is done
+    over: bool,  # whether the study is done
+) -> list[str]:
     "Describe how jobs stand, one line each; of a study that is done, only the exceptions."
     from vfm_notes.runs.grid import job_state
     width = max((len(k.job.name) for k in looks), default=0)
@@ -261,7 +287,10 @@ def look_lines(looks: list, over: bool) -> list[str]:  # looks: watch.JobStatus 
 
 # %% ../../nbs/9_report/20_cli.ipynb #aa325c29
 # spec: of the study; typed: as the user named it → lines, exit status, whether anything still runs or waits
-def status_lines(spec, typed: str = "") -> tuple[list[str], int, bool]:
+def status_lines(
+    spec,  # the study
+    typed: str = "",  # the study as it was typed
+) -> tuple[list[str], int, bool]:
     "Describe how a study stands now."
     from vfm_notes.foundation.quantity import format_count
     from vfm_notes.runs.batch import count_records
@@ -294,7 +323,7 @@ def status_lines(spec, typed: str = "") -> tuple[list[str], int, bool]:
 # %% ../../nbs/9_report/20_cli.ipynb #243010a7
 @app.command()
 def status(
-    study: Study,
+    study: Study,  # name of a study, or its file
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until all is done, or Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 5.0,
 ) -> None:
@@ -320,7 +349,9 @@ def status(
     raise typer.Exit(code)
 
 # %% ../../nbs/9_report/20_cli.ipynb #d8d92ecf
-def wanted_gains(words: list[str]) -> dict[str, float]:  # task or metric → gain; "" for all
+def wanted_gains(
+    words: list[str],  # to be joined
+) -> dict[str, float]:  # task or metric → gain; "" for all
     "Read what --gain says."
     found = {}
     for word in words:
@@ -332,7 +363,9 @@ def wanted_gains(words: list[str]) -> dict[str, float]:  # task or metric → ga
             ) from None
     return found
 
-def primary_metrics(spec) -> dict[str, str]:  # spec: of the study; task → metric
+def primary_metrics(
+    spec,  # of the study; task → metric
+) -> dict[str, str]:
     "Return the metric that each task's gains are computed on."
     import vfm_notes.tune.catalog
     from vfm_notes.foundation.plugins import load_plugins
@@ -343,7 +376,7 @@ def primary_metrics(spec) -> dict[str, str]:  # spec: of the study; task → met
 # %% ../../nbs/9_report/20_cli.ipynb #e16065f4
 @app.command("plan")
 def plan_study(
-    study: Study,
+    study: Study,  # name of a study, or its file
     gain: Annotated[
         list[str] | None,
         typer.Option(help="The gain to be seen: 2, or for a task or metric, e.g. dice=2 (points), psnr=0.3 (dB)."),
@@ -375,7 +408,7 @@ def plan_study(
 # %% ../../nbs/9_report/20_cli.ipynb #b4607401
 @app.command()
 def site(
-    study: Study,
+    study: Study,  # name of a study, or its file
     renderer: Annotated[str, typer.Option(help="auto, quarto or smalldocs.")] = "auto",
     pseudonyms: Annotated[
         bool,

@@ -72,7 +72,10 @@ REMOTE = re.compile(
 
 # %% ../../nbs/9_report/04_convert.ipynb #a918ae56
 # a notebook's source or text as one string
-def join_lines(value: str | list) -> str: return "".join(value) if isinstance(value, list) else value
+def join_lines(
+    value: str | list,  # text, or its lines
+) -> str:
+    return "".join(value) if isinstance(value, list) else value
 
 # %% ../../nbs/9_report/04_convert.ipynb #9b588214
 def to_html_output(
@@ -94,7 +97,10 @@ def shorten_text(
 
 # %% ../../nbs/9_report/04_convert.ipynb #b46ff2f2
 # printed text as a notebook's output
-def stream_text(content: str) -> dict: return {"output_type": "stream", "name": "stdout", "text": content}
+def stream_text(
+    content: str,  # of an output
+) -> dict:
+    return {"output_type": "stream", "name": "stdout", "text": content}
 
 # %% ../../nbs/9_report/04_convert.ipynb #f7fb7e80
 def convert_output(
@@ -135,7 +141,9 @@ def convert_output(
     return [out | {"data": shown}] if shown else []
 
 # %% ../../nbs/9_report/04_convert.ipynb #1f6454f7
-def join_traceback(traceback: list[str]) -> list[str]:
+def join_traceback(
+    traceback: list[str],  # lines, with colours
+) -> list[str]:
     "Keep the end of a long traceback, where the error is."
     return traceback if len("".join(traceback)) <= LIMIT["text"] else ["…"] + traceback[-6:]
 

@@ -42,7 +42,9 @@ SEED_LINES, EPOCHS = 12, 60  # with lines of their own in a panel; on a line
 
 BACKBONES = 3  # in a panel, with a line for each seed
 
-def each_seed(curves: pd.DataFrame) -> bool:
+def each_seed(
+    curves: pd.DataFrame,  # rows of loss and scores: epoch, seconds, name, value
+) -> bool:
     "Return whether every seed has a line of its own."
     few = curves["strategy"].nunique() < 3 and curves["backbone"].nunique() <= BACKBONES
     return few and curves["seed"].nunique() <= SEED_LINES
@@ -58,7 +60,9 @@ def fewer_epochs(
         else curves[curves["epoch"].isin(known[np.linspace(0, len(known) - 1, EPOCHS).round().astype(int)])]
     )
 
-def seed_words(curves: pd.DataFrame) -> str:
+def seed_words(
+    curves: pd.DataFrame,  # rows of loss and scores: epoch, seconds, name, value
+) -> str:
     "Describe what the lines are, for a caption."
     n, epochs = curves["seed"].nunique(), curves["epoch"].nunique()
     said = f"{n} seeds (thin), mean (thick)" if each_seed(curves) else f"mean of {n} seeds"
@@ -130,7 +134,7 @@ def trajectories(
     metrics: dict[str, str],  # task → its primary metric
     title: str,  # what was found
     subtitle: str,  # n
-    layer: str = "embed",
+    layer: str = "embed",  # name of a layer
 ) -> alt.FacetChart:
     "Draw validation score against distance, epoch by epoch, mean over seeds."
     data = pair_curves(curves, metrics, layer)

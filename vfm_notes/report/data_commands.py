@@ -57,7 +57,7 @@ def data_list() -> None:
 
 # %% ../../nbs/9_report/17_data_commands.ipynb #4f861791
 def layout_options(
-    layout: str,
+    layout: str,  # registered layout
     options: list[str],  # "key=value", values as in YAML
 ) -> dict:
     "Check the options of a layout against its function."
@@ -100,7 +100,9 @@ def data_import(
     print(f"Next: vfm data check {dest}. In a study file: cohort: {dest.resolve()}")
 
 # %% ../../nbs/9_report/17_data_commands.ipynb #f2836e65
-def study_cohort(name: str):  # → Cohort
+def study_cohort(
+    name: str,  # → Cohort
+):
     "Load a cohort as a study would."
     from vfm_notes.data.load import load_cohort
     from vfm_notes.foundation.places import shipped_studies
@@ -112,7 +114,9 @@ def study_cohort(name: str):  # → Cohort
     few = {} if cohorts.card(name).get("plan") else {"train": 4, "test": 4}  # of a made cohort
     return load_cohort(name, grid.size, grid.spacing, like.cases if like else few)
 
-def manifest_here(name: str):  # → Manifest, or None for a registered cohort
+def manifest_here(
+    name: str,  # → Manifest, or None for a registered cohort
+):
     "Read the manifest of a cohort on disk; an unknown name is an error."
     from vfm_notes.data.load import cohort_maker, manifest_of
     from vfm_notes.foundation.registry import cohorts
@@ -121,7 +125,9 @@ def manifest_here(name: str):  # → Manifest, or None for a registered cohort
 
 # %% ../../nbs/9_report/17_data_commands.ipynb #4b22e1be
 @data_app.command("describe")
-def data_describe(name: Named) -> None:
+def data_describe(
+    name: Named,  # a study, a cohort or a folder
+) -> None:
     "Show a cohort's card and splits."
     from dataclasses import asdict
 
@@ -140,7 +146,9 @@ def data_describe(name: Named) -> None:
         )
 
 # %% ../../nbs/9_report/17_data_commands.ipynb #989b5920
-def found_in(name: str) -> tuple[int, list[str]]:  # cases, problems
+def found_in(
+    name: str,  # of the file or folder
+) -> tuple[int, list[str]]:  # cases, problems
     "List everything that is wrong with a cohort."
     from vfm_notes.data.cache import plan_problems
     from vfm_notes.data.cohort import cohort_problems
@@ -157,7 +165,9 @@ def found_in(name: str) -> tuple[int, list[str]]:  # cases, problems
     return len(plan.sources), plan_problems(plan)
 
 @data_app.command("check")
-def data_check(name: Named) -> None:
+def data_check(
+    name: Named,  # a study, a cohort or a folder
+) -> None:
     "Open every file of a cohort and list all that is wrong."
     n, found = found_in(name)
     for problem in found: print(problem)

@@ -72,7 +72,7 @@ def seed_rows(
 
 # %% ../../nbs/9_report/22_drawers.ipynb #8e75898f
 def same_case(
-    tables: Tables,
+    tables: Tables,  # of the study
     runs: dict[str, pd.Series],  # caption → run; the first one gives input and target
     shown: dict,  # run id → what its record says of its pictures
 ) -> str:  # an SVG; "" where no pictures were kept
@@ -104,14 +104,16 @@ def shown_cases(
     "Find which case each run kept pictures of."
     return {id: r["shown"] for id, r in records.items() if r.get("shown")}
 
-def validation_curves(tables: Tables) -> pd.DataFrame:
+def validation_curves(
+    tables: Tables,  # of the study
+) -> pd.DataFrame:
     "Return the curves of every run's primary metric on the validation cases."
     primary = tables.curves.id.map(tables.done().set_index("id").metric).astype(str)
     return tables.curves[tables.curves.name == "val_" + primary]
 
 # %% ../../nbs/9_report/22_drawers.ipynb #e772314f
 def drawers(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table, against scratch
     pages: dict[str, str],  # from notebook_pages
     records: dict[str, dict],  # by run id
@@ -143,7 +145,7 @@ def drawers(
 
 # %% ../../nbs/9_report/22_drawers.ipynb #68add6c8
 def overview_case(
-    tables: Tables,
+    tables: Tables,  # of the study
     best: pd.DataFrame,  # from best_cells
     records: dict[str, dict],  # by run id
 ) -> Block:  # empty where no run kept pictures

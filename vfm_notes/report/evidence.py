@@ -91,7 +91,7 @@ MOMENTS = {
 def distances_at(
     d2p: pd.DataFrame,  # from analysis.tables.d2p_table
     moments: pd.DataFrame,  # from analysis.tables.moments_table
-    layer: str = "embed",
+    layer: str = "embed",  # name of a layer
 ) -> pd.DataFrame:  # task, backbone, strategy, when, value, low, high, n_seeds
     "Return the mean and 95 % interval over seeds at each moment."
     both = pd.concat([t for t in (d2p.assign(when="end"), moments) if len(t)] or [d2p.assign(when="end")])
@@ -212,7 +212,7 @@ def _plan_panel(own: pd.DataFrame, more: str, task: str, unit: str) -> alt.Layer
 
 # %% ../../nbs/9_report/03_evidence.ipynb #a13c5c7c
 def save_plan(
-    made: Plan,
+    made: Plan,  # from plan
     path: Path,  # ends in .html or .png
 ) -> None:
     "Write a plan as a picture, or as a page of its own with its words and table."

@@ -24,15 +24,24 @@ from ..foundation.quantity import format_count, describe_value, metric_card, rou
 from ..foundation.show import PALETTE, colours
 
 # %% ../../nbs/9_report/01_figures.ipynb #927b1c77
-def readable_name(name: str) -> str: return str(name).replace("_", " ")  # a name without underscores
+# a name without underscores
+def readable_name(
+    name: str,  # as the registry has it
+) -> str:
+    return str(name).replace("_", " ")
 
 # e.g. "2 tasks"
-def count_words(items: Iterable, one: str, many: str) -> str: return f"{len(items)} {one if len(items) == 1 else many}"
+def count_words(
+    items: Iterable,  # counted
+    one: str,  # the word for one
+    many: str,  # the word for several
+) -> str:
+    return f"{len(items)} {one if len(items) == 1 else many}"
 
 
 def metric_words(
     metric: str,  # name of a metric
-    unit: str = "",
+    unit: str = "",  # of the values
 ) -> str:  # e.g. "PSNR, dB"
     "Write a metric with its unit."
     return ", ".join(filter(None, (readable_name(metric_card(metric).title), unit)))
@@ -86,7 +95,7 @@ def order_rows(
 # %% ../../nbs/9_report/01_figures.ipynb #6f6e458e
 def backbone_colour(
     names: Iterable[str],  # backbones in the study's order
-    legend: bool = True,
+    legend: bool = True,  # whether to draw it
 ) -> alt.Color:  # encoding of the field `backbone`
     "Colour by backbone, the same in every figure."
     scale = colours(names)
@@ -102,7 +111,7 @@ def backbone_colour(
 
 # %% ../../nbs/9_report/01_figures.ipynb #2000bbb8
 def with_title(
-    chart: alt.TopLevelMixin,
+    chart: alt.TopLevelMixin,  # any chart
     title: str,  # what was found
     subtitle: str,  # n and interval
     # in pixels, for the site's script: {min, columns, gap, left} of small multiples, or {least} that the whole needs
@@ -116,14 +125,14 @@ DASHES = ([1, 0], [2, 2], [9, 3], [9, 3, 2, 3], [1, 4], [14, 4])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-left")
 
 def order_strategies(
-    strategies: Iterable[str],
-    reference: str = "scratch",
+    strategies: Iterable[str],  # in the study's order
+    reference: str = "scratch",  # strategy to compare with
 ) -> list[str]:  # each once, the reference first
     "Order strategies."
     return sorted(dict.fromkeys(strategies), key=lambda s: s != reference)
 
 def strategy_marks(
-    strategies: Iterable[str],
+    strategies: Iterable[str],  # in the study's order
     marks: Iterable,  # one for each tuned strategy, in turn
     scratch: object,  # the mark of the reference
 ) -> alt.Scale:
@@ -136,7 +145,9 @@ def strategy_marks(
     return alt.Scale(domain=names, range=out)
 
 # %% ../../nbs/9_report/01_figures.ipynb #cbcd4c35
-def strategy_dash(strategies: Iterable[str]) -> alt.StrokeDash:
+def strategy_dash(
+    strategies: Iterable[str],  # in the study's order
+) -> alt.StrokeDash:
     "Dash by strategy."
     return alt.StrokeDash(
         "strategy:N", title=None, scale=strategy_marks(strategies, DASHES, [5, 4]),
@@ -145,7 +156,10 @@ def strategy_dash(strategies: Iterable[str]) -> alt.StrokeDash:
         ),
     )
 
-def strategy_shape(strategies: Iterable[str], legend: bool = True) -> alt.Shape:
+def strategy_shape(
+    strategies: Iterable[str],  # in the study's order
+    legend: bool = True,  # whether to draw it
+) -> alt.Shape:
     "Shape by strategy; without a legend where there is one tuned strategy."
     names = order_strategies(strategies)
     shown = legend and len([n for n in names if n != "scratch"]) > 1
@@ -154,7 +168,9 @@ def strategy_shape(strategies: Iterable[str], legend: bool = True) -> alt.Shape:
         legend=alt.Legend(orient="top", columns=3) if shown else None,
     )
 
-def strategy_colour(strategies: Iterable[str]) -> alt.Color:
+def strategy_colour(
+    strategies: Iterable[str],  # in the study's order
+) -> alt.Color:
     "Colour by strategy, for panels of one backbone."
     return alt.Color(
         "strategy:N", title=None, scale=strategy_marks(strategies, PALETTE[2:7], PALETTE[7]),
@@ -417,7 +433,7 @@ def with_lines(
 def dot_chart(
     table: pd.DataFrame,  # task, backbone, strategy, `value` and perhaps low, high
     label: str,  # of the horizontal axis
-    legend: bool = True,
+    legend: bool = True,  # whether to draw it
     width: int | str = "container",  # pixels, or all there is
 ) -> alt.LayerChart:  # filled: tuned; hollow: scratch
     "Draw one quantity per task, backbone and strategy."

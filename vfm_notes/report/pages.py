@@ -97,7 +97,9 @@ PAGE_NEEDS = {  # page → whether a study has what it needs, and the sentence w
     "search": (lambda s: bool(s.search), "“Search” needs settings to search over: “search” in the study file."),
 }
 
-def absent_pages(study: StudySpec) -> dict[str, str]:  # page → what it would need, one sentence
+def absent_pages(
+    study: StudySpec,  # the study
+) -> dict[str, str]:  # page → what it would need, one sentence
     "List the pages that a study has nothing for."
     return {name: why for name, (has, why) in PAGE_NEEDS.items() if not has(study)}
 
@@ -108,7 +110,7 @@ def studies_fingerprint() -> str:
     return hash_values([(str(f.relative_to(runs_root())), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
 def report_pages(
-    study: StudySpec,
+    study: StudySpec,  # the study
     records: list[dict],  # of the study
     published: str = "",  # how texts are changed, see `publication_fingerprint`
 ) -> list[Page]:
@@ -144,10 +146,10 @@ def report_pages(
 
 # %% ../../nbs/9_report/08_pages.ipynb #a868d62f
 def run_pages(
-    study: StudySpec,
+    study: StudySpec,  # the study
     jobs: list[Job],  # the study's plan
     records: dict[str, dict],  # by run id
-    by: Publication,
+    by: Publication,  # what is published, and under which names
 ) -> list[Page]:
     "List one page for each executed notebook."
     out, made_by = [], [package_root() / "report" / f"{n}.py" for n in ("convert", "sweep", "relative", "published")]
@@ -173,7 +175,7 @@ def run_pages(
 
 # %% ../../nbs/9_report/08_pages.ipynb #013f1e2d
 def job_title(
-    job: Job,
+    job: Job,  # a notebook with its parameters
 ) -> str:
     "Name a run notebook for readers."
     first = job.specs[0]
@@ -186,14 +188,18 @@ def job_title(
     )
 
 # %% ../../nbs/9_report/08_pages.ipynb #a2888c13
-def page_heading(name: str) -> str: return name.replace("_", " ").capitalize()  # a name as a heading
+# a name as a heading
+def page_heading(
+    name: str,  # of the page
+) -> str:
+    return name.replace("_", " ").capitalize()
 
 # %% ../../nbs/9_report/08_pages.ipynb #a3467630
 RESET_CODE = "get_ipython().reset(new_session=False)"
 
 # %% ../../nbs/9_report/08_pages.ipynb #6d6ecc2a
 def execute_pages(
-    pages: list[Page],
+    pages: list[Page],  # of the site
     study: str,  # name or path of the study, for the `parameters` cell
     done: Callable[[Page, dict, str], None],  # called with each executed notebook and its error, "" if none
 ) -> None:
@@ -236,7 +242,7 @@ async def _execute_pages(pages, study, done) -> None:
 
 # %% ../../nbs/9_report/08_pages.ipynb #0c253e67
 def last_line(
-    error: Exception,
+    error: Exception,  # what was raised
 ) -> str:  # without the colours of a terminal
     "State what went wrong in one line."
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__).splitlines()
@@ -262,7 +268,7 @@ def record_rows(
 
 # %% ../../nbs/9_report/08_pages.ipynb #ad8e81b3
 def run_header(
-    job: Job,
+    job: Job,  # a notebook with its parameters
     records: dict[str, dict],  # by run id, as published
 ) -> str:  # HTML
     "State where the runs of a notebook stand."
@@ -290,9 +296,9 @@ def run_header(
 
 # %% ../../nbs/9_report/08_pages.ipynb #7f93d512
 def run_page(
-    page: Page,
+    page: Page,  # to be executed
     records: dict[str, dict],  # by run id, as published
-    by: Publication,
+    by: Publication,  # what is published, and under which names
 ) -> tuple[dict, dict]:  # notebook to render, and the one to download
     "Publish and convert an executed run notebook."
     nb = published_notebook(by, read_notebook(page.source))
@@ -360,7 +366,10 @@ def find_warnings(
 FOOTER = re.compile(r'(<span class="vfm-made">).*?(</span>)', re.S)  # what the site was made from
 
 # the sentence of a page's footer
-def footer_mark(sentence: str) -> str: return f'<span class="vfm-made">{sentence}</span>'
+def footer_mark(
+    sentence: str,  # that a page ends with
+) -> str:
+    return f'<span class="vfm-made">{sentence}</span>'
 
 # %% ../../nbs/9_report/08_pages.ipynb #53e0ba5c
 def project_fingerprint(

@@ -21,7 +21,9 @@ from ..foundation.registry import VfmError, make_name
 # %% ../../nbs/9_report/18_rank_command.ipynb #88ca8245
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
-def read_budget(text: str | None) -> float | None:  # s
+def read_budget(
+    text: str | None,  # as it was typed; None: not given
+) -> float | None:  # s
     "Read a time such as 90s, 10m or 1h."
     if not text: return None
     number, unit = text[:-1], text[-1]
@@ -32,7 +34,10 @@ def read_budget(text: str | None) -> float | None:  # s
 
 class ProgressLines:
     "Says how far a ranking is, on a terminal in one line that changes, in a log every few seconds."
-    def __init__(self, every: float = 10.0):  # seconds between two lines in a log
+    def __init__(
+        self,
+        every: float = 10.0,  # seconds between two lines in a log
+    ):
         self.live, self.every, self.last, self.begun = sys.stderr.isatty(), every, 0.0, time.monotonic()
 
     def __call__(self, name: str, place: int, cases: int, left: float) -> None:
@@ -61,7 +66,9 @@ def write_ranking(
     makers = {".json": lambda v: json.dumps(v, ensure_ascii=False, indent=1), ".html": page_of_its_own}
     write_atomic(path, makers[path.suffix](values))
 
-def check_outputs(paths: Iterable[Path]) -> None:
+def check_outputs(
+    paths: Iterable[Path],  # to be written
+) -> None:
     "Refuse names that say nothing about the format, before anything is computed."
     for path in paths:
         if path.suffix not in (".json", ".csv", ".html"):

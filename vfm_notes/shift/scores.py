@@ -114,7 +114,7 @@ def logme(
 # %% ../../nbs/5_shift/03_scores.ipynb #309e3db7
 def bin_values(
     values: np.ndarray,  # (n,)
-    bins: int = 4,
+    bins: int = 4,  # of the histogram
 ) -> np.ndarray:  # (n,) 0 … bins - 1
     "Put values into equally filled bins."
     return np.searchsorted(np.quantile(values, np.arange(1, bins) / bins), values, side="right")
@@ -346,7 +346,7 @@ def draw_cells(
     labels: np.ndarray | None,  # (cells,) classes, or None
     total: int,  # cells there are
     rows: int,  # cells wanted
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
 ) -> np.ndarray:  # numbers of cells, ascending
     "Draw cells for a score, balanced over classes."
     if labels is None: return np.sort(rng.choice(total, min(rows, total), replace=False))
@@ -363,7 +363,7 @@ def cell_rows(
     patients: list,  # of the cases
     rows: int = 600,  # at most, per level
     seed: int = 0,  # of the drawing
-    batch_size: int = 8,
+    batch_size: int = 8,  # cases at a time
 ) -> Iterator[ScoreRows]:  # one per level of the pyramid
     "Return rows from cells of the feature maps."
     own, rng = backbone.in_channels, np.random.default_rng(seed)
@@ -394,7 +394,7 @@ def cell_rows(
 
 # %% ../../nbs/5_shift/03_scores.ipynb #16ee77f8
 def score_rows(
-    tables: Iterable[ScoreRows],
+    tables: Iterable[ScoreRows],  # one per layer
     names: list[str] | None = None,  # registered scores; default: all
 ) -> pd.DataFrame:  # score, layer, value, n, features, direction, seconds, reason
     "Compute every score of every table that it takes."

@@ -27,7 +27,7 @@ from vfm_notes.tune.task import (
 # %% ../../nbs/6_tune/03_case_task.ipynb #25d580c5
 class CaseTask(Task):
     "One answer per case; sub-classes say how many numbers it has."
-    outputs: int
+    outputs: int  # values per case
     dense = False
 
     def __init__(self, card: CohortCard, head: str = "pooled", deit: str = "toy"):
@@ -48,7 +48,12 @@ class CaseTask(Task):
 # %% ../../nbs/6_tune/03_case_task.ipynb #bb324eb7
 class GradeTask(CaseTask):
     "Scores of grades."
-    def __init__(self, card: CohortCard, head: str = "pooled", deit: str = "toy"):
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         if len(card.grades) < 2:
             raise VfmError(
                 f"Task '{self.called}' needs graded cases, but cohort '{card.name}' has "
@@ -131,10 +136,13 @@ class Classification(GradeTask):
     "Is the grade of a case at least this one?"
     primary, metrics, called = "auc", ("auc", "kappa"), "classification"
 
-    def __init__(self, card: CohortCard,
-                 positive: int | None = None,  # lowest grade that counts as positive; default: the last
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        positive: int | None = None,  # lowest grade that counts as positive; default: the last
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         super().__init__(card, head, deit)
         self.positive = len(card.grades) - 1 if positive is None else positive
         if not 0 < self.positive < len(card.grades):
@@ -178,9 +186,12 @@ class MultiClass(GradeTask):
     "Which class is it? All classes weigh the same."
     primary, metrics, called = "macro_recall", ("macro_recall", "accuracy"), "multi_class"
 
-    def __init__(self, card: CohortCard,
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         super().__init__(card, head, deit)
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:
@@ -210,10 +221,13 @@ class Ordinal(GradeTask):
     "Which grade is it? Errors count by the square of their distance."
     primary, metrics, called = "kappa", ("kappa", "accuracy"), "ordinal"
 
-    def __init__(self, card: CohortCard,
-                 loss: str = "corn",  # or cross_entropy
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        loss: str = "corn",  # or cross_entropy
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         if loss not in ("corn", "cross_entropy"):
             raise VfmError(
                 f"Task 'ordinal' has no loss '{loss}'.{suggest_name(loss, ['corn', 'cross_entropy'])} Known: corn, "
@@ -241,9 +255,12 @@ class MultiLabel(CaseTask):
     "Which findings does a case have?"
     primary, metrics, called = "mean_auc", ("mean_auc",), "multi_label"
 
-    def __init__(self, card: CohortCard,
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         if not card.targets:
             raise VfmError(
                 "Task 'multi_label' needs a cohort with targets (0 or 1 for each of several labels), but cohort "
@@ -314,7 +331,11 @@ def control(self: MultiLabel, train: TaskData, test: TaskData) -> pd.DataFrame:
 # %% ../../nbs/6_tune/03_case_task.ipynb #1d15bcaf
 class Scale(nn.Module):
     "The last step of a head: its answer on the scale of the target."
-    def __init__(self, mean: float, sd: float):  # of the training cases' targets
+    def __init__(
+        self,
+        mean: float,  # the estimate
+        sd: float,  # of the training cases
+    ):  # of the training cases' targets
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("sd", torch.tensor(sd))
@@ -323,7 +344,7 @@ class Scale(nn.Module):
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #fdf5c1fe
 def case_values(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
     of: str,  # a class, or "grade"
 ) -> np.ndarray:  # (n, 1) float32, ml or grades
     "Return the volume of a structure in every case, or the grade."
@@ -343,10 +364,13 @@ class Regression(CaseTask):
     "A number of a case: the volume of a structure, or its grade."
     primary, metrics, called, outputs = "mae", ("mae", "rmse", "r2"), "regression", 1
 
-    def __init__(self, card: CohortCard,
-                 of: str = "",  # a class, for its volume in ml, or "grade"; default: the first class
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        of: str = "",  # a class, for its volume in ml, or "grade"; default: the first class
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         super().__init__(card, head, deit)
         known = [*card.classes[1:], *["grade"]*bool(card.grades)]
         if not of and len(card.classes) < 2:

@@ -51,7 +51,11 @@ def collect_error(
     return []
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b86f4c96
-def fields_of(values) -> str: return f"[{', '.join(f'{v:g}' for v in values)}]"  # as YAML has them
+# as YAML has them
+def fields_of(
+    values,  # one or more
+) -> str:
+    return f"[{', '.join(f'{v:g}' for v in values)}]"
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #843881a3
 @lru_cache(maxsize=64)
@@ -64,8 +68,8 @@ def empty_network(
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #36965d76
 def empty_model(
-    spec: RunSpec,
-    card: CohortCard,
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
 ) -> Network:  # on the meta device, its own to change
     "Return backbone and head of a run."
     backbone = empty_backbone(architecture(spec), len(card.sequences)).to("meta")
@@ -74,11 +78,15 @@ def empty_model(
         return Network(backbone, build_task(spec.task, card, dict(spec.options)).head(backbone, len(card.sequences)))
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #48c85791
-def architecture(spec: Spec) -> str: return spec.backbone.partition(".")[0]  # of its backbone
+# of its backbone
+def architecture(
+    spec: Spec,  # what the run is
+) -> str:
+    return spec.backbone.partition(".")[0]
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #09610829
 def names_known(
-    spec: Spec,
+    spec: Spec,  # what the run is
 ) -> bool:
     "Return whether the names of a spec are known; `name_checks` reports those that are not."
     if architecture(spec) not in backbones: return False
@@ -87,7 +95,7 @@ def names_known(
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #99a73026
 def cohort_facts(
-    name: str,
+    name: str,  # registered cohort, or a folder with a manifest
     size: tuple,  # voxels, d h w
     spacing: tuple,  # mm, d h w
     cases: tuple,  # (split, cases)
@@ -99,7 +107,12 @@ def cohort_facts(
     homes = [split for _, split in assign_splits(plan, {})]
     return plan.card, {s: homes.count(s) for s in SPLITS}
 
-def ungraded_cases(name: str, size: tuple, spacing: tuple, cases: tuple) -> dict[str, list[str]]:  # split → names
+def ungraded_cases(
+    name: str,  # a name
+    size: tuple,  # voxels, (d, h, w)
+    spacing: tuple,  # mm, (d, h, w)
+    cases: tuple,  # names
+) -> dict[str, list[str]]:  # split → names
     "Return the cases to be tuned or judged on whose grade is unknown; of a made cohort, none."
     (maker, card), asked = cohort_maker(name), check_arguments(size, spacing, dict(cases))
     found = {}
@@ -109,8 +122,8 @@ def ungraded_cases(name: str, size: tuple, spacing: tuple, cases: tuple) -> dict
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b852a20e
 def case_conflicts(
-    study: StudySpec,
-    specs: list[Spec],
+    study: StudySpec,  # the study
+    specs: list[Spec],  # runs of a study
     there: dict[str, int],  # split → cases
 ) -> Iterator[str]:
     "Find cases that a study needs and its splits do not have."
@@ -132,7 +145,7 @@ def case_conflicts(
 # %% ../../nbs/6_tune/15_conflicts.ipynb #2eb8800b
 def next_size(
     size: tuple,  # voxels, d h w
-    nets: list[Backbone],
+    nets: list[Backbone],  # all that shall read a size
 ) -> tuple:
     "Return the next size that suits all networks."
     cells = [math.lcm(*(n.strides[-1][axis] for n in nets if not n.ragged)) for axis in range(3)]
@@ -140,8 +153,8 @@ def next_size(
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #dde6fd50
 def size_conflicts(
-    specs: list[Spec],
-    card: CohortCard,
+    specs: list[Spec],  # runs of a study
+    card: CohortCard,  # of the cohort
 ) -> Iterator[str]:
     "Find sizes that networks do not take."
     nets = {architecture(s): empty_network(architecture(s), len(card.sequences)) for s in specs if s.kind == "pretrain"}
@@ -159,7 +172,10 @@ def size_conflicts(
         yield from collect_error(lambda: read_without_weights(net, size), f"{field} {fields_of(size)}: ")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b0e5dba2
-def read_without_weights(net: Backbone, size: tuple) -> None:
+def read_without_weights(
+    net: Backbone,  # a backbone
+    size: tuple,  # voxels, (d, h, w)
+) -> None:
     "Let a network read a volume without numbers."
     x = torch.empty(1, net.in_channels, *size, device="meta")
     try: net.pyramid(x)
@@ -170,8 +186,8 @@ def read_without_weights(net: Backbone, size: tuple) -> None:
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #fd5fa15c
 def window_conflicts(
-    specs: list[RunSpec],
-    card: CohortCard,
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
 ) -> Iterator[str]:
     "Find windows for tasks that answer once for a whole case."
     given = {s.task: (s.task, s.options, s.size, s.window) for s in specs if s.window}
@@ -184,9 +200,16 @@ def window_conflicts(
                    f"{fields_of(window)}: leave out the task, or window.")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #27dec349
-def needs_grades(task: Task) -> bool: return isinstance(task, GradeTask) or getattr(task, "of", "") == "grade"
+def needs_grades(
+    task: Task,  # a task of the study
+) -> bool:
+    return isinstance(task, GradeTask) or getattr(task, "of", "") == "grade"
 
-def grade_conflicts(study: StudySpec, specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
+def grade_conflicts(
+    study: StudySpec,  # the study
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find cases without a grade where a task needs one from every case."
     names = {s.task for s in specs for t in safe_task(s, card) if needs_grades(t)}
     lost = ungraded_cases(study.cohort, study.size, study.spacing, tuple(study.cases.items())) if names else {}
@@ -196,25 +219,37 @@ def grade_conflicts(study: StudySpec, specs: list[RunSpec], card: CohortCard) ->
         yield (f"task '{name}' needs a grade of every case, and cases of cohort '{study.cohort}' have none ({splits}): "
                f"leave out the task, or take these cases out of the cohort's table or give them a grade.")
 
-def safe_task(spec: RunSpec, card: CohortCard) -> list[Task]:  # none where it cannot be built, which is told elsewhere
+def safe_task(
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
+) -> list[Task]:  # none where it cannot be built, which is told elsewhere
     "Return the task of a run."
     try: return [build_task(spec.task, card, dict(spec.options))]
     except VfmError: return []
 
-def task_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
+def task_conflicts(
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find options that a task does not take, and cohorts that it cannot learn from."
     for task, options in {s.task: (s.task, s.options) for s in specs}.values():
         yield from collect_error(lambda: build_task(task, card, dict(options)))
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #f1fd495b
-def objective_conflicts(specs: list[PretrainSpec], card: CohortCard) -> Iterator[str]:
+def objective_conflicts(
+    specs: list[PretrainSpec],  # pretrainings of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find what an objective demands of network, volumes, labels and batches, and does not get."
     for s in specs:
         if collect_error(lambda: check_objective(s.objective, s.options)): continue  # `name_checks` reports it
         yield from collect_error(lambda: check_pretraining(s, card), f"pretraining '{s.backbone}': ")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #222fe890
-def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
+def check_pretraining(
+    spec: PretrainSpec,  # what the pretraining is
+    card: CohortCard,  # of the cohort
+) -> None:
     "Build an objective without numbers and ask whether the volumes fit."
     whole = getattr(objectives[spec.objective], "whole_batches", False)
     if whole and spec.accumulate > 1:
@@ -228,7 +263,10 @@ def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
     if fits and not any(size_conflicts([spec], card)): fits(tuple(spec.size), card)
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #4b575f3a
-def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
+def strategy_conflicts(
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find strategies that have nothing to train in a network, or whose head does not suit a task."
     buildable = [s for s in specs if not collect_error(lambda: build_task(s.task, card, dict(s.options)))]
     one_task = {(s.strategy, architecture(s)): s for s in reversed(buildable)}
@@ -238,7 +276,10 @@ def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
         yield from collect_error(lambda: apply_strategy(spec.strategy, empty_model(spec, card)))
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #a358d476
-def kept_bytes(net: Network, x: torch.Tensor) -> int:
+def kept_bytes(
+    net: Network,  # backbone and head
+    x: torch.Tensor,  # (n, c, d, h, w) volumes
+) -> int:
     "Count the bytes of activations that the backward pass of one step needs, each tensor once."
     own, seen = {p.data_ptr() if p.device.type != "meta" else id(p) for p in net.parameters()}, {}
     def see(t: torch.Tensor) -> torch.Tensor:
@@ -248,8 +289,8 @@ def kept_bytes(net: Network, x: torch.Tensor) -> int:
     return sum(seen.values())
 
 def step_memory(
-    spec: RunSpec,
-    card: CohortCard,
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
 ) -> float:  # GiB, a lower bound
     "Estimate what one training step must keep in memory."
     net = empty_model(spec, card)
@@ -263,7 +304,11 @@ def step_memory(
     return (4 * counts["total"] + 12 * counts["trainable"] + half * kept) / 2**30
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #c9ef342f
-def memory_help(spec: RunSpec, card: CohortCard, limit: float) -> str:
+def memory_help(
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
+    limit: float,  # MiB
+) -> str:
     "Find the smallest change of the budget with which a run fits."
     for parts in [2**k for k in range(1, 12) if 2**k <= spec.batch_size]:
         if parts > spec.accumulate and step_memory(replace(spec, accumulate=parts), card) <= limit:
@@ -273,7 +318,11 @@ def memory_help(spec: RunSpec, card: CohortCard, limit: float) -> str:
         return f"write budget.checkpointing: true and budget.accumulate: {spec.batch_size}"
     return "train on a window, choose a smaller size, or leave the backbone out"
 
-def memory_conflicts(study: StudySpec, specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
+def memory_conflicts(
+    study: StudySpec,  # the study
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find runs that need more memory than the device has, of each backbone and task the first that trains the encoder."
     if not study.device_memory: return
     seen = set()
@@ -288,7 +337,9 @@ def memory_conflicts(study: StudySpec, specs: list[RunSpec], card: CohortCard) -
                    f"{memory_help(s, card, study.device_memory)}.")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #3a2e15ca
-def overlap_lines(study: StudySpec) -> list[str]:
+def overlap_lines(
+    study: StudySpec,  # the study
+) -> list[str]:
     "Say for all published weights of a study whether they have seen its cohorts."
     found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
     for name in tried:
@@ -304,7 +355,7 @@ def overlap_lines(study: StudySpec) -> list[str]:
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #a9c985d2
 def conflicts(
-    study: StudySpec,
+    study: StudySpec,  # the study
     specs: list[Spec],  # what is to be computed, e.g. of a part of the plan
 ) -> list[str]:  # one sentence each, all of them
     "List everything that is known to fail before it is computed."

@@ -32,24 +32,30 @@ from .predict import load_member, Member, TunedPlan
 # %% ../../nbs/6_tune/18_export.ipynb #95e006be
 WEIGHTS = "model.safetensors"
 def save_tuned(
-    plan: TunedPlan,
-    state: dict[str, Tensor],
-    path: Path,
+    plan: TunedPlan,  # how the network was tuned
+    state: dict[str, Tensor],  # name of a tensor → tensor
+    path: Path,  # a file
 ) -> None:
     "Write tuned weights with their plan inside."
     text = json.dumps(asdict(plan), sort_keys=True)
     with atomic_file(path) as part:
         save_file({k: v.contiguous() for k, v in state.items()}, part, {"tuned": text, "state_hash": state_hash(state)})
 
-def exported_file(name: str | Path) -> Path:  # name: a folder, or the file itself
+def exported_file(
+    name: str | Path,  # a folder, or the file itself
+) -> Path:
     return Path(name)/WEIGHTS if Path(name).is_dir() else Path(name)
 
-def is_exported(name: str | Path) -> bool:
+def is_exported(
+    name: str | Path,  # a file or a name
+) -> bool:
     "Return whether a name is a folder that was exported, or the file of weights in it."
     path = exported_file(name)
     return path.suffix == ".safetensors" and path.is_file() and not (path.parent/"record.json").is_file()
 
-def exported_member(name: str | Path) -> Member:  # name: as for is_exported
+def exported_member(
+    name: str | Path,  # as for is_exported
+) -> Member:
     "Load an exported network."
     path = exported_file(name)
     try:
@@ -69,8 +75,8 @@ def exported_member(name: str | Path) -> Member:  # name: as for is_exported
 # %% ../../nbs/6_tune/18_export.ipynb #1adbfb06
 def save_adapters(
     adapters: dict[str, np.ndarray] | None,  # of the record: by layer lora_A.weight, lora_B.weight, scaling
-    plan: TunedPlan,
-    folder: Path,
+    plan: TunedPlan,  # how the network was tuned
+    folder: Path,  # a folder
 ) -> None:
     "Write the updates of LoRA in the form of peft, to be added to the pretrained weights."
     if not adapters:
@@ -91,7 +97,11 @@ def save_adapters(
 # %% ../../nbs/6_tune/18_export.ipynb #565cf9e5
 class WindowNetwork(nn.Module):
     "A tuned network with the part of the task that belongs behind it."
-    def __init__(self, member: Member, xyz: bool = False):  # xyz: axes x, y, z, in contrast to d, h, w
+    def __init__(
+        self,
+        member: Member,  # a tuned network with its plan
+        xyz: bool = False,  # axes x, y, z, in contrast to d, h, w
+    ):
         super().__init__()
         self.network, self.task, self.xyz = member.network, member.task, xyz
         self.classes = len(getattr(member.task, "classes", ())) if member.task.dense else 0
@@ -103,7 +113,7 @@ class WindowNetwork(nn.Module):
         return out.permute(0, 1, 4, 3, 2) if self.xyz else out
 
 def window_input(
-    member: Member,
+    member: Member,  # a tuned network with its plan
     xyz: bool = False,  # axes x, y, z
 ) -> Tensor:  # 1 c d h w
     "Return a window of noise, as the network takes it."
@@ -127,8 +137,8 @@ def check_runtime(
 # %% ../../nbs/6_tune/18_export.ipynb #f4678d66
 @torch.no_grad()
 def save_onnx(
-    member: Member,
-    path: Path,
+    member: Member,  # a tuned network with its plan
+    path: Path,  # a file
 ) -> float:  # largest difference from the network
     "Write a network as ONNX, and compare it with the original in onnxruntime."
     lacks = [m for m in ("onnx", "onnxruntime") if find_spec(m) is None]
@@ -151,7 +161,7 @@ def save_onnx(
 
 # %% ../../nbs/6_tune/18_export.ipynb #ce4b6c45
 def normalise_transforms(
-    member: Member,
+    member: Member,  # a tuned network with its plan
 ) -> list[dict]:  # transforms of MONAI for the key `image`
     "Return the transforms that scale intensities as the training did."
     how, moments = member.plan.normalisation["how"], member.plan.normalisation.get("moments")
@@ -167,7 +177,7 @@ def normalise_transforms(
     }[how]
 
 def input_transforms(
-    member: Member,
+    member: Member,  # a tuned network with its plan
 ) -> list[dict]:  # transforms of MONAI
     "Return the transforms from files to the network's input."
     plan, task = member.plan, member.task
@@ -194,7 +204,7 @@ def input_transforms(
 
 # %% ../../nbs/6_tune/18_export.ipynb #83352f6b
 def output_transforms(
-    member: Member,
+    member: Member,  # a tuned network with its plan
 ) -> list[dict]:  # transforms of MONAI
     "Return the transforms from the network's output for voxels to a file in the scan's geometry."
     first, classes = member.task.card.sequences[0], bool(getattr(member.task, "classes", ()))
@@ -209,7 +219,7 @@ def output_transforms(
     ]
 
 def bundle_config(
-    member: Member,
+    member: Member,  # a tuned network with its plan
 ) -> dict:  # of configs/inference.json
     "Return what MONAI runs."
     keys, dense = list(member.task.card.sequences), member.task.dense
@@ -242,7 +252,7 @@ def bundle_config(
 
 # %% ../../nbs/6_tune/18_export.ipynb #9556c8ac
 def bundle_metadata(
-    member: Member,
+    member: Member,  # a tuned network with its plan
     card: str,  # the model card
 ) -> dict:  # of configs/metadata.json
     "Return what a bundle states about itself."
@@ -270,7 +280,7 @@ def bundle_metadata(
 
 @torch.no_grad()
 def save_bundle(
-    member: Member,
+    member: Member,  # a tuned network with its plan
     folder: Path,  # that becomes the bundle's root
     card: str,  # the model card
 ) -> float:  # largest difference of its network
@@ -295,7 +305,9 @@ def save_bundle(
     return off
 
 # %% ../../nbs/6_tune/18_export.ipynb #ad66e841
-def bundle_help(member: Member) -> str:
+def bundle_help(
+    member: Member,  # a tuned network with its plan
+) -> str:
     "Explain how a bundle is run."
     keys = member.task.card.sequences
     there = ("`*.nii.gz` files" if len(keys) == 1 else
@@ -311,7 +323,7 @@ LIMITS = {
 }
 
 def export_folder(
-    member: Member,
+    member: Member,  # a tuned network with its plan
     folder: Path,  # empty or new
     card: Callable[[list[str]], str],  # limits → text of the model card
     adapters: dict[str, np.ndarray] | None = None,  # of the run

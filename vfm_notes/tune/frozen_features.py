@@ -41,12 +41,17 @@ CHUNK = 8  # cases in memory at a time
 
 class MappedRows:
     "Some rows of an array that stays on disk."
-    def __init__(self, rows: np.ndarray, index: np.ndarray): self.rows, self.index = rows, index
+    def __init__(
+        self,
+        rows: np.ndarray,  # (n, f)
+        index: np.ndarray,  # (n,) numbers of the rows
+    ):
+        self.rows, self.index = rows, index
     def __len__(self) -> int: return len(self.index)
     def __iter__(self) -> Iterator[np.ndarray]: return (self.rows[i] for i in self.index)
 
 def mapped_cohort(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
     index: np.ndarray,  # numbers of cases
 ) -> Cohort:  # its volumes can be walked through, and nothing else
     "Pick cases, their labels in memory and their volumes on disk."
@@ -55,7 +60,7 @@ def mapped_cohort(
     return replace(cohort, known_hash="", volumes=MappedRows(cohort.volumes, index), **rest)
 
 def training_cases(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
     n_train: int,  # as in a run; 0: all
     seed: int = 0,  # of the choice
 ) -> np.ndarray:  # their numbers, ascending: those that `Cohort.subset` gives a run
@@ -70,7 +75,7 @@ def training_cases(
 
 # %% ../../nbs/6_tune/19_frozen_features.ipynb #03ba5c2d
 def middle_of(
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     window: tuple,  # voxels, d h w; empty: all
 ) -> TaskData:
     "Cut the middle out of the cases, and out of their targets where these have voxels."
@@ -90,8 +95,8 @@ def fitting_window(
 @dataclass
 class FrozenData:
     "The training cases of a task, ready to stream."
-    spec: RunSpec
-    cohort: Cohort
+    spec: RunSpec  # what the run is
+    cohort: Cohort  # cases in memory
     task: Task  # has learned what it needs
     index: np.ndarray  # (n,) numbers of the cases in the cohort
 
@@ -107,7 +112,7 @@ class FrozenData:
 
 def frozen_cases(
     spec: RunSpec,  # cohort, grid, task, options, n_train
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
 ) -> FrozenData:
     "Choose the training cases and build their task."
     index = training_cases(cohort, spec.n_train, spec.seed)
@@ -117,13 +122,16 @@ def frozen_cases(
 
 # %% ../../nbs/6_tune/19_frozen_features.ipynb #b9c22f16
 def backbone_scale(
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
     backbone: str,  # architecture.weights; "" for a control: the default rule
 ) -> dict:  # arguments of data.loader.normalise
     "Return how the inputs of a backbone are scaled."
     return input_scale(backbone, mapped_cohort(data.cohort, data.index)) if backbone else {}
 
-def with_scale(data: FrozenData, scale: dict) -> FrozenData:
+def with_scale(
+    data: FrozenData,  # cases and labels
+    scale: dict,  # statistics of the channels
+) -> FrozenData:
     "Return the same cases with inputs scaled for a backbone."
     data.task.scale = partial(normalise, **scale)
     return data
@@ -144,9 +152,9 @@ class FrozenFeatures:
 
 def chunk_rows(
     net: nn.Module,  # backbone or control
-    part: TaskData,
+    part: TaskData,  # inputs and targets
     rows: int,  # cells of each level
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> Iterator[ScoreRows]:
     "Return the rows of a chunk, of every layer."
     if part.target.ndim < 3: return rows_by_case(net, part.inputs[:, : net.in_channels], part.target, part.patients)
@@ -204,9 +212,9 @@ def network_code() -> str:
 
 def features_key(
     network: str,  # name and fingerprint of its weights
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
     scale: dict,  # of the inputs
-    rows: int,
+    rows: int,  # cases, at most
 ) -> str:
     "Return the key of all that decides the features."
     spec, cohort = data.spec, data.cohort
@@ -214,12 +222,16 @@ def features_key(
     return content_hash([network, cohort.hash(), own, spec.task, asked_of(spec), str(scale), list(spec.window), rows,
                          spec.seed, network_code()])
 
-def features_file(key: str) -> Path: return cache_root()/"rank"/f"{key[:32]}.safetensors"  # safe to delete
+# safe to delete
+def features_file(
+    key: str,  # name of a tensor
+) -> Path:
+    return cache_root()/"rank"/f"{key[:32]}.safetensors"
 
 # %% ../../nbs/6_tune/19_frozen_features.ipynb #14cf0c5c
 def write_features(
-    path: Path,
-    found: FrozenFeatures,
+    path: Path,  # a file
+    found: FrozenFeatures,  # of one backbone
 ) -> None:
     "Keep features, whole or not at all."
     arrays = {}
@@ -231,7 +243,7 @@ def write_features(
     with atomic_file(path) as part: save_file(arrays, part, metadata={"told": json.dumps(told)})
 
 def read_features(
-    path: Path,
+    path: Path,  # a file
 ) -> FrozenFeatures | None:  # None where there is none, or a damaged one that is made again
     "Read features that were kept."
     try:
@@ -248,7 +260,7 @@ def read_features(
 def frozen_features(
     network: str,  # name and fingerprint of its weights
     make: Callable[[], nn.Module],  # builds it, where it is needed
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
     scale: dict,  # of the inputs
     rows: int = 600,  # cells of each level, about
     tick: Callable[[int], None] = lambda n: None,  # called with the number of cases that are done; may raise

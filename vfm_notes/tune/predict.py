@@ -45,12 +45,12 @@ from .transfer import tuned_model
 class TunedPlan:
     "How a tuned network is used, and where it comes from; exported files carry it."
     run: str  # id of the run that tuned it
-    study: str
+    study: str  # name of a study
     spec: dict  # of the run
     input: dict  # card, crop, pictures, learned; see transfer.describe_input
     normalisation: dict  # arguments of data.loader.normalise
     weights_sha256: str  # of the file of tuned weights
-    version: int = 1
+    version: int = 1  # of the format
 
     @property
     def card(self) -> CohortCard:
@@ -82,12 +82,12 @@ def plan_of_record(
 @dataclass
 class Member:
     "A tuned network that is ready to answer."
-    plan: TunedPlan
-    task: Task
-    network: Network
+    plan: TunedPlan  # how the network was tuned
+    task: Task  # a task of the study
+    network: Network  # backbone and head
 
 def load_member(
-    plan: TunedPlan,
+    plan: TunedPlan,  # how the network was tuned
     state: dict[str, Tensor],  # tuned weights
 ) -> Member:
     "Build a tuned network, with the task's head and scale."
@@ -102,7 +102,9 @@ def load_member(
 # %% ../../nbs/6_tune/17_predict.ipynb #1f0d3f62
 SHARED = ("task", "options", "size", "spacing")  # of the spec
 
-def check_members(members: list[Member]) -> None:
+def check_members(
+    members: list[Member],  # tuned networks, one per seed
+) -> None:
     "Refuse networks that are no ensemble."
     if not members: raise VfmError("There is no network to apply; name a finished run or a study.")
     first = members[0].plan
@@ -118,8 +120,8 @@ def check_members(members: list[Member]) -> None:
 
 # %% ../../nbs/6_tune/17_predict.ipynb #c1658ba8
 def member_answer(
-    member: Member,
-    placed: PlacedCase,
+    member: Member,  # a tuned network with its plan
+    placed: PlacedCase,  # the case on the network's grid
 ) -> Answer:  # of one case
     "Apply one network to one case."
     raw = placed.volume[None]
@@ -131,13 +133,13 @@ def member_answer(
 @dataclass
 class Ensemble:
     "What several networks state of one case."
-    mean: Answer
+    mean: Answer  # of all members
     spread: Answer  # standard deviation over the networks; empty where there is one
     n: int  # networks
 
 def ensemble_answer(
-    members: list[Member],
-    placed: PlacedCase,
+    members: list[Member],  # tuned networks, one per seed
+    placed: PlacedCase,  # the case on the network's grid
 ) -> Ensemble:
     "Average the probabilities and numbers of several networks, and keep how far they lie apart."
     found = [member_answer(m, placed) for m in members]
@@ -158,8 +160,8 @@ class NativeAnswer:
     probabilities: dict[str, np.ndarray] | None = None  # class → (z, y, x) float32
 
 def native_answer(
-    found: Ensemble,
-    placed: PlacedCase,
+    found: Ensemble,  # answers of all members
+    placed: PlacedCase,  # the case on the network's grid
     probabilities: bool = False,  # keep those of every class
 ) -> NativeAnswer:
     "Bring an answer to the voxels of the scan: probabilities are interpolated, then the likeliest class is taken."
@@ -181,10 +183,10 @@ def native_answer(
 
 # %% ../../nbs/6_tune/17_predict.ipynb #4dfd724c
 def answer_row(
-    found: Ensemble,
-    task: Task,
-    native: NativeAnswer,
-    placed: PlacedCase,
+    found: Ensemble,  # answers of all members
+    task: Task,  # a task of the study
+    native: NativeAnswer,  # on the grid of the files
+    placed: PlacedCase,  # the case on the network's grid
 ) -> dict[str, str | float]:  # column → value
     "Return the numbers of a case."
     row = {"case": placed.case.name}
@@ -201,9 +203,9 @@ def answer_row(
     return row
 
 def preview(
-    found: Ensemble,
-    task: Task,
-    placed: PlacedCase,
+    found: Ensemble,  # answers of all members
+    task: Task,  # a task of the study
+    placed: PlacedCase,  # the case on the network's grid
     row: dict,  # from answer_row
 ):  # a Figure
     "Draw a case on the network's grid, with what was found."
@@ -219,7 +221,10 @@ def preview(
     return slices(rows, masks, title, spacing=placed.spacing if placed.grid is not None else None, names=classes)
 
 # %% ../../nbs/6_tune/17_predict.ipynb #10fb8b3e
-def write_picture_labels(labels: np.ndarray, path: Path) -> None:  # labels: (1, h, w) uint8
+def write_picture_labels(
+    labels: np.ndarray,  # (1, h, w) uint8
+    path: Path,  # a file
+) -> None:
     "Write labels of a picture as a PNG of the same size; the grey value is the number of the class."
     import SimpleITK as sitk
     with atomic_file(path) as part:
@@ -230,10 +235,10 @@ def write_picture_labels(labels: np.ndarray, path: Path) -> None:  # labels: (1,
         finally: png.unlink(missing_ok=True)
 
 def write_answer(
-    found: Ensemble,
-    task: Task,
-    placed: PlacedCase,
-    folder: Path,
+    found: Ensemble,  # answers of all members
+    task: Task,  # a task of the study
+    placed: PlacedCase,  # the case on the network's grid
+    folder: Path,  # a folder
     name: str,  # of the task, for the file of an image
     probabilities: bool = False,  # a file for each class, too
 ) -> tuple[dict, list[str]]:  # the row, names of the files
@@ -261,7 +266,7 @@ def write_answer(
 
 # %% ../../nbs/6_tune/17_predict.ipynb #f595da49
 def ensemble_key(
-    members: list[Member],
+    members: list[Member],  # tuned networks, one per seed
     settings: dict,  # of apply_networks
 ) -> str:  # sha256
     "Return what decides an answer besides the case."
@@ -269,7 +274,7 @@ def ensemble_key(
     return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
 
 def read_predictions(
-    folder: Path,
+    folder: Path,  # a folder
     key: str,  # from ensemble_key
 ) -> dict:  # case → what is known of it
     "Return what a folder holds of these networks; refuse one that holds something else."
@@ -284,7 +289,13 @@ def read_predictions(
                        "choose another folder.")
     return held["cases"]
 
-def write_predictions(folder: Path, key: str, members: list[Member], cases: dict, settings: dict) -> None:
+def write_predictions(
+    folder: Path,  # a folder
+    key: str,  # name of a tensor
+    members: list[Member],  # tuned networks, one per seed
+    cases: dict,  # split → number of cases
+    settings: dict,  # of the prediction
+) -> None:
     "Write how predictions were made, and the table of all cases."
     from vfm_notes.foundation.meter import provenance
     made = {"key": key, "runs": [m.plan.run for m in members], "settings": settings, "made": provenance(),
@@ -295,8 +306,8 @@ def write_predictions(folder: Path, key: str, members: list[Member], cases: dict
 
 # %% ../../nbs/6_tune/17_predict.ipynb #29404a24
 def check_centre(
-    plan: TunedPlan,
-    task: Task,
+    plan: TunedPlan,  # how the network was tuned
+    task: Task,  # a task of the study
     centre: str | tuple,  # see data.new_cases.given_centre
 ) -> list[str]:  # notes
     "State where the grid of a new case lies when a mask, which it has not got, said so in training."

@@ -51,18 +51,18 @@ from .transfer import recalibrate_batchnorm
 @dataclass
 class Candidate:
     "Something with features."
-    name: str
+    name: str  # a name
     kind: str  # weights, random or control
     make: Callable[[FrozenData], torch.nn.Module]  # builds it, for data that are scaled for it
     fingerprint: str  # of its weights
-    licence: str = ""
+    licence: str = ""  # as its owner states it
     overlap: str = "unknown"  # of its pretraining with the cohort: some, none or unknown
     size: int = 0  # bytes of its file: small ones first
 
 @torch.no_grad()
 def random_backbone(
-    architecture: str,
-    data: FrozenData,
+    architecture: str,  # registered backbone
+    data: FrozenData,  # cases and labels
 ) -> torch.nn.Module:
     "Build a backbone as it is drawn, with batch norms that have seen some cases."
     with torch.random.fork_rng(devices=[]):
@@ -73,16 +73,20 @@ def random_backbone(
     recalibrate_batchnorm(net, seen[:, : net.in_channels])
     return net
 
-def random_candidate(architecture: str) -> Candidate:
+def random_candidate(
+    architecture: str,  # registered backbone
+) -> Candidate:
     return Candidate(f"{architecture}.{RANDOM}", "random", partial(random_backbone, architecture), "drawn from seed 0")
 
-def control_candidate(name: str) -> Candidate:
+def control_candidate(
+    name: str,  # a name
+) -> Candidate:
     return Candidate(name, "control", lambda data: CONTROLS[name](len(data.cohort.card.sequences)), name)
 
 # %% ../../nbs/6_tune/20_rank.ipynb #c45cd7b3
 def known_overlap(
     name: str,  # architecture.weights
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
 ) -> str:  # some, none or unknown, and what is known of the pretraining data
     "Find out whether weights may have seen patients of the cohort."
     path = local_weights_file(name) if name not in weights else None
@@ -92,7 +96,7 @@ def known_overlap(
 
 def weights_candidate(
     name: str,  # architecture.weights that are here
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
     accepted: Iterable[str],  # licences or weights that are accepted by name
 ) -> Candidate:
     "Describe published weights, or weights with a plan in the weights folder."
@@ -109,9 +113,9 @@ def weights_candidate(
 
 # %% ../../nbs/6_tune/20_rank.ipynb #00f1710b
 def study_candidate(
-    study: StudySpec,
+    study: StudySpec,  # the study
     name: str,  # architecture.weights that the study makes
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
 ) -> Candidate:
     "Describe weights that a study made."
     parent = {s.backbone: run_id(s) for s in pretrain_specs(study)}[name]
@@ -128,10 +132,10 @@ def study_candidate(
     return Candidate(name, "weights", make, file_hash(file), data.cohort.card.licence, overlap, file.stat().st_size)
 
 def find_candidates(
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
     names: Iterable[str],  # weights; none: all that are here, and those of the study
-    study: StudySpec | None,
-    accepted: Iterable[str],
+    study: StudySpec | None,  # the study, if there is one
+    accepted: Iterable[str],  # licences or weights accepted by name
 ) -> tuple[list[Candidate], dict[str, str]]:  # controls, weights from small to large, random ones; name → why not
     "List all that can be ranked."
     made = [s.backbone for s in pretrain_specs(study)] if study else []
@@ -156,7 +160,7 @@ def find_candidates(
 def ranking_spec(
     cohort: str,  # as in a study file; "": that of the study
     task: str,  # of the study, or a registered one
-    study: StudySpec | None = None,
+    study: StudySpec | None = None,  # the study, if there is one
     n_train: int | None = None,  # training cases; None: as in the study, else all
 ) -> RunSpec:
     "Describe the cases that a ranking looks at, as a run would."
@@ -173,7 +177,9 @@ def ranking_spec(
     return RunSpec(cohort=cohort, task=task, options=options, cases=cases, n_train=few, seed=0, **grid)
 
 # %% ../../nbs/6_tune/20_rank.ipynb #65d4f8bb
-def scores_for(kind: str) -> list[str]:  # kind: classes or values
+def scores_for(
+    kind: str,  # classes or values
+) -> list[str]:
     "List registered scores that take a target, the linear probe first."
     return sorted((n for n in scores if kind in scores.card(n)["takes"]), key=lambda n: n != "probe")
 
@@ -182,9 +188,9 @@ def scores_code() -> str:
     return code_hash(*sorted({scores[n].__module__ for n in scores}), "vfm_notes.shift.resample") or ""
 
 def score_candidate(
-    found: FrozenFeatures,
+    found: FrozenFeatures,  # of one backbone
     names: list[str],  # of the scores, that which ranks first
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> dict[str, Resampled | str]:  # score → value and draws, or why there is none
     "Compute scores on the layer that was fixed beforehand, with an interval for the one that ranks."
     from threadpoolctl import threadpool_limits
@@ -205,8 +211,8 @@ def score_candidate(
 # %% ../../nbs/6_tune/20_rank.ipynb #929cfa38
 def kept_scores(
     key: str,  # of the features
-    found: FrozenFeatures,
-    names: list[str],
+    found: FrozenFeatures,  # of one backbone
+    names: list[str],  # one each
 ) -> dict[str, Resampled | str]:
     "Return scores, from the cache where they are known."
     import json
@@ -227,10 +233,10 @@ class BudgetSpent(Exception): "The time that a ranking may take is over."
 class Clock:
     "Says how long the rest will take, and when the budget is spent."
     total: int  # candidates
-    cases: int
+    cases: int  # how many
     budget: float | None  # s
     progress: Callable[[str, int, int, float], None]  # name, candidates done, cases done, seconds left (NaN: unknown)
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = field(default_factory=time.monotonic)  # when it began, seconds
     took: list[float] = field(default_factory=list)  # seconds of candidates that were computed
 
     @property
@@ -248,10 +254,10 @@ class Ranking:
     "What is known before fine-tuning."
     facts: dict  # cohort, task, kind, by, layer, cases, patients, … plain values
     scored: dict[str, dict[str, Resampled | str]]  # candidate → score → value and draws
-    candidates: dict[str, Candidate]
-    features: dict[str, FrozenFeatures]
+    candidates: dict[str, Candidate]  # backbone → candidate
+    features: dict[str, FrozenFeatures]  # backbone → features
     left_out: dict[str, str]  # name → why
-    seconds: float
+    seconds: float  # wall time
     images: list[np.ndarray] = field(default_factory=list)  # (h, w) middle slices of the pictured cases
 
     @property
@@ -270,11 +276,11 @@ class Ranking:
 
 # %% ../../nbs/6_tune/20_rank.ipynb #f887d8ae
 def rank_candidates(
-    data: FrozenData,
-    candidates: list[Candidate],
+    data: FrozenData,  # cases and labels
+    candidates: list[Candidate],  # backbones with weights
     names: list[str],  # of the scores
-    rows: int,
-    clock: Clock,
+    rows: int,  # cases, at most
+    clock: Clock,  # time that is left
 ) -> tuple[dict, dict, dict]:  # scored, features, left out
     "Compute features and scores of all candidates, as far as the budget goes."
     scored, features, left_out = {}, {}, {}
@@ -328,7 +334,7 @@ def rank(
 
 # %% ../../nbs/6_tune/20_rank.ipynb #a5de57c9
 def ranking_facts(
-    data: FrozenData,
+    data: FrozenData,  # cases and labels
     first: TaskData,  # some cases of it
     kind: str,  # classes or values
     by: str,  # the score that ranks
@@ -344,7 +350,7 @@ def ranking_facts(
 
 # %% ../../nbs/6_tune/20_rank.ipynb #ac559b04
 def ranking_row(
-    ranking: Ranking,
+    ranking: Ranking,  # scores of all candidates
     name: str,  # of a candidate
 ) -> dict:
     "Describe a candidate in one row."
@@ -364,11 +370,15 @@ def ranking_row(
         row |= dict(zip(("behind", "behind_low", "behind_high"), (less.value, *less.interval())))
     return row | {f"score_{s}": v.value for s, v in ranking.scored[name].items() if isinstance(v, Resampled)}
 
-def ranking_table(ranking: Ranking) -> pd.DataFrame:  # a row for each candidate, the best first
+def ranking_table(
+    ranking: Ranking,  # scores of all candidates
+) -> pd.DataFrame:  # a row for each candidate, the best first
     "Return a ranking as a table."
     return pd.DataFrame([ranking_row(ranking, n) for n in ranking.order])
 
-def ranking_values(ranking: Ranking) -> dict:  # plain values, for a JSON file
+def ranking_values(
+    ranking: Ranking,  # scores of all candidates
+) -> dict:  # plain values, for a JSON file
     "Return a ranking as it is kept and shown."
     import json
     rows = json.loads(ranking_table(ranking).to_json(orient="records"))

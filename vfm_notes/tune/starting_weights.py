@@ -50,7 +50,7 @@ def published_state(
 
 # %% ../../nbs/6_tune/13_starting_weights.ipynb #73e36e21
 def initial_weights(
-    spec: RunSpec | PretrainSpec,
+    spec: RunSpec | PretrainSpec,  # what the run is
     study: str,  # name of the study that the run belongs to
 ) -> InitialWeights:  # without a state where it begins with random weights, or nobody made any
     "Return the weights of a run, adapted as their plan allows."

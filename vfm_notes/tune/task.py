@@ -92,7 +92,7 @@ CASE_HEADS, DENSE_HEADS = ("pooled", "linear", "deit"), ("decoder", "linear", "u
 IMAGE_HEADS = ("decoder", "linear")  # the dense ones that can add to a first guess
 
 def check_head(
-    name: str,
+    name: str,  # of the head, e.g. linear
     known: tuple,  # CASE_HEADS or DENSE_HEADS
     task: str,  # for the message
 ) -> str:  # the name
@@ -103,7 +103,7 @@ def check_head(
 
 def case_head(
     name: str,  # of CASE_HEADS
-    backbone: nn.Module,
+    backbone: nn.Module,  # a network
     out: int,  # scores
     transformer: str = "toy",  # of the head deit
 ) -> nn.Module:
@@ -114,7 +114,7 @@ def case_head(
 # %% ../../nbs/6_tune/02_task.ipynb #92cef98e
 def dense_head(
     name: str,  # of DENSE_HEADS
-    backbone: nn.Module,
+    backbone: nn.Module,  # a network
     in_channels: int,  # sequences
     out: int,  # channels of the answer
     width: int | None = None,  # channels inside; default: as published
@@ -155,7 +155,7 @@ class TaskData:
     inputs: Tensor
     target: Tensor  # n (class) | n d h w (label map) | n 1 d h w (image)
     names: list  # case names
-    patients: list
+    patients: list  # of the cases, (n,)
     spacing: tuple  # mm, d h w
 
     def __len__(self): return len(self.inputs)
@@ -165,7 +165,7 @@ class TaskData:
 
 # %% ../../nbs/6_tune/02_task.ipynb #cab07dba
 def case_table(
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     values: dict,  # metric → n values
 ) -> pd.DataFrame:  # case, patient, metric, value
     "Return one row per case and metric."
@@ -237,7 +237,12 @@ class Task:
         ]
 
 # %% ../../nbs/6_tune/02_task.ipynb #8a6e064f
-def task_kind(name: str, options: dict) -> str: return options.get("task", name)  # the registered task
+# the registered task
+def task_kind(
+    name: str,  # of a task of the study
+    options: dict,  # of the task
+) -> str:
+    return options.get("task", name)
 
 def build_task(
     name: str,  # registered task, or any name where the option `task` states which one it is
@@ -254,7 +259,7 @@ def build_task(
 
 # %% ../../nbs/6_tune/02_task.ipynb #ce98dd7f
 def channel(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     sequence: str,  # e.g. "dwi"
     task: str,  # for the message
 ) -> int:
@@ -287,9 +292,9 @@ def contrast_statistics(
     return np.concatenate([x.max(-1), np.percentile(x, 99.5, axis=-1)], axis=1)
 
 def fit_statistics(
-    train: TaskData,
+    train: TaskData,  # training cases
     label: np.ndarray,  # n, of the training cases
-    features: Callable[[Tensor], np.ndarray] = image_statistics,
+    features: Callable[[Tensor], np.ndarray] = image_statistics,  # of a batch
 ):  # a fitted classifier of scikit-learn
     "Fit a logistic regression on image statistics."
     from sklearn.dummy import DummyClassifier
@@ -302,9 +307,9 @@ def fit_statistics(
 # %% ../../nbs/6_tune/02_task.ipynb #02f7b396
 def predict_class_scores(
     reader,  # of statistics_reader
-    test: TaskData,
-    n_classes: int,
-    features: Callable[[Tensor], np.ndarray] = image_statistics,
+    test: TaskData,  # test cases
+    n_classes: int,  # with background
+    features: Callable[[Tensor], np.ndarray] = image_statistics,  # of a batch
 ) -> Tensor:  # n k, log-probabilities
     "Return the score of every class by image statistics."
     found = np.full((len(test), n_classes), -20.0)
@@ -315,7 +320,7 @@ def predict_class_scores(
 AUXILIARY = 0.4  # weight of the loss of a training head
 
 def check_masks(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     task: str,  # for the message
 ) -> None:
     "Refuse a task on masks that has no class to find."
@@ -356,7 +361,7 @@ def dice_and_entropy(
 
 def mask_rows(
     labels: Tensor,  # n d h w, predicted
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     classes: tuple,  # their names, background first
 ) -> pd.DataFrame:
     "Return Dice and distances of every case, of each class and their mean."
@@ -379,12 +384,15 @@ class Segmentation(Task):
     "A label for every voxel."
     primary, metrics, called = "dice", ("dice", "hd95"), "segmentation"
 
-    def __init__(self, card: CohortCard,
-                 class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
-                 head: str = "decoder",  # decoder, linear, upernet or unetr
-                 width: int | None = None,  # channels inside the head; default: as published
-                 skip: bool = True,  # of the decoder: it reads raw voxels, too
-                 judged_by: str = ""):  # class whose Dice gains are computed on, e.g. lesion; default: the mean of all
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
+        head: str = "decoder",  # decoder, linear, upernet or unetr
+        width: int | None = None,  # channels inside the head; default: as published
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+        judged_by: str = "",  # class whose Dice gains are computed on, e.g. lesion; default: the mean of all
+    ):
         super().__init__(card)
         check_masks(card, self.called)
         if judged_by:

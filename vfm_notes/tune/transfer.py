@@ -66,11 +66,15 @@ class RunResult:
 JUDGED = ("val", "test")  # splits that all seeds share
 _prepared = {}  # the last answer of each
 
-def asked_of(spec: RunSpec) -> str: return canonical_text(RunSpec(options=spec.options))  # options of a task as a key
+# options of a task as a key
+def asked_of(
+    spec: RunSpec,  # what the run is
+) -> str:
+    return canonical_text(RunSpec(options=spec.options))
 def prepared(
     asked: tuple,  # what the answer depends on, besides the cohort
     task: Task,  # that has learned what it needs
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
     split: str,  # of JUDGED
 ) -> TaskData:
     "Return a split as a task wants it, from the run before where that wanted the same."
@@ -87,7 +91,9 @@ def _cohort(name: str, size: tuple, spacing: tuple, cases: tuple, bad_cases: str
 @lru_cache(maxsize=2)
 def _fold(folds: int, fold: int, share: float, *of) -> Cohort: return fold_cohort(_cohort(*of), folds, fold, share)
 
-def run_cohort(spec) -> Cohort:
+def run_cohort(
+    spec,  # what a run is
+) -> Cohort:
     "Return the cohort of a spec, kept in memory; that of a cross-validation in the splits of its fold."
     load_plugins(spec.plugins)
     of = spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases
@@ -106,7 +112,7 @@ def input_scale(
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #15f03096
 def run_data(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
 ) -> tuple[Task, dict[str, TaskData]]:  # the task; train, val, test
     "Return the task of a run and its three splits."
     cohort = run_cohort(spec)
@@ -125,19 +131,22 @@ def run_data(
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #dbe2bd49
 def network_input_size(
-    spec: Spec,
+    spec: Spec,  # what the run is
 ) -> tuple:  # voxels, d h w
     "Return what a network is given: the whole volume, or a window of it."
     window = getattr(spec, "window", ())
     return tuple(min(w, s) for w, s in zip(window, spec.size)) if window else tuple(spec.size)
 
 # a network made for a task has no published grid
-def grid_of(spec: RunSpec) -> str: return "pad" if spec.strategy.startswith("specialist") else spec.grid
+def grid_of(
+    spec: RunSpec,  # what the run is
+) -> str:
+    return "pad" if spec.strategy.startswith("specialist") else spec.grid
 
 def build_model(
-    spec: RunSpec,
-    task: Task,
-    in_channels: int,
+    spec: RunSpec,  # what the run is
+    task: Task,  # a task of the study
+    in_channels: int,  # input sequences
     state: dict[str, Tensor] | None = None,  # pretrained weights of the backbone
 ) -> Network:
     "Build backbone and head, seeded; pretrained weights are loaded where the strategy starts from them."
@@ -157,9 +166,9 @@ def build_model(
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #cb6f7c9a
 def tuned_model(
-    spec: RunSpec,
-    task: Task,
-    in_channels: int,
+    spec: RunSpec,  # what the run is
+    task: Task,  # a task of the study
+    in_channels: int,  # input sequences
     state: dict[str, Tensor],  # weights that a run of this spec left behind
 ) -> Network:
     "Return the network of a finished run."
@@ -171,7 +180,10 @@ def tuned_model(
 # %% ../../nbs/6_tune/09_transfer.ipynb #6527cf6d
 class Memo(dict):
     "Holds the last answers by their keys: runs that have much in common follow each other."
-    def __init__(self, most: int = 1):  # answers that are kept
+    def __init__(
+        self,
+        most: int = 1,  # answers that are kept
+    ):
         super().__init__()
         self.most = most
 
@@ -183,8 +195,8 @@ class Memo(dict):
         return self[key]
 
 def cache_key(
-    spec: RunSpec,
-    weights_hash: str,
+    spec: RunSpec,  # what the run is
+    weights_hash: str,  # of the weights before training
 ) -> str:
     "Return what all strategies and seeds of one task and backbone have in common but for their training cases."
     return (
@@ -195,16 +207,19 @@ def cache_key(
 # %% ../../nbs/6_tune/09_transfer.ipynb #a2891ee4
 _known = Memo(16)  # rows of scores
 
-def center_windows(data: TaskData, window: tuple) -> TaskData:
+def center_windows(
+    data: TaskData,  # inputs and targets
+    window: tuple,  # voxels, (d, h, w); () for whole volumes
+) -> TaskData:
     "Return the windows in the middle of the cases."
     if not needs_sliding_window(window, data.inputs): return data
     return replace(data, inputs=center_crop(data.inputs, window), target=center_crop(data.target, window))
 
 def transferability_scores(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
     model: Network,  # with its pretrained weights, not yet tuned
-    data: dict[str, TaskData],
-    weights_hash: str,
+    data: dict[str, TaskData],  # split → inputs and targets
+    weights_hash: str,  # of the weights before training
 ) -> list[dict]:  # a row per score and layer
     "Compute transferability scores, once for all strategies on the same training cases."
     if not needs_weights(spec): return []
@@ -218,7 +233,7 @@ def transferability_scores(
 def recalibrate_batchnorm(
     backbone: Backbone,  # with random weights; its running statistics are changed in place
     inputs: Tensor,  # n c d h w
-    batch_size: int = 32,
+    batch_size: int = 32,  # cases at a time
 ) -> int:  # number of batch norms
     "Give batch norms the statistics of some cases."
     norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -234,10 +249,10 @@ def recalibrate_batchnorm(
 _rows = {split: Memo() for split in ("train", "val", "test")}
 
 def frozen_data(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
     model: Network,  # after its strategy
-    data: dict[str, TaskData],
-    weights_hash: str,
+    data: dict[str, TaskData],  # split → inputs and targets
+    weights_hash: str,  # of the weights before training
     meter: Meter | None = None,  # is given what an earlier run computed for this one
 ) -> tuple[CachedHead, dict[str, TaskData], float]:  # the head, data with rows for inputs, seconds of the encoder
     "Return the features that a head on a frozen encoder is trained on."
@@ -263,16 +278,16 @@ def frozen_data(
 @dataclass
 class Prepared:
     "A run that is ready to be trained."
-    spec: RunSpec
+    spec: RunSpec  # what the run is
     state: dict[str, Tensor] | None  # pretrained weights of the backbone
     start: InitialWeights  # what their plan says
-    meter: Meter
-    cohort: Cohort
-    task: Task
+    meter: Meter  # time and memory
+    cohort: Cohort  # cases in memory
+    task: Task  # a task of the study
     data: dict[str, TaskData]  # train, val, test
-    model: Network
+    model: Network  # backbone and head
     tuning: Tuning  # what the strategy decided
-    weights_hash: str
+    weights_hash: str  # of the weights before training
     scores: list[dict]  # known before
     seconds: dict[str, float]  # spent on them, and on features of a frozen encoder
     net: torch.nn.Module  # what is trained: the model, or its head alone on rows of features
@@ -285,7 +300,7 @@ class Prepared:
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #3c896fa2
 def prepare(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
     state: dict[str, Tensor] | None = None,  # pretrained weights of the backbone
     start: InitialWeights = InitialWeights(),  # what the weights' plan says
 ) -> Prepared:
@@ -309,16 +324,22 @@ def prepare(
 class Trained:
     "What the steps of a run leave."
     watch: Monitor  # with the features before and after
-    batches: Loader
+    batches: Loader  # of the training cases
     curves: pd.DataFrame  # epoch, seconds, name, value
-    notes: list[str]
+    notes: list[str]  # what the record should state
 
-def remember_cases(model: Network, train: TaskData, watch: Monitor) -> pd.DataFrame:
+def remember_cases(
+    model: Network,  # backbone and head
+    train: TaskData,  # training cases
+    watch: Monitor,  # features and scores on the way
+) -> pd.DataFrame:
     "Return the curves of a strategy without steps: its training cases are remembered, and that is all."
     model.head.remember(train.inputs, train.target)
     return pd.DataFrame([(0, 0.0, k, v) for k, v in watch(0).items()], columns=["epoch", "seconds", "name", "value"])
 
-def training_notes(run: Prepared) -> list[str]:
+def training_notes(
+    run: Prepared,  # data and network
+) -> list[str]:
     "List what readers should know of how the cases were seen."
     if run.cached:
         return ["the encoder is frozen: its features were computed once, so training cases were not augmented"]
@@ -359,7 +380,7 @@ def shown_slice(
     return case, int(area[case].argmax())
 
 def case_pictures(
-    task: Task,
+    task: Task,  # a task of the study
     output: Tensor,  # of the test cases
     data: TaskData,  # the test cases
 ) -> tuple[dict, dict]:  # case and slice; name → h w
@@ -385,7 +406,10 @@ class Measured:
     shown: dict  # case and slice of the pictures
     pictures: dict  # name → h w
 
-def run_cost(run: Prepared, trained: Trained) -> dict:
+def run_cost(
+    run: Prepared,  # data and network
+    trained: Trained,  # network and curves after training
+) -> dict:
     "Compute what a run has cost, as records keep it."
     curves, first = trained.curves, run.data["test"].inputs[:1]
     flops = forward_flops(lambda: predict(run.model, first, window=run.spec.window))
@@ -394,7 +418,10 @@ def run_cost(run: Prepared, trained: Trained) -> dict:
                           evaluation=trained.watch.seconds)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #2709fd07
-def measure(run: Prepared, trained: Trained) -> Measured:
+def measure(
+    run: Prepared,  # data and network
+    trained: Trained,  # network and curves after training
+) -> Measured:
     "Test a trained network, and say how far it moved and what it cost."
     task, data, watch = run.task, run.data, trained.watch
     output = watch.answer("test")
@@ -411,8 +438,8 @@ def measure(run: Prepared, trained: Trained) -> Measured:
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #60f10326
 def weights_files(
-    spec: RunSpec,
-    model: Network,
+    spec: RunSpec,  # what the run is
+    model: Network,  # backbone and head
     state: dict[str, Tensor] | None,  # pretrained weights of the backbone
 ) -> list[dict]:  # part (backbone or head), weights, licence, source_sha256, checksum, file
     "Return the published files that a run starts from."
@@ -420,7 +447,9 @@ def weights_files(
     parts = {"backbone": spec.backbone if published else "", "head": getattr(model.head, "weights", "")}
     return [{"part": part, **weights_origin(name)} for part, name in parts.items() if name]
 
-def head_facts(head: torch.nn.Module) -> dict:
+def head_facts(
+    head: torch.nn.Module,  # of the network
+) -> dict:
     "Describe the head of a run, and whether it reads voxels past the encoder."
     return {
         "name": type(head).__name__, "reads_voxels": getattr(head, "reads_voxels", False),
@@ -429,7 +458,9 @@ def head_facts(head: torch.nn.Module) -> dict:
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4ba55fd1
 _controls = Memo(16)  # rows of trivial controls, metrics of hand-made ones
-def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
+def control_rows(
+    run: Prepared,  # data and network
+) -> pd.DataFrame:  # case, patient, metric, value
     "Compute the trivial control, once for all runs with the same cases."
     data = run.data
     key = (
@@ -439,22 +470,33 @@ def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     )
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
 
-def hand_made_scores(run: Prepared) -> dict[str, float]:  # metric → value; empty where the task has no such control
+def hand_made_scores(
+    run: Prepared,  # data and network
+) -> dict[str, float]:  # metric → value; empty where the task has no such control
     "Compute what a reader of hand-made features reaches on the same cases."
     rows = run.task.hand_made(run.data["train"], run.data["test"])
     return {} if rows is None else run.task.summary(rows)
 
-def overlap_facts(run: Prepared) -> dict[str, str]:  # of foundation.overlap, and why
+def overlap_facts(
+    run: Prepared,  # data and network
+) -> dict[str, str]:  # of foundation.overlap, and why
     "Return whether the weights of a run have seen its cohort."
     if not needs_weights(run.spec): return {"answer": "not seen", "why": "the encoder began with random weights"}
     answer, why = run.start.overlap
     return {"answer": answer or "unknown", "why": why or "nobody said what the weights were made from"}
 
-def own_grid_notes(run: Prepared) -> list[str]:
+def own_grid_notes(
+    run: Prepared,  # data and network
+) -> list[str]:
     "State what the grid of a backbone adds to the volumes of a run, and what it loses."
     return grid_notes(run.model.backbone, network_input_size(run.spec)) if hasattr(run.model.backbone, "grid") else []
 
-def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, control: pd.DataFrame) -> dict:
+def beside_control(
+    task: Task,  # a task of the study
+    data: dict[str, TaskData],  # split → inputs and targets
+    cases: pd.DataFrame,  # one row per case and metric
+    control: pd.DataFrame,  # case, metric, value of the trivial answer
+) -> dict:
     "Compute metrics of a run beside those of the trivial control."
     return {
         "metrics": task.summary(cases), "primary": task.primary, "controls": task.summary(control),
@@ -465,7 +507,7 @@ def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, c
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #48f8b8b1
 def describe_input(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
     task: Task,  # that has learned
 ) -> dict:  # card, crop, pictures, learned
     "Describe what the network is made for: the sequences, where the grid lies, and what the task took from the cases."
@@ -473,7 +515,11 @@ def describe_input(
     return {"card": asdict(cohort.card), "crop": cohort.crop, "pictures": cohort.pictures, "learned": learned}
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #204fe828
-def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
+def summarise(
+    run: Prepared,  # data and network
+    trained: Trained,  # network and curves after training
+    measured: Measured,  # scores and distances
+) -> RunResult:
     "Gather all that a run leaves behind."
     files, watch = weights_files(run.spec, run.model, run.state), trained.watch
     licences = [run.cohort.card.licence, *run.start.licences, *(f["licence"] for f in files)]
@@ -502,7 +548,7 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
     state: dict[str, Tensor] | None = None,  # pretrained weights; not needed by `scratch`
     # called after every epoch with the validation score
     progress: Callable[[int, float], None] = lambda epoch, score: None,
