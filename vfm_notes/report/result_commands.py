@@ -268,6 +268,7 @@ def table_command(
     with gc_paused():  # until all is written
         records = counted_records(spec, jobs_of(spec), study)
         if paper: return print(f"{output}: {write_paper(spec, output)} cells")
+        if not output and not records and not as_json: return print("No records yet.")
         if not output and (as_json or not long): return print_cells(spec, as_json)
         runs = runs_table(records)
         if spec.search: runs = mark_counted(runs, search_candidates(runs, curves_table(spec.name, records)))
