@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 import make as ev
 
-HAND = {"published_gains.json", "openmind_results.json"}
+HAND = {"published_gains.json", "public_matrix.json", "openmind_results.json"}
 
 
 def test_every_file_has_an_entry_and_a_record():

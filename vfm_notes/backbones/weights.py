@@ -28,10 +28,11 @@ from torch import Tensor
 # %% ../../nbs/3_backbones/03_weights.ipynb #6187a833
 from .plan import local_weights_file, local_weights_names, read_weights_manifest
 from .protocol import backbone_card
+from ..foundation.overlap import pretraining_data
 from ..foundation.places import file_hash, atomic_file, write_atomic
 from ..foundation.places import weights_file, weights_root
 from ..foundation.registry import Registry, VfmError, backbones, suggest_name
-from ..nets.files import check_state, read_content, unwrap_state
+from ..nets.files import check_state, import_onnx, read_content, unwrap_state
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class WeightsCard:
     normalisation: str = ""  # a rule of data.loader.normalise; "" is that of the backbone's card
     note: str = ""  # what a reader must know
 
+    @property
+    def pretrained_on(self) -> tuple[dict[str, str], ...]:  # dataset, names, state, complete, note, evidence
+        "Return the data sets that the weights were made from, as far as a source names them."
+        return pretraining_data().get(self.name, ())
+
 weights = Registry("weights")  # name → function from the published state to the backbone's state
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #carriedc
@@ -66,8 +72,11 @@ def local_weights_card(
         f"{plan.objective.get('title') or plan.objective.get('name')} on "
         f"{plan.data.get('title') or plan.data.get('cohort')}"
     )
+    made = plan.made
+    run = f"run {made.get('run')} of study {made.get('study')}"
+    source = f"imported from {made['file']}" if "file" in made else run
     return WeightsCard(
-        name, title, " and ".join(plan.licences), f"run {plan.made.get('run')} of study {plan.made.get('study')}",
+        name, title, " and ".join(plan.licences), source,
         path.name, share=1.0, normalisation=plan.normalisation["how"],
         non_commercial=bool(plan.data.get("non_commercial")),
         note=f"adaptation plan inside: {', '.join(plan.sequences)}",
@@ -269,6 +278,7 @@ def fetch_weights(
     card, done = weights_card(name), converted_file(name)
     check_licence(card, accepted)
     if done.is_file(): return done
+    if card.file.endswith(".onnx"): import_onnx(card.file)  # before anything is downloaded
     with tempfile.TemporaryDirectory() as folder:
         raw = published_file(card, Path(folder))
         state, told = published_state(name, raw)

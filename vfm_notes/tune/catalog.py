@@ -28,6 +28,7 @@ import vfm_notes.pretrain.distillation
 import vfm_notes.pretrain.reconstruction
 import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
+import vfm_notes.shift.more_scores
 import vfm_notes.shift.scores
 import vfm_notes.tune.case_task
 import vfm_notes.tune.image_task
