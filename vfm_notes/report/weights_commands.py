@@ -43,11 +43,17 @@ Accept = Annotated[
 @weights_app.command("list")
 def weights_list(
     long: Annotated[bool, typer.Option("--long", help="Also architecture in full, terms and source.")] = False,
+    objective: Annotated[str, typer.Option(help="Pretrained with, e.g. contrast, reconstruction, masked.")] = "",
+    modality: Annotated[str, typer.Option(help="A word of the card: CT, MRI, T2w, natural, retinal ...")] = "",
+    licence: Annotated[str, typer.Option(help="Part of the licence's name, or free: no terms to accept.")] = "",
+    here: Annotated[bool, typer.Option("--here", help="Only weights whose converted file is here.")] = False,
 ) -> None:
     "List registered weights, their licences, and whether they are here."
     import vfm_notes.tune.catalog
-    from vfm_notes.backbones.weights import list_weights
-    every = list_weights().assign(present=lambda t: t.here.map({True: "yes", False: "no"}))
+    from vfm_notes.backbones.weights import list_weights, select_weights
+    chosen = select_weights(list_weights(), objective, modality, licence, here)
+    if chosen.empty: raise VfmError("No weights fit these filters: leave one out (vfm weights list).")
+    every = chosen.assign(present=lambda t: t.here.map({True: "yes", False: "no"}))
     if not long:
         print("name                              present  licence                    architecture")
         for row in every.to_dict("records"):
