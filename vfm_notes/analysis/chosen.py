@@ -32,12 +32,14 @@ class Chosen:
     folders: list[Path]  # of the runs
     reason: str  # one sentence
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #4d7d059c
 def record_in(folder: Path) -> dict:
     "Read the record in a folder, or say what is wrong with it."
     record, why = check_record(folder)
     if record is None: raise VfmError(f"{folder} holds no sound record ({why or 'there is none'}); name another run.")
     return record
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #d7c198fe
 def named_run(
     name: str,  # a run id, STUDY/run id, or the path of a run's folder
 ) -> Path | None:  # its folder; None where there is none
@@ -64,7 +66,8 @@ def best_cell(
         if key in runs: runs = runs[runs[key].astype(str).isin(values)]
     names = list(dict.fromkeys(runs.task))
     if not task and len(names) > 1:
-        raise VfmError(f"Study '{tables.study}' has {len(names)} tasks; choose one: --task {' or --task '.join(names)}.")
+        raise VfmError(f"Study '{tables.study}' has {len(names)} tasks; choose one: --task "
+                       f"{' or --task '.join(names)}.")
     if task and task not in names:
         raise VfmError(f"Study '{tables.study}' has no run of task '{task}'.{suggest_name(task, names)} It has: "
                        f"{', '.join(names) or 'none'}.")
@@ -103,6 +106,7 @@ def choose_runs(
                   f"Study {study.name}: the best validated cell is {where} (mean validation "
                   f"{runs.metric.iloc[0]} {score:.3f}), {n}.")
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #6f3fd834
 def tuned_arrays(
     folder: Path,  # of a run
     name: str = "weights",  # or adapters
@@ -139,11 +143,12 @@ def score_table(rows: list[dict]) -> str:  # rows: from score_rows
     say = lambda v, m: "undefined" if v is None or v != v else format_value(v, "score", metric=m)
     span = lambda r: ("none" if r["low"] != r["low"] else
                       format_interval(r["low"], r["high"], "score", metric=r["metric"]))
-    lines = [f"| {r['title']} | {say(r['value'], r['metric'])} | {span(r)} | {r['n']} | {say(r['control'], r['metric'])} |"
-             for r in rows]
+    lines = [f"| {r['title']} | {say(r['value'], r['metric'])} | {span(r)} | {r['n']} | "
+             f"{say(r['control'], r['metric'])} |" for r in rows]
     head = ["| metric | score | 95 % interval | test cases | without a network |", "| --- | --- | --- | --- | --- |"]
     return "\n".join([*head, *lines])
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #da781e77
 def how_to_use(record: dict) -> list[str]:
     "State what the network reads and answers."
     spec, card, side = record["spec"], record["input"]["card"], lambda v: " x ".join(f"{x:g}" for x in v)
