@@ -43,6 +43,7 @@ from ..runs.grid import count_states, Job, run_states, states_of
 ORDER = (
     "index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "as_released",
     "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort",
+    "guide_predict",
     "guide_batch", "phantom", "methods", "log", "changelog",
 )
 
