@@ -100,7 +100,7 @@ def choose_runs(
     cell, runs, score = best_cell(tables, task, part, {int(s) for s in part.get("seed", study.seeds)})
     ids = [one for id in runs.id for one in tables.folds.get(id, [id])]
     folders = [runs_root()/study.name/id for id in ids]
-    where = ", ".join(f"{k} {v}" for k, v in cell.items())
+    where = ", ".join(f"{k} {v or 'all'}" for k, v in cell.items())
     n = f"an ensemble of its {len(ids)} runs" if len(ids) > 1 else "its only run"
     return Chosen([record_in(f) for f in folders], folders,
                   f"Study {study.name}: the best validated cell is {where} (mean validation "
