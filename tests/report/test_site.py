@@ -38,7 +38,7 @@ STUDY = {
     "budget": {"epochs": 4},
     "external": {"cohort": "prostate_cases", "task": "segmentation"},
 }
-STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_batch"]  # no numbers, no charts
+STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_predict", "guide_batch"]  # no numbers, no charts
 OWN = [
     "index", "alignment", "convergence", "prediction", "strategies", "pretraining", "backbones", "data", "runs",
     "phantom", "methods", "log", *STILL,

@@ -348,7 +348,8 @@ def pooled_metric(
     label, score = class_scores(cases)
     if metric == "kappa":
         k = np.arange(score.shape[1])
-        return float(kappa(np.einsum("ni,nj->ij", label[:, None] == k, score.argmax(1)[:, None] == k, dtype=float)[None])[0])
+        true, told = (label[:, None] == k) * 1.0, (score.argmax(1)[:, None] == k) * 1.0
+        return float(kappa((true.T @ told)[None])[0])
     above = (score.shape[1] - 1) if positive is None or pd.isna(positive) else int(positive)
     return float(weighted_auc((label >= above)[None] * 1.0, positive_score(score, positive)[None],
                               np.ones((1, len(label))))[0])
