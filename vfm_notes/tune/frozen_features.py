@@ -225,7 +225,7 @@ def write_features(
     arrays = {}
     for layer, t in found.tables.items():
         arrays |= {f"{layer}/{k}": np.ascontiguousarray(getattr(t, k)) for k in ("features", "target", "groups")}
-    arrays |= {f"map/{i}": m for i, m in enumerate(found.maps.values())}
+    arrays |= {f"map/{i}": np.ascontiguousarray(m) for i, m in enumerate(found.maps.values())}
     told = {"patients": found.patients, "seconds": found.seconds, "parameters": found.parameters, "size": found.size}
     told |= {"layers": list(found.tables), "maps": list(found.maps)}
     with atomic_file(path) as part: save_file(arrays, part, metadata={"told": json.dumps(told)})

@@ -29,7 +29,7 @@ from vfm_notes.backbones.weights import (
 )
 from ..data.cache import code_hash
 from ..data.cohort import content_hash
-from ..data.load import default_grid, load_cohort, manifest_of
+from ..data.load import cohort_maker, default_grid, load_cohort, manifest_of
 from ..foundation.meter import provenance
 from vfm_notes.foundation.places import (
     cache_root, file_hash, run_folder, shipped_studies, write_atomic,
@@ -160,10 +160,11 @@ def ranking_spec(
     n_train: int | None = None,  # training cases; None: as in the study, else all
 ) -> RunSpec:
     "Describe the cases that a ranking looks at, as a run would."
-    like = study or next((s for s in map(load_study, shipped_studies()) if s.cohort == cohort), None)
+    shipped = sorted(map(load_study, shipped_studies()), key=lambda s: s.name != cohort)  # that of its name first
+    like = study or next((s for s in shipped if s.cohort == cohort), None)
     options = study.tasks.get(task, {}) if study else {}
     tasks[task_kind(task, options)]
-    cohort = cohort or study.cohort
+    cohort_maker(cohort := cohort or study.cohort)  # an unknown name is refused here
     if like is None and cohort in cohorts:
         raise VfmError(f"Cohort '{cohort}' has no grid of its own: give a study file that names size and spacing.")
     if like: grid = {k: getattr(like, k) for k in ("size", "spacing", "bad_cases", "window")}
