@@ -35,7 +35,8 @@ def made(**more):
     return {
         "version": 1, "task": "grades", "kind": "classes", "by": "probe", "layer": "embed", "cases": 40, "patients": 39,
         "cells": False, "title": "A cohort <b>", "cohort": "toy", "licence": "CC0", "reference": "big.x",
-        "left_out": {}, "size": [4, 32, 32], "rows": rows, "scores": ["probe", "logme"], "directions": {"probe": 1, "logme": 1},
+        "left_out": {}, "size": [4, 32, 32], "rows": rows, "scores": ["probe", "logme"],
+        "directions": {"probe": 1, "logme": 1},
     } | more
 
 

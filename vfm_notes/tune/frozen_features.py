@@ -36,7 +36,7 @@ from .task import Task, TaskData, build_task
 from .fit import center_crop, needs_sliding_window
 from .transfer import asked_of, input_scale
 
-# %% ../../nbs/6_tune/17_frozen_features.ipynb #6f89f8a7
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #af6b0811
 CHUNK = 8  # cases in memory at a time
 
 class MappedRows:
@@ -54,6 +54,7 @@ def mapped_cohort(
     rest = {k: at(getattr(cohort, k)) for k in ("labels", "grade", "targets", "zones", "names", "patients", "split")}
     return replace(cohort, known_hash="", volumes=MappedRows(cohort.volumes, index), **rest)
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #95aa5629
 def training_cases(
     cohort: Cohort,
     n_train: int,  # as in a run; 0: all
@@ -68,7 +69,7 @@ def training_cases(
         )
     return np.array(sorted(of[stratified_order(cohort.grade[of], seed)[:n_train]])) if n_train else of
 
-# %% ../../nbs/6_tune/17_frozen_features.ipynb #03ba5c2d
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #54aa26d3
 def middle_of(
     data: TaskData,
     window: tuple,  # voxels, d h w; empty: all
@@ -87,6 +88,7 @@ def fitting_window(
     fits = tuple(s // t * t for s, t in zip(size, net.strides[-1]))
     return fits if all(fits) else tuple(size)  # too small: the network says so
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #39fd9ff4
 @dataclass
 class FrozenData:
     "The training cases of a task, ready to stream."
@@ -105,6 +107,7 @@ class FrozenData:
             part = self.cohort.pick(self.index[start : start + size])
             yield middle_of(self.task.prepare(part), self.spec.window)
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #dc992b0e
 def frozen_cases(
     spec: RunSpec,  # cohort, grid, task, options, n_train
     cohort: Cohort,
@@ -128,7 +131,7 @@ def with_scale(data: FrozenData, scale: dict) -> FrozenData:
     data.task.scale = partial(normalise, **scale)
     return data
 
-# %% ../../nbs/6_tune/17_frozen_features.ipynb #e5b2387c
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #187fd8c7
 PICTURED = 3  # cases whose feature maps are kept for a picture
 
 @dataclass
@@ -142,6 +145,7 @@ class FrozenFeatures:
     size: tuple = ()  # voxels that it was shown, d h w
     known: bool = False  # read from the cache
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #83336015
 def chunk_rows(
     net: nn.Module,  # backbone or control
     part: TaskData,
@@ -159,7 +163,7 @@ def join_rows(
     join = lambda name: np.concatenate([getattr(p, name) for p in parts])
     return ScoreRows(parts[0].layer, join("features"), join("target"), join("groups"))
 
-# %% ../../nbs/6_tune/17_frozen_features.ipynb #5e36b3c2
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #0e94fcf0
 @torch.no_grad()
 def middle_map(
     net: nn.Module,  # backbone or control
@@ -171,6 +175,7 @@ def middle_map(
     chosen = wide[-1] if wide else maps[0]
     return chosen[0, :, chosen.shape[2] // 2].float().cpu().numpy()
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #ac800302
 def collect_frozen(
     net: nn.Module,  # backbone or control
     data: FrozenData,  # scaled for it
@@ -194,7 +199,7 @@ def collect_frozen(
     took, size = time.perf_counter() - start, tuple(part.inputs.shape[2:])
     return FrozenFeatures(tables, len(names), maps, took, parameters, size)
 
-# %% ../../nbs/6_tune/17_frozen_features.ipynb #570e85b4
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #b98f726a
 def network_code() -> str:
     "Hash the code that decides features."
     files = [p for part in ("nets", "backbones") for p in sorted((package_root()/part).glob("*.py"))]
@@ -202,6 +207,7 @@ def network_code() -> str:
     return code_hash(*names, *(f"vfm_notes.shift.{m}" for m in ("features", "scores")),
                      "vfm_notes.data.loader", "vfm_notes.tune.hand_made", "vfm_notes.tune.frozen_features") or ""
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #4f9099cc
 def features_key(
     network: str,  # name and fingerprint of its weights
     data: FrozenData,
@@ -216,7 +222,7 @@ def features_key(
 
 def features_file(key: str) -> Path: return cache_root()/"rank"/f"{key[:32]}.safetensors"  # safe to delete
 
-# %% ../../nbs/6_tune/17_frozen_features.ipynb #14cf0c5c
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #5d1275a3
 def write_features(
     path: Path,
     found: FrozenFeatures,
@@ -230,6 +236,7 @@ def write_features(
     told |= {"layers": list(found.tables), "maps": list(found.maps)}
     with atomic_file(path) as part: save_file(arrays, part, metadata={"told": json.dumps(told)})
 
+# %% ../../nbs/6_tune/17_frozen_features.ipynb #10ec0f45
 def read_features(
     path: Path,
 ) -> FrozenFeatures | None:  # None where there is none, or a damaged one that is made again
