@@ -227,7 +227,7 @@
     if (width < 560) {  // on a phone legends stand below each other, and panels have two lines above them
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
-        if (s.legend && s.legend.columns) s.legend.columns = 2;
+        if (s.legend && s.legend.columns) s.legend.columns = ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2;
         if (s.header && s.header.labelAnchor === "start") s.header.labelExpr = "split(datum.label, ', ')";
         Object.values(s).forEach((v) => typeof v === "object" && narrow(v));
       };
@@ -246,8 +246,8 @@
     return out;
   };
   const rowsOf = (spec) => Object.values(spec.datasets || {}).flat().concat((spec.data && spec.data.values) || []);
-  const stacked = (config, width) => (width < 560 ? { ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } } : config);
-  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config, width), tooltip: { theme: "custom" } });
+  const stacked = (config) => ({ ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } });
+  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config), tooltip: { theme: "custom" } });
   const named = (view, spec) => {  // for a screen reader a chart is one picture with its sentence; its numbers are in the CSV
     const title = spec.title && typeof spec.title === "object" && !Array.isArray(spec.title) ? spec.title : { text: spec.title || "chart" };
     view.setAttribute("role", "img");
