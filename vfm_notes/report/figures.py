@@ -392,7 +392,7 @@ def distance_layers(
         )
         tiles = base.mark_rect(cornerRadius=3).encode(
             color=alt.Color("backbone:N", legend=None, scale=alt.Scale(domain=names, range=[shades[b] for b in names])),
-            opacity=alt.Opacity("mmd2:Q", legend=None, scale=alt.Scale(domain=[0, top], range=[0.06, 0.7])),
+            opacity=alt.Opacity("mmd2:Q", legend=None, scale=alt.Scale(domain=[0, top], range=[0.06, 0.45])),
         )
         panels.append(
             (tiles + base.mark_text(fontSize=12).encode(text="text:N")).properties(width=400, height=26 * len(names))
