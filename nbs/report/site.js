@@ -27,7 +27,7 @@
   const kindOf = (e) => (/(^|\/)reference\//.test(e.href) ? 2 : /(^|\/)run-[^/]*$/.test(e.href.split("#")[0]) ? 1 : 0);  // pages, runs, library
   class WordSearch {
     constructor(entries) { this.entries = []; for (const e of entries || []) this.add(e); }
-    add(entry) { this.entries.push({ item: entry, kind: kindOf(entry), title: null }); }
+    add(entry) { this.entries.push({ item: entry, kind: kindOf(entry), aside: /^(log|methods|phantom|guide_)/.test(entry.href), title: null }); }
     remove() { this.entries = []; return []; }
     score(e, words, mark) {  // a word in a title counts more than one in a heading, and that more than one in the text
       let sum = 0;
@@ -36,7 +36,7 @@
         if (part < 0) return 0;
         sum += [6, 4, 1][part] + (["title", "section", "text"].some((k) => e[k].includes(" " + w + " ")) ? 1 : 0);
       }
-      return sum;
+      return e.aside ? sum / 2 : sum;
     }
     search(query, options) {
       const words = plainWords(query).trim().split(" ").filter(Boolean), most = (options && options.limit) || 20;
@@ -235,7 +235,7 @@
     }
     if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
-      const each = Math.floor((width - panel.left) / n - panel.gap);
+      const each = Math.max(panel.min, Math.floor((width - panel.left) / n - panel.gap));
       const walk = (s) => {
         if (s.facet && s.spec) { s.columns = n; s.spec.width = each; }
         for (const part of s.vconcat || s.concat || []) walk(part);
