@@ -40,12 +40,12 @@ STUDY = {
 }
 STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_predict", "guide_batch"]  # no numbers, no charts
 OWN = [
-    "index", "alignment", "convergence", "prediction", "strategies", "pretraining", "backbones", "data", "runs",
+    "index", "alignment", "convergence", "prediction", "pretraining", "backbones", "data", "runs",
     "phantom", "methods", "log", *STILL,
 ]
 # drawn charts of each page
 CHARTS = {
-    "index": 1, "alignment": 6, "convergence": 5, "prediction": 1, "strategies": 1, "pretraining": 2,
+    "index": 1, "alignment": 6, "convergence": 5, "prediction": 1, "pretraining": 2,
     "phantom": 1,
 }
 silent = lambda line: None
