@@ -226,7 +226,7 @@ def test_another_site_is_told_that_overlap_cannot_be_checked(made, tmp_path, mon
     both = known_fingerprints("later", ["p9"], start.patients)
     assert set(both) == {here, key_id()} and both[here] == made[1].data["patients"][here]
     told = replace(made[1], data=made[1].data | {"patients": both})
-    assert patient_overlap(told, "later", ["p9"]) == ("some", 1) and patient_overlap(told, "later", ["p8"]) == (
+    assert patient_overlap(told, "later", ["p9"]) == ("seen", 1) and patient_overlap(told, "later", ["p8"]) == (
         "unknown", 0,
     ), "its own part is found, the rest cannot be"
     assert f"8 under another site's key {here}" in manifest_lines(told)["patients"]

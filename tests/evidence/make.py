@@ -323,6 +323,10 @@ ENTRIES = [
           ("chromium", "finished site of the default study")),
     Entry("published_gains.json", "gains of other authors, read by hand from the figure that it cites", 0,
           "", None, (), "tests/test_evidence_files.py::test_what_was_copied_by_hand_says_from_where"),
+    Entry("public_matrix.json", "AUCs and scores of other authors, 15 sources by 12 targets, 9 by 11; as published", 0,
+          "", None, (), "tests/analysis/test_public_matrix.py::test_the_tables_are_the_published_ones"),
+    Entry("openmind_results.json", "published scores of OpenMind's weights, copied from the tables it cites", 0,
+          "", None, (), "tests/test_evidence_files.py::test_the_published_means_are_those_of_their_columns"),
 ]
 
 

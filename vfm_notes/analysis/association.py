@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 # %% ../../nbs/8_analysis/07_association.ipynb #fd359851
 from .gain import has_learned, of_learned, run_gains
 from .tables import CELL, Tables
+from ..foundation.overlap import check_overlap
 from ..foundation.quantity import DRAWS, EXACT, SEED, format_value, format_p
 from ..foundation.registry import VfmError, suggest_name
 
@@ -100,11 +101,12 @@ def detectable_rho(
     null: np.ndarray,  # rho of every order
 ) -> float:  # NaN where even the strongest is reached too often
     "Return the smallest |rho| that at most 5 % of the orders reach."
-    values = np.unique(np.round(np.abs(null), 12))
+    values, size = np.unique(np.round(np.abs(null), 12)), np.sort(np.abs(null))
+    reached = len(size) - np.searchsorted(size, values - 1e-9)  # orders that reach each value
     rare = (
-        values[np.array([(np.abs(null) >= v - 1e-9).mean() for v in values]) <= 0.05]
+        values[reached / len(size) <= 0.05]
         if len(values) < 2000
-        else values[values > np.quantile(np.abs(null), 0.95)]
+        else values[values > np.quantile(size, 0.95)]
     )
     return float(rare[0]) if len(rare) else float("nan")
 
@@ -214,12 +216,14 @@ def cell_points(
     gains: pd.DataFrame,  # from gain_table
     layer: str = "embed",
     distance: str = "mmd2",  # column of the d2p table
-) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer
+    leave_out: tuple[str, ...] = (),  # of foundation.overlap: cells whose weights have, or may have, seen the cohort
+) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer, overlap
     """Return gain and distance of every cell that has learned in one fixed order, so that draws agree; missing ones
     are NaN."""
     runs = tables.done().merge(_layer(tables, layer, distance), on="id")
     moved = runs.groupby(CELL)["d2p"].agg(d2p="mean", d2p_sd="std", d2p_seeds="count").reset_index()
-    kept = of_learned(gains)[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases"]]
+    kept = of_learned(gains)[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases", "overlap"]]
+    kept = kept[~kept.overlap.isin(check_overlap(leave_out))]
     return (
         kept
         .merge(moved.astype({"n_train": kept["n_train"].dtype}), on=CELL, how="left")

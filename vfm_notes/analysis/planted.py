@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binom
 
 # %% ../../nbs/8_analysis/14_planted.ipynb #7202b460
 from .gain import gain_table
@@ -79,12 +80,15 @@ def cells_of(
     names = [f"{t.replace('_', ' ')} with {b} ({s})" for t, b, s in zip(rows.task, rows.backbone, rows.strategy)]
     return "; ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
+# %% ../../nbs/8_analysis/14_planted.ipynb #7b865133
 def control_verdict(
     own: pd.DataFrame,  # cells of one expectation, from planted_table
-) -> str:  # as expected, found in part (gains that are not clear, in at most half of the cells), or failed
-    "State how a control came out."
+) -> str:  # as expected; found in part (gains not clear in at most half of the cells); within chance; or failed
+    "State how a control came out; of intervals of 95 %, one in twenty leaves out zero where there is nothing."
     wrong = own[~own.agrees.astype(bool)]
     if wrong.empty: return "as expected"
+    if (own.expected == "none").all():
+        return "within chance" if binom.sf(len(wrong) - 1, len(own), 0.05) > 0.05 else "failed"
     return "found in part" if (wrong.found == "not clear").all() and 2 * len(wrong) <= len(own) else "failed"
 
 # %% ../../nbs/8_analysis/14_planted.ipynb #d478e896

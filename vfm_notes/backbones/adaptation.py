@@ -105,6 +105,7 @@ class InitialWeights:
     notes: list[str] = field(default_factory=list)  # how it was adapted
     licences: list[str] = field(default_factory=list)  # that come with it
     patients: dict[str, list[str]] = field(default_factory=dict)  # id of a site key → fingerprints, as far as known
+    overlap: tuple[str, str] = field(default=("", ""), compare=False)  # of foundation.overlap, and why
 
 def adapt_channels(
     plan: WeightsManifest,
@@ -113,6 +114,9 @@ def adapt_channels(
 ) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
     "Choose input channels in the run's order."
     if tuple(sequences) == plan.sequences: return state, []
+    if set(plan.sequences) == {"any"} and len(plan.sequences) == len(sequences):
+        return state, [f"input channels: weights '{plan.name}' state no names of theirs, and take "
+                       f"{', '.join(sequences)} in this order"]
     told = (
         f"weights '{plan.name}' were made from {', '.join(plan.sequences)}, in this order, and this cohort has "
         f"{', '.join(sequences)}"
@@ -191,4 +195,7 @@ def adapt_weights(
         notes.append(f"overlap of patients unknown: weights '{plan.name}' {why}, "
                      "so whether a patient of this run was in their pretraining cannot be checked")
     notes = notes + describe_scales(plan, tuple(size), tuple(spacing))
-    return InitialWeights(fitted, notes, list(plan.licences), dict(plan.data.get("patients") or {}))
+    why = "fingerprints of patients" + " of another site key or none" * (overlap == "unknown")
+    return InitialWeights(
+        fitted, notes, list(plan.licences), dict(plan.data.get("patients") or {}), (overlap, f"by {why}")
+    )

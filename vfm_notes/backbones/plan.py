@@ -73,11 +73,11 @@ def patient_overlap(
     plan: "WeightsManifest",
     cohort: str,  # name on its card
     patients: Iterable[str],  # their ids
-) -> tuple[str, int]:  # some, none or unknown; how many of the patients were found
+) -> tuple[str, int]:  # of foundation.overlap: seen, unknown or not seen; how many of the patients were found
     "Look for patients among those of a pretraining."
     told, mine = plan.data.get("patients") or {}, key_id()
     found = len({*told.get(mine, [])} & {*patient_fingerprints(cohort, patients)})
-    return "some" if found else "none" if {*told} == {mine} else "unknown", found
+    return "seen" if found else "not seen" if {*told} == {mine} else "unknown", found
 
 # %% ../../nbs/3_backbones/02_plan.ipynb #fe6cca21
 def manifest_metadata(

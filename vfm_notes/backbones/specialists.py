@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # %% ../../nbs/3_backbones/11_specialists.ipynb #6187a833
 from .protocol import Backbone
 from ..foundation.registry import backbones
-from ..nets.decoder import depth_to_space, resize, space_to_depth
+from ..nets.decoder import answer, depth_to_space, space_to_depth
 
 # %% ../../nbs/3_backbones/11_specialists.ipynb #5495777b
 def conv_level(
@@ -91,8 +91,7 @@ class LastMap(nn.Module):
         if residual is not None: nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
 
     def forward(self, maps: list[Tensor], x: Tensor) -> Tensor:  # maps fine to coarse, b c d h w
-        y = resize(depth_to_space(self.last(maps[0]), self.cell), x)
-        return y if self.residual is None else y + x[:, self.residual, None]
+        return answer(depth_to_space(self.last(maps[0]), self.cell), x, self.residual)
 
 # %% ../../nbs/3_backbones/11_specialists.ipynb #b7827401
 class UNet(ConvLevels):

@@ -94,7 +94,7 @@ def hippocampus_cohort(
         "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022", ("t1w",),
         ("background", "anterior", "posterior"), (), spacing,
         f"Crops of 31-42 x 40-57 x 26-45 mm at 1 mm, cut or padded to {' x '.join(map(str, size))} voxels around the "
-        "volume's centre; at (32, 48, 32) and 1 mm this loses 0.03 % of the label voxels.",
+        "volume's centre; at (32, 48, 32) and 1 mm this loses 0.03 % of the label voxels.", datasets=("MSD Task04 Hippocampus",),
     )
     def source(name: str) -> CaseSource:
         files = folder/"images"/f"{name}.nii.gz", folder/"labels"/f"{name}.nii.gz"
@@ -155,7 +155,7 @@ def prostate_cohort(
         spacing,
         "DWI is calculated at b = 1000 s/mm2 (PROSTATEx) or as shipped (PI-CAI); gland and zone masks are made by "
         "AI; the grade comes from the ISUP grade of the public label.",
-        non_commercial=True,
+        non_commercial=True, datasets=("PROSTATEx", "PI-CAI"),
     )
     sources = [
         CaseSource(
@@ -163,4 +163,4 @@ def prostate_cohort(
         )
         for f in cohort_folder(*PROSTATES)
     ]
-    return DecodePlan(card, sources, size, n, seed, {}, zones=True, modules=DATASET_MODULES)
+    return DecodePlan(card, sources, size, n, seed, {}, zones=True, modules=DATASET_MODULES, crop="mask_gland")

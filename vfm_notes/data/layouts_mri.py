@@ -247,7 +247,7 @@ PICAI_CARD = CohortCard(
     ("background", "gland", "lesion"),
     GRADES,
     (3.0, 0.5, 0.5),
-    non_commercial=True,
+    non_commercial=True, datasets=("PI-CAI",),
 )
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #3c190bd8
@@ -413,6 +413,6 @@ def prostate158(
         classes,
         ("no tumour", "tumour"),
         (3.0, 0.4, 0.4),
-        "Masks by the first reader; tumours were delineated on ADC; splits of the authors' sheets.",
+        "Masks by the first reader; tumours were delineated on ADC; splits of the authors' sheets.", datasets=("Prostate158",),
     )
     return build_manifest("prostate158", src, rows, card, found, "label" if zones else "mask_gland")

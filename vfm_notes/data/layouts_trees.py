@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #24824a49
-from .cache import track_progress
+from ..foundation.progress import track_progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
 from vfm_notes.data.layouts_mri import (
@@ -179,7 +179,7 @@ def prostatex(
         (3.6, 0.5, 0.5),
         "DWI is the calculated high-b image; the grade states whether any finding of the patient is clinically "
         f"significant, and is unknown for the challenge's test patients. {len(absent)} patients of the sheets have "
-        "no folder here.",
+        "no folder here.", datasets=("PROSTATEx",),
     )
     return build_manifest("prostatex", src, rows, card, found, "mask_gland" if gland else "volume")
 

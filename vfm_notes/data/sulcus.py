@@ -7,6 +7,7 @@ __all__ = ['PCS_CLASSES', 'LENGTHS', 'BUDGET', 'ENDS', 'ARCH', 'PCS_CYCLE', 'Fol
            'draw_folds', 'unroll', 'SulcusCase', 'draw_sheets', 'sulcus_case', 'sulcus_cohort']
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #0f7accec
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 # %% ../../nbs/1_data/09_sulcus.ipynb #2aa273f4
 from .anatomy import Grid, smooth_field
 from .cohort import Cohort, CohortCard
+from ..foundation.overlap import MADE_HERE
+from ..foundation.progress import map_items
 from ..foundation.registry import cohorts, VfmError
 from ..foundation.spec import SPLITS
 
@@ -190,13 +193,16 @@ def sulcus_cohort(
             "size [32, 32, 32] at spacing [2, 2, 2]."
         )
     index = [(s, i) for s in n for i in range(n[s])]
-    cases = [sulcus_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
+    cases = map_items(
+        partial(sulcus_case, seed, size=size, spacing=spacing), [SPLITS.index(s) * 1_000_000 + i for s, i in index],
+        "drawing sulci",
+    )
     names = [f"sulcus-{s}-{i:03d}" for s, i in index]
     card = CohortCard(
         "sulcus_phantom", "Synthetic sulcal skeletons", "Apache-2.0", "vfm_notes.data.sulcus",
         "none: simulated, no patient behind it", ("skeleton",), ("background", "skeleton", "PCS"), PCS_CLASSES, spacing,
         "Left hemispheres, medial wall; half without a paracingulate sulcus (PCS), 30 % prominent (40 mm and more), "
-        "20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.",
+        "20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.", datasets=(MADE_HERE,),
     )
     return Cohort(
         card, np.stack([c.volume for c in cases]), np.stack([c.label for c in cases]),

@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/6_tune/08_monitor.ipynb #9dff6b10
+from ..backbones.own_grid import take_grid
 from ..backbones.protocol import build_backbone
 from ..foundation.meter import Meter
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from ..foundation.spec import RunSpec
 from ..nets.decoder import Network
 from ..shift.divergences import layer_divergences
@@ -62,7 +63,7 @@ class Monitor:
         if self.before is None: self.before = self.after
         moved = {f"d2p_{layer}": value for layer, value in layer_distances(self.before, self.after).items()}
         score = self.task.validate(self.answer("val"), self.data["val"])
-        if epoch and (good := score * METRICS[self.task.primary].direction) > self.carried["best"]:
+        if epoch and (good := score * metric_card(self.task.primary).direction) > self.carried["best"]:
             self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
         self.seconds += time.perf_counter() - start
         self.meter.lap(evaluation=self.seconds)
@@ -87,6 +88,7 @@ def random_features(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed if needs_weights(spec) else spec.seed + ANOTHER)
         random = build_backbone(spec.backbone, watch.model.backbone.in_channels)
+        take_grid(random, getattr(watch.model.backbone, "grid", None))
         if (k := strategy_options(spec.strategy)[1]["drop"]) is not None: drop_blocks(random, k)
     return collect_features(random.to(next(watch.model.backbone.parameters()).device), watch.seen)
 

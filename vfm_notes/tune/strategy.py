@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import NoneType
 from typing import get_args, Literal
 
@@ -140,6 +141,7 @@ class Tuning:
     rates: dict[str, float] = field(default_factory=dict)  # parameter → share of the learning rate, where it is not 1
     steps: bool = True  # is anything trained by steps?
     finish: Callable[[Network], None] = lambda model: None  # after the last step
+    adapters: dict[str, torch.Tensor] = field(default_factory=dict)  # filled by `finish`: updates before they are added
     # filled in by apply_strategy: part, trainable and total parameters, tensors
     parts: list[dict] = field(default_factory=list)
     frozen: bool = False  # filled in: nothing of the encoder is trained
@@ -336,19 +338,27 @@ def lora_layers(
     run_without_weights(net, lambda name, module, given, out: called.update({name: module}))
     linear = [k for k, m in called.items() if type(m) is nn.Linear]
     conv = [k for k, m in called.items() if type(m) in (nn.Conv2d, nn.Conv3d) and m.groups == 1]
+    kinds = {"linear": linear, "conv": conv}
+    sizes = {kind: sum(called[k].weight.numel() for k in names) for kind, names in kinds.items()}
+    main = [k for kind, names in kinds.items() if sizes[kind] >= 0.1 * sum(sizes.values()) for k in names]
     return {
-        "attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv, "all": linear + conv,
+        "auto": main, "attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv,
+        "all": linear + conv,
     }
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #0dc8f4e8
 def merge_lora(
     model: Network,  # changed in place: a plain network again
+    kept: dict[str, torch.Tensor] | None = None,  # is given the updates, by layer: scaling, lora_A.weight, lora_B.weight
 ) -> None:
     "Add the updates to the weights."
     from peft.tuners.lora import LoraLayer
     net = model.backbone
     for name, layer in [(k, m) for k, m in net.named_modules() if isinstance(m, LoraLayer)]:
         plain, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if kept is not None:
+            kept |= {f"{name}.lora_A.weight": a.detach().cpu().clone(), f"{name}.lora_B.weight": b.detach().cpu().clone(),
+                     f"{name}.scaling": torch.tensor(float(layer.scaling["default"]))}
         plain.weight.data += layer.scaling["default"] * torch.einsum("or,ri...->oi...", b.data.flatten(1), a.data)
         net.set_submodule(name, plain)
     del net.peft_config
@@ -358,7 +368,7 @@ def lora(
     model: Network,
     rank: int = 4,
     alpha: float | None = None,  # the update counts alpha/rank; default: 1
-    targets: Literal["attention", "linear", "conv", "all"] = "linear",
+    targets: Literal["auto", "attention", "linear", "conv", "all"] = "auto",
 ) -> Tuning:
     "Train low-rank updates of the encoder's layers, and the head."
     from peft import LoraConfig, inject_adapter_in_model
@@ -366,7 +376,7 @@ def lora(
     if alpha is not None and alpha <= 0: raise VfmError(f"Strategy 'lora': alpha is {alpha}, expected above 0.")
     net, layers = model.backbone, lora_layers(model.backbone)
     if not layers[targets]:
-        there = [k for k, v in layers.items() if v]
+        there = [k for k, v in layers.items() if v and k != "auto"]
         do = (
             f"write targets={there[0]} ({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)"
             if there
@@ -379,4 +389,5 @@ def lora(
     )
     model.requires_grad_(True)
     for name, p in net.named_parameters(): p.requires_grad_(".lora_" in name)
-    return Tuning(finish=merge_lora)
+    kept = {}
+    return Tuning(finish=partial(merge_lora, kept=kept), adapters=kept)
