@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIED', 'BOTH', 'SEEDS', 'CASES', 'Variances', 'study_variances', 'smallest_rho', 'unit_of', 'fewest', 'gains_seen',
-           'study_hours', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'plan_lines']
+           'study_hours', 'hours_with_seeds', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'plan_lines']
 
 # %% ../../nbs/8_analysis/13_power.ipynb #a1ab83a7
 from collections.abc import Mapping
@@ -124,6 +124,16 @@ def study_hours(
     "Compute how long all runs of a study take, one after the other."
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
+def hours_with_seeds(
+    study: StudySpec,
+    known: Speeds,  # from runs.estimate.speeds
+    seeds: int,
+) -> float:
+    "Compute how long a study takes with another number of seeds: what is pretrained is pretrained once."
+    jobs = [j for j in jobs_of(study) if j.kind == "pretrain"]
+    once = sum(run_time(j.kind, vars(s), known).seconds for j in jobs for s in j.specs) / 3600
+    return once + (study_hours(study, known) - once) * seeds / len(study.seeds)
+
 def crossed_cells(
     study: StudySpec,
 ) -> tuple[int, int, float]:  # tasks, backbones with weights, share of their table that is run
@@ -184,8 +194,7 @@ def plan(
 ) -> Plan:
     "Compute what a study can see."
     gains, known, seeds, cases = gains or {}, known or {}, len(study.seeds), study.cases["test"]
-    again = lambda **more: study_hours(replace(study, **more), known)
-    rows, curves, hours = [], [], {seeds: study_hours(study, known)}
+    rows, curves, hours = [], [], study_hours(study, known)
     for task, options in study.tasks.items():
         v, source = variances_of(task, options, own or {}, metrics.get(task, ""))
         row = {"task": task, "metric": metrics.get(task, ""), "variances": source}
@@ -194,10 +203,11 @@ def plan(
             wanted = next((gains[k] for k in (task, v.metric, "") if k in gains), None)
             row |= _task_row(v, seen, seeds, cases, wanted)
             if row.get("seeds_needed"):
-                row["seeds_hours"] = hours.setdefault(
-                    row["seeds_needed"], again(seeds=list(range(row["seeds_needed"])))
+                row["seeds_hours"] = hours_with_seeds(study, known, row["seeds_needed"])
+            if row.get("cases_needed"):
+                row["cases_hours"] = study_hours(
+                    replace(study, cases=study.cases | {"test": row["cases_needed"]}), known
                 )
-            if row.get("cases_needed"): row["cases_hours"] = again(cases=study.cases | {"test": row["cases_needed"]})
             curves.append(seen.assign(task=task, unit=row["unit"]))
         rows.append(row)
     t, b, share = crossed_cells(study)
@@ -206,10 +216,10 @@ def plan(
         "tasks": fewest([(k, smallest_rho(k, b, share)) for k in range(2, 41)], rho),
     }
     needs |= {
-        f"{n}_hours": hours[seeds] * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n] and now
+        f"{n}_hours": hours * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n] and now
     }
     return Plan(
-        study.name, seeds, cases, t, b, hours[seeds], smallest_rho(t, b, share), needs, rows,
+        study.name, seeds, cases, t, b, hours, smallest_rho(t, b, share), needs, rows,
         pd.concat(curves, ignore_index=True)
         if curves
         else pd.DataFrame(columns=["more", "n", "smallest", "task", "unit"]),
