@@ -264,6 +264,7 @@ def test_intervals_hold_in_93_to_97_of_100_studies(seeds):
             left = d - rows[:, :, None] - columns[:, None] + mean[:, None, None]
             ms = cases * rows.var(1, ddof=1), seeds * columns.var(1, ddof=1), (left**2).sum((1, 2)) / (seeds - 1) / 39
             held = np.mean([
-                abs(m) <= half_width(Squares(*map(float, each), seeds, cases)) for m, each in zip(mean, np.transpose(ms))
+                abs(m) <= half_width(Squares(*map(float, each), seeds, cases))
+                for m, each in zip(mean, np.transpose(ms))
             ])
             assert 0.935 <= held <= 0.975, (rest, ratio, held)  # 94 to 97 % and what 6000 draws may miss
