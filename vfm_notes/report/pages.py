@@ -43,7 +43,7 @@ from ..runs.grid import count_states, Job, run_states, states_of
 ORDER = (
     "index", "alignment", "convergence", "prediction", "strategies", "search", "natural", "tradeoff", "as_released",
     "pretraining", "cost", "backbones", "data", "runs", "guide_reader", "guide_researcher", "guide_cohort",
-    "guide_batch", "phantom", "methods", "log", "changelog",
+    "guide_batch", "guide_prostate", "phantom", "methods", "log", "changelog",
 )
 
 # %% ../../nbs/9_report/08_pages.ipynb #4a67adf5
