@@ -38,7 +38,8 @@ STUDY = {
     "budget": {"epochs": 4},
     "external": {"cohort": "prostate_cases", "task": "segmentation"},
 }
-STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "guide_prostate", "changelog"]  # no numbers, no charts
+STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "guide_prostate",
+         "changelog"]  # no numbers, no charts
 OWN = [
     "index", "alignment", "convergence", "prediction", "strategies", "pretraining", "cost", "backbones", "data", "runs",
     "phantom", "methods", "log", *STILL,

@@ -367,8 +367,9 @@ def test_text_of_every_entry_survives_reading():
     for line in EVERY: assert canonical_strategy(line) == line and parse_strategy(line)[0] in strategies
 
 
-@pytest.mark.parametrize("name,kinds", [("profound_toy", {"Linear"}), ("provicnet_toy", {"Linear"}), ("unet_toy", {"Conv3d"}),
-                                        ("resnet18_3d", {"Conv3d"}), ("segresnet", {"Conv3d"})])
+@pytest.mark.parametrize("name,kinds", [("profound_toy", {"Linear"}), ("provicnet_toy", {"Linear"}),
+                                        ("unet_toy", {"Conv3d"}), ("resnet18_3d", {"Conv3d"}),
+                                        ("segresnet", {"Conv3d"})])
 def test_lora_goes_where_the_weights_are(name, kinds):
     "By default: linear layers, convolutions, or both; and something of the encoder is trained."
     from vfm_notes.backbones.keys import build_tiny

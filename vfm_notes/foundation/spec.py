@@ -379,8 +379,8 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
     parents = {s.backbone: run_id(s) for s in pretrain_specs(study)}
     common = {
         "cohort": study.cohort, "size": study.size, "spacing": study.spacing, "cases": study.cases,
-        "bad_cases": study.bad_cases, "window": study.window, "divergences": tuple(study.divergences),
-        "grid": study.grid,
+        "bad_cases": study.bad_cases, "window": study.window, "grid": study.grid,
+        "divergences": tuple(study.divergences),
     } | asdict(study.budget)
     axes = product(
         study.tasks.items(), study.backbones, study.n_train or [study.cases["train"]], search_settings(study),

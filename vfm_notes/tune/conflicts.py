@@ -284,7 +284,7 @@ def memory_conflicts(study: StudySpec, specs: list[RunSpec], card: CohortCard) -
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #3a2e15ca
 def overlap_lines(study: StudySpec) -> list[str]:
-    "Say for all published weights of a study whether they have seen its cohorts."
+    "State for all published weights of a study whether they have seen its cohorts."
     found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
     for name in tried:
         try: (maker, entry), size = cohort_maker(name), (study.size, study.spacing)
