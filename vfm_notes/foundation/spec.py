@@ -394,11 +394,8 @@ def run_specs(study: StudySpec) -> list[RunSpec]:
         )
         for (task, options), backbone, n, setting, strategy, seed in axes
     ]
-    runs = [
-        r
-        for r in runs
-        if not any(all(getattr(r, k) in has_several(v) for k, v in rule.items()) for rule in study.leave_out)
-    ]
+    runs = [r for r in runs
+            if not any(all(getattr(r, k) in has_several(v) for k, v in rule.items()) for rule in study.leave_out)]
     # scratch and full are one where the weights are random
     runs = list(
         {
