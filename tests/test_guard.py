@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def test_module_size_and_direction(path):
         if target in REACHES and target != package:
             allowed = REACHES[package] | (LAZY.get(package, set()) if node not in tree.body else set())
             assert target in allowed, f"{package} must not import {target}"
+
+
+def test_a_public_name_stands_in_one_module():
+    "Then a name means one thing, and a reader who looks for it finds one place."
+    found = defaultdict(list)
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                for name in ast.literal_eval(node.value): found[name].append(path.relative_to(ROOT).as_posix())
+    assert len(found) > 1500
+    twice = {name: where for name, where in found.items() if len(where) > 1}
+    assert not twice, f"rename all but one: {twice}"
 
 
 def imported(path):

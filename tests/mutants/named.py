@@ -499,10 +499,6 @@ EQUIVALENT = {
     ("analysis", "product(*[(0.6, 1.0, 4.0, 16.0, 64.0)]"): "another start of the search climbs to the same top",
     ("analysis", "product(*[(0.3, 1.0, 8.0, 16.0, 64.0)]"): "another start of the search climbs to the same top",
     ("analysis", "np.where(there, confidence, np.inf)"): "what is no candidate weighs nothing, wherever it stands",
-    (
-        "runs",
-        "lost = helpers.lost(10.0)",
-    ): "a longer wait for helpers that are lost; what is done with them is the same",
     ("tune", "not 0 < counter <= int(share))"): "the counter stays at 0, as released, and nothing is frozen",
     (
         "tune",

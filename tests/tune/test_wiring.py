@@ -122,7 +122,7 @@ def test_scores_known_before_are_of_training_and_validation_cases_only(monkeypat
     monkeypatch.setattr(
         wiring,
         "transferability",
-        lambda backbone, *splits: seen.update(names=[s.names for s in splits]) or pd.DataFrame({"score": []}),
+        lambda backbone, *splits, names=None: seen.update(names=[s.names for s in splits]) or pd.DataFrame({"score": []}),
     )
     wiring._known.clear()
     task, data = run_data(replace(SPEC, task="classification"))

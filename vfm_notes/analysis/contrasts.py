@@ -145,5 +145,9 @@ def contrast_words(
     said += f"{format_count([n], 'cell', 'cells')} ({says(d.min(), 'smallest')} to {says(d.max(), 'largest')}); "
     said += f"{up} {'is' if up == 1 else 'are'} better and {down} worse with a 95 % interval that excludes 0 ({runs})"
     said += f", {kept} with p ≤ 0.05 after Holm's correction over all contrasts"
+    open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
+    if len(open_):
+        least = " to ".join(dict.fromkeys(says(v, "could be seen") for v in (open_.min(), open_.max())))
+        said += f"; in the others differences from {least} on would have been seen in 80 of 100 such studies"
     missing = f" {len(table) - n} of {len(table)} pairs are missing." if n < len(table) else ""
     return said + "." + missing

@@ -15,6 +15,7 @@ from math import factorial
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #1a2a5d90
 from vfm_notes.analysis.association import (
@@ -99,9 +100,7 @@ def weighted_rho_of(
     "Return Spearman's rho of each re-ordering over the pairs that exist."
     u = []
     for v in (x, np.broadcast_to(y, x.shape)):
-        less = (v[:, None, :] < v[:, :, None]) & there[:, None, :]
-        same = (v[:, None, :] == v[:, :, None]) & there[:, None, :]
-        rank = np.where(there, less.sum(2) + (same.sum(2) + 1) / 2, 0)
+        rank = np.where(there, rankdata(np.where(there, v, np.inf), axis=1), 0)  # what is not there comes last
         u.append(np.where(there, rank - rank.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1), 0))
     return correlation(*(np.where(np.abs(v) < 1e-9, 0, v) for v in u))
 

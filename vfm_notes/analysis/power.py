@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIED', 'BOTH', 'SEEDS', 'CASES', 'Variances', 'study_variances', 'smallest_rho', 'unit_of', 'fewest', 'gains_seen',
-           'study_hours', 'variances_of', 'Plan', 'plan', 'plan_lines']
+           'study_hours', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'plan_lines']
 
 # %% ../../nbs/8_analysis/13_power.ipynb #a1ab83a7
 from collections.abc import Mapping
@@ -18,8 +18,9 @@ from .convergence import run_convergence
 from .gain import difference_interval, study_cells
 from .interval import Squares, smallest_effect, smallest_shift
 from .tables import CELL, Tables, reference_runs
-from ..foundation.quantity import metric_card, round_value
-from ..foundation.spec import StudySpec
+from ..foundation.quantity import format_count, metric_card, round_value
+from ..foundation.registry import starts_random
+from ..foundation.spec import run_specs, StudySpec
 from ..runs.watch import Speeds, format_duration, run_time
 from ..runs.grid import jobs_of
 
@@ -57,11 +58,12 @@ def study_variances(
         if isinstance(cell.pair, str) or len(cell.pair.seeds) < 2: continue
         squares = difference_interval(cell.pair, cell.metric).squares
         if squares: found.setdefault((cell.key["task"], cell.metric), []).append(squares)
-    root = lambda values: float(np.sqrt(np.mean(values)))
+    root = lambda values: float(np.sqrt(max(0.0, np.mean(values))))
     return {
         task: Variances(
-            metric, root([s.seed_variance for s in each]), root([s.case_variance for s in each]),
-            root([s.rest for s in each]), saved.get(task, np.nan), len(each),
+            metric, root([(s.seed - s.rest) / s.cases for s in each]),
+            root([(s.case - s.rest) / s.seeds for s in each]), root([s.rest for s in each]), saved.get(task, np.nan),
+            len(each),
         )
         for (task, metric), each in found.items()
     }
@@ -84,9 +86,10 @@ BOTH = 3.6  # test and interval of an association, see above
 def smallest_rho(
     tasks: int,
     backbones: int,
+    share: float = 1.0,  # of the table of tasks and backbones that is run
 ) -> float:  # NaN where there are too few to see any
     "Compute the smallest rank correlation of distance and gain that is seen with power .8."
-    n = (tasks - 1) * (backbones - 1) + 1
+    n = share * tasks * backbones - tasks - backbones + 2
     return float(np.tanh(BOTH * np.sqrt(1.06 / (n - 3)))) if min(tasks, backbones) > 2 and n > 4 else float("nan")
 
 # %% ../../nbs/8_analysis/13_power.ipynb #4a02ffd6
@@ -121,11 +124,21 @@ def study_hours(
     "Compute how long all runs of a study take, one after the other."
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
+def crossed_cells(
+    study: StudySpec,
+) -> tuple[int, int, float]:  # tasks, backbones with weights, share of their table that is run
+    "Count what an association of distance and gain is made of."
+    cells = {(r.task, r.backbone) for r in run_specs(study) if not starts_random(r.backbone, r.strategy)}
+    cells = {c for c in cells if c[1] in study.backbones}
+    tasks, backbones = len({t for t, _ in cells}), len({b for _, b in cells})
+    return tasks, backbones, len(cells) / max(1, tasks * backbones)
+
 def variances_of(
     task: str, options: Mapping, own: Mapping[str, Variances], metric: str
 ) -> tuple[Variances | None, str]:
     "Return the variances of a task, and where they are from."
-    if task in own: return own[task], "this study"
+    if task in own:
+        return own[task], f"finished runs of this study ({format_count([own[task].cells], 'cell', 'cells')} a task)"
     return TRIED.get(
         metric
     ), "tried on the phantom" if metric in TRIED else f"no variances of {metric or 'its metric'} are known"
@@ -187,14 +200,16 @@ def plan(
             if row.get("cases_needed"): row["cases_hours"] = again(cases=study.cases | {"test": row["cases_needed"]})
             curves.append(seen.assign(task=task, unit=row["unit"]))
         rows.append(row)
-    t, b = len(study.tasks), len(study.backbones)
+    t, b, share = crossed_cells(study)
     needs = {
-        "rho": rho, "backbones": fewest([(k, smallest_rho(t, k)) for k in range(2, 41)], rho),
-        "tasks": fewest([(k, smallest_rho(k, b)) for k in range(2, 41)], rho),
+        "rho": rho, "backbones": fewest([(k, smallest_rho(t, k, share)) for k in range(2, 41)], rho),
+        "tasks": fewest([(k, smallest_rho(k, b, share)) for k in range(2, 41)], rho),
     }
-    needs |= {f"{n}_hours": hours[seeds] * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n]}
+    needs |= {
+        f"{n}_hours": hours[seeds] * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n] and now
+    }
     return Plan(
-        study.name, seeds, cases, t, b, hours[seeds], smallest_rho(t, b), needs, rows,
+        study.name, seeds, cases, t, b, hours[seeds], smallest_rho(t, b, share), needs, rows,
         pd.concat(curves, ignore_index=True)
         if curves
         else pd.DataFrame(columns=["more", "n", "smallest", "task", "unit"]),
@@ -220,8 +235,9 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     number = lambda v, places=1: "-" if v is None or v != v else round_value(v, places)
     time = lambda h: "" if h is None or h != h else f" ({format_duration(3600 * h)})"
     said = [
-        f"Study {made.study}: {made.backbones} backbones, {made.tasks} tasks, {made.seeds} seeds, {made.cases} test "
-        f"cases; runs one by one:{time(made.hours)}."
+        f"Study {made.study}: {format_count([made.backbones], 'backbone', 'backbones')} with weights, "
+        f"{format_count([made.tasks], 'task', 'tasks')}, {format_count([made.seeds], 'seed', 'seeds')}, {made.cases} "
+        "test cases.", f"All runs one after the other: {format_duration(3600 * made.hours)}."
     ]
     said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>18}{'or cases':>18}")
     for r in made.rows:
@@ -249,7 +265,7 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     sources = dict.fromkeys(r["variances"] for r in made.rows if "smallest" in r)
     said += [
         "Smallest: seen in 80 of 100 such studies, in one cell, without correction.",
-        f"Variances: {', '.join(sources) or 'none'}. “none”: no number up to {SEEDS[-1]} seeds or {CASES[-1]} cases "
-        "is enough.",
+        f"Variances: {', '.join(sources) or 'none'}.",
+        f"“none”: no number up to {SEEDS[-1]} seeds or {CASES[-1]} cases is enough.",
     ]
     return said

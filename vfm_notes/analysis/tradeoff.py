@@ -335,6 +335,13 @@ def axis_words(
     )
     name = metric_card(metric).title
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
+    open_ = known.smallest[~known.index.isin(clear.index)].dropna() if "smallest" in known else pd.Series(dtype=float)
+    if len(open_):
+        least = dict.fromkeys(says("any", v, "could be seen") for v in (open_.min(), open_.max()))
+        missing = (
+            f" In the others differences from {' to '.join(least)} on would have been seen in 80 of 100 such studies, "
+            f"before correction.{missing}"
+        )
     return [
         f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse "
         "with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that excludes 0 "

@@ -114,6 +114,9 @@ def adapt_channels(
 ) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
     "Choose input channels in the run's order."
     if tuple(sequences) == plan.sequences: return state, []
+    if set(plan.sequences) == {"any"} and len(plan.sequences) == len(sequences):
+        return state, [f"input channels: weights '{plan.name}' state no names of theirs, and take "
+                       f"{', '.join(sequences)} in this order"]
     told = (
         f"weights '{plan.name}' were made from {', '.join(plan.sequences)}, in this order, and this cohort has "
         f"{', '.join(sequences)}"

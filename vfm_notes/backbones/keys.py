@@ -139,7 +139,7 @@ def similarity(
     names: Iterable[str],  # registered backbones
 ) -> dict[str, float]:  # architecture → share of kinds of keys that both have, 0 to 1
     "Measure how much a file is like each backbone, in any layout; show a bar where it takes long."
-    from vfm_notes.data.cache import track_progress
+    from vfm_notes.foundation.progress import track_progress
     bare = [{k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in s.items()} for s in states]
     return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0)
         for name in track_progress(list(names), "comparing with every backbone")}
@@ -326,7 +326,7 @@ def read_as(
 
 # %% ../../nbs/3_backbones/04_keys.ipynb #f2f1e6de
 OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists",
-    "sulcus_nets")  # modules with networks of transformers or MONAI
+    "sulcus_nets", "released")  # modules with networks of transformers or MONAI
 def search_architectures(
     path: str,  # of the file, for messages
     parts: list[Part],  # of it

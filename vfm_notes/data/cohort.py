@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Numbers', 'stratified_order', 'split_by_patient', 'check_classes', 'CohortCard', 'Cohort', 'content_hash',
-           'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints', 'identical_cases', 'duplicates',
-           'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
+           'deal_folds', 'fold_cohort', 'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints',
+           'identical_cases', 'duplicates', 'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
 
 # %% ../../nbs/1_data/08_cohort.ipynb #d8fc96ea
 from fastcore.basics import patch
@@ -15,12 +15,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from msgspec import Meta
 from ..foundation.overlap import MADE_HERE
+from ..foundation.progress import map_items
 from ..foundation.registry import short_yaml
 from ..foundation.registry import VfmError, cohorts, suggest_name
 from ..foundation.schema import Line, Name, Positive, Word, check_distinct
@@ -117,6 +119,8 @@ class Cohort:
     targets: np.ndarray | None = None  # (n, k) uint8, 0 or 1 for each of card.targets
     excluded: list[dict] = field(default_factory=list)  # bad cases that were left out: {case, reason}
     known_hash: str = field(default="", repr=False)  # of a cohort that cannot change, because it is read from the cache
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures, brought to the grid by resizing
 
     def __len__(self) -> int: return len(self.names)
 
@@ -186,6 +190,46 @@ def content_hash(
             total.update(np.ascontiguousarray(part).data)
         else: total.update(json.dumps(part, sort_keys=True, default=str).encode())
     return total.hexdigest()
+
+# %% ../../nbs/1_data/08_cohort.ipynb #fc919ba0
+def deal_folds(
+    patients: Iterable[str],  # (n,) patient of each case
+    grade: Iterable[int],  # (n,) grade of each case
+    k: int,  # parts
+    seed: int,
+) -> list[int]:  # (n,) part of each case
+    "Deal whole patients to parts of nearly the same size, stratified by their highest grade."
+    patients, grade = np.asarray(patients, str), np.asarray(grade)
+    who, of = np.unique(patients, return_inverse=True)
+    if len(who) < k: raise VfmError(f"{k} folds are requested and there are {len(who)} patients; request fewer.")
+    cases, worst = np.bincount(of), np.array([grade[of == i].max() for i in range(len(who))])
+    home, filled, strata = [0] * len(who), np.zeros(k), {g: np.zeros(k) for g in np.unique(worst)}
+    for i in sorted(np.random.default_rng((seed, 23)).permutation(len(who)), key=lambda i: (worst[i], -cases[i])):
+        part = min(range(k), key=lambda p: (strata[worst[i]][p], filled[p], p))
+        home[i] = part
+        filled[part] += cases[i]
+        strata[worst[i]][part] += cases[i]
+    return [home[i] for i in of]
+
+def fold_cohort(
+    cohort: Cohort,
+    folds: int,  # parts
+    fold: int,  # that is tested, from 0
+    share: float,  # of the other cases that validate, 0 to 1
+) -> Cohort:  # the same cases in other splits
+    "Return a cohort in the splits of one fold; cases to pretrain on stay."
+    if not 0 <= fold < folds: raise VfmError(f"fold is {fold}, expected 0 to {folds - 1} (folds is {folds}).")
+    pool = [i for i, s in enumerate(cohort.split) if s != "pretrain"]
+    pick = lambda index: ([cohort.patients[i] for i in index], cohort.grade[index])
+    part = dict(zip(pool, deal_folds(*pick(pool), folds, 0)))
+    rest = [i for i in pool if part[i] != fold]
+    parts = max(2, round(1 / share)) if share > 0 else 2
+    inner = dict(zip(rest, deal_folds(*pick(rest), parts, fold + 1)))
+    split = [s if i not in part else "test" if part[i] == fold else "val" if inner[i] == 0 else "train"
+             for i, s in enumerate(cohort.split)]
+    order = sorted(range(len(split)), key=lambda i: SPLITS.index(split[i]))
+    known = content_hash([cohort.hash(), split])
+    return replace(cohort.pick(order), split=[split[i] for i in order], known_hash=known)
 
 # %% ../../nbs/1_data/08_cohort.ipynb #6c216980
 def describe_cohort(
@@ -365,7 +409,10 @@ def phantom_cohort(
             f"The phantom cohort needs a number of cases in n, e.g. {{'train': 24}}; splits: {', '.join(SPLITS)}."
         )
     index = [(s, i) for s in n for i in range(n[s])]
-    cases = [phantom_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
+    cases = map_items(
+        partial(phantom_case, seed, size=size, spacing=spacing), [SPLITS.index(s) * 1_000_000 + i for s, i in index],
+        "drawing phantom cases",
+    )
     names = [f"phantom-{s}-{i:03d}" for s, i in index]
     card = CohortCard(
         "phantom", "Synthetic prostate mpMRI", "Apache-2.0", "vfm_notes.data.phantom",

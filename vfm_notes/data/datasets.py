@@ -164,4 +164,4 @@ def prostate_cohort(
         )
         for f in cohort_folder(*PROSTATES)
     ]
-    return DecodePlan(card, sources, size, n, seed, {}, zones=True, modules=DATASET_MODULES)
+    return DecodePlan(card, sources, size, n, seed, {}, zones=True, modules=DATASET_MODULES, crop="mask_gland")

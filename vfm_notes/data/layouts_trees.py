@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #24824a49
-from .cache import track_progress
+from ..foundation.progress import track_progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
 from vfm_notes.data.layouts_mri import (

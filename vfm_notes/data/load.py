@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VOXEL_MODULES', 'DECODE_MODULES', 'ENTRIES', 'BAD_CASES', 'is_picture', 'times', 'check_plane', 'case_grid',
            'allowed_values', 'read_masks', 'voxel_point', 'crop_centre', 'decode_row', 'merge_masks', 'picture_masks',
-           'resize_mask', 'decode_pictures', 'manifest_plan', 'default_grid', 'check_manifest', 'load_entries',
-           'manifest_folder', 'layout_folder', 'manifest_of', 'cohort_maker', 'cohort_key', 'cache_folder',
-           'caching_allowed', 'cached_cohort', 'load_cohort', 'manifest_cohort']
+           'resize_mask', 'uncut_size', 'picture_channels', 'decode_pictures', 'manifest_plan', 'default_grid',
+           'check_manifest', 'load_entries', 'manifest_folder', 'layout_folder', 'manifest_of', 'cohort_maker',
+           'cohort_key', 'cache_folder', 'caching_allowed', 'cached_cohort', 'load_cohort', 'manifest_cohort']
 
 # %% ../../nbs/1_data/13_load.ipynb #08249be5
 import importlib
@@ -194,6 +194,30 @@ def resize_mask(
     rows, columns = (((np.arange(k) + 0.5) * m / k).astype(int) for k, m in zip(size, mask.shape))
     return mask[rows][:, columns][None]
 
+# %% ../../nbs/1_data/13_load.ipynb #3af142f7
+def uncut_size(size: tuple[int, int]) -> tuple[int, int]: return tuple(round(s * 256 / 224) for s in size)  # (h, w)
+
+def picture_channels(
+    places: dict[str, str],  # sequence → address of a picture of one channel
+    size: tuple[int, int, int],  # (1, h, w) pixels
+    middle: bool = False,  # keep the middle of a larger one, in contrast to all
+) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:  # volume (c, 1, h, w); sequence → (h, w) of its picture
+    "Read the pictures of a case, resized."
+    if size[0] != 1:
+        raise VfmError(f"{next(iter(places.values()))} is a picture, the study's size is {list(size)}; expected [1, h, "
+            f"w].")
+    parts, shapes = [], {}
+    for c, place in places.items():
+        picture = read_picture(place)
+        if len(picture) != 1:
+            raise VfmError(f"{place} has {len(picture)} channels, '{c}' is one: write {Path(place).name}#grey, or three "
+                f"columns red, green and blue with {Path(place).name}#red and so on.")
+        shapes[c] = picture.shape[2:]
+        parts.append(
+            resize_crop(picture, uncut_size(size[1:]), size[1:]) if middle else resize_picture(picture, size[1:])
+        )
+    return np.concatenate(parts), shapes
+
 # %% ../../nbs/1_data/13_load.ipynb #f373fd2a
 def decode_pictures(
     manifest: Manifest,
@@ -201,24 +225,10 @@ def decode_pictures(
     size: tuple[int, int, int],  # (1, h, w) pixels
 ) -> tuple[np.ndarray, np.ndarray, None]:  # volume (c, 1, h, w), label (1, h, w), no zones
     "Decode the pictures of a case, resized."
-    place = lambda column: resolve_cell(manifest.root, row[column])
-    if size[0] != 1:
-        raise VfmError(
-            f"{place(manifest.card.sequences[0])} is a picture, the study's size is {list(size)}; expected [1, h, w]."
-        )
-    whole = tuple(round(s * 256 / 224) for s in size[1:])
-    parts, shapes = [], {}
-    for c in manifest.card.sequences:
-        picture = read_picture(place(c))
-        if len(picture) != 1:
-            raise VfmError(f"{place(c)} has {len(picture)} channels, column '{c}' is one: write {row[c]}#grey, or "
-                f"three columns red, green and blue with {row[c]}#red and so on.")
-        shapes[c] = picture.shape[2:]
-        parts.append(
-            resize_crop(picture, whole, size[1:]) if manifest.crop == "middle" else resize_picture(picture, size[1:])
-        )
+    places = {c: resolve_cell(manifest.root, row[c]) for c in manifest.card.sequences}
+    volume, shapes = picture_channels(places, size, manifest.crop == "middle")
     masks = {c: resize_mask(m, size[1:]) for c, m in picture_masks(manifest, row, shapes).items()}
-    return np.concatenate(parts), merge_masks(manifest, masks, size), None
+    return volume, merge_masks(manifest, masks, size), None
 
 # %% ../../nbs/1_data/13_load.ipynb #0eab5445
 # what the voxels depend on
@@ -255,7 +265,7 @@ def manifest_plan(
     card = replace(card, spacing=spacing, targets=manifest.targets, empty_labels=card.empty_labels or none)
     return DecodePlan(
         card, [source(i, row) for i, row in enumerate(rows)], size, n, seed, bad, "zones" in manifest.table,
-        DECODE_MODULES,
+        DECODE_MODULES, manifest.crop, is_picture(resolve_cell(manifest.root, rows[0].get(card.sequences[0], ""))),
     )
 
 # %% ../../nbs/1_data/13_load.ipynb #51d2d27b

@@ -7,6 +7,7 @@ __all__ = ['PCS_CLASSES', 'LENGTHS', 'BUDGET', 'ENDS', 'ARCH', 'PCS_CYCLE', 'Fol
            'draw_folds', 'unroll', 'SulcusCase', 'draw_sheets', 'sulcus_case', 'sulcus_cohort']
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #0f7accec
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from .anatomy import Grid, smooth_field
 from .cohort import Cohort, CohortCard
 from ..foundation.overlap import MADE_HERE
+from ..foundation.progress import map_items
 from ..foundation.registry import cohorts, VfmError
 from ..foundation.spec import SPLITS
 
@@ -191,7 +193,10 @@ def sulcus_cohort(
             "size [32, 32, 32] at spacing [2, 2, 2]."
         )
     index = [(s, i) for s in n for i in range(n[s])]
-    cases = [sulcus_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
+    cases = map_items(
+        partial(sulcus_case, seed, size=size, spacing=spacing), [SPLITS.index(s) * 1_000_000 + i for s, i in index],
+        "drawing sulci",
+    )
     names = [f"sulcus-{s}-{i:03d}" for s, i in index]
     card = CohortCard(
         "sulcus_phantom", "Synthetic sulcal skeletons", "Apache-2.0", "vfm_notes.data.sulcus",

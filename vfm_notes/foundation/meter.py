@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUP_FILES', 'GRANTED', 'PACKAGES', 'process_memory', 'reset_peak', 'loaded_cuda', 'PeakMemory', 'cgroup_memory',
            'free_memory', 'format_bytes', 'check_allocation', 'count_gpus', 'energy_counter', 'Meter', 'combine_known',
-           'combine_costs', 'epoch_seconds', 'convert_old_cost', 'package_versions', 'git_commit', 'cpu_name',
-           'device_name', 'count_threads', 'provenance']
+           'combine_costs', 'epoch_seconds', 'package_versions', 'git_commit', 'cpu_name', 'device_name',
+           'count_threads', 'provenance']
 
 # %% ../../nbs/0_foundation/08_meter.ipynb #8adb4475
 import gc
@@ -246,15 +246,6 @@ def epoch_seconds(
     "Return the seconds of each epoch from the curves."
     ends = sorted(dict(zip(epochs, seconds)).items())
     return [float(b - a) for (_, a), (_, b) in zip(ends, ends[1:])]
-
-# %% ../../nbs/0_foundation/08_meter.ipynb #78c40d81
-def convert_old_cost(record: dict) -> dict:  # record: without the field cost
-    "Convert the cost of a record of an older form."
-    where = "device" if str(record.get("device", "")).startswith("cuda") else "host"
-    return {
-        "seconds": record.get("seconds") or {}, "memory_mib": {where: record.get("peak_memory_mib")},
-        "parameters": record.get("parameters") or {},
-    }
 
 # %% ../../nbs/0_foundation/08_meter.ipynb #ff78d9b3
 PACKAGES = (

@@ -6,14 +6,16 @@
 __all__ = ['LFS', 'ANNEX', 'DVC', 'package_root', 'working_tree', 'project_root', 'shipped_studies', 'local_studies',
            'study_file', 'template_file', 'report_notebooks', 'library_notebooks', 'data_root', 'weights_root',
            'path_below', 'runs_root', 'cache_root', 'study_root', 'run_folder', 'notebook_file', 'log_file',
-           'checkpoint_file', 'weights_file', 'pages_root', 'site_root', 'pid_alive', 'part_name', 'abandoned',
-           'drop_parts', 'fsync', 'atomic_file', 'write_atomic', 'write_rows', 'part_folder', 'swap_folder', 'DiskFull',
-           'detect_full_disk', 'DamagedFile', 'file_hash', 'damage', 'check_companion', 'fetch_command',
-           'pointer_problem', 'check_fetched']
+           'checkpoint_file', 'plugin_copies', 'weights_file', 'pages_root', 'site_root', 'pid_alive', 'part_name',
+           'abandoned', 'drop_parts', 'fsync', 'atomic_file', 'write_atomic', 'write_rows', 'part_folder',
+           'swap_folder', 'DiskFull', 'detect_full_disk', 'DamagedFile', 'file_hash', 'damage', 'check_companion',
+           'plugin_place', 'plugin_name', 'plugin_hash', 'plugin_hashes', 'fetch_command', 'pointer_problem',
+           'check_fetched']
 
 # %% ../../nbs/0_foundation/03_places.ipynb #9c076718
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +24,8 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 # %% ../../nbs/0_foundation/03_places.ipynb #6cde81d3
@@ -148,6 +152,7 @@ def log_file(study: str, job: str) -> Path: return path_below(study_root(study),
 def checkpoint_file(study: str, run_id: str) -> Path:
     return path_below(study_root(study), "checkpoints", f"{run_id}.pt")
 # of carried weights
+def plugin_copies(study: str) -> Path: return path_below(study_root(study), "plugins")  # own code as it was run
 def weights_file(name: str, ending: str = "safetensors") -> Path: return path_below(weights_root(), f"{name}.{ending}")
 def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
 def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open
@@ -287,6 +292,68 @@ def check_companion(
     try: written = json.loads((path.parent/"record.json").read_bytes())["files"][path.name]["sha256"]
     except (OSError, ValueError, KeyError, TypeError): written = ""
     if file_hash(path) != written: raise damage(path)
+
+# %% ../../nbs/0_foundation/03_places.ipynb #ede2c6a4
+def plugin_place(
+    name: str,  # as the study file has it
+    beside: Path,  # the folder of the study file
+) -> list[str]:  # absolute paths of files or folders, or names of modules
+    "Find the code that a study names."
+    path = (beside/Path(name).expanduser()).resolve()
+    if path.is_file() or (path/"__init__.py").is_file(): return [str(path)]
+    if name.endswith(".py") or "/" in name:
+        raise VfmError(
+            f"plugins names {name}, and {path} does not exist; expected a .py file or a folder with __init__.py, by "
+            "its path from the study file."
+        )
+    try: found = importlib.util.find_spec(name)
+    except (ImportError, ValueError): found = None
+    if found and found.origin: return [name]
+    group = [point.value.partition(":")[0] for point in metadata.entry_points(group=name)]
+    if group: return list(dict.fromkeys(group))
+    raise VfmError(
+        f"plugins names '{name}', which is no installed module and no group of entry points; for a file beside the "
+        f"study write {name}.py."
+    )
+
+# %% ../../nbs/0_foundation/03_places.ipynb #2c83cb06
+def plugin_name(place: str) -> str:  # of its module
+    "Return the name under which a plugin is imported."
+    return Path(place).stem if os.sep in place or place.endswith(".py") else place
+
+def plugin_hash(
+    place: str,  # from `plugin_place`
+) -> str:  # sha256, hex
+    "Return the checksum of the code of a plugin: of its file, or of all Python files of its package."
+    file = Path(place) if os.sep in place else Path(importlib.util.find_spec(place).origin)
+    folder = file.parent if file.name == "__init__.py" else file
+    if folder.is_file(): return file_hash(folder)
+    files = {p.relative_to(folder).as_posix(): file_hash(p) for p in folder.rglob("*.py")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+# %% ../../nbs/0_foundation/03_places.ipynb #f66b2658
+def plugin_hashes(
+    names,  # as the study file has them
+    file: Path,  # the study file
+) -> dict[str, str]:  # place → checksum
+    "Find the code that a study names and hash it, strictly."
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise VfmError(
+            f"{file}: plugins is {short_yaml(names)}, expected a list of files or modules, e.g. [my_code.py]."
+        )
+    try: places = [place for name in names for place in plugin_place(name, file.resolve().parent)]
+    except VfmError as error: raise VfmError(f"{file}: {error}") from None
+    for place in places:
+        name = plugin_name(place)
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise VfmError(f"{file}: plugins names {place}, and '{name}' cannot be the name of a module: letters, "
+                           "digits and _, beginning with a letter.")
+        if [plugin_name(p) for p in places].count(name) > 1:
+            raise VfmError(f"{file}: plugins names two modules '{name}'; rename one.")
+        other = PathFinder.find_spec(name) if os.sep in place else None  # of what is installed
+        if other and not (other.origin or "").startswith(place):
+            raise VfmError(f"{file}: plugins names {place}, and '{name}' is also an installed module; rename the file.")
+    return {place: plugin_hash(place) for place in places}
 
 # %% ../../nbs/0_foundation/03_places.ipynb #611cadb6
 LFS, ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/objects/"  # how their texts begin

@@ -157,7 +157,7 @@ class Trainer:
         self.team = DistributedContext(self.accelerator)
         optimiser = torch.optim.AdamW(
             parameter_groups(module, recipe.weight_decay) if groups is None else groups, lr=recipe.lr,
-            betas=recipe.betas,
+            betas=recipe.betas, fused=True,
         )
         steps = recipe.epochs * len(loader)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -49,6 +49,7 @@ budget: {{epochs: 4, batch_size: 4, lr: 0.002, weight_decay: 0.05, warmup: 0.1}}
 # licences: []               # non-commercial licences that you have read and accept, by name
 # pages: []                  # optional pages of the report
 # divergences: [cka_linear, frechet, energy]   # other distances beside D2P: does the answer depend on the choice?
+# plugins: [my_code.py]      # strategies, tasks, backbones ... of your own, see CONTRIBUTING.md
 # bad_cases: exclude         # instead of refusing to run, leave out cases that cannot be used, and list them
 # time_limit: 60             # minutes that one run may take
 '''

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPLORER_COLUMNS', 'MENUS', 'ANY', 'NO_CURVES', 'explored', 'filter_rows', 'file_link', 'shown_value', 'run_rows',
-           'curve_words', 'curve_chart', 'RunExplorer', 'set_options', 'html_output', 'run_explorer', 'Training',
+           'curve_words', 'curve_chart', 'RunExplorer', 'set_options', 'html_output', 'run_explorer', 'RunningTraining',
            'trainings', 'training_rows', 'training_chart', 'LiveTraining', 'study_line', 'live_training']
 
 # %% ../../nbs/9_report/13_explorer.ipynb #59768d7f
@@ -285,7 +285,7 @@ def run_explorer(
 
 # %% ../../nbs/9_report/13_explorer.ipynb #a30ac235
 @dataclass(frozen=True)
-class Training:
+class RunningTraining:
     "A training at work."
     name: str  # run id, or what the caller calls it
     epochs: int  # wanted
@@ -312,19 +312,19 @@ class Training:
 def trainings(
     study: str,  # name of the study
     known: dict,  # run id → record; a run that has one is over
-) -> list[Training]:  # the one that spoke last comes first
+) -> list[RunningTraining]:  # the one that spoke last comes first
     "List the trainings of a study that are at work, or were interrupted and wait for the next start."
     found = []
     for path in checkpoint_file(study, "any").parent.glob("*.curves.json"):
         try: said, told = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime  # dated by the disk
         except (OSError, ValueError): continue  # it has just ended
         name = path.name.removesuffix(".curves.json")
-        if known.get(name, {}).get("status") != "done": found.append(Training(name, said["epochs"], said["rows"], told))
+        if known.get(name, {}).get("status") != "done": found.append(RunningTraining(name, said["epochs"], said["rows"], told))
     return sorted(found, key=lambda t: -t.told)
 
 # %% ../../nbs/9_report/13_explorer.ipynb #cfbcefe5
 def training_rows(
-    found: list[Training],
+    found: list[RunningTraining],
     now: float,  # seconds since 1970
 ) -> str:  # HTML
     "Return a line for each training."
@@ -353,7 +353,7 @@ def training_rows(
 
 # %% ../../nbs/9_report/13_explorer.ipynb #b9f1bf71
 def training_chart(
-    found: list[Training],  # at least one
+    found: list[RunningTraining],  # at least one
 ) -> alt.TopLevelMixin:
     "Draw loss and validation scores of trainings, each curve in its own panel."
     data = pd.concat([t.curves for t in found], ignore_index=True)
@@ -405,7 +405,7 @@ class LiveTraining(Shown):
         rows = rows + [
             (epoch, values.get("seconds", 0.0), k, v) for k, v in values.items() if k not in ("seconds", "left")
         ]
-        self.told[name] = Training(name, epochs, rows, time.time())
+        self.told[name] = RunningTraining(name, epochs, rows, time.time())
         self.refresh()
 
     def follow(self) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['ALWAYS', 'Argument', 'Documented', 'comments', 'argument', 'arguments', 'refusals', 'full_name', 'signature',
            'function_doc', 'class_doc', 'documented', 'linked', 'anchor_of', 'own_anchors', 'doc_html', 'prose',
            'code_cells', 'LibraryNotebook', 'read_library', 'reference_page', 'addresses', 'index_page',
-           'search_entries']
+           'search_entries', 'row_text', 'row_entries']
 
 # %% ../../nbs/9_report/07_reference.ipynb #f3136459
 import ast
@@ -20,7 +20,7 @@ from pathlib import Path
 
 # %% ../../nbs/9_report/07_reference.ipynb #50ca2e5f
 from ..foundation.places import library_notebooks
-from .convert import CODE, equations, join_lines, raw_cell, raw_html, read_notebook
+from .convert import CODE, equations, front_matter, join_lines, raw_cell, raw_html, read_notebook
 
 # %% ../../nbs/9_report/07_reference.ipynb #4b9a4b60
 ALWAYS = {
@@ -396,3 +396,32 @@ def search_entries(
         for b in books
         for e in (entry(b, "", b.subtitle), *(entry(b, d.name, f"{d.signature} {d.doc}") for d in b.names))
     ]
+
+# %% ../../nbs/9_report/07_reference.ipynb #a82d5e0d
+def row_text(
+    heads: list[str],  # column headings
+    row: str,  # HTML of a table's row
+) -> str:
+    "Write a table's row on one line, every value behind its heading."
+    plain = [" ".join(html.unescape(re.sub(r"<[^>]+>", " ", c)).split()) for c in re.findall(r"<td.*?</td>", row, re.S)]
+    return "; ".join(f"{h} {v}".strip() for h, v in zip(heads, plain) if v and v != "missing")
+
+def row_entries(
+    path: Path,  # a page before it is rendered
+) -> list[dict]:  # as in search.json of smalldocs and Quarto; none for pages of runs
+    "Let the search find the rows of a page's tables."
+    if path.stem.startswith("run-"): return []
+    nb, section, out = read_notebook(path), "", []
+    title = front_matter(nb).get("title", path.stem)
+    for cell in nb["cells"]:
+        source = join_lines(cell["source"])
+        if cell["cell_type"] == "markdown": section = (re.findall(r"^#+ +(.+)$", source, re.M) or [section])[-1]
+        shown = [join_lines(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", [])]
+        for body in (t for text in shown for t in re.findall(r"<table.*?</table>", text, re.S)):
+            heads = [html.unescape(re.sub(r"<[^>]+>", "", h)) for h in re.findall(r"<th.*?</th>", body, re.S)]
+            at = f"{path.stem}.html" + f"#{anchor_of(section)}" * bool(section)
+            out += [
+                {"objectID": f"{at} row {len(out) + i}", "href": at, "title": title, "section": section, "text": text}
+                for i, row in enumerate(re.findall(r"<tr.*?</tr>", body, re.S)) if (text := row_text(heads, row))
+            ]
+    return out

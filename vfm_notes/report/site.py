@@ -31,6 +31,7 @@ from vfm_notes.foundation.places import (
 )
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import StudySpec, load_study
+from .citation import citation_cff
 from .convert import read_notebook, to_page, write_notebook
 from vfm_notes.report.pages import (
     Page, code_fingerprint, execute_pages, hash_values, records_fingerprint, report_pages, run_page, run_pages,
@@ -41,12 +42,14 @@ from vfm_notes.report.published import (
     count_published,
 )
 from .pages import footer_mark, quarto_version, render_project
-from .reference import addresses, index_page, read_library, reference_page, search_entries
+from vfm_notes.report.reference import (
+    addresses, index_page, read_library, reference_page, row_entries, search_entries,
+)
 from ..runs.grid import jobs_of
 from ..runs.record import SMALL_FILE, damage_lines, scan_records
 from vfm_notes.report.stamp import (
-    close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder, read_stamp, replacing,
-    write_json,
+    script_values, close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder,
+    read_stamp, replacing, write_json,
 )
 
 # %% ../../nbs/9_report/10_site.ipynb #1a271c8a
@@ -114,16 +117,17 @@ def made_from(
 def write_assets(
     folder: Path,  # assets folder of the generated pages
     charts: bool = True,  # the chart library too
+    told: dict | None = None,  # what the script has to know of the site: name → plain value
 ) -> None:
     "Write style, script and the chart library (once)."
     folder.mkdir(parents=True, exist_ok=True)
     own = report_notebooks()[0].parent
     for name in ("style.css", "light.scss", "dark.scss", "head.html", "icon.svg"):
         shutil.copy(own / name, folder / name)
-    themes = json.dumps({mode: chart_theme(mode) for mode in ("light", "dark")})
-    (folder / "site.js").write_text(
-        f"window.vfmThemes = {themes};\n" + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8"
-    )
+    (folder / "CITATION.cff").write_text(citation_cff(), encoding="utf-8")
+    values = {"vfmThemes": {mode: chart_theme(mode) for mode in ("light", "dark")}} | (told or {})
+    said = "".join(f"window.{k} = {json.dumps(v, ensure_ascii=False)};\n" for k, v in values.items())
+    (folder / "site.js").write_text(said + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8")
     if not charts: return
     import vl_convert
     bundle, mark = folder / "vega.js", folder / "vega.version"
@@ -179,7 +183,8 @@ def render(
             shutil.copytree(folder / "notebooks", site / "notebooks", dirs_exist_ok=True)
     if (index := site / "search.json").exists():
         own = [e for e in json.loads(index.read_text(encoding="utf-8")) if not e["href"].startswith("reference/")]
-        entries = json.dumps(own + (more or []), ensure_ascii=False)
+        rows = [] if more is None else [e for p in sorted(folder.glob("*.ipynb")) for e in row_entries(p)]
+        entries = json.dumps(own + rows + (more or []), ensure_ascii=False)
         write_atomic(index, entries, synced=False)
         write_atomic(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n", synced=False)
     return told
@@ -416,7 +421,7 @@ def make_site(
         return site_result(target, pages, stamp, pseudonyms, begun, up_to_date=True)
     open_folder(folder, [p.name for p in todo], target)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
-    write_assets(folder / "assets")
+    write_assets(folder / "assets", told=script_values(spec, pages, records, by.text))
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MADE_BY', 'RENDERER_FOLDERS', 'read_stamp', 'write_json', 'files_of', 'stamp_folder', 'changed_files', 'check_ours',
            'open_folder', 'close_folder', 'drop_pages', 'drop_files', 'replacing', 'replacement_names', 'delete_folder',
-           'finish_replacement', 'site_lock', 'with_site_lock']
+           'finish_replacement', 'site_lock', 'with_site_lock', 'cell_pages', 'bibtex', 'script_values']
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp003
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +21,11 @@ from pathlib import Path
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp004
 from ..foundation.places import file_hash, swap_folder, write_atomic
+from ..foundation.meter import git_commit, package_versions
 from ..foundation.places import pages_root
 from ..foundation.registry import VfmError
+from ..foundation.spec import StudySpec
+from .pages import Page
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp007
 MADE_BY = "vfm site"  # who made a folder
@@ -205,3 +209,41 @@ def with_site_lock(function: Callable) -> Callable:
     def held(*args, **options):
         with site_lock(): return function(*args, **options)
     return held
+
+# %% ../../nbs/9_report/09_stamp.ipynb #22720726
+def cell_pages(
+    pages: list[Page],
+    text: Callable[[str], str] = str,  # what becomes of a text, e.g. pseudonyms
+) -> dict:  # notebooks: "task|backbone" → training cases → address; tasks and backbones: their names
+    "State which page leads to the runs of a task and a backbone."
+    notebooks: dict[str, dict[str, str]] = {}
+    for job in (p.job for p in pages if p.job and p.job.kind != "external"):
+        first, task = job.specs[0], "" if job.kind == "pretrain" else job.specs[0].task.replace("_", " ")
+        own = notebooks.setdefault(text(f"{task}|{first.backbone}"), {})
+        own.setdefault(str(getattr(first, "n_train", "")), f"run-{text(job.name)}.html")
+    names = [key.split("|") for key in notebooks]
+    tasks, backbones = (sorted({part for part in parts if part}) for parts in zip(*names)) if names else ([], [])
+    return {"notebooks": notebooks, "tasks": tasks, "backbones": backbones}
+
+def bibtex(
+    study: StudySpec,
+    records: list[dict],  # of the study
+) -> str:
+    "Write how a report is cited."
+    commit, version = (git_commit() or "unknown")[:7], package_versions().get("vfm_notes", "")
+    runs = sum(r["status"] == "done" for r in records)
+    year = max((r["created"][:4] for r in records if r.get("created")), default="")
+    title = re.sub(r"[{}\\\\]", "", study.title)
+    lines = {"title": title, "author": "{the vfm\\_notes authors}", "year": year,
+             "note": f"Study {study.name}, {runs} runs; vfm\\_notes {version}, commit {commit}"}
+    return f"@misc{{vfm_notes_{study.name},\n" + "".join(f"  {k} = {{{v}}},\n" for k, v in lines.items()) + "}\n"
+
+# %% ../../nbs/9_report/09_stamp.ipynb #3a624aac
+def script_values(
+    study: StudySpec,
+    pages: list[Page],
+    records: list[dict],  # of the study
+    text: Callable[[str], str] = str,  # what becomes of a text, e.g. pseudonyms
+) -> dict:  # name in the script → plain value
+    "Collect what the script of a site has to know."
+    return {"vfmCells": cell_pages(pages, text), "vfmCite": text(bibtex(study, records))}

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from ..foundation.places import DiskFull, detect_full_disk, write_atomic
 from ..foundation.shutdown import stop_requested, handling_signals
 from ..foundation.places import log_file, run_folder, runs_root
+from ..foundation.plugins import keep_plugins, plugin_lines
 from ..foundation.spec import StudySpec, load_study, run_id
 from .watch import measure_speeds, time_left
 from .executors import Cancelled, Died, Lost, executors
@@ -215,9 +216,7 @@ class Batch:
 @patch
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
-    if self.pending and time.monotonic() > self.until:
-        show.say(f"the time is over: {len(self.pending)} notebooks are not started; running ones finish")
-        self.pending.clear()
+    if time.monotonic() > self.until: self.end_of_time(show)
     for job in [j for j in self.pending if self.ready(j)]:
         self.pending.remove(job)
         if not self.possible(job): show.say(f"blocked {job.name}: what it needs ({', '.join(job.needs)}) is not done")
@@ -227,6 +226,17 @@ def start_ready(self: Batch, show: Display) -> None:
             self.running[job.name] = (
                 job, self.executor.submit(run_job, job, self.study, self.engine, self.retry, self.limit, log=log),
             )
+
+# %% ../../nbs/7_runs/11_batch.ipynb #d15f8001
+@patch
+def end_of_time(self: Batch, show: Display) -> None:
+    "Start nothing more: neither what waits here nor what waits in the executor's queue."
+    queued = [n for n, (job, future) in self.running.items()
+              if not future.done() and running_since(self.study, job.name) is None]
+    if self.pending or queued:
+        show.say(f"the time is over: {len(self.pending) + len(queued)} notebooks are not started; running ones finish")
+    self.pending.clear()
+    for name in queued: self.running.pop(name)[1].cancel()
 
 # %% ../../nbs/7_runs/11_batch.ipynb #67d001af
 @patch
@@ -354,7 +364,7 @@ def describe_start(
     planned: int,  # notebooks of the plan
 ) -> str:
     "State what a batch is going to do."
-    return (
+    return "\n".join(plugin_lines(study.plugins)) + "\n" * bool(study.plugins) + (
         f"{study.name}: {todo} of {planned} notebooks to run, {pool.jobs} at a "
         f"time{describe_gpus(pool)}; importing libraries and preparing cohort '{Path(study.cohort).name}' ..."
     )
@@ -385,6 +395,7 @@ def run_study(
     os.environ["VFM_RUNS"] = str(runs_root())
     pool = make_executor(executor, study, profile)(jobs, fast=engine == "forked")
     try:
+        keep_plugins(study.plugins, study.name)
         show.say(describe_start(study, pool, len(todo), len(plan_)))
         if not templates: check_first(pool, study, todo)
         show.say("ready")

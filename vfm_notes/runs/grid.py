@@ -21,10 +21,11 @@ from pathlib import Path
 
 # %% ../../nbs/7_runs/03_grid.ipynb #8d06d6e0
 from ..foundation.places import run_folder, template_file
+from ..foundation.plugins import load_plugins
 from vfm_notes.foundation.registry import (
     canonical_strategy, check_name, cohorts, pretraining_of, suggest_name, VfmError,
 )
-from ..foundation.schema import field_types, from_values
+from ..foundation.schema import convert, field_types, from_values
 from vfm_notes.foundation.spec import (
     external_specs, ExternalSpec, file_name, pretrain_specs, PretrainSpec, run_id, run_specs, RunSpec, Spec,
     StudySpec,
@@ -100,7 +101,8 @@ def job_specs(
 ) -> list[Spec]:
     "Return the runs that a notebook with these parameters computes."
     where, values = f"Parameters of the {kind} template", dict(parameters)
-    check_name(values.pop("study", "by_hand"), f"{where}: study")
+    study = check_name(values.pop("study", "by_hand"), f"{where}: study")
+    load_plugins(convert(values.get("plugins", {}), dict[str, str], f"{where}: plugins"), study)
     if kind != "transfer": return [from_values(SPECS[kind], values, where)]
     looped = from_values(TransferAxes, {k: values.pop(k) for k in PLURAL.values() if k in values}, where)
     weights, axes = {k: values.pop(k, "") for k in ("parent", "expected")}, product(looped.strategies, looped.seeds)
@@ -217,7 +219,9 @@ def transfer_jobs(
     searched: tuple = (),  # fields of the study's search
 ) -> list[Job]:
     "Make one job for each task, backbone, training-set size and setting of the search."
-    def key(s): return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched)
+    def key(s):
+        fold = f"-f{s.fold}" if s.folds else ""
+        return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched) + fold
     maker = {job.runs[0]: job.name for job in weights}
     grouped = ((k, list(g)) for k, g in groupby(sorted(runs, key=key), key))
     jobs = [

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/7_runs/07_launch.ipynb #0acfe8d7
 from ..foundation.shutdown import SIGNALS
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from .forkserver import Forked, can_fork, die_with_parent, kill_group, safe_env
 from .record import notify
@@ -77,6 +78,7 @@ def worker_main(
         function, args = pickle.loads(Path(folder, "call").read_bytes())
         # full registries, as the notebook has them
         if function.__module__.split(".")[0] == "vfm_notes": import vfm_notes.tune.catalog
+        for spec in args: load_plugins(getattr(spec, "plugins", {}))
         Path(folder, f"ready-{rank}").touch()
         with process_group(Path(folder), int(rank), int(size)): function(*args)
     except Exception as error:

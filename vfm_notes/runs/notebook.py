@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notebook_error', 'template_hash', 'current_cell', 'current_run', 'kernel_processes', 'time_limit', 'execute',
-           'grace_seconds', 'stop_kernels', 'settings_conflicts', 'known_conflicts', 'preflight', 'check_disk',
-           'check_there', 'check_first']
+           'grace_seconds', 'stop_kernels', 'settings_conflicts', 'known_conflicts', 'time_first_step', 'preflight',
+           'check_disk', 'check_there', 'check_first']
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #6500636a
 import hashlib
@@ -22,6 +22,7 @@ from pathlib import Path
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #6a727297
 from ..foundation.places import detect_full_disk, DiskFull, notebook_file, pid_alive, runs_root
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec
 from .executors import executors, LocalExecutor
@@ -152,7 +153,16 @@ def known_conflicts(
 ) -> list[str]:  # one sentence each
     "List everything that is known to fail before it is computed."
     from vfm_notes.tune import conflicts as known
+    load_plugins(study.plugins, study.name)
     return settings_conflicts(study) + known.conflicts(study, [s for job in jobs for s in job.specs])
+
+# %% ../../nbs/7_runs/09_notebook.ipynb #a9d4e232
+def time_first_step(study: StudySpec) -> None:
+    "Time one step on this machine where no run of the study is recorded to judge by."
+    from vfm_notes.tune import timing
+    if known_records(study.name): return
+    try: timing.time_machine([b.partition(".")[0] for b in study.backbones], tuple(study.size))
+    except OSError: pass  # estimates are no reason to stop
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #a362c926
 def preflight(study: StudySpec, jobs: list[Job]) -> None:
@@ -164,6 +174,7 @@ def preflight(study: StudySpec, jobs: list[Job]) -> None:
         )
     from vfm_notes.data.load import load_cohort
     load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
+    time_first_step(study)
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #9dc4383a
 def check_disk(study: str, jobs: list[Job]) -> None:

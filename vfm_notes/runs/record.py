@@ -30,19 +30,21 @@ from vfm_notes.foundation.places import (
     DiskFull, check_companion, file_hash, fsync, detect_full_disk, part_folder, part_name, swap_folder, write_atomic,
 )
 from ..foundation.shutdown import Stopped
-from ..foundation.meter import convert_old_cost
 from ..foundation.meter import provenance
 from ..foundation.places import run_folder, study_root
+from ..foundation.loggers import log_run
+from ..foundation.plugins import code_line
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import Spec, canonical_text, run_id
 
 # %% ../../nbs/7_runs/01_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY_RECORD = {
+    "input": {},  # what a new case must have, see tune.transfer
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
-    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "normalisation": {}, "cohort_hash": "",
-    "weights_hash": "", "weights_files": [], "licences": [], "overlap": {}, "excluded": [], "notes": [], "notebook": "",
-    "template_hash": "", "error": None,
+    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "shown": {}, "hand_made": {},
+    "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "overlap": {},
+    "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None,
 }
 
 def new_record(
@@ -76,8 +78,9 @@ def failed_record(
 ) -> dict:
     "Make the record of a run that did not finish: it states why."
     if isinstance(error, BaseException):
+        line = code_line(error)  # of a study's own code
         error = {
-            "type": type(error).__name__, "message": str(error),
+            "type": type(error).__name__, "message": str(error) + f" ({line})" * bool(line),
             "traceback": "".join(traceback.format_exception(error)),
         }
     full = {"type": "", "message": "", "cell": cell, "traceback": ""} | error
@@ -128,7 +131,6 @@ def check_record(
         raise VfmError(f"{folder} has record schema {record['schema']}, this version reads schema {SCHEMA}: "
                        "use the version that wrote it, or another VFM_RUNS.")
     if record["id"] != (name or os.path.basename(folder)): return None, f"record.json belongs to {record['id']}"
-    if "cost" not in record: record["cost"] = convert_old_cost(record)
     why = compare_files(folder, record.get("files", {}), **depth)
     return (None, why) if why else (record, "")
 
@@ -202,19 +204,24 @@ def write_record(
     cases=None,  # DataFrame or rows: case, patient, metric, value
     features: dict | None = None,  # name → numpy array (n, f)
     weights: dict | None = None,  # name → numpy array
+    pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
+    adapters: dict | None = None,  # name → numpy array, low-rank updates that are in the weights, too
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
     with detect_full_disk(folder.parent), part_folder(folder) as new:
         files = write_files(
-            new, {"curves": curves, "cases": cases}, {"features": features, "weights": weights}, {"weights": plan}
+            new, {"curves": curves, "cases": cases},
+            {"features": features, "weights": weights, "pictures": pictures, "adapters": adapters or None},
+            {"weights": plan},
         )
         record = plain_json(record | {"files": files})
         write_atomic(new/"record.json", json.dumps(record, indent=1))
         drop_record(folder, new)
         # of the training, see pretrain.trainer
         if record["status"] == "done": (folder.parent/"checkpoints"/f"{folder.name}.pt").unlink(missing_ok=True)
+    log_run(record, curves, folder.parent, notify)
     return record
 
 # %% ../../nbs/7_runs/01_record.ipynb #6700a6fa
@@ -300,7 +307,7 @@ def read_table(
 def read_arrays(
     study: str,
     id: str,  # run id
-    name: str,  # features or weights
+    name: str,  # features, weights or pictures
 ) -> dict | None:  # array name → numpy array, None when the run has none
     "Read the arrays of a run."
     path = run_folder(study, id)/f"{name}.safetensors"

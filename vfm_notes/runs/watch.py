@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['OVERHEAD_SECONDS', 'FROZEN_STRATEGIES', 'Speeds', 'JobStatus', 'job_status', 'format_duration', 'Display',
-           'progress_bars', 'voxel_seconds', 'core_seconds', 'related_keys', 'measure_speeds', 'Estimate', 'run_time',
-           'time_left']
+           'progress_bars', 'voxel_seconds', 'timing_file', 'timed_here', 'machine_name', 'core_seconds',
+           'related_keys', 'measure_speeds', 'Estimate', 'run_time', 'time_left']
 
 # %% ../../nbs/7_runs/10_watch.ipynb #114d04a2
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 from statistics import median
 
 # %% ../../nbs/7_runs/10_watch.ipynb #ec02f8d2
-from ..foundation.places import project_root
+from ..foundation.meter import cpu_name
+from ..foundation.places import cache_root, project_root
 from .grid import Job, OPEN, states_of
 from .locks import progress_file, running_since
 
@@ -144,6 +147,20 @@ def voxel_seconds() -> dict[str | bool, tuple[float, float]]:
     deep = {kind: [costs[r["name"]] for r in rows if (r["size"][0] > 1) == kind] for kind in (True, False)}
     return costs | {kind: tuple(map(median, zip(*found))) for kind, found in deep.items()}
 
+# %% ../../nbs/7_runs/10_watch.ipynb #ae646c99
+def timing_file() -> Path: return cache_root()/"timed.json"  # written by tune.timing
+
+def timed_here() -> dict:  # ratio: seconds here for one second there, 0 if not timed; costs: as of voxel_seconds
+    "Read what a step took on this machine, and the costs of backbones that no shipped file knows."
+    try: found = json.loads(timing_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError): found = {}
+    same = found.get("machine") == machine_name()
+    return {"ratio": found.get("ratio", 0.0) if same else 0.0, "costs": found.get("costs", {})}
+
+def machine_name() -> str:
+    "Name the processor and the threads that a notebook uses."
+    return f"{cpu_name()}, {os.environ.get('OMP_NUM_THREADS', '')} threads"
+
 # %% ../../nbs/7_runs/10_watch.ipynb #eda2fe6f
 def core_seconds(
     kind: str,  # pretrain, transfer or external
@@ -151,7 +168,9 @@ def core_seconds(
 ) -> float:
     "Estimate what a run would take on the core where costs were measured."
     costs, cases = voxel_seconds(), spec.get("cases", {})
-    forward, step = costs.get(spec["backbone"].split(".")[0], costs[spec["size"][0] > 1])
+    architecture = spec["backbone"].split(".")[0]
+    own = () if architecture in costs else timed_here()["costs"].get(architecture)
+    forward, step = own or costs.get(architecture, costs[spec["size"][0] > 1])
     whole, piece = prod(spec["size"]), prod(map(min, spec["size"], spec.get("window") or spec["size"]))
     if kind == "external": return OVERHEAD_SECONDS + len(spec["parents"]) * forward * whole
     if kind == "pretrain": return OVERHEAD_SECONDS + spec["epochs"] * cases["pretrain"] * step * piece
@@ -193,21 +212,25 @@ class Estimate:
     "A time, and what it rests on."
     seconds: float
     runs: int  # how many runs that were recorded or are at work it is judged by; 0: measured costs alone
+    timed: bool = False  # these costs are scaled by a step that was timed here
 
-    def __str__(self) -> str: return f"{'about' if self.runs else 'very roughly'} {format_duration(self.seconds)}"
+    def __str__(self) -> str:
+        sure = "about" if self.runs else "roughly" if self.timed else "very roughly"
+        return f"{sure} {format_duration(self.seconds)}"
 
     @property
     def basis(self) -> str:
         "State what it rests on."
         if self.runs: return f"judged by {self.runs} {'run' if self.runs == 1 else 'runs'} like these"
-        where = "costs measured on one processor core of another machine"
+        where = "costs measured on one processor core of another machine" + ", scaled by a step timed here" * self.timed
         return f"an estimate from {where}, as no run is recorded here yet"
 
 # %% ../../nbs/7_runs/10_watch.ipynb #46ecd965
 def run_time(kind: str, spec: dict, known: Speeds) -> Estimate:
     "Estimate how long one run will take."
-    seconds, core, runs = next((known[k] for k in related_keys(kind, spec) if k in known), (1.0, 1.0, 0))
-    return Estimate(core_seconds(kind, spec) * seconds / core, runs)
+    here = timed_here()["ratio"]
+    seconds, core, runs = next((known[k] for k in related_keys(kind, spec) if k in known), (here or 1.0, 1.0, 0))
+    return Estimate(core_seconds(kind, spec) * seconds / core, runs, bool(here))
 
 def time_left(
     looks: list[JobStatus],  # the jobs that still have to be done
@@ -222,4 +245,7 @@ def time_left(
         todo = [run_time(kind, vars(s), known) for s in todo]
         each.append(max(0.0, (look.whole or sum(t.seconds for t in todo)) - look.elapsed))
     longest = max(each, default=0.0)
-    return Estimate(max(sum(each) / max(1, min(parallel, len(each))), longest), known.get((), (0, 0, 0))[2])
+    return Estimate(
+        max(sum(each) / max(1, min(parallel, len(each))), longest), known.get((), (0, 0, 0))[2],
+        bool(timed_here()["ratio"]),
+    )

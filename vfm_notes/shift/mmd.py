@@ -6,8 +6,8 @@
 __all__ = ['FLOAT64_POINTS', 'MEDIAN_EXACT', 'MEDIAN_DRAWN', 'kernels', 'CENTRE', 'TILE', 'FEWEST_CASES', 'as_features', 'pool',
            'median_bandwidth', 'choose_bandwidth', 'gaussian', 'laplace', 'linear', 'polynomial', 'mixture',
            'with_norms', 'checked_points', 'cut_tiles', 'kernel_tiles', 'pair_kernel', 'block_sums', 'mmd2',
-           'mmd2_paired', 'paired_statistic', 'TwoSample', 'random_splits', 'labellings', 'two_sample_test', 'Interval',
-           'resamples', 'check_interval']
+           'mmd2_paired', 'paired_statistic', 'TwoSample', 'random_splits', 'labellings', 'two_sample_test',
+           'ResampledInterval', 'resamples', 'check_interval']
 
 # %% ../../nbs/5_shift/01_mmd.ipynb #b2e83249
 from collections.abc import Callable, Iterator
@@ -383,7 +383,7 @@ def two_sample_test(
 # %% ../../nbs/5_shift/01_mmd.ipynb #18e395e7
 FEWEST_CASES = 8  # cases, for an interval
 @dataclass(frozen=True)
-class Interval:
+class ResampledInterval:
     "A divergence with its bootstrap interval over cases."
     value: float
     low: float

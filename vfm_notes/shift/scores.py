@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_features', 'one_hot', 'log_evidence', 'logme', 'bin_values', 'hscore', 'principal_components', 'gbc', 'leep',
-           'nleep', 'prediction_score', 'scale_features', 'knn_score', 'probe_score', 'ScoreRows', 'rows_by_case',
-           'cell_places', 'cell_labels', 'cell_values', 'draw_cells', 'cell_rows', 'score_rows', 'transferability']
+           'nleep', 'prediction_score', 'scale_features', 'knn_guess', 'knn_score', 'probe_guess', 'probe_score',
+           'ScoreRows', 'rows_by_case', 'cell_places', 'cell_labels', 'cell_values', 'draw_cells', 'cell_rows',
+           'score_rows', 'transferability']
 
 # %% ../../nbs/5_shift/03_scores.ipynb #5bd2ef3b
 import time
@@ -221,17 +222,13 @@ def scale_features(
     return (x[:, keep] - x[:, keep].mean(0)) / sd[keep]
 
 # %% ../../nbs/5_shift/03_scores.ipynb #65d54ede
-@scores(
-    "knn", title="5 nearest neighbours", source="leave one group out", takes=("classes", "values"), direction=1,
-    rotation=False,
-)
-def knn_score(
+def knn_guess(
     features: np.ndarray,  # (n, f)
     target: np.ndarray,  # (n,) classes or (n, k) values
     groups: np.ndarray | None = None,  # (n,) rows of one group never answer for each other
     k: int = 5,  # neighbours, fewer where there are not as many
-) -> float:  # balanced accuracy or R²
-    "Score the answers of each row's nearest rows of other groups."
+) -> tuple[np.ndarray, np.ndarray]:  # classes 0, 1, … or values, and the answers for them
+    "Let the nearest rows of other groups answer for each row."
     x, y, g = check_features(features, target, groups)
     if g.max() == 0:
         raise VfmError(
@@ -243,20 +240,28 @@ def knn_score(
     k = min(k, len(x) - int(np.bincount(g).max()))
     near = np.argpartition(far, k - 1, axis=1)[:, :k]
     answers = (one_hot(y) if y.ndim == 1 else y)[near].mean(1)
-    return prediction_score(y, answers.argmax(1) if y.ndim == 1 else answers)
+    return y, answers.argmax(1) if y.ndim == 1 else answers
 
-# %% ../../nbs/5_shift/03_scores.ipynb #96540ba8
 @scores(
-    "probe", title="Linear probe", source="cross-validated by groups", takes=("classes", "values"), direction=1,
+    "knn", title="5 nearest neighbours", source="leave one group out", takes=("classes", "values"), direction=1,
     rotation=False,
 )
-def probe_score(
+def knn_score(
+    features: np.ndarray,  # (n, f)
+    target: np.ndarray,  # (n,) classes or (n, k) values
+    groups: np.ndarray | None = None,  # (n,) rows of one group never answer for each other
+) -> float:  # balanced accuracy or R²
+    "Score the answers of each row's nearest rows of other groups."
+    return prediction_score(*knn_guess(features, target, groups))
+
+# %% ../../nbs/5_shift/03_scores.ipynb #96540ba8
+def probe_guess(
     features: np.ndarray,  # (n, f)
     target: np.ndarray,  # (n,) classes or (n, k) values
     groups: np.ndarray | None = None,  # (n,) a group is held out as a whole
     folds: int = 5,  # fewer where there are not as many groups
-) -> float:  # balanced accuracy or R²
-    "Return the held-out score of a linear model."
+) -> tuple[np.ndarray, np.ndarray]:  # classes 0, 1, … or values, and the answers for them
+    "Let a linear model of the other groups answer for each row."
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -274,7 +279,19 @@ def probe_score(
     cv = list(GroupKFold(min(folds, int(g.max()) + 1)).split(x, y, g))
     if y.ndim == 1 and any(len(np.unique(y[train])) < 2 for train, _ in cv):
         raise VfmError(f"With {len(cv)} folds a training fold has one class only: give more groups of each class.")
-    return prediction_score(y, cross_val_predict(make_pipeline(StandardScaler(), model), x, y, cv=cv))
+    return y, cross_val_predict(make_pipeline(StandardScaler(), model), x, y, cv=cv)
+
+@scores(
+    "probe", title="Linear probe", source="cross-validated by groups", takes=("classes", "values"), direction=1,
+    rotation=False,
+)
+def probe_score(
+    features: np.ndarray,  # (n, f)
+    target: np.ndarray,  # (n,) classes or (n, k) values
+    groups: np.ndarray | None = None,  # (n,) a group is held out as a whole
+) -> float:  # balanced accuracy or R²
+    "Return the held-out score of a linear model."
+    return prediction_score(*probe_guess(features, target, groups))
 
 # %% ../../nbs/5_shift/03_scores.ipynb #3f2ad6a3
 @dataclass

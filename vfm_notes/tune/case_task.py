@@ -7,6 +7,8 @@ __all__ = ['CaseTask', 'GradeTask', 'Classification', 'MultiClass', 'corn_loss',
            'Scale', 'case_values', 'Regression']
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #ceef6183
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -18,14 +20,15 @@ from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import suggest_name, tasks, VfmError
 from .metric import auc, quadratic_kappa, r_squared, recall_parts
 from vfm_notes.tune.task import (
-    case_head, CASE_HEADS, case_table, check_head, check_scores, fit_statistics, predict_class_scores, Task,
-    TaskData,
+    Answer, case_head, CASE_HEADS, case_table, check_head, check_scores, contrast_statistics, fit_statistics,
+    image_statistics, predict_class_scores, Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #25d580c5
 class CaseTask(Task):
     "One answer per case; sub-classes say how many numbers it has."
     outputs: int
+    dense = False
 
     def __init__(self, card: CohortCard, head: str = "pooled", deit: str = "toy"):
         super().__init__(card)
@@ -77,6 +80,8 @@ class GradeTask(CaseTask):
         return nn.functional.cross_entropy(output, target)
 
     def probabilities(self, output: Tensor) -> Tensor: return output.softmax(-1)
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values=dict(zip(self.card.grades, self.probabilities(output).T)))
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:  # score: n grades
         return case_table(
@@ -104,13 +109,21 @@ def why(self: GradeTask, metric: str, cases: pd.DataFrame) -> str:
     return f"all of them have the grade {self.card.grades[self.table(cases)[0][0]]}"
 
 @patch
+def read_statistics(
+    self: GradeTask, train: TaskData, test: TaskData,
+    features: Callable[[Tensor], np.ndarray],  # inputs → n f
+) -> pd.DataFrame:
+    "Score a logistic regression on features that nobody learned."
+    reader = fit_statistics(train, train.target.numpy(), features)
+    return self.rows(predict_class_scores(reader, test, len(self.card.grades), features).softmax(-1).numpy(), test)
+
+@patch
 def control(self: GradeTask, train: TaskData, test: TaskData) -> pd.DataFrame:
-    return self.rows(
-        predict_class_scores(fit_statistics(train, train.target.numpy()), test, len(self.card.grades))
-        .softmax(-1)
-        .numpy(),
-        test,
-    )
+    return self.read_statistics(train, test, image_statistics)
+
+@patch
+def hand_made(self: GradeTask, train: TaskData, test: TaskData) -> pd.DataFrame:
+    return self.read_statistics(train, test, contrast_statistics)
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #2d159324
 @tasks("classification", title="Lesion-risk classification")
@@ -145,6 +158,11 @@ class Classification(GradeTask):
             "auc": auc(label >= self.positive, score[:, self.positive :].sum(1)),
             "kappa": quadratic_kappa(label, score.argmax(1)),
         }
+
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        found = super().answer(output, like).values
+        above = f"{self.card.grades[self.positive]} or higher"
+        return Answer(values=found | ({above: sum(list(found.values())[self.positive:])} if len(found) > 2 else {}))
 
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         label = self.table(cases)[0]
@@ -242,6 +260,8 @@ class MultiLabel(CaseTask):
             )
 
     def prepare(self, cohort: Cohort) -> TaskData: return self.inputs(cohort, cohort.targets.astype(np.float32))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values=dict(zip(self.card.targets, output.sigmoid().T)))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         if output.shape != target.shape:
@@ -353,6 +373,8 @@ class Regression(CaseTask):
             )
 
     def prepare(self, cohort: Cohort) -> TaskData: return self.inputs(cohort, self.values(cohort))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values={self.of if self.of == "grade" else f"{self.of}, ml": output[:, 0]})
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
         head = super().head(backbone, in_channels)
         part = "last" if self.reading == "deit" else "layers"

@@ -25,7 +25,8 @@ from ..data.cache import assign_splits
 from ..data.cohort import CohortCard, check_arguments
 from ..data.load import cohort_maker
 from ..foundation.overlap import published_overlap
-from ..foundation.registry import parse_strategy, starts_random
+from ..foundation.plugins import code_line
+from ..foundation.registry import error_line, parse_strategy, starts_random
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
 from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
@@ -44,6 +45,9 @@ def collect_error(
     "Return the message of a check."
     try: check()
     except VfmError as error: return [f"{where}{error}"]
+    except Exception as error:
+        if not (line := code_line(error)): raise
+        return [f"{where}{line} (a plugin of the study, tried on a network without numbers): {error_line(error)}."]
     return []
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b86f4c96
@@ -306,10 +310,11 @@ def conflicts(
     found = [sentence for check in name_checks(study) for sentence in collect_error(check)]
     specs = [s for s in specs if s.kind != "external" and names_known(s)]
     runs, made = [s for s in specs if s.kind == "transfer"], [s for s in specs if s.kind == "pretrain"]
-    try: card, there = cohort_facts(study.cohort, study.size, study.spacing, tuple(study.cases.items()))
-    except VfmError as error: return list(dict.fromkeys([*found, str(error)]))
+    facts, asked = [], (study.cohort, study.size, study.spacing, tuple(study.cases.items()))
+    if wrong := collect_error(lambda: facts.extend(cohort_facts(*asked))): return list(dict.fromkeys(found + wrong))
+    card, there = facts
     for some in (case_conflicts(study, specs, there), size_conflicts(specs, card), window_conflicts(runs, card),
                  task_conflicts(runs, card), grade_conflicts(study, runs, card), objective_conflicts(made, card),
                  strategy_conflicts(runs, card), memory_conflicts(study, runs, card)):
-        found += some
+        found += collect_error(lambda: found.extend(some))
     return list(dict.fromkeys(found))

@@ -23,7 +23,7 @@ from ..data.loader import Loader
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec
 from ..pretrain.trainer import Checkpointer, TrainConfig, Trainer, train
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from .task import Task, TaskData
 
 # %% ../../nbs/6_tune/07_fit.ipynb #10747b28
@@ -152,7 +152,7 @@ class EarlyStopping:
     def __init__(self, trainer: Trainer, spec: RunSpec, task: Task):
         if spec.keep not in ("last", "best"): raise VfmError(f"keep is '{spec.keep}', expected last or best.")
         self.trainer, self.spec, self.primary = trainer, spec, f"val_{getattr(task, 'primary', '')}"
-        self.direction = METRICS[task.primary].direction if hasattr(task, "primary") else 1
+        self.direction = metric_card(task.primary).direction if hasattr(task, "primary") else 1
 
     def __call__(self, epoch: int, values: dict[str, float]) -> dict[str, float]:
         score, best = values.get(self.primary, math.nan) * self.direction, self.trainer.best

@@ -25,7 +25,7 @@ from vfm_notes.tune.metric import (
     auc, average_precision, binary_f1, CaseDetections, class_hits, lesion_candidates, match_lesions, psnr, ssim,
 )
 from vfm_notes.tune.task import (
-    case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS, Segmentation,
+    Answer, case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS, Segmentation,
     Task, TaskData,
 )
 
@@ -35,6 +35,8 @@ class ImageTask(Task):
     primary, metrics = "psnr", ("psnr", "ssim")
     residual: int | None = None  # sequence that is a first guess of the target
     called: str = ""  # registered name
+    kept: tuple = ("target_moments",)
+    target_moments: tuple[float, float] = (0.0, 1.0)  # mean and sd of an image of no sequence that a new case has
 
     def __init__(self, card: CohortCard,
                  head: str = "decoder",  # decoder or linear
@@ -49,6 +51,9 @@ class ImageTask(Task):
         )
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
+
+    @property
+    def control_learns(self) -> bool: return self.residual is None  # otherwise it is the first guess
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return case_table(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
@@ -71,6 +76,18 @@ class ImageTask(Task):
         x, y = self.scale(inputs), standardise(target[:, None], *moments(like[:, None]))
         if self.residual is not None: x = np.concatenate([x, normalise(inputs[:, [self.residual]])], 1)
         return TaskData(torch.from_numpy(x), torch.from_numpy(y), cohort.names, cohort.patients, cohort.card.spacing)
+
+    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:
+        x = self.scale(volumes, like=like)
+        if self.residual is None: return torch.from_numpy(x)
+        guess = normalise(volumes[:, [self.residual]], like=like[:, [self.residual]])
+        return torch.from_numpy(np.concatenate([x, guess], 1))
+
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        "Return the image in the units of the sequence that it was standardised by; 0 stays 0."
+        if self.residual is None: mean, sd = np.float32(self.target_moments)
+        else: mean, sd = (torch.from_numpy(m) for m in moments(like[:, [self.residual]]))
+        return Answer(output * sd + mean)
 
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         shown = data.inputs[:, 0 if self.residual is None else -1].numpy()
@@ -153,6 +170,17 @@ class Translation(ImageTask):
         keep = torch.zeros(data.inputs.shape[1]).index_fill(0, torch.tensor([self.source]), 1.0)
         data.inputs = data.inputs * rearrange(keep, "c -> 1 c 1 1 1")
         return data
+
+    @property
+    def reads(self) -> tuple[str, ...]: return (self.card.sequences[self.source],)
+
+    def learn(self, train: Cohort) -> None:
+        mean, sd = moments(train.volumes[:, [self.target]])
+        self.target_moments = float(mean.mean()), float(sd.mean())
+
+    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:
+        x = super().encode(volumes, like)
+        return x * (torch.arange(x.shape[1]) == self.source).view(1, -1, 1, 1, 1)
 
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         return super().pictures(output, data) | {"input": data.inputs[:, self.source].numpy()}
@@ -276,6 +304,14 @@ def control(self: Detection, train: TaskData, test: TaskData) -> pd.DataFrame:
     usual = (train.target == 1).float().mean(0)
     return self.evaluate(usual.expand(len(test), *usual.shape), test)
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #d7a1f8e0
+@patch
+def answer(self: Detection, output: Tensor, like: np.ndarray) -> Answer:
+    found = output.softmax(1)
+    peaks = [lesion_candidates(p, self.card.spacing) for p in found[:, 1].double().numpy()]
+    best = torch.tensor([max((c.confidence for c in of), default=0.0) for of in peaks])
+    return Answer(found, self.classes, {self.structure: best})
+
 # %% ../../nbs/6_tune/04_image_task.ipynb #184359a7
 class PresenceHead(nn.Module):
     "A dense head, and two scores per case as constant channels behind its own."
@@ -351,6 +387,12 @@ def learn(self: SegmentationAndPresence, train: Cohort) -> None:
 
 @patch
 def present(self: SegmentationAndPresence, target: Tensor) -> Tensor: return (target == self.index).flatten(1).any(1)
+
+# %% ../../nbs/6_tune/04_image_task.ipynb #bafde0f3
+@patch
+def answer(self: SegmentationAndPresence, output: Tensor, like: np.ndarray) -> Answer:
+    voxels, case = split_verdict(output)
+    return Answer(voxels.softmax(1), self.classes, {self.structure: case.softmax(1)[:, 1]})
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #e01ca6a1
 @patch

@@ -97,7 +97,8 @@ def ssim(
     low = rearrange(reduce(reference, "b ... -> b", "min"), "b -> b 1 1 1 1")
     fits = (min(reference.shape[2:]) - 1)//2*2 + 1
     measure = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=min(window, fits))
-    return rearrange(measure((predicted - low)/scale, (reference - low)/scale), "b 1 -> b").numpy()
+    pairs = zip(((predicted - low)/scale).split(8), ((reference - low)/scale).split(8))  # few at once: faster
+    return rearrange(torch.cat([measure(*pair) for pair in pairs]), "b 1 -> b").numpy()
 
 # %% ../../nbs/6_tune/01_metric.ipynb #dc92ceb2
 def auc(

@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import NoneType
 from typing import get_args, Literal
 
@@ -140,6 +141,7 @@ class Tuning:
     rates: dict[str, float] = field(default_factory=dict)  # parameter → share of the learning rate, where it is not 1
     steps: bool = True  # is anything trained by steps?
     finish: Callable[[Network], None] = lambda model: None  # after the last step
+    adapters: dict[str, torch.Tensor] = field(default_factory=dict)  # filled by `finish`: updates before they are added
     # filled in by apply_strategy: part, trainable and total parameters, tensors
     parts: list[dict] = field(default_factory=list)
     frozen: bool = False  # filled in: nothing of the encoder is trained
@@ -347,12 +349,16 @@ def lora_layers(
 # %% ../../nbs/6_tune/05_strategy.ipynb #0dc8f4e8
 def merge_lora(
     model: Network,  # changed in place: a plain network again
+    kept: dict[str, torch.Tensor] | None = None,  # is given the updates, by layer: scaling, lora_A.weight, lora_B.weight
 ) -> None:
     "Add the updates to the weights."
     from peft.tuners.lora import LoraLayer
     net = model.backbone
     for name, layer in [(k, m) for k, m in net.named_modules() if isinstance(m, LoraLayer)]:
         plain, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if kept is not None:
+            kept |= {f"{name}.lora_A.weight": a.detach().cpu().clone(), f"{name}.lora_B.weight": b.detach().cpu().clone(),
+                     f"{name}.scaling": torch.tensor(float(layer.scaling["default"]))}
         plain.weight.data += layer.scaling["default"] * torch.einsum("or,ri...->oi...", b.data.flatten(1), a.data)
         net.set_submodule(name, plain)
     del net.peft_config
@@ -383,4 +389,5 @@ def lora(
     )
     model.requires_grad_(True)
     for name, p in net.named_parameters(): p.requires_grad_(".lora_" in name)
-    return Tuning(finish=merge_lora)
+    kept = {}
+    return Tuning(finish=partial(merge_lora, kept=kept), adapters=kept)

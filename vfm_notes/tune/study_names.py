@@ -18,9 +18,10 @@ from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.registry import parse_strategy, starts_random
 from ..foundation.places import weights_file, weights_root
-from ..foundation.registry import backbones, divergences, suggest_name, objectives, strategies, tasks, VfmError
+from ..foundation.registry import backbones, suggest_name, objectives, strategies, tasks, VfmError
 from ..foundation.spec import PretrainSpec, StudySpec, pretrain_specs
 from ..pretrain.loop import check_objective
+from ..shift.divergences import divergence_options
 from .strategy import strategy_options
 from .task import task_kind
 
@@ -148,7 +149,7 @@ def name_checks(
     for name, options in study.tasks.items():
         yield lambda name=name, options=options: (tasks[task_kind(name, options)], check_head_weights(study, options))
     yield lambda: augment(study.budget.augment)
-    for name in study.divergences: yield lambda name=name: divergences[name]
+    for text in study.divergences: yield lambda text=text: divergence_options(text)
     if study.external: yield lambda: cohort_maker(study.external["cohort"])
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #89249fb9

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CASE_HEADS', 'DENSE_HEADS', 'IMAGE_HEADS', 'AUXILIARY', 'LinearHead', 'deit', 'DeiTHead', 'check_head', 'case_head',
-           'dense_head', 'check_dense', 'TaskData', 'case_table', 'Task', 'task_kind', 'build_task', 'channel',
-           'image_statistics', 'fit_statistics', 'predict_class_scores', 'check_masks', 'check_scores',
-           'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
+           'dense_head', 'check_dense', 'TaskData', 'case_table', 'Answer', 'Task', 'task_kind', 'build_task',
+           'channel', 'image_statistics', 'contrast_statistics', 'fit_statistics', 'predict_class_scores',
+           'check_masks', 'check_scores', 'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
 
 # %% ../../nbs/6_tune/02_task.ipynb #532fc926
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from ..backbones.keys import build_tiny, load_backbone
 from ..backbones.protocol import build_backbone
 from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from ..foundation.registry import suggest_name, tasks, VfmError
 from ..foundation.schema import argument_types, check_options
 from ..nets.decoder import ClassificationHead, DenseDecoder, LinearDecoder, UNETRHead, UPerNetHead
@@ -177,12 +177,21 @@ def case_table(
     ]
     return pd.concat(frames, ignore_index=True)
 
+# %% ../../nbs/6_tune/02_task.ipynb #d123108f
+@dataclass
+class Answer:
+    "What a network states about new cases."
+    voxels: Tensor | None = None  # n k d h w: probabilities of k classes, or n 1 d h w: an image; None: neither
+    classes: tuple = ()  # of the probabilities, background first; () where the voxels are an image
+    values: dict[str, Tensor] = field(default_factory=dict)  # name → n: probabilities or numbers of whole cases
+
 # %% ../../nbs/6_tune/02_task.ipynb #7421f0ec
 class Task:
     "What every task has; sub-classes fill in the six methods."
     title: str = ""  # for figures
     primary: str = ""  # the metric that gains are computed on
     metrics: tuple = ()  # names in METRICS
+    control_learns = True  # the trivial control reads the training cases
     scale: Callable[[np.ndarray], np.ndarray] = staticmethod(normalise)  # of the inputs; a run sets its backbone's
 
     def __init__(self, card: CohortCard): self.card = card
@@ -193,6 +202,19 @@ class Task:
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame: raise NotImplementedError
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame: raise NotImplementedError
     def pictures(self, output: Tensor, data: TaskData) -> dict: raise NotImplementedError
+    def hand_made(self, train: TaskData, test: TaskData) -> pd.DataFrame | None: "Score a reader of hand-made features."
+
+    kept: tuple = ()  # names of what `learn` found and `answer` needs; records keep them
+    dense: bool = True  # whether it answers for every voxel, in contrast to a case as a whole
+
+    @property
+    def reads(self) -> tuple[str, ...]: return self.card.sequences  # sequences that a new case must have
+    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:  # n c d h w raw; see data.loader.normalise
+        "Return inputs of the network from new volumes that have no target."
+        return torch.from_numpy(self.scale(volumes, like=like))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:  # like: n c d h w raw, the volumes as they came
+        "Return what the network's output means, in the terms of the task."
+        raise VfmError(f"Task '{type(self).__name__}' has no method `answer`, so it cannot be applied to new cases.")
 
     def validate(self, output: Tensor, data: TaskData) -> float:
         "Return the primary metric alone, cheap enough for every epoch."
@@ -202,7 +224,7 @@ class Task:
         "Return the mean over cases of each metric."
         return {m: float(cases.loc[cases.metric == m, "value"].mean()) for m in self.metrics}
 
-    def unit(self, metric: str) -> str: return METRICS[metric].unit
+    def unit(self, metric: str) -> str: return metric_card(metric).unit
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         return "no case has a value, since what it compares is empty"
 
@@ -210,7 +232,7 @@ class Task:
         "Return a sentence for each metric that has no value."
         missing = [m for m, value in self.summary(cases).items() if np.isnan(value)]
         return [
-            f"{METRICS[m].title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
+            f"{metric_card(m).title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
             for m in missing
         ]
 
@@ -253,9 +275,21 @@ def image_statistics(
     parts = [x.mean(-1), x.std(-1), *np.percentile(x, (1, 10, 90, 99), axis=-1)]
     return np.concatenate(parts, axis=1)
 
+def contrast_statistics(
+    inputs: Tensor,  # n c d h w
+) -> np.ndarray:  # n 2c(c − 1)
+    "Return the largest smoothed differences of channels, as DWI − ADC, which is high where a lesion may be."
+    pairs = [(a, b) for a in range(inputs.shape[1]) for b in range(inputs.shape[1]) if a != b]
+    if not pairs: return image_statistics(inputs)
+    between = torch.stack([inputs[:, a] - inputs[:, b] for a, b in pairs], 1)
+    smooth = nn.functional.avg_pool3d(between, (1, 3, 3), 1, (0, 1, 1))
+    x = rearrange(smooth, "n p d h w -> n p (d h w)").numpy()
+    return np.concatenate([x.max(-1), np.percentile(x, 99.5, axis=-1)], axis=1)
+
 def fit_statistics(
     train: TaskData,
     label: np.ndarray,  # n, of the training cases
+    features: Callable[[Tensor], np.ndarray] = image_statistics,
 ):  # a fitted classifier of scikit-learn
     "Fit a logistic regression on image statistics."
     from sklearn.dummy import DummyClassifier
@@ -263,17 +297,18 @@ def fit_statistics(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     last = LogisticRegression(C=0.1) if len(set(label.tolist())) > 1 else DummyClassifier()
-    return make_pipeline(StandardScaler(), last).fit(image_statistics(train.inputs), label)
+    return make_pipeline(StandardScaler(), last).fit(features(train.inputs), label)
 
 # %% ../../nbs/6_tune/02_task.ipynb #02f7b396
 def predict_class_scores(
     reader,  # of statistics_reader
     test: TaskData,
     n_classes: int,
+    features: Callable[[Tensor], np.ndarray] = image_statistics,
 ) -> Tensor:  # n k, log-probabilities
     "Return the score of every class by image statistics."
     found = np.full((len(test), n_classes), -20.0)
-    found[:, reader[-1].classes_] = np.log(reader.predict_proba(image_statistics(test.inputs)).clip(1e-9))
+    found[:, reader[-1].classes_] = np.log(reader.predict_proba(features(test.inputs)).clip(1e-9))
     return torch.from_numpy(found).float()
 
 # %% ../../nbs/6_tune/02_task.ipynb #cf0170de
@@ -348,9 +383,18 @@ class Segmentation(Task):
                  class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
                  head: str = "decoder",  # decoder, linear, upernet or unetr
                  width: int | None = None,  # channels inside the head; default: as published
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+                 skip: bool = True,  # of the decoder: it reads raw voxels, too
+                 judged_by: str = ""):  # class whose Dice gains are computed on, e.g. lesion; default: the mean of all
         super().__init__(card)
         check_masks(card, self.called)
+        if judged_by:
+            if judged_by not in card.classes[1:]:
+                raise VfmError(
+                    f"Task '{self.called}': judged_by is '{judged_by}', which is no class of cohort '{card.name}'."
+                    f"{suggest_name(judged_by, card.classes[1:])} Known: {', '.join(card.classes[1:])}."
+                )
+            self.primary = f"dice_{judged_by}"
+            self.metrics = (self.primary, *self.metrics)
         self.reading, self.width = check_dense(head, skip, self.called), width
         if class_weights is not None and len(class_weights) != len(self.classes):
             raise VfmError(
@@ -379,6 +423,7 @@ class Segmentation(Task):
         return dice_and_entropy(output, target, self.class_weights)
 
     def labels(self, output: Tensor) -> Tensor: return output if output.dim() == 4 else output.argmax(1)
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer: return Answer(output.softmax(1), self.classes)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return mask_rows(self.labels(output), data, self.classes)
@@ -386,7 +431,9 @@ class Segmentation(Task):
 # %% ../../nbs/6_tune/02_task.ipynb #1a5da5bb
 @patch
 def validate(self: Segmentation, output: Tensor, data: TaskData) -> float:
-    dice = mean_defined(dice_per_class(self.labels(output), data.target, len(self.classes)))
+    each = dice_per_class(self.labels(output), data.target, len(self.classes))
+    own = self.primary.removeprefix("dice_")
+    dice = each[:, self.classes.index(own) - 1] if own in self.classes else mean_defined(each)
     return float(dice[np.isfinite(dice)].mean()) if np.isfinite(dice).any() else float("nan")
 
 @patch

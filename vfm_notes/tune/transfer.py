@@ -6,17 +6,19 @@
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'network_input_size',
            'grid_of', 'build_model', 'tuned_model', 'Memo', 'cache_key', 'center_windows', 'transferability_scores',
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
-           'train', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts', 'control_rows', 'overlap_facts',
-           'own_grid_notes', 'beside_control', 'summarise', 'transfer']
+           'train_run', 'shown_slice', 'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files',
+           'head_facts', 'control_rows', 'hand_made_scores', 'overlap_facts', 'own_grid_notes', 'beside_control',
+           'describe_input', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -27,11 +29,12 @@ from ..backbones.own_grid import grid_notes, put_on_grid
 from ..backbones.plan import state_hash
 from ..backbones.protocol import Backbone, build_backbone, checkpoint_blocks, load_exact
 from ..backbones.weights import known_weights, normalisation, weights_origin
-from ..data.cohort import Cohort
+from ..data.cohort import Cohort, fold_cohort
 from ..data.load import load_cohort
 from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
-from ..foundation.registry import VfmError
+from ..foundation.plugins import load_plugins
+from ..foundation.registry import VfmError, scores
 from ..foundation.spec import RunSpec, Spec, canonical_text
 from ..nets.decoder import Network
 from ..nets.files import forward_flops
@@ -39,7 +42,7 @@ from ..pretrain.trainer import Checkpointer
 from ..shift.features import layer_distances
 from ..shift.scores import transferability
 from .fit import OVERLAP, fit, center_crop, predict, needs_sliding_window, training_batches
-from ..foundation.quantity import CONTROL, METRICS
+from ..foundation.quantity import CONTROL, metric_card
 from .probe import CachedHead, cache_features
 from .strategy import Tuning, apply_strategy, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
@@ -55,7 +58,9 @@ class RunResult:
     curves: pd.DataFrame  # epoch, seconds, name, value
     cases: pd.DataFrame  # case, patient, metric, value
     features: dict = field(default_factory=dict)  # before.<layer>, after.<layer>: n f
+    pictures: dict = field(default_factory=dict)  # input, target, prediction: h w, a slice of one test case
     weights: dict = field(default_factory=dict)  # state dict of the tuned model
+    adapters: dict = field(default_factory=dict)  # low-rank updates by layer, which are in `weights`, too
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #890ffed7
 JUDGED = ("val", "test")  # splits that all seeds share
@@ -79,11 +84,16 @@ def prepared(
 def _cohort(name: str, size: tuple, spacing: tuple, cases: tuple, bad_cases: str) -> Cohort:
     return load_cohort(name, size, spacing, dict(cases), bad_cases=bad_cases)
 
+@lru_cache(maxsize=2)
+def _fold(folds: int, fold: int, share: float, *of) -> Cohort: return fold_cohort(_cohort(*of), folds, fold, share)
+
 def run_cohort(spec) -> Cohort:
-    "Return the cohort of a spec, kept in memory."
-    return _cohort(
-        spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases
-    )
+    "Return the cohort of a spec, kept in memory; that of a cross-validation in the splits of its fold."
+    load_plugins(spec.plugins)
+    of = spec.cohort, tuple(spec.size), tuple(spec.spacing), tuple(sorted(spec.cases.items())), spec.bad_cases
+    if not getattr(spec, "folds", 0): return _cohort(*of)
+    many = spec.cases.get("train", 0) + spec.cases.get("val", 0)
+    return _fold(spec.folds, spec.fold, spec.cases["val"] / many if many else 0.2, *of)
 
 def input_scale(
     backbone: str,  # architecture.weights
@@ -131,6 +141,7 @@ def build_model(
     state: dict[str, Tensor] | None = None,  # pretrained weights of the backbone
 ) -> Network:
     "Build backbone and head, seeded; pretrained weights are loaded where the strategy starts from them."
+    load_plugins(spec.plugins)
     torch.manual_seed(spec.seed)
     backbone = build_backbone(spec.backbone, in_channels)
     put_on_grid(backbone, grid_of(spec), network_input_size(spec), spec.spacing)
@@ -197,8 +208,10 @@ def transferability_scores(
 ) -> list[dict]:  # a row per score and layer
     "Compute transferability scores, once for all strategies on the same training cases."
     if not needs_weights(spec): return []
+    quick = [n for n in scores if not scores.card(n).get("slow")]
     return _known.once((cache_key(spec, weights_hash), *data["train"].names), lambda: transferability(
-        model.backbone, *(center_windows(data[k], spec.window) for k in ("train", "val"))).to_dict("records"))
+        model.backbone, *(center_windows(data[k], spec.window) for k in ("train", "val")), names=quick,
+    ).to_dict("records"))
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #baa5f347
 @torch.no_grad()
@@ -316,7 +329,7 @@ def training_notes(run: Prepared) -> list[str]:
     ]
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
-def train(
+def train_run(
     run: Prepared,  # its model is changed in place
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
     keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
@@ -335,6 +348,31 @@ def train(
     run.tuning.finish(run.model)
     return Trained(watch, batches, curves, training_notes(run) + notes)
 
+# %% ../../nbs/6_tune/09_transfer.ipynb #d8d8f0e1
+def shown_slice(
+    target: Tensor,  # of the test cases
+) -> tuple[int, int]:  # case, slice
+    "Choose by the targets alone what is shown: the first case with the last class, where that is largest."
+    if target.ndim != 4: return 0, target.shape[2] // 2 if target.ndim == 5 else 0
+    area = (target == target.max()).sum((2, 3))  # n d
+    case = int(area.any(1).int().argmax())
+    return case, int(area[case].argmax())
+
+def case_pictures(
+    task: Task,
+    output: Tensor,  # of the test cases
+    data: TaskData,  # the test cases
+) -> tuple[dict, dict]:  # case and slice; name → h w
+    "Keep a slice of one test case: the same one for all runs of a task, so that their answers can stand side by side."
+    case, k = shown_slice(data.target)
+    one = slice(case, case + 1)
+    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
+    volumes = {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output[one], alone).items()}
+    if data.target.ndim < 4: k = len(volumes["input"]) // 2
+    pictures = {name: np.float32(v[k]) for name, v in volumes.items()}
+    classes = list(task.card.classes) if data.target.ndim == 4 else []
+    return {"case": data.names[case], "slice": k, "spacing": list(data.spacing), "classes": classes}, pictures
+
 # %% ../../nbs/6_tune/09_transfer.ipynb #3d5a46a3
 @dataclass
 class Measured:
@@ -344,6 +382,8 @@ class Measured:
     d2p: list[dict]  # a row for each layer
     moments: list[dict]  # the same at other moments
     cost: dict  # seconds, memory, parameters, operations
+    shown: dict  # case and slice of the pictures
+    pictures: dict  # name → h w
 
 def run_cost(run: Prepared, trained: Trained) -> dict:
     "Compute what a run has cost, as records keep it."
@@ -357,15 +397,17 @@ def run_cost(run: Prepared, trained: Trained) -> dict:
 def measure(run: Prepared, trained: Trained) -> Measured:
     "Test a trained network, and say how far it moved and what it cost."
     task, data, watch = run.task, run.data, trained.watch
-    cases = task.evaluate(watch.answer("test"), data["test"])
-    tried = task.evaluate(watch.answer("val"), data["val"])
-    undefined = [*task.undefined(cases), *task.undefined(tried, "validation")]
+    output = watch.answer("test")
+    cases = task.evaluate(output, data["test"])
+    undefined = task.undefined(cases)
+    if trained.curves.value[trained.curves.name == f"val_{task.primary}"].isna().any():
+        undefined += task.undefined(task.evaluate(watch.answer("val"), data["val"]), "validation")
     random = random_features(run.spec, watch)
     top = layer_distances(watch.before, random)
     last, others = (
         under_ceiling(rows, top) for rows in (final_distances(run.spec, watch), d2p_snapshots(run.spec, watch, random))
     )
-    return Measured(cases, undefined, last, others, run_cost(run, trained))
+    return Measured(cases, undefined, last, others, run_cost(run, trained), *case_pictures(task, output, data["test"]))
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #60f10326
 def weights_files(
@@ -386,15 +428,21 @@ def head_facts(head: torch.nn.Module) -> dict:
     }
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4ba55fd1
-_controls = Memo(16)  # rows of trivial controls
+_controls = Memo(16)  # rows of trivial controls, metrics of hand-made ones
 def control_rows(run: Prepared) -> pd.DataFrame:  # case, patient, metric, value
     "Compute the trivial control, once for all runs with the same cases."
     data = run.data
     key = (
-        type(run.task), asked_of(run.spec), *data["train"].names, *data["test"].names,
+        type(run.task), asked_of(run.spec), *(data["train"].names if run.task.control_learns else ()),
+        *data["test"].names,
         float(data["test"].inputs.double().mean()),
     )
     return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
+
+def hand_made_scores(run: Prepared) -> dict[str, float]:  # metric → value; empty where the task has no such control
+    "Compute what a reader of hand-made features reaches on the same cases."
+    rows = run.task.hand_made(run.data["train"], run.data["test"])
+    return {} if rows is None else run.task.summary(rows)
 
 def overlap_facts(run: Prepared) -> dict[str, str]:  # of foundation.overlap, and why
     "Return whether the weights of a run have seen its cohort."
@@ -410,9 +458,19 @@ def beside_control(task: Task, data: dict[str, TaskData], cases: pd.DataFrame, c
     "Compute metrics of a run beside those of the trivial control."
     return {
         "metrics": task.summary(cases), "primary": task.primary, "controls": task.summary(control),
-        "directions": {m: METRICS[m].direction for m in task.metrics}, "units": {m: task.unit(m) for m in task.metrics},
+        "directions": {m: metric_card(m).direction for m in task.metrics},
+        "units": {m: task.unit(m) for m in task.metrics},
         "n": {k: len(v) for k, v in data.items()}, "train_cases": list(data["train"].names),
     }
+
+# %% ../../nbs/6_tune/09_transfer.ipynb #48f8b8b1
+def describe_input(
+    cohort: Cohort,
+    task: Task,  # that has learned
+) -> dict:  # card, crop, pictures, learned
+    "Describe what the network is made for: the sequences, where the grid lies, and what the task took from the cases."
+    learned = {k: getattr(task, k) for k in task.kept}
+    return {"card": asdict(cohort.card), "crop": cohort.crop, "pictures": cohort.pictures, "learned": learned}
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #204fe828
 def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
@@ -422,13 +480,15 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
     origin = {
         "normalisation": run.task.scale.keywords, "cohort_hash": run.cohort.hash(), "excluded": run.cohort.excluded,
         "weights_hash": run.weights_hash, "weights_files": files, "licences": list(dict.fromkeys(licences)),
+        "input": describe_input(run.cohort, run.task),
     }
     control = control_rows(run)
     summary = (
         beside_control(run.task, run.data, measured.cases, control)
         | {
-            "head": head_facts(run.model.head), "d2p": measured.d2p, "d2p_moments": measured.moments,
-            "scores": run.scores, "cost": measured.cost, "overlap": overlap_facts(run),
+            "head": head_facts(run.model.head), "hand_made": hand_made_scores(run), "d2p": measured.d2p,
+            "d2p_moments": measured.moments, "scores": run.scores, "cost": measured.cost, "shown": measured.shown,
+            "overlap": overlap_facts(run),
             "notes": [*run.start.notes, *own_grid_notes(run), *trained.notes, *measured.undefined],
         }
         | origin
@@ -437,7 +497,8 @@ def summarise(run: Prepared, trained: Trained, measured: Measured) -> RunResult:
                 for layer, f in table.items()}
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
-    return RunResult(summary, trained.curves, cases, features, weights)
+    adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
+    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights, adapters)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
@@ -450,5 +511,5 @@ def transfer(
 ) -> RunResult:
     "Fine-tune, test and measure: everything a record keeps."
     run = prepare(spec, state, start)
-    trained = train(run, progress, keeper)
+    trained = train_run(run, progress, keeper)
     return summarise(run, trained, measure(run, trained))
