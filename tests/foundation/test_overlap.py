@@ -21,8 +21,9 @@ def test_every_card_of_weights_names_its_data():
     from vfm_notes.tune import catalog
     rows = list(csv.DictReader(TABLE.open(encoding="utf-8")))
     assert {r["weights"] for r in rows} <= set(weights)
-    assert [n for n in weights if n.startswith(("profound", "provicnet", "dinov2")) and not weights_card(n).pretrained_on] == []
-    assert all(r["dataset"] and r["evidence"] and r["state"] in OVERLAPS and r["complete"] in ("yes", "no") for r in rows)
+    assert [n for n in weights if not weights_card(n).pretrained_on] == []
+    assert all(r["dataset"] and r["evidence"] for r in rows)
+    assert {r["state"] for r in rows} <= set(OVERLAPS) and {r["complete"] for r in rows} == {"yes", "no"}
     assert len({(r["weights"], r["dataset"]) for r in rows}) == len(rows)
 
 
@@ -58,7 +59,8 @@ def test_the_table_names_no_place_of_work():
 
 def record(backbone, strategy, overlap):
     return {
-        "id": f"{backbone}-{strategy}", "kind": "transfer", "status": "done", "metrics": {"dice": 0.5}, "primary": "dice",
+        "id": f"{backbone}-{strategy}", "kind": "transfer", "status": "done",
+        "metrics": {"dice": 0.5}, "primary": "dice",
         "controls": {"dice": 0.1}, "directions": {"dice": 1}, "units": {}, "cost": {}, "n": {}, "notes": [],
         "spec": {"task": "segmentation", "backbone": backbone, "strategy": strategy, "n_train": 8, "seed": 0,
                  "cohort": "picai"},

@@ -38,7 +38,9 @@ STUDY = {
     "budget": {"epochs": 4},
     "external": {"cohort": "prostate_cases", "task": "segmentation"},
 }
-STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_predict", "guide_batch"]  # no numbers, no charts
+STILL = [  # no numbers, no charts
+    "guide_reader", "guide_researcher", "guide_cohort", "guide_predict", "guide_batch", "guide_prostate",
+]
 OWN = [
     "index", "alignment", "convergence", "prediction", "pretraining", "backbones", "data", "runs",
     "phantom", "methods", "log", *STILL,

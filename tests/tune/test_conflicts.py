@@ -269,7 +269,8 @@ def test_ungraded_cases_are_told_before_a_classification(tmp_path):
     folder.mkdir()
     write_manifest(boxes(folder, grade=grades, split=split), folder)
     few = dict(cohort=str(folder), size=[4, 12, 12], spacing=[3.0, 1.0, 1.0], pretrain={},
-               backbones=["unet_toy.random"], cases={"pretrain": 0, "train": 3, "val": 1, "test": 2}, strategies=["scratch"])
+               backbones=["unet_toy.random"], strategies=["scratch"],
+               cases={"pretrain": 0, "train": 3, "val": 1, "test": 2})
     found = said(**few, tasks={"classification": {}, "segmentation": {}})
     assert found == [f for f in found if "task 'classification' needs a grade" in f] and len(found) == 1, found
     assert "train: 1 (c2), test: 1 (c5)" in found[0] and "leave out the task" in found[0]

@@ -366,3 +366,19 @@ def test_a_whole_run_and_its_stored_network(problems, line, task_name, backbone)
 
 def test_text_of_every_entry_survives_reading():
     for line in EVERY: assert canonical_strategy(line) == line and parse_strategy(line)[0] in strategies
+
+
+@pytest.mark.parametrize("name,kinds", [("profound_toy", {"Linear"}), ("provicnet_toy", {"Linear"}),
+                                        ("unet_toy", {"Conv3d"}), ("resnet18_3d", {"Conv3d"}),
+                                        ("segresnet", {"Conv3d"})])
+def test_lora_goes_where_the_weights_are(name, kinds):
+    "By default: linear layers, convolutions, or both; and something of the encoder is trained."
+    from vfm_notes.backbones.keys import build_tiny
+    from vfm_notes.tune.strategy import lora_layers
+    net = build_tiny(name, 3)
+    chosen = lora_layers(net)["auto"]
+    assert chosen and {type(net.get_submodule(k)).__name__ for k in chosen} == kinds
+    model = Network(net, ClassificationHead(net, 2))
+    tuning = apply_strategy("lora", model)
+    assert 0 < sum(p.numel() for k, p in model.backbone.named_parameters() if p.requires_grad)
+    assert all(".lora_" in k for k, p in model.backbone.named_parameters() if p.requires_grad) and not tuning.frozen

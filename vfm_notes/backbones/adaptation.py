@@ -174,10 +174,8 @@ def adapt_weights(
             f"name {plan.architecture}.{name.partition('.')[2]} as its backbone."
         )
     if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}:
-        raise VfmError(
-            f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can request: "
-            "register that network under a name of its own."
-        )
+        raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can "
+                       "request: register that network under a name of its own.")
     if normalisation != plan.normalisation.get("how"):
         raise VfmError(
             f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the "
@@ -195,7 +193,5 @@ def adapt_weights(
         notes.append(f"overlap of patients unknown: weights '{plan.name}' {why}, "
                      "so whether a patient of this run was in their pretraining cannot be checked")
     notes = notes + describe_scales(plan, tuple(size), tuple(spacing))
-    why = "fingerprints of patients" + " of another site key or none" * (overlap == "unknown")
-    return InitialWeights(
-        fitted, notes, list(plan.licences), dict(plan.data.get("patients") or {}), (overlap, f"by {why}")
-    )
+    patients = dict(plan.data.get("patients") or {})
+    return InitialWeights(fitted, notes, list(plan.licences), patients, (overlap, "by fingerprints of patients"))

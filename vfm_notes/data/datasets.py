@@ -94,7 +94,8 @@ def hippocampus_cohort(
         "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022", ("t1w",),
         ("background", "anterior", "posterior"), (), spacing,
         f"Crops of 31-42 x 40-57 x 26-45 mm at 1 mm, cut or padded to {' x '.join(map(str, size))} voxels around the "
-        "volume's centre; at (32, 48, 32) and 1 mm this loses 0.03 % of the label voxels.", datasets=("MSD Task04 Hippocampus",),
+        "volume's centre; at (32, 48, 32) and 1 mm this loses 0.03 % of the label voxels.",
+        datasets=("MSD Task04 Hippocampus",),
     )
     def source(name: str) -> CaseSource:
         files = folder/"images"/f"{name}.nii.gz", folder/"labels"/f"{name}.nii.gz"

@@ -414,9 +414,8 @@ def prostate158(
         "Adams et al., Prostate158 - An expert-annotated 3T MRI dataset and algorithm for prostate cancer detection, "
         "Computers in Biology and Medicine 2022",
         ("t2w", "dwi", "adc"),
-        classes,
-        ("no tumour", "tumour"),
-        (3.0, 0.4, 0.4),
-        "Masks by the first reader; tumours were delineated on ADC; splits of the authors' sheets.", datasets=("Prostate158",),
+        classes, ("no tumour", "tumour"), (3.0, 0.4, 0.4),
+        "Masks by the first reader; tumours were delineated on ADC; splits of the authors' sheets.",
+        datasets=("Prostate158",),
     )
     return build_manifest("prostate158", src, rows, card, found, "label" if zones else "mask_gland")

@@ -103,8 +103,10 @@ def msd_pairs(
     return found
 
 # %% ../../nbs/1_data/18_layouts_tables.ipynb #2e07d09b
-MSD_TASKS = ("Task01_BrainTumour", "Task02_Heart", "Task03_Liver", "Task04_Hippocampus", "Task05_Prostate", "Task06_Lung",
-             "Task07_Pancreas", "Task08_HepaticVessel", "Task09_Spleen", "Task10_Colon")
+MSD_TASKS = (
+    "Task01_BrainTumour", "Task02_Heart", "Task03_Liver", "Task04_Hippocampus", "Task05_Prostate", "Task06_Lung",
+    "Task07_Pancreas", "Task08_HepaticVessel", "Task09_Spleen", "Task10_Colon",
+)
 
 @layouts("msd", title="Medical Segmentation Decathlon: dataset.json, imagesTr, labelsTr", example=msd_example)
 def msd(

@@ -29,7 +29,7 @@ from ..foundation.plugins import code_line
 from ..foundation.registry import error_line, parse_strategy, starts_random
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
 from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
-from ..nets.decoder import DenseDecoder, Network
+from ..nets.decoder import Network
 from ..pretrain.loop import check_objective
 from .case_task import CaseTask, GradeTask
 from .study_names import name_checks, weights_of
@@ -296,9 +296,9 @@ def step_memory(
     net = empty_model(spec, card)
     tuning = apply_strategy(spec.strategy, net)
     if spec.checkpointing and not tuning.frozen: checkpoint_blocks(net.backbone)
-    counts, guess = tuning.parameters, isinstance(net.head, DenseDecoder) and net.head.residual_channel is not None
-    channels, size = len(card.sequences) + guess, network_input_size(spec)
-    x = torch.empty(-(-spec.batch_size // spec.accumulate), channels, *size, device="meta")
+    counts, guess = tuning.parameters, getattr(net.head, "residual_channel", getattr(net.head, "residual", None))
+    channels = max(len(card.sequences), -1 if guess is None else guess + 1)  # a first guess lies behind the sequences
+    x = torch.empty(-(-spec.batch_size // spec.accumulate), channels, *network_input_size(spec), device="meta")
     kept = kept_bytes(net.train(), x) if tuning.steps and not tuning.frozen else 0
     half = 1 if spec.precision == "no" else 0.5  # activations of half width
     return (4 * counts["total"] + 12 * counts["trainable"] + half * kept) / 2**30
@@ -323,12 +323,11 @@ def memory_conflicts(
     specs: list[RunSpec],  # runs of a study
     card: CohortCard,  # of the cohort
 ) -> Iterator[str]:
-    "Find runs that need more memory than the device has, of each backbone and task the first that trains the encoder."
+    "Find runs that need more memory than the device has, for each backbone and task one that trains all of it."
     if not study.device_memory: return
-    seen = set()
-    for s in specs:
-        if (key := (architecture(s), s.task, s.strategy)) in seen or not safe_task(s, card): continue
-        seen.add(key)
+    all_of_it = [s for s in specs if parse_strategy(s.strategy)[0] in ("full", "scratch", "specialist")]
+    for s in {(architecture(s), s.task): s for s in [*reversed(specs), *reversed(all_of_it)]}.values():
+        if not safe_task(s, card): continue
         try: need = step_memory(s, card)
         except (VfmError, RuntimeError, ValueError): continue  # reported above
         if need > study.device_memory:
@@ -340,7 +339,7 @@ def memory_conflicts(
 def overlap_lines(
     study: StudySpec,  # the study
 ) -> list[str]:
-    "Say for all published weights of a study whether they have seen its cohorts."
+    "State for all published weights of a study whether they have seen its cohorts."
     found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
     for name in tried:
         try: (maker, entry), size = cohort_maker(name), (study.size, study.spacing)
