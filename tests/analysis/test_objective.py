@@ -86,3 +86,23 @@ def test_the_published_table_is_read_as_its_authors_do():
     by_hand = np.mean([line[a] > line[b] for a in ("mae", "s3d") for b in ("voco", "simclr", "swinunetr")])
     assert wins[("segmentation", "ResEnc-LATL")] == pytest.approx(by_hand)
     assert found.leads[0] > 0.5 > found.leads[1] and found.lows[2] > 0
+
+
+def test_a_study_without_finished_runs_has_no_scores_and_a_study_with_them_keeps_directions():
+    from types import SimpleNamespace
+
+    columns = ["task", "backbone", "strategy", "seed", "value", "direction"]
+    runs = pd.DataFrame(
+        [
+            ("seg", "net.masked", "full", 0, 0.5, 1),
+            ("vol", "net.contrast", "full", 1, 3.0, -1),
+            ("vol", "net.x", "decoder", 1, 9.0, -1),
+        ],
+        columns=columns,
+    )
+    made = lambda t: o.study_scores(SimpleNamespace(done=lambda: t), {"seg": "dense", "vol": "single"}, "full")
+    assert made(runs).values.tolist() == [
+        ["dense", "seg, net, seed 0", "masked", 0.5],
+        ["single", "vol, net, seed 1", "contrast", -3.0],
+    ]
+    assert made(runs.iloc[:0]).empty and o.family_lead(made(runs.iloc[:0]), ["masked"], ["contrast"], GROUPS) is None
