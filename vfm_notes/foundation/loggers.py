@@ -39,7 +39,7 @@ def to_tensorboard(record: dict, curves: Iterable[Curve], folder: Path) -> None:
 # %% ../../nbs/0_foundation/12_loggers.ipynb #037cc8c5
 @loggers("mlflow", title="MLflow", module="mlflow", install="mlflow")
 def to_mlflow(record: dict, curves: Iterable[Curve], folder: Path) -> None:
-    "Log to the experiment that is called like the study, at MLFLOW_TRACKING_URI."
+    "Write into the experiment that is called like the study, at MLFLOW_TRACKING_URI."
     import mlflow
     mlflow.set_experiment(record["study"])
     with mlflow.start_run(run_name=record["id"]):
@@ -50,7 +50,7 @@ def to_mlflow(record: dict, curves: Iterable[Curve], folder: Path) -> None:
 
 @loggers("wandb", title="Weights & Biases", module="wandb", install="wandb")
 def to_wandb(record: dict, curves: Iterable[Curve], folder: Path) -> None:
-    "Log to the project that is called like the study."
+    "Write into the project that is called like the study."
     import wandb
     run = wandb.init(project=record["study"], name=record["id"], config=plain_fields(record), dir=str(folder))
     steps: dict[int, dict[str, float]] = {}
