@@ -17,7 +17,6 @@ import typer
 
 # %% ../../nbs/9_report/17_weights_commands.ipynb #4da4e890
 from ..foundation.registry import VfmError, suggest_name
-from .data_commands import Study
 
 
 # %% ../../nbs/9_report/17_weights_commands.ipynb #06c4bc13
@@ -86,13 +85,14 @@ ArchOption = Annotated[
     ),
 ]
 
-# %% ../../nbs/9_report/17_weights_commands.ipynb #0f2a69bc
+# %% ../../nbs/9_report/17_weights_commands.ipynb #fdca2c47
 def load_plugin_files(names: list[str] | None) -> None:  # names: as under `plugins:` of a study in this folder
     "Run code of one's own that a command names."
     from vfm_notes.foundation.places import plugin_hashes
     from vfm_notes.foundation.plugins import load_plugins
     if names: load_plugins(plugin_hashes(names, Path.cwd()/"--plugin"))
 
+# %% ../../nbs/9_report/17_weights_commands.ipynb #0fb75efc
 def report_lines(report, shown: int = 20) -> list[str]:  # report: a KeyReport; shown: of each kind
     "List what of a file found its place, and what did not."
     changed = [f"{k} {a} in the file, {b} in the model" for k, a, b in report.reshaped]
@@ -129,9 +129,10 @@ def weights_check(
     print(f"{lines[0]}, wanted {share:.0%}", *lines[1:], sep="\n")
     check_filled(report, state, share, "the backbone")
 
-# %% ../../nbs/9_report/17_weights_commands.ipynb #42f9d5bd
+# %% ../../nbs/9_report/17_weights_commands.ipynb #4986bedf
 def split_words(text: str) -> tuple[str, ...]: return tuple(w.strip() for w in text.split(",") if w.strip())  # "a, b"
 
+# %% ../../nbs/9_report/17_weights_commands.ipynb #5243f84f
 @weights_app.command("import")
 def weights_import(
     source: Annotated[str, typer.Argument(metavar="FILE", help="A .pth, .pt, .ckpt, .safetensors or .onnx file of "

@@ -80,4 +80,5 @@ def time_machine(
     "Measure one step here, and estimate the costs of backbones that no shipped file knows."
     like = shipped_cost(TIMED_BACKBONE)
     unknown = [n for n in dict.fromkeys(names) if n in backbones and not is_shipped(n)]
-    return {"ratio": timed_step(TIMED_BACKBONE, tuple(like["size"])) / like["step_cpu_s"], "costs": own_costs(unknown, size)}
+    ratio = timed_step(TIMED_BACKBONE, tuple(like["size"])) / like["step_cpu_s"]
+    return {"ratio": ratio, "costs": own_costs(unknown, size)}
