@@ -131,5 +131,5 @@ def test_hints_repeat_what_was_typed(two, monkeypatch):
 
 
 def test_studies_are_completed_by_their_files(two):
-    from vfm_notes.report.weights_commands import study_names
+    from vfm_notes.report.data_commands import study_names
     assert study_names("a") == ["a.yaml"] and "phantom" in study_names("ph")

@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 
 from vfm_notes.foundation.spec import PretrainSpec
-from vfm_notes.runs import watch
+from vfm_notes.runs import timed, watch
 from vfm_notes.tune import timing
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.setenv("VFM_RUNS", str(tmp_path))
-    watch.timing_file().parent.mkdir(parents=True)
+    timed.timing_file().parent.mkdir(parents=True)
     return PretrainSpec(backbone="profound_toy.mine", epochs=3, cases=dict(pretrain=50, train=1, val=1, test=1))
 
 
-def keep(**values): watch.timing_file().write_text(json.dumps({"machine": watch.machine_name(), "costs": {}} | values))
+def keep(**values): timed.timing_file().write_text(json.dumps({"machine": timed.machine_name(), "costs": {}} | values))
 
 
 def test_a_slow_machine_takes_longer_and_another_machines_step_is_not_used(here):
@@ -43,8 +43,11 @@ def test_a_backbone_that_nobody_measured_costs_what_its_operations_do(here):
 
 
 def test_one_step_is_timed_and_kept(here):
-    found = timing.time_machine(["profound_toy", "provicnet_toy", "no_such_net"], (8, 32, 32))
-    assert found["ratio"] > 0 and found["costs"] == {} and watch.timed_here()["ratio"] == found["ratio"]
+    from vfm_notes.foundation.spec import load_study
+    study = replace(load_study("phantom"), name="fresh")
+    timed.time_first_step(study)
+    assert timed.timed_here()["ratio"] > 0 and timed.timed_here()["costs"] == {}
+    assert timing.own_costs(["no_such_net"], (8, 32, 32)) == {}
 
 
 def test_operations_are_those_of_convolutions():

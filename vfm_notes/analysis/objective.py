@@ -132,7 +132,8 @@ def study_scores(
     "Return the scores of a study's own weights, a column for each task, network and seed."
     runs = tables.done()
     runs = runs[(runs.strategy == strategy) & runs.task.isin(groups)]
-    return pd.DataFrame({
-        "group": runs.task.map(groups), "column": runs.task + ", " + runs.backbone.str.partition(".")[0] + ", seed "
-        + runs.seed.astype(str), "objective": runs.backbone.str.partition(".")[2], "score": runs.value * runs.direction,
-    })
+    rows = [
+        (groups[r.task], f"{r.task}, {r.backbone.partition('.')[0]}, seed {r.seed}", r.backbone.partition(".")[2],
+         r.value * r.direction) for r in runs.itertuples()
+    ]
+    return pd.DataFrame(rows, columns=["group", "column", "objective", "score"])

@@ -51,7 +51,7 @@ def to_mlflow(
     record: dict, curves: Iterable[Curve],  # of a run
     folder: Path,  # a folder
 ) -> None:
-    "Log to the experiment that is called like the study, at MLFLOW_TRACKING_URI."
+    "Write into the experiment that is called like the study, at MLFLOW_TRACKING_URI."
     import mlflow
     mlflow.set_experiment(record["study"])
     with mlflow.start_run(run_name=record["id"]):
@@ -65,7 +65,7 @@ def to_wandb(
     record: dict, curves: Iterable[Curve],  # of a run
     folder: Path,  # a folder
 ) -> None:
-    "Log to the project that is called like the study."
+    "Write into the project that is called like the study."
     import wandb
     run = wandb.init(project=record["study"], name=record["id"], config=plain_fields(record), dir=str(folder))
     steps: dict[int, dict[str, float]] = {}

@@ -19,10 +19,10 @@ import typer
 
 # %% ../../nbs/9_report/20_cli.ipynb #03b2baca
 from ..foundation.registry import VfmError
-from .data_commands import data_app
+from .data_commands import data_app, Study
 from .rank_command import rank_command
 from .result_commands import compare_command, table_command
-from .weights_commands import predict_command, Study, weights_app
+from .weights_commands import predict_command, weights_app
 
 # %% ../../nbs/9_report/20_cli.ipynb #fd814547
 app = typer.Typer(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notebook_error', 'template_hash', 'current_cell', 'current_run', 'kernel_processes', 'time_limit', 'execute',
-           'grace_seconds', 'stop_kernels', 'settings_conflicts', 'known_conflicts', 'time_first_step', 'preflight',
-           'check_disk', 'check_there', 'check_first']
+           'grace_seconds', 'stop_kernels', 'settings_conflicts', 'known_conflicts', 'preflight', 'check_disk',
+           'check_there', 'check_first']
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #6500636a
 import hashlib
@@ -29,6 +29,8 @@ from .executors import executors, LocalExecutor
 from .forkserver import Forked, kill_group, safe_env, SAFE_KERNEL
 from .grid import check_templates, Job, known_records, why_unavailable
 from .locks import progress_file
+from .timed import time_first_step
+
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #db0389bb
 def notebook_error(
@@ -172,16 +174,6 @@ def known_conflicts(
     from vfm_notes.tune import conflicts as known
     load_plugins(study.plugins, study.name)
     return settings_conflicts(study) + known.conflicts(study, [s for job in jobs for s in job.specs])
-
-# %% ../../nbs/7_runs/09_notebook.ipynb #a9d4e232
-def time_first_step(
-    study: StudySpec,  # the study
-) -> None:
-    "Time one step on this machine where no run of the study is recorded to judge by."
-    from vfm_notes.tune import timing
-    if known_records(study.name): return
-    try: timing.time_machine([b.partition(".")[0] for b in study.backbones], tuple(study.size))
-    except OSError: pass  # estimates are no reason to stop
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #a362c926
 def preflight(

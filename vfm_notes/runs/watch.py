@@ -4,26 +4,24 @@
 
 # %% auto #0
 __all__ = ['OVERHEAD_SECONDS', 'FROZEN_STRATEGIES', 'Speeds', 'JobStatus', 'job_status', 'format_duration', 'Display',
-           'progress_bars', 'voxel_seconds', 'timing_file', 'timed_here', 'machine_name', 'core_seconds',
-           'related_keys', 'measure_speeds', 'Estimate', 'run_time', 'time_left']
+           'progress_bars', 'voxel_seconds', 'core_seconds', 'related_keys', 'measure_speeds', 'Estimate', 'run_time',
+           'time_left']
 
 # %% ../../nbs/7_runs/10_watch.ipynb #114d04a2
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from pathlib import Path
 from statistics import median
 
 # %% ../../nbs/7_runs/10_watch.ipynb #ec02f8d2
-from ..foundation.meter import cpu_name
-from ..foundation.places import cache_root, project_root
+from ..foundation.places import project_root
 from .grid import Job, OPEN, states_of
 from .locks import progress_file, running_since
+from .timed import timed_here
 
 # %% ../../nbs/7_runs/10_watch.ipynb #00032e27
 @dataclass
@@ -148,20 +146,6 @@ def voxel_seconds() -> dict[str | bool, tuple[float, float]]:
     costs = {r["name"]: (r["forward_cpu_s"] / prod(r["size"]), r["step_cpu_s"] / prod(r["size"])) for r in rows}
     deep = {kind: [costs[r["name"]] for r in rows if (r["size"][0] > 1) == kind] for kind in (True, False)}
     return costs | {kind: tuple(map(median, zip(*found))) for kind, found in deep.items()}
-
-# %% ../../nbs/7_runs/10_watch.ipynb #ae646c99
-def timing_file() -> Path: return cache_root()/"timed.json"  # written by tune.timing
-
-def timed_here() -> dict:  # ratio: seconds here for one second there, 0 if not timed; costs: as of voxel_seconds
-    "Read what a step took on this machine, and the costs of backbones that no shipped file knows."
-    try: found = json.loads(timing_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError): found = {}
-    same = found.get("machine") == machine_name()
-    return {"ratio": found.get("ratio", 0.0) if same else 0.0, "costs": found.get("costs", {})}
-
-def machine_name() -> str:
-    "Name the processor and the threads that a notebook uses."
-    return f"{cpu_name()}, {os.environ.get('OMP_NUM_THREADS', '')} threads"
 
 # %% ../../nbs/7_runs/10_watch.ipynb #eda2fe6f
 def core_seconds(
