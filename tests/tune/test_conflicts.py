@@ -235,13 +235,6 @@ def test_a_size_that_a_network_does_not_divide_is_a_conflict_of_pretraining_alon
     assert any("resampled linearly" in n for n in transfer(whole).summary["notes"])
 
 
-def test_a_name_of_a_run_does_not_know_the_default_grid():
-    "Records of before stay valid."
-    from vfm_notes.foundation.spec import canonical_text
-    assert "grid" not in canonical_text(RunSpec())
-    assert '"grid": "published"' in canonical_text(RunSpec(grid="published"))
-
-
 @pytest.mark.parametrize("name", ["profound_toy", "provicnet_toy", "unet_toy"])
 def test_memory_of_a_step_is_what_torch_keeps(name):
     "On numbers: the bytes of what autograd saves, counted while a real step is taken, and weights times four."
