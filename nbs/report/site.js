@@ -228,7 +228,7 @@
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
         if (s.legend && s.legend.columns) s.legend.columns = ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2;
-        if (s.axis && s.axis.labelLimit) {  // long names are cut (the pointer tells them whole), and short ones stand upright
+        if (s.axis && s.axis.labelLimit && !(panel && panel.least)) {  // long names are cut (the pointer tells them whole), and short ones stand upright
           if (s.axis.labelLimit > 200) s.axis.labelLimit = 150;
           if (s.axis.labelLimit <= 90) s.axis.labelAngle = -60;
         }
