@@ -269,12 +269,13 @@ VERBS = set("""
     Check Choose Close Collect Colour Combine Compare Compute Convert Convolve Copy Correct Count Cut Dash Deal
     Decode Delete Describe Distinguish Distort Divide Do Download Draw Drop Encode End Enlarge Escape Estimate
     Exchange Execute Explain Express Fill Find Fine-tune Fit Forget Freeze Gather Get Give Go Hand Hash Have
-    Hide Hold Import Index Interpolate Join Keep Kill Lay Leave Let List Load Look Make Map Mark Match Measure
-    Merge Mirror Mix Move Multiply Name Normalise Note Number Open Order Pack Paint Pair Pass Pick Place Plan
-    Point Prepare Pretrain Print Probe Publish Put Queue Raise Read Redistribute Refresh Refuse Register Remove
-    Rename Render Repeat Replace Report Request Resample Resize Return Reverse Round Run Scale Scan Score See
-    Seed Send Serve Set Shape Shorten Show Signal Solve Sort Split Spread Stamp Standardise Start State Store
-    Strip Submit Subtract Suggest Swap Switch Take Test Thin Tidy Train Turn Unpack Wait Wrap Write
+    Hide Hold Import Index Interpolate Join Judge Keep Kill Lay Leave Let List Load Look Make Map Mark Match
+    Measure Merge Mirror Mix Move Multiply Name Normalise Note Number Open Order Pack Paint Pair Pass Pick Place
+    Plan Point Predict Prepare Pretrain Print Probe Publish Put Queue Raise Rank Read Redistribute Refresh
+    Refuse Register Remove Rename Render Repeat Replace Replay Report Request Resample Resize Return Reverse
+    Round Run Scale Scan Score See Seed Send Serve Set Shape Shorten Show Signal Smooth Solve Sort Split Spread
+    Stamp Standardise Start State Store Stream Strip Submit Subtract Suggest Swap Switch Take Test Thin Tidy
+    Train Turn Unpack Wait Wrap Write
 """.split())  # the first words of docstrings; a new one is added here when it is a verb
 QUESTION = {("report/cli.py", "options")}  # the help of the whole program is the question that it answers
 

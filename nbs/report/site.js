@@ -27,7 +27,7 @@
   const kindOf = (e) => (/(^|\/)reference\//.test(e.href) ? 2 : /(^|\/)run-[^/]*$/.test(e.href.split("#")[0]) ? 1 : 0);  // pages, runs, library
   class WordSearch {
     constructor(entries) { this.entries = []; for (const e of entries || []) this.add(e); }
-    add(entry) { this.entries.push({ item: entry, kind: kindOf(entry), title: null }); }
+    add(entry) { this.entries.push({ item: entry, kind: kindOf(entry), aside: /^(log|methods|phantom|guide_)/.test(entry.href), title: null }); }
     remove() { this.entries = []; return []; }
     score(e, words, mark) {  // a word in a title counts more than one in a heading, and that more than one in the text
       let sum = 0;
@@ -36,7 +36,7 @@
         if (part < 0) return 0;
         sum += [6, 4, 1][part] + (["title", "section", "text"].some((k) => e[k].includes(" " + w + " ")) ? 1 : 0);
       }
-      return sum;
+      return e.aside ? sum / 2 : sum;
     }
     search(query, options) {
       const words = plainWords(query).trim().split(" ").filter(Boolean), most = (options && options.limit) || 20;
@@ -237,7 +237,7 @@
     if (width < 560) {  // on a phone legends stand below each other, and panels have two lines above them
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
-        if (s.legend && s.legend.columns) s.legend.columns = 2;
+        if (s.legend && s.legend.columns) s.legend.columns = ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2;
         if (s.header && s.header.labelAnchor === "start") s.header.labelExpr = "split(datum.label, ', ')";
         Object.values(s).forEach((v) => typeof v === "object" && narrow(v));
       };
@@ -245,7 +245,7 @@
     }
     if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
-      const each = Math.floor((width - panel.left) / n - panel.gap);
+      const each = Math.max(panel.min, Math.floor((width - panel.left) / n - panel.gap));
       const walk = (s) => {
         if (s.facet && s.spec) { s.columns = n; s.spec.width = each; }
         for (const part of s.vconcat || s.concat || []) walk(part);
@@ -256,8 +256,8 @@
     return out;
   };
   const rowsOf = (spec) => Object.values(spec.datasets || {}).flat().concat((spec.data && spec.data.values) || []);
-  const stacked = (config, width) => (width < 560 ? { ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } } : config);
-  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config, width), tooltip: { theme: "custom" } });
+  const stacked = (config) => ({ ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } });
+  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config), tooltip: { theme: "custom" } });
   const named = (view, spec) => {  // for a screen reader a chart is one picture with its sentence; its numbers are in the CSV
     const title = spec.title && typeof spec.title === "object" && !Array.isArray(spec.title) ? spec.title : { text: spec.title || "chart" };
     view.setAttribute("role", "img");

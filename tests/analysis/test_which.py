@@ -8,7 +8,7 @@ from scipy.stats import pearsonr
 
 from vfm_notes.analysis.tables import Tables, d2p_table, moments_table
 from vfm_notes.analysis.which import (
-    LOOK, answer_words, ask, ask_again, exchanges, layer_places, made_up, measured, question, tuned_runs,
+    LOOK_COLUMNS, answer_words, ask, ask_again, exchanges, layer_places, made_up, measured, question, tuned_runs,
 )
 
 
@@ -146,7 +146,7 @@ def test_the_planted_look_is_the_winner_of_gain_and_of_match():
     tables = study()
     for outcome in ("gain", "match"):
         a = ask(question(tables, outcome))
-        assert a.tells and dict(a.winner[LOOK]) == {"measure": "energy", "place": "last", "when": "early"}
+        assert a.tells and dict(a.winner[LOOK_COLUMNS]) == {"measure": "energy", "place": "last", "when": "early"}
         assert a.winner.confirmed < 0 and a.looks.p_look.idxmin() == a.best
         assert "less distance goes with more" in answer_words(a).lower()
         again = ask_again("more", question(study(seed=5), outcome, halves=False), a.winner, -1.0)

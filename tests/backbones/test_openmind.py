@@ -326,3 +326,20 @@ def test_the_checkpoint_is_found_without_naming_an_architecture(put):
 def test_a_volume_of_one_cell_is_refused_in_the_users_terms():
     with pytest.raises(VfmError, match="leaves one voxel of .4, 4, 4.*8 along one axis"):
         build_tiny("resenc_l").embed(torch.randn(1, 1, 4, 4, 4))
+
+
+def test_weights_are_chosen_by_what_their_cards_state(tmp_path, monkeypatch):
+    from vfm_notes.backbones.weights import list_weights, select_weights
+
+    monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path))
+    import vfm_notes.backbones.released  # noqa: F401 (registers)
+
+    every = list_weights()
+    chosen = lambda **k: set(select_weights(every, **k).name)
+    contrast = chosen(objective="contrast", modality="MRI")
+    assert {n for n in contrast if n.startswith("resenc_l.")} == {
+        f"resenc_l.{k}" for k in ("voco", "simclr", "swinunetr")
+    }
+    assert "swin_unetr_48.suprem" in chosen(modality="ct") and "swin_unetr_48.suprem" not in chosen(licence="free")
+    assert chosen(licence="NC-ND") == {n for n in every.name if weights_card(n).licence == "CC-BY-NC-ND-4.0"}
+    assert not chosen(here=True) and chosen() == set(every.name)

@@ -41,7 +41,8 @@ def scan(path: Path, axes: np.ndarray, spacing=(0.9, 0.7, 3.3), shape=(44, 50, 1
     return affine
 
 
-def far_from_edges(shape: tuple, margin=(8, 8, 3)) -> tuple: return tuple(slice(m, n - m) for m, n in zip(margin, shape))
+def far_from_edges(shape: tuple, margin=(8, 8, 3)) -> tuple:
+    return tuple(slice(m, n - m) for m, n in zip(margin, shape))
 
 
 @pytest.mark.parametrize("spacing", [(3.3, 0.7, 0.9), (2.0, 2.0, 2.0), (6.6, 1.4, 1.8), (1.1, 0.5, 0.5)])
@@ -151,7 +152,8 @@ def test_what_a_user_names(tmp_path):
     t, a = (str(tmp_path/"P1"/f"{s}.nii.gz") for s in both)
     assert new_cases([tmp_path/"P1", tmp_path/"P2"], both)[1] == NewCase("P2", {
         s: str(tmp_path/"P2"/f"{s}.nii.gz") for s in both})
-    one, two = new_cases([f"t2w={t}", f"adc={a}", f"adc={tmp_path}/P2/adc.nii.gz", f"t2w={tmp_path}/P2/t2w.nii.gz"], both)
+    others = f"adc={tmp_path}/P2/adc.nii.gz", f"t2w={tmp_path}/P2/t2w.nii.gz"
+    one, two = new_cases([f"t2w={t}", f"adc={a}", *others], both)
     assert (one.name, two.name) == ("P1", "P2") and list(two.files) == ["t2w", "adc"]
     assert new_cases([a], ("adc",)) == [NewCase("P1", {"adc": a})]
     (tmp_path/"s.csv").write_text("Case;T2w;ADC\nx;P1/t2w.nii.gz;P1/adc.nii.gz\n")

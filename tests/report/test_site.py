@@ -38,14 +38,14 @@ STUDY = {
     "budget": {"epochs": 4},
     "external": {"cohort": "prostate_cases", "task": "segmentation"},
 }
-STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_batch"]  # no numbers, no charts
+STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_predict", "guide_batch"]  # no numbers, no charts
 OWN = [
-    "index", "alignment", "convergence", "prediction", "strategies", "pretraining", "backbones", "data", "runs",
+    "index", "alignment", "convergence", "prediction", "pretraining", "backbones", "data", "runs",
     "phantom", "methods", "log", *STILL,
 ]
 # drawn charts of each page
 CHARTS = {
-    "index": 1, "alignment": 6, "convergence": 5, "prediction": 1, "strategies": 1, "pretraining": 2,
+    "index": 1, "alignment": 6, "convergence": 5, "prediction": 1, "pretraining": 2,
     "phantom": 1,
 }
 silent = lambda line: None

@@ -169,7 +169,7 @@ def test_marks_and_lines_of_strategies():
         and not legend(["scratch", "full"])
         and not legend(["scratch", "full", "lora"], False)
     )
-    lines = lambda *names: figures.with_lines(pd.DataFrame({"backbone": "net.a", "strategy": names})).line.tolist()
+    lines = lambda *names: curves.with_lines(pd.DataFrame({"backbone": "net.a", "strategy": names})).line.tolist()
     assert lines("scratch", "full") == ["net.a"] * 2 and lines("scratch", "full", "lora") == [
         "net.a scratch",
         "net.a full",
@@ -209,7 +209,7 @@ def test_layers_and_costs_are_means_over_seeds():
             for t in (10.0, 30.0)
         ]
     )
-    chart = figures.cost_chart(runs, "t", "s").to_dict()
+    chart = curves.cost_chart(runs, "t", "s").to_dict()
     values = (
         {p["layer"][0]["encoding"]["x"]["field"] for p in chart["concat"]},
         sorted({r["value"] for rows in chart["datasets"].values() for r in rows}),
@@ -222,7 +222,7 @@ def test_layers_and_costs_are_means_over_seeds():
         and full["mark"]["filled"]
         and full["transform"] == [{"filter": "datum.strategy != 'scratch'"}]
     )
-    bars = figures.dot_chart(
+    bars = curves.dot_chart(
         pd.DataFrame([dict(task="seg", backbone="net.a", strategy="full", value=2.0, low=1.0, high=4.0)]), "x"
     ).to_dict()["layer"][0]["encoding"]
     assert (bars["x"]["field"], bars["x2"]["field"]) == ("low", "high")

@@ -41,7 +41,9 @@ def run_bundle(bundle, given, out):
     import monai.bundle
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(bundle)
-        monai.bundle.run(config_file="configs/inference.json", bundle_root=".", input_dir=str(given), output_dir=str(out))
+        monai.bundle.run(
+            config_file="configs/inference.json", bundle_root=".", input_dir=str(given), output_dir=str(out)
+        )
 
 
 def test_monai_runs_the_bundle_of_a_segmentation(place, tmp_path):  # noqa: F811

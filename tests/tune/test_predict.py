@@ -54,7 +54,8 @@ def place(tmp_path_factory):
         yield root
 
 
-def specs_of(root: Path, task: str) -> list: return [s for s in run_specs(load_study(root/"boxes.yaml")) if s.task == task]
+def specs_of(root: Path, task: str) -> list:
+    return [s for s in run_specs(load_study(root/"boxes.yaml")) if s.task == task]
 
 
 def by_hand(spec, inputs):
@@ -121,8 +122,9 @@ def test_all_of_a_scan_is_seen_and_its_middle_as_before(place, tmp_path):
     from monai.inferers import sliding_window_inference
     mean, sd = moments(inner)
     with torch.no_grad():
-        slid = sliding_window_inference(torch.from_numpy((raw - mean) / sd), (4, 32, 32), 2, member.network, overlap=0.5,
-                                        mode="gaussian").softmax(1)[0, 1].numpy()
+        slid = sliding_window_inference(
+            torch.from_numpy((raw - mean) / sd), (4, 32, 32), 2, member.network, overlap=0.5, mode="gaussian"
+        ).softmax(1)[0, 1].numpy()
     assert np.allclose(read("whole").transpose(2, 1, 0), slid, atol=1e-4) and len(whole) == len(part) == 1
 
 
@@ -149,7 +151,8 @@ def test_an_image_comes_back_in_the_units_of_its_sequence(place, tmp_path):
     member, = tuned_members(run_id(spec))[0]
     raw = np.zeros((1, 2, 4, 32, 32), np.float32)
     for c, s in enumerate(("t2w", "adc")):
-        raw[0, c, :, 8:24, 8:24] = nib.load(case.with_name(f"c3_{s}.nii.gz")).get_fdata().transpose(2, 1, 0)[1:5, ::-1, ::-1]
+        values = nib.load(case.with_name(f"c3_{s}.nii.gz")).get_fdata().transpose(2, 1, 0)
+        raw[0, c, :, 8:24, 8:24] = values[1:5, ::-1, ::-1]
     first = raw[0, 0][raw[0, 0] != 0]
     x = np.concatenate([normalise(raw), normalise(raw[:, :1])], 1)
     with torch.no_grad(): out = member.network(torch.from_numpy(x))[0, 0].numpy() * first.std() + first.mean()
@@ -230,4 +233,5 @@ def test_the_card_states_scores_with_their_intervals(place):
     line = next(l for l in text.splitlines() if l.startswith("| Dice |"))
     value, low, high = float(line.split("|")[2]), *map(float, re.findall(r"[\d.]+", line.split("|")[3]))
     assert value == pytest.approx(dice, abs=6e-4) and low <= value <= high
-    for word in ("Intended use", "Leakage", "Apache-2.0", "6 cases to train", "a limit", "zscore_nonzero"): assert word in text
+    for word in ("Intended use", "Leakage", "Apache-2.0", "6 cases to train", "a limit", "zscore_nonzero"):
+        assert word in text

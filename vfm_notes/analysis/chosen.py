@@ -32,6 +32,7 @@ class Chosen:
     folders: list[Path]  # of the runs
     reason: str  # one sentence
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #4d7d059c
 def record_in(
     folder: Path,  # a folder
 ) -> dict:
@@ -40,6 +41,7 @@ def record_in(
     if record is None: raise VfmError(f"{folder} holds no sound record ({why or 'there is none'}); name another run.")
     return record
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #d7c198fe
 def named_run(
     name: str,  # a run id, STUDY/run id, or the path of a run's folder
 ) -> Path | None:  # its folder; None where there is none
@@ -66,7 +68,8 @@ def best_cell(
         if key in runs: runs = runs[runs[key].astype(str).isin(values)]
     names = list(dict.fromkeys(runs.task))
     if not task and len(names) > 1:
-        raise VfmError(f"Study '{tables.study}' has {len(names)} tasks; choose one: --task {' or --task '.join(names)}.")
+        raise VfmError(f"Study '{tables.study}' has {len(names)} tasks; choose one: --task "
+                       f"{' or --task '.join(names)}.")
     if task and task not in names:
         raise VfmError(f"Study '{tables.study}' has no run of task '{task}'.{suggest_name(task, names)} It has: "
                        f"{', '.join(names) or 'none'}.")
@@ -99,12 +102,13 @@ def choose_runs(
     cell, runs, score = best_cell(tables, task, part, {int(s) for s in part.get("seed", study.seeds)})
     ids = [one for id in runs.id for one in tables.folds.get(id, [id])]
     folders = [runs_root()/study.name/id for id in ids]
-    where = ", ".join(f"{k} {v}" for k, v in cell.items())
+    where = ", ".join(f"{k} {v or 'all'}" for k, v in cell.items())
     n = f"an ensemble of its {len(ids)} runs" if len(ids) > 1 else "its only run"
     return Chosen([record_in(f) for f in folders], folders,
                   f"Study {study.name}: the best validated cell is {where} (mean validation "
                   f"{runs.metric.iloc[0]} {score:.3f}), {n}.")
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #6f3fd834
 def tuned_arrays(
     folder: Path,  # of a run
     name: str = "weights",  # or adapters
@@ -143,11 +147,12 @@ def score_table(
     say = lambda v, m: "undefined" if v is None or v != v else format_value(v, "score", metric=m)
     span = lambda r: ("none" if r["low"] != r["low"] else
                       format_interval(r["low"], r["high"], "score", metric=r["metric"]))
-    lines = [f"| {r['title']} | {say(r['value'], r['metric'])} | {span(r)} | {r['n']} | {say(r['control'], r['metric'])} |"
-             for r in rows]
+    lines = [f"| {r['title']} | {say(r['value'], r['metric'])} | {span(r)} | {r['n']} | "
+             f"{say(r['control'], r['metric'])} |" for r in rows]
     head = ["| metric | score | 95 % interval | test cases | without a network |", "| --- | --- | --- | --- | --- |"]
     return "\n".join([*head, *lines])
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #da781e77
 def how_to_use(
     record: dict,  # of a run
 ) -> list[str]:

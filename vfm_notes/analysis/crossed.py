@@ -278,6 +278,7 @@ def crossed_table(
     gains: pd.DataFrame,  # from gain_table
     layer: str = "embed",  # name of a layer
     draws: int = DRAWS,  # how many times the data are drawn again
+    which: tuple[str, ...] = tuple(OUTCOME_TITLES),  # outcomes
 ) -> pd.DataFrame:  # a row per distance and outcome; `says`: the finding as a sentence
     "Return every distance against every outcome."
     cells, rows = outcomes(tables, gains), []
@@ -285,7 +286,7 @@ def crossed_table(
         own = moment_distances(tables, layer, when)
         if own.empty: continue
         points = cells.merge(own.astype({"n_train": cells.n_train.dtype}), on=CELL, how="left")
-        for column, (second, unit) in OUTCOME_TITLES.items():
+        for column, (second, unit) in ((k, OUTCOME_TITLES[k]) for k in which):
             c = crossed_association(points, "d2p", column, draws)
             rows.append(
                 dict(

@@ -453,7 +453,8 @@ def run_gains(
     reference: str = "scratch",  # a strategy, or backbone/strategy
 ) -> pd.DataFrame:  # a row per tuned run with a reference: the cell, seed, tuned, reference, rpg
     "Return the gain of every seed alone, over the same cases."
-    rows = []
+    name, rows = f"run gains in {metric} against {reference}", []
+    if name in tables.memory: return tables.memory[name].copy()
     for c in study_cells(tables, metric, reference):
         if isinstance(c.pair, str): continue
         one = np.ones((1, len(c.pair.patients)))
@@ -462,4 +463,5 @@ def run_gains(
             c.key | {"seed": s, "metric": c.metric, "tuned": a, "reference": b, "rpg": g}
             for s, a, b, g in zip(c.pair.seeds, t, r, rpg(t, r, c.direction))
         ]
-    return pd.DataFrame(rows, columns=[*CELL, "seed", "metric", "tuned", "reference", "rpg"])
+    tables.memory[name] = pd.DataFrame(rows, columns=[*CELL, "seed", "metric", "tuned", "reference", "rpg"])
+    return tables.memory[name].copy()

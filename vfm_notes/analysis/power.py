@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIED', 'BOTH', 'SEEDS', 'CASES', 'Variances', 'study_variances', 'smallest_rho', 'unit_of', 'fewest', 'gains_seen',
-           'study_hours', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'plan_lines']
+           'study_hours', 'hours_with_seeds', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'hours_words',
+           'plan_lines']
 
 # %% ../../nbs/8_analysis/13_power.ipynb #a1ab83a7
 from collections.abc import Mapping
@@ -130,6 +131,16 @@ def study_hours(
     "Compute how long all runs of a study take, one after the other."
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
+def hours_with_seeds(
+    study: StudySpec,
+    known: Speeds,  # from runs.estimate.speeds
+    seeds: int,
+) -> float:
+    "Compute how long a study takes with another number of seeds: what is pretrained is pretrained once."
+    jobs = [j for j in jobs_of(study) if j.kind == "pretrain"]
+    once = sum(run_time(j.kind, vars(s), known).seconds for j in jobs for s in j.specs) / 3600
+    return once + (study_hours(study, known) - once) * seeds / len(study.seeds)
+
 def crossed_cells(
     study: StudySpec,  # the study
 ) -> tuple[int, int, float]:  # tasks, backbones with weights, share of their table that is run
@@ -162,6 +173,7 @@ class Plan:
     tasks: int  # how many
     backbones: int  # how many
     hours: float  # of all runs one by one
+    hours_from: str  # what they are judged by
     rho: float  # smallest that is seen; NaN: none
     needs: dict  # tasks, backbones: the first number with which rho is seen; hours of each
     rows: list  # a dict per task
@@ -193,8 +205,7 @@ def plan(
 ) -> Plan:
     "Compute what a study can see."
     gains, known, seeds, cases = gains or {}, known or {}, len(study.seeds), study.cases["test"]
-    again = lambda **more: study_hours(replace(study, **more), known)
-    rows, curves, hours = [], [], {seeds: study_hours(study, known)}
+    rows, curves, hours = [], [], study_hours(study, known)
     for task, options in study.tasks.items():
         v, source = variances_of(task, options, own or {}, metrics.get(task, ""))
         row = {"task": task, "metric": metrics.get(task, ""), "variances": source}
@@ -203,28 +214,34 @@ def plan(
             wanted = next((gains[k] for k in (task, v.metric, "") if k in gains), None)
             row |= _task_row(v, seen, seeds, cases, wanted)
             if row.get("seeds_needed"):
-                row["seeds_hours"] = hours.setdefault(
-                    row["seeds_needed"], again(seeds=list(range(row["seeds_needed"])))
+                row["seeds_hours"] = hours_with_seeds(study, known, row["seeds_needed"])
+            if row.get("cases_needed"):
+                row["cases_hours"] = study_hours(
+                    replace(study, cases=study.cases | {"test": row["cases_needed"]}), known
                 )
-            if row.get("cases_needed"): row["cases_hours"] = again(cases=study.cases | {"test": row["cases_needed"]})
             curves.append(seen.assign(task=task, unit=row["unit"]))
         rows.append(row)
     t, b, share = crossed_cells(study)
-    needs = {
-        "rho": rho, "backbones": fewest([(k, smallest_rho(t, k, share)) for k in range(2, 41)], rho),
-        "tasks": fewest([(k, smallest_rho(k, b, share)) for k in range(2, 41)], rho),
-    }
-    needs |= {
-        f"{n}_hours": hours[seeds] * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n] and now
-    }
     return Plan(
-        study.name, seeds, cases, t, b, hours[seeds], smallest_rho(t, b, share), needs, rows,
+        study.name, seeds, cases, t, b, hours,
+        "runs recorded here" if known else "measured costs of one processor core", smallest_rho(t, b, share),
+        _rho_needs(t, b, share, rho, hours), rows,
         pd.concat(curves, ignore_index=True)
         if curves
         else pd.DataFrame(columns=["more", "n", "smallest", "task", "unit"]),
     )
 
 # %% ../../nbs/8_analysis/13_power.ipynb #863f0a3a
+def _rho_needs(t: int, b: int, share: float, rho: float, hours: float) -> dict:
+    "What it takes to see a rank correlation."
+    needs = {
+        "rho": rho, "backbones": fewest([(k, smallest_rho(t, k, share)) for k in range(2, 41)], rho),
+        "tasks": fewest([(k, smallest_rho(k, b, share)) for k in range(2, 41)], rho),
+    }
+    return needs | {
+        f"{n}_hours": hours * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n] and now
+    }
+
 def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: float | None) -> dict:
     "What one task can see."
     along = lambda more: list(seen.loc[seen.more == more, ["n", "smallest"]].itertuples(index=False, name=None))
@@ -239,16 +256,18 @@ def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: 
     )
 
 # %% ../../nbs/8_analysis/13_power.ipynb #6e0a3467
-def plan_lines(
-    made: Plan,  # from plan
-) -> list[str]:  # within 100 columns
+# e.g. "12 min 27 s", "2,291 h"
+def hours_words(h: float) -> str: return f"{h:,.0f} h" if h >= 100 else format_duration(3600 * h)
+
+# %% ../../nbs/8_analysis/13_power.ipynb #fd35d819
+def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     "Return a plan for the terminal."
     number = lambda v, places=1: "-" if v is None or v != v else round_value(v, places)
-    time = lambda h: "" if h is None or h != h else f" ({format_duration(3600 * h)})"
+    time = lambda h: "" if h is None or h != h else f" ({hours_words(h)})"
     said = [
         f"Study {made.study}: {format_count([made.backbones], 'backbone', 'backbones')} with weights, "
         f"{format_count([made.tasks], 'task', 'tasks')}, {format_count([made.seeds], 'seed', 'seeds')}, {made.cases} "
-        "test cases.", f"All runs one after the other: {format_duration(3600 * made.hours)}."
+        "test cases.", f"All runs one after the other: {hours_words(made.hours)}, by {made.hours_from}."
     ]
     said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>18}{'or cases':>18}")
     for r in made.rows:

@@ -80,7 +80,8 @@ def rights_test(
 # %% ../../nbs/8_analysis/10_prediction.ipynb #4659d5b2
 TITLES = {
     "logme": "LogME", "hscore": "H-score", "nleep": "N-LEEP", "gbc": "GBC", "knn": "nearest neighbours",
-    "probe": "linear probe", "early distance": "early distance",
+    "probe": "linear probe", "early distance": "early distance", "parc": "PARC", "lp": "label predictability",
+    "sfda": "SFDA", "ncti": "NCTI", "ccfv": "CC-FV", "grtd": "GRTD", "lbtc": "LBTC",
 }
 QUESTION = ["task", "strategy", "n_train"]
 

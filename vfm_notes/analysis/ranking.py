@@ -19,7 +19,7 @@ from ..foundation.places import study_root
 from ..foundation.quantity import format_interval, format_value, round_value
 from ..foundation.registry import VfmError
 
-# %% ../../nbs/8_analysis/16_ranking.ipynb #c82190bc
+# %% ../../nbs/8_analysis/16_ranking.ipynb #d9237c0a
 def read_ranking(
     path: Path,  # a file
 ) -> dict:  # as `tune.rank.ranking_values` gives it, with pictures
@@ -36,6 +36,7 @@ def rankings_of(
     "List the rankings that were made for a study."
     return sorted((study_root(study)/"rank").glob("*.json"))
 
+# %% ../../nbs/8_analysis/16_ranking.ipynb #00c85730
 def rows_of(
     ranking: dict,  # as it was written
     kind: str = "",  # weights, random or control; "": all
@@ -43,7 +44,7 @@ def rows_of(
     "Return the rows of a ranking that have a value."
     return [r for r in ranking["rows"] if r.get("value") is not None and kind in ("", r["kind"])]
 
-# %% ../../nbs/8_analysis/16_ranking.ipynb #abc84947
+# %% ../../nbs/8_analysis/16_ranking.ipynb #36c273ed
 CONTROL_TITLES = {
     "trivial": "the trivial control", "hand_made": "hand-made features",
 }  # name in a ranking → as readers know it
@@ -57,6 +58,7 @@ def scale_words(
     if ranking["by"] == "knn": return f"{what} of nearest neighbours among other patients"
     return score_title(ranking["by"])
 
+# %% ../../nbs/8_analysis/16_ranking.ipynb #6351bf7a
 def compare_words(
     ranking: dict,  # as it was written
     row: dict,  # of the other
@@ -109,9 +111,10 @@ def ranking_findings(
              for r in rows_of(ranking, "random") if r["name"] == floor]
     return [s[0].upper() + s[1:] if s.startswith("nothing") else s for s in said] + static_picks(ranking)
 
-# %% ../../nbs/8_analysis/16_ranking.ipynb #6ab03f73
+# %% ../../nbs/8_analysis/16_ranking.ipynb #7c905bf9
 STATIC = {"parameters": "parameter count", "images": "number of pretraining images", "imagenet": "ImageNet accuracy"}
 
+# %% ../../nbs/8_analysis/16_ranking.ipynb #ba50dd22
 def static_picks(
     ranking: dict,  # as it was written
 ) -> list[str]:
@@ -133,7 +136,7 @@ def static_picks(
         said.append(f"By {title}{of_all} one would pick {top['name']}: {gap}")
     return said
 
-# %% ../../nbs/8_analysis/16_ranking.ipynb #42a0c087
+# %% ../../nbs/8_analysis/16_ranking.ipynb #30670a7b
 def short_amount(
     value: float | None,  # e.g. parameters or images
 ) -> str:  # "22.1 M"
@@ -153,6 +156,7 @@ def shown_less(
 
 HEADS = ("", "name", "score", "95 % interval", "behind", "params", "images", "ImageNet", "overlap", "licence", "s")
 
+# %% ../../nbs/8_analysis/16_ranking.ipynb #9456baae
 def ranking_cells(
     ranking: dict,  # as it was written
 ) -> Iterable[tuple[str, ...]]:
@@ -177,6 +181,7 @@ def ranking_cells(
             r["overlap"].partition(" (")[0], r["licence"], format_value(r["seconds"], "seconds"),
         )
 
+# %% ../../nbs/8_analysis/16_ranking.ipynb #05a3450b
 def ranking_lines(
     ranking: dict,  # as it was written
 ) -> list[str]:

@@ -139,7 +139,8 @@ def list_records(
 ) -> pd.DataFrame:  # a row per run and row of the field; the run's seed is `seed`,
     # that of a permutation `permutation_seed`
     "Return a list of every finished run, under each other; some have none."
-    rows = [run_key(r) | d | ({"permutation_seed": d["seed"]} if "seed" in d else {}) | {"seed": r["spec"].get("seed")}
+    own = lambda d: spread_divergences(d) | ({"permutation_seed": d["seed"]} if "seed" in d else {})
+    rows = [run_key(r) | own(d) | {"seed": r["spec"].get("seed")}
             for r in records if r["status"] == "done" for d in r.get(name) or []]
     return _frame(rows, [*RUN, *columns])
 
@@ -152,25 +153,19 @@ def spread_divergences(
     others = {f"divergence {k}": _number(v) for k, v in row.get("divergences", {}).items()}
     return {k: v for k, v in row.items() if k != "divergences"} | others
 
-def _with_divergences(records: list[dict], name: str, columns: list[str]) -> pd.DataFrame:
-    "A list of distances of every finished run, each divergence a column."
-    return list_records(
-        [r | {name: [spread_divergences(d) for d in r.get(name) or []]} for r in records], name, columns
-    )
-
 def d2p_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run and layer
     """Return the distance to pretraining of each run at its end, early to late layers, and what a study measured
     beside it."""
-    return _with_divergences(records, "d2p", D2P)
+    return list_records(records, "d2p", D2P)
 
 # %% ../../nbs/8_analysis/02_tables.ipynb #40cad09d
 def moments_table(
     records: list[dict],  # as read_records gives them
 ) -> pd.DataFrame:  # a row per run, moment (`when`) and layer
     "Return the same early in training, at the best epoch, and of random weights."
-    return _with_divergences(records, "d2p_moments", ["when", *D2P])
+    return list_records(records, "d2p_moments", ["when", *D2P])
 
 def scores_table(
     records: list[dict],  # as read_records gives them
@@ -348,7 +343,8 @@ def pooled_metric(
     label, score = class_scores(cases)
     if metric == "kappa":
         k = np.arange(score.shape[1])
-        return float(kappa(np.einsum("ni,nj->ij", label[:, None] == k, score.argmax(1)[:, None] == k, dtype=float)[None])[0])
+        true, told = (label[:, None] == k) * 1.0, (score.argmax(1)[:, None] == k) * 1.0
+        return float(kappa((true.T @ told)[None])[0])
     above = (score.shape[1] - 1) if positive is None or pd.isna(positive) else int(positive)
     return float(weighted_auc((label >= above)[None] * 1.0, positive_score(score, positive)[None],
                               np.ones((1, len(label))))[0])

@@ -167,11 +167,13 @@ def read_openmind(
     return state, {"pretraining_subjects": json.dumps(plan.subjects)} if plan.subjects else {}
 
 # %% ../../nbs/3_backbones/14_openmind.ipynb #193e8a6a
-OBJECTIVES = {  # weights: objective of the benchmark, repository suffix where it was seen
-    "mae": ("masked autoencoding", "MAE"), "s3d": ("sparse masked autoencoding (S3D)", ""),
-    "simmim": ("SimMIM", "SimMIM"), "mg": ("Models Genesis", ""), "vf": ("Volume Fusion", "VF"),
-    "voco": ("volume contrast (VoCo)", "VoCo"), "simclr": ("SimCLR", "SimCLR"),
-    "swinunetr": ("Swin UNETR's three pretext tasks", ""),
+OBJECTIVES = {  # weights: objective of the benchmark, repository suffix where it was seen, family
+    "mae": ("masked autoencoding", "MAE", "reconstruction"),
+    "s3d": ("sparse masked autoencoding (S3D)", "", "reconstruction"),
+    "simmim": ("masked image modelling (SimMIM)", "SimMIM", "reconstruction"),
+    "mg": ("Models Genesis", "", "reconstruction"), "vf": ("Volume Fusion", "VF", "segmentation of fused volumes"),
+    "voco": ("volume contrast (VoCo)", "VoCo", "contrast"), "simclr": ("SimCLR", "SimCLR", "contrast"),
+    "swinunetr": ("Swin UNETR's three pretext tasks", "", "hybrid of contrast and reconstruction"),
 }
 KNOWN_SUMS = {"resenc_l.mae": "7a847af785635335c00e711d16ff4d225d86ecd5992b14c059df2b520e3ee933"}
 SEEN = {"resenc_l": ("mae", "voco", "vf", "simclr"), "primus_m": ("mae", "simclr", "vf", "simmim")}
@@ -190,13 +192,14 @@ def register_openmind(
     architecture: str, key: str,  # of LAYOUTS, of OBJECTIVES
 ) -> None:
     "Make the weights of one objective known."
-    name, (words, suffix) = f"{architecture}.{key}", OBJECTIVES[key]
+    name, (words, suffix, family) = f"{architecture}.{key}", OBJECTIVES[key]
     short = {"resenc_l": "ResEncL", "primus_m": "PrimusM"}[architecture]
     repo = f"MIC-DKFZ/{short}-OpenMind-{suffix}" if key in SEEN[architecture] else ""
     weights(
         name, title=f"{backbones.card(architecture)['title']}, {words}", licence="CC-BY-4.0", hub=repo,
         source=f"huggingface.co/{repo}" if repo else "huggingface.co/MIC-DKFZ, collection openmind-models",
         file=f"{name}/checkpoint_final.pth", sha256=KNOWN_SUMS.get(name, ""), share=1.0,
+        objective=f"{family}: {words}",
         note="keys inferred: rebuilt from the published code, no published file was opened here; MRI of head and neck "
         "from OpenNeuro" + ("" if repo else "; the name of its repository is not established"),
     )(published_converter(name))

@@ -86,9 +86,7 @@ def quarter_turns(
                 f"Quarter turns need slices as high as wide, found {v.shape[-2]} x {v.shape[-1]}: leave "
                 "'quarter_turns' out or crop to a square."
             )
-        out = v.clone()
-        for i in (1, 2, 3): out[k == i] = v[k == i].rot90(i, (-2, -1))
-        return out
+        return torch.stack([sample.rot90(int(turns), (-2, -1)) for sample, turns in zip(v, k)])
     return map_spatial(turn, batch)
 
 # %% ../../nbs/1_data/15_augment.ipynb #caf25c3e

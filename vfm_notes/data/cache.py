@@ -262,7 +262,8 @@ def decode_into(
     targets = np.array([s.target for s in sources], np.uint8) if plan.card.targets else None
     cohort = Cohort(
         plan.card, **arrays, grade=np.array([s.grade for s in sources], np.int64), names=[s.name for s in sources],
-        patients=[s.patient for s in sources], split=list(homes), targets=targets, crop=plan.crop, pictures=plan.pictures,
+        patients=[s.patient for s in sources], split=list(homes), targets=targets, crop=plan.crop,
+        pictures=plan.pictures,
     )
     bad, marks = {}, []
     for i, source in enumerate(track_progress(sources, f"decoding {plan.card.name}")):

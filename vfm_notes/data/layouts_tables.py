@@ -257,7 +257,8 @@ def image_columns(
     found = {}
     for h in rows[0]:
         cells = [r[h] for r in rows if r[h]]
-        if h in given.values() or not standard_name(h, given).startswith("note_") or h.lower().startswith("note_"): continue
+        known = h in given.values() or h.lower().startswith("note_") or not standard_name(h, given).startswith("note_")
+        if known: continue
         if not cells or not all(is_image(c, path.parent) for c in cells): continue
         name = re.sub(r"\W+", "_", h.lower()).strip("_")
         if MASK_WORDS.search(h):

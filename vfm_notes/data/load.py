@@ -220,8 +220,9 @@ def picture_channels(
     for c, place in places.items():
         picture = read_picture(place)
         if len(picture) != 1:
-            raise VfmError(f"{place} has {len(picture)} channels, '{c}' is one: write {Path(place).name}#grey, or three "
-                f"columns red, green and blue with {Path(place).name}#red and so on.")
+            name = Path(place).name
+            raise VfmError(f"{place} has {len(picture)} channels, '{c}' is one: write {name}#grey, or three columns "
+                f"red, green and blue with {name}#red and so on.")
         shapes[c] = picture.shape[2:]
         parts.append(
             resize_crop(picture, uncut_size(size[1:]), size[1:]) if middle else resize_picture(picture, size[1:])

@@ -374,6 +374,7 @@ def plugin_hashes(
     file: Path,  # the study file
 ) -> dict[str, str]:  # place → checksum
     "Find the code that a study names and hash it, strictly."
+    if isinstance(names, dict): names = list(names)  # of a study that was written from one that was read
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise VfmError(
             f"{file}: plugins is {short_yaml(names)}, expected a list of files or modules, e.g. [my_code.py]."

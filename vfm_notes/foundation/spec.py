@@ -258,11 +258,11 @@ def check_folds(
     if study.folds == 1:
         raise VfmError("folds is 1, expected 0 (none) or at least 2, e.g. 5: each part of the cases is tested once.")
     if study.folds and not study.cases["val"] and any(study.cases.values()):
-        raise VfmError("folds needs validation cases, and cases.val is 0: give cases.train and cases.val, e.g. 40 and 10, "
-                       "whose ratio is kept in every fold.")
+        raise VfmError("folds needs validation cases, and cases.val is 0: give cases.train and cases.val, e.g. 40 and "
+                       "10, whose ratio is kept in every fold.")
     if study.folds and study.external:
-        raise VfmError("the study has folds and an external cohort: every fold would be tried on it; leave folds out, or "
-                       "make a second study for the external cohort.")
+        raise VfmError("the study has folds and an external cohort: every fold would be tried on it; leave folds out, "
+                       "or make a second study for the external cohort.")
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #f4d55a52
 def check_study(
@@ -436,24 +436,20 @@ def run_specs(
         "bad_cases": study.bad_cases, "window": study.window, "divergences": tuple(study.divergences),
         "plugins": study.plugins, "folds": study.folds, "grid": study.grid,
     } | asdict(study.budget)
-    # a fold has as many training cases as it has
-    sizes = study.n_train or [0 if study.folds else study.cases["train"]]
+    sizes = study.n_train or [0 if study.folds else study.cases["train"]]  # 0: as many as a fold has
     axes = product(
         study.tasks.items(), study.backbones, sizes, search_settings(study), study.strategies, study.seeds, parts
     )
     runs = [
         RunSpec(
-            **common | setting, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed, fold=fold,
-            parent=pretraining_of(strategy, parents.get(backbone, "")),
+            **common | setting, task=task, options=options, backbone=backbone, n_train=n, strategy=strategy, seed=seed,
+            fold=fold, parent=pretraining_of(strategy, parents.get(backbone, "")),
             expected=pretraining_of(strategy, expectations(study, backbone.partition(".")[2]).get(task, "")),
         )
         for (task, options), backbone, n, setting, strategy, seed, fold in axes
     ]
-    runs = [
-        r
-        for r in runs
-        if not any(all(getattr(r, k) in has_several(v) for k, v in rule.items()) for rule in study.leave_out)
-    ]
+    left_out = lambda r: any(all(getattr(r, k) in has_several(v) for k, v in rule.items()) for rule in study.leave_out)
+    runs = [r for r in runs if not left_out(r)]
     runs = list(  # scratch and full are one where the weights are random
         {
             (r.task, r.backbone, r.n_train, r.strategy, r.seed, r.fold, *(getattr(r, k) for k in study.search)): r

@@ -62,7 +62,7 @@ def share(self: DistributedContext, batch: dict[str, Tensor]) -> tuple[dict[str,
     "Deal out a batch."
     device, n = self.accelerator.device, len(next(iter(batch.values())))
     mine = {k: v[self.rank::self.size] for k, v in batch.items()} if self.size > 1 else batch
-    if device.type != "cpu": mine = {k: v.to(device) for k, v in mine.items()}
+    if device.type != "cpu": mine = {k: v.to(device, non_blocking=True) for k, v in mine.items()}
     return mine, len(next(iter(mine.values()))) / n
 
 # %% ../../nbs/4_pretrain/01_team.ipynb #2b5b42ca

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'parameter_groups', 'microbatches', 'is_out_of_memory', 'Diverged', 'LossModule',
-           'use_deterministic', 'check_accumulation', 'make_accelerator', 'average_weights', 'Trainer', 'Checkpointer',
-           'make_checkpointer', 'load_progress', 'train', 'run_guarded_epoch']
+           'use_deterministic', 'random_states', 'set_random_states', 'check_accumulation', 'make_accelerator',
+           'average_weights', 'Trainer', 'Checkpointer', 'make_checkpointer', 'load_progress', 'train',
+           'run_guarded_epoch']
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #f554443c
 import json
@@ -83,7 +84,7 @@ def is_out_of_memory(
 ) -> bool:
     "Return whether an error is what torch raises when a device, or this machine, has no memory left."
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(s in str(error) for s in ("can't allocate memory", "ALLOC_FAILED"))
     )
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #db3cfa05
@@ -111,6 +112,21 @@ def use_deterministic(
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.backends.cudnn.deterministic = on
+
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #045543de
+def random_states(
+    device: torch.device,  # of the training
+) -> list[Tensor]:  # of the CPU's generator, and of the device's
+    "Return where the random numbers stand."
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+def set_random_states(
+    device: torch.device,  # of the training
+    states: list[Tensor],  # of random_states
+) -> None:
+    "Go back to where the random numbers stood."
+    torch.set_rng_state(states[0])
+    if device.type == "cuda": torch.cuda.set_rng_state(states[1], device)
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #fd384f2b
 def check_accumulation(
@@ -191,7 +207,7 @@ def compute_gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, floa
     "Compute loss and gradients of one batch, in parts; in smaller parts when memory runs out."
     mine, own = self.team.share(batch)
     self.team.reseed(self.epoch, self.done)
-    state = torch.get_rng_state()
+    states = random_states(self.accelerator.device)
     while True:
         try:
             self.optimiser.zero_grad(set_to_none=True)
@@ -203,19 +219,25 @@ def compute_gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, floa
             return self.team.reduce_gradients(self.module.parameters(), total, own)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self.micro == 1: raise
-            loss = None
-            self.halve_microbatches(error)
-            torch.set_rng_state(state)
+            self.check_halving(error)
+        # here, not in the handler: while it runs, the error keeps the frames of the failed pass, and so its tensors
+        loss = part = None
+        self.halve_microbatches()
+        set_random_states(self.accelerator.device, states)
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #ed1a5f7b
 @patch
-def halve_microbatches(self: Trainer, error: BaseException) -> None:
-    "Cut batches into parts half as large from now on."
+def check_halving(self: Trainer, error: BaseException) -> None:
+    "Raise where a batch cannot be cut."
     if getattr(self.module, "whole_batches", False):
         raise VfmError(
             f"Out of memory with a batch of {self.loader.batch_size}, and {type(self.module).__name__} compares the "
             "cases of a batch, so it cannot be cut: lower batch_size."
         ) from error
+
+@patch
+def halve_microbatches(self: Trainer) -> None:
+    "Cut batches into parts half as large from now on."
     self.optimiser.zero_grad(set_to_none=True)
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     self.micro = -(-self.micro // 2)

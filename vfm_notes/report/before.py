@@ -45,7 +45,7 @@ def feature_pictures(
         "maps": shown, "shape": list(images[0].shape),
     }
 
-# %% ../../nbs/9_report/16_before.ipynb #046e2eff
+# %% ../../nbs/9_report/16_before.ipynb #47786eef
 def picture_figure(
     pictures: dict,  # from `feature_pictures`
     titles: dict[str, str],  # candidate → what it is called
@@ -72,9 +72,10 @@ def picture_figure(
         f"<title>{alt}</title>{''.join(out)}</svg>", alt,
     )
 
-# %% ../../nbs/9_report/16_before.ipynb #a2bc32e0
+# %% ../../nbs/9_report/16_before.ipynb #392943c1
 KIND_COLOURS = {"weights": "#0072B2", "random": "#999999", "control": "#D55E00"}
 
+# %% ../../nbs/9_report/16_before.ipynb #ab491b58
 def ranking_figure(
     ranking: dict,  # from `analysis.ranking.read_ranking`
     width: float = 430,  # of the axis, drawing units
@@ -101,7 +102,7 @@ def ranking_figure(
         f'width="{left + width + 30:.0f}" role="img"><title>{alt}</title>{"".join(out)}</svg>', alt,
     )
 
-# %% ../../nbs/9_report/16_before.ipynb #967ec5cf
+# %% ../../nbs/9_report/16_before.ipynb #cc38b358
 def ranking_rows(
     ranking: dict,  # as it was written
 ) -> list[dict]:  # column heading → value
@@ -113,8 +114,9 @@ def ranking_rows(
         if r.get("value") is None: row |= {"score": r["reason"], "behind": None}
         else: row |= {
             "score": format_estimate(r["value"], r["low"], r["high"], "score", of),
-            "behind": format_estimate(r["behind"], r["behind_low"], r["behind_high"], "difference",
-                                      f"rank {ranking['task']}, {ranking['reference']} over {r['name']}"),
+            "behind": Block("–") if r["name"] == ranking["reference"] else format_estimate(
+                r["behind"], r["behind_low"], r["behind_high"], "difference",
+                f"rank {ranking['task']}, {ranking['reference']} over {r['name']}"),
         }
         row |= {
             "parameters": short_amount(r["parameters"]) if r["kind"] != "control" else "",
@@ -126,11 +128,11 @@ def ranking_rows(
         out.append(row)
     return out
 
-def score_rows_of(
-    ranking: dict,  # as it was written
-) -> list[dict]:  # column heading → value
+# %% ../../nbs/9_report/16_before.ipynb #e56f7279
+def score_rows_of(ranking: dict) -> list[dict]:  # column heading → value
     "Return all other scores, each with the sign of its card."
-    names = [s for s in ranking["scores"] if s != ranking["by"]]
+    known = {k for r in rows_of(ranking) for k, v in r.items() if v is not None}
+    names = [s for s in ranking["scores"] if s != ranking["by"] and f"score_{s}" in known]
     sign = lambda s: "" if ranking["directions"][s] > 0 else " (less is better)"
     return [
         {"name": CONTROL_TITLES.get(r["name"], r["name"])}
@@ -138,7 +140,7 @@ def score_rows_of(
         for r in rows_of(ranking)
     ]
 
-# %% ../../nbs/9_report/16_before.ipynb #17507128
+# %% ../../nbs/9_report/16_before.ipynb #3cd6eaeb
 def ranking_note(
     ranking: dict,  # as it was written
 ) -> str:
@@ -153,9 +155,8 @@ def ranking_note(
         "own: see the page “Prediction”. Published numbers are copied from publications; “?” is not known here."
     )
 
-def before_you_train(
-    ranking: dict,  # as it was written
-) -> Block:  # HTML
+# %% ../../nbs/9_report/16_before.ipynb #bdee8a84
+def before_you_train(ranking: dict) -> Block:  # HTML
     "Show a ranking as a page does."
     titles = CONTROL_TITLES | {ranking["reference"]: ranking["reference"]}
     parts = [lead(ranking_verdict(ranking))]

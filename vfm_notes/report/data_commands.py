@@ -93,8 +93,8 @@ def data_import(
     manifest = layouts[layout](src, **layout_options(layout, option or []))
     write_manifest(manifest, dest)
     print(
-        f"{dest}: {len(manifest)} cases of {manifest.table['patient'].nunique()} patients; licence: "
-        f"{manifest.card.licence}"
+        f"{dest}: {len(manifest)} cases of {manifest.table['patient'].nunique()} patients; sequences: "
+        f"{', '.join(manifest.card.sequences)}; licence: {manifest.card.licence}"
     )
     if manifest.card.note: print(manifest.card.note)
     print(f"Next: vfm data check {dest}. In a study file: cohort: {dest.resolve()}")

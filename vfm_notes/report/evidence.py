@@ -7,6 +7,7 @@ __all__ = ['DEFINED', 'MEANINGS', 'MOMENTS', 'MOMENT_COLOURS', 'defined', 'hits_
            'seed_panels', 'plan_chart', 'save_plan']
 
 # %% ../../nbs/9_report/03_evidence.ipynb #21a3860d
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -140,13 +141,14 @@ def moment_panels(
         for t, g in data.groupby("task", sort=False)
     ]
     chart = alt.concat(*parts, columns=1, spacing=12)
-    return with_title(chart, title, subtitle, dict(min=140, columns=1, gap=260, left=0))
+    return with_title(chart, title, subtitle, dict(min=140, columns=1, gap=300, left=0))
 
 # %% ../../nbs/9_report/03_evidence.ipynb #6e943024
 def seed_panels(
     points: pd.DataFrame,  # from analysis.association.run_points
     title: str,  # what was found
     subtitle: str,  # n
+    names: Iterable[str] = (),  # backbones of the study, for their colours; none: those of the points
 ) -> alt.FacetChart:
     "Draw gain against distance of every run, a panel for each task; a thin line joins the seeds of a cell."
     data = round_columns(
@@ -160,7 +162,7 @@ def seed_panels(
             axis=alt.Axis(grid=False, tickCount=4, format="~g"),
         ),
         y=alt.Y("rpg:Q", title="gain, %", scale=alt.Scale(zero=False)),
-        color=backbone_colour(dict.fromkeys(data["backbone"])),
+        color=backbone_colour(names or dict.fromkeys(data["backbone"]), shown=set(data["backbone"])),
     )
     lines = base.mark_line(strokeWidth=1, opacity=0.5).encode(detail="cell:N")
     dots = base.mark_point(filled=True, size=45, opacity=0.9).encode(

@@ -45,7 +45,7 @@ from ..runs.grid import count_states, Job, run_states, states_of
 ORDER = (
     "index", "claim", "before", "alignment", "which", "convergence", "prediction", "power", "strategies", "search",
     "natural", "openmind", "tradeoff", "as_released", "pretraining", "backbones", "data", "runs", "guide_reader",
-    "guide_researcher", "guide_cohort", "guide_batch", "phantom", "methods", "log",
+    "guide_researcher", "guide_cohort", "guide_predict", "guide_batch", "phantom", "methods", "log",
 )
 
 # %% ../../nbs/9_report/08_pages.ipynb #4a67adf5

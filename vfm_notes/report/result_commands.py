@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDTH', 'HEADS', 'PLACES', 'TEX', 'WORD', 'TYPES', 'RELATIONS', 'TABLE_COLUMNS', 'LONG_COLUMNS', 'cell_words', 'cut',
            'columns_line', 'grouped_lines', 'tex', 'paper_rows', 'latex_table', 'word_document', 'write_metrics',
-           'is_table', 'table_writer', 'wide_runs', 'long_runs', 'study_rows', 'write_paper', 'print_cells',
-           'table_command', 'counted_records', 'is_run', 'find_run', 'run_tables', 'two_of', 'compared_words',
-           'compare_command']
+           'is_table', 'table_writer', 'wide_runs', 'long_runs', 'cells_bundle', 'read_bundle', 'beside_bundle',
+           'study_rows', 'write_paper', 'print_cells', 'table_command', 'counted_records', 'is_run', 'find_run',
+           'run_tables', 'two_of', 'compared_words', 'compare_command']
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #c6291085
 import sys
@@ -31,10 +31,11 @@ PLACES = (37, 6, 25, 29)  # columns of each
 
 def cell_words(
     row: dict,  # of analysis.scored_cells.score_and_gain
+    sized: bool = False,  # the study has several training-set sizes
 ) -> tuple[str, str, str, str]:
     "Write a cell as the four columns of HEADS."
     metric, n = row["metric"], row["n_train"]
-    name = f"{row['backbone']} {row['strategy']}" + (f" n={int(n)}" if n == n and n else "")
+    name = f"{row['backbone']} {row['strategy']}" + (f" n={int(n)}" if sized and n == n and n else "")
     score = format_value(row["score"], "score", metric=metric)
     if row["low"] == row["low"]: score += f" [{format_interval(row['low'], row['high'], 'score', metric=metric)}]"
     if row.get("learned") is False: return name, f"{int(row['n_seeds'])}", score, "not learned"
@@ -62,13 +63,13 @@ def grouped_lines(
     rows: list[dict],  # of score_and_gain
 ) -> list[str]:
     "Write the cells of a study for a terminal, grouped by task."
-    lines = []
+    lines, several = [], len({r["n_train"] for r in rows}) > 1
     for task in dict.fromkeys(r["task"] for r in rows):
         own = [r for r in rows if r["task"] == task]
         metric, better = own[0]["metric"], "higher" if own[0]["direction"] > 0 else "lower"
         control = format_value(own[0]["control"], "score", metric=metric)
         lines += [f"{task}: {metric}, {better} is better; trivial control {control}", columns_line(HEADS)]
-        lines += [columns_line(cell_words(r)) for r in own] + [""]
+        lines += [columns_line(cell_words(r, several)) for r in own] + [""]
     return lines[:-1]
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #0d0f457f
@@ -86,7 +87,8 @@ def paper_rows(
     "Write the cells of a study as the columns of a paper's table."
     heads = ["Task", "Metric", "Backbone, strategy", "Seeds", "Cases", "Score (95 % interval)",
              "Gain over scratch (95 % interval)"]
-    words = [[r["task"], r["metric"], *cell_words(r)] for r in rows]
+    several = len({r["n_train"] for r in rows}) > 1
+    words = [[r["task"], r["metric"], *cell_words(r, several)] for r in rows]
     return heads, [[t, m, name, n, str(int(r["n_cases"])), score.replace("[", "(").replace("]", ")"),
                     gain.replace("[", "(").replace("]", ")")] for r, (t, m, name, n, score, gain) in zip(rows, words)]
 
@@ -213,6 +215,43 @@ def long_runs(
     ]
     return pd.DataFrame(rows, columns=[*LONG_COLUMNS, "metric", "value", "control", "unit"])
 
+# %% ../../nbs/9_report/17_result_commands.ipynb #daa1d9f1
+def cells_bundle(spec, rows: list[dict]) -> dict:  # spec: of the study; rows: from study_rows → plain values
+    "Date the cells of a study, so that they can be kept and compared with later."
+    from datetime import datetime, timezone
+    from vfm_notes.foundation.meter import provenance
+    made = provenance()
+    plain = [{k: None if isinstance(v, float) and v != v else v for k, v in r.items()} for r in rows]
+    return {"study": spec.name, "title": spec.title, "cohort": Path(spec.cohort).name,
+            "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": made.get("commit"), "cells": plain}
+
+def read_bundle(path: str) -> dict:  # path: a file of `vfm table STUDY --json`
+    "Read results that somebody keeps."
+    import json
+    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error: raise VfmError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(found, dict) or not {"study", "date", "cells"} <= found.keys():
+        raise VfmError(f"{path} holds no results: expected what vfm table STUDY --json prints.")
+    return found
+
+def beside_bundle(a: str, b: str) -> list[str]:  # a study, and a file with results; or two files
+    "Show results that somebody keeps beside those of a study: theirs were judged on cases of their own, so no pairing."
+    from vfm_notes.foundation.spec import load_study
+    def cells(name):
+        if name.endswith(".json"): return (made := read_bundle(name))["cells"], f"{made['study']}, {made['date']}"
+        return study_rows(spec := load_study(name)), spec.name
+    (one, name), (two, other), nan = cells(a), cells(b), float("nan")
+    known = lambda r: {k: nan if v is None else v for k, v in r.items()}
+    key = lambda r: (r["task"], r["backbone"], r["strategy"], r["metric"])
+    theirs, lines = {key(r): known(r) for r in two}, [f"A: {a} ({name})", f"B: {b} ({other})"]
+    for row in map(known, one):
+        if key(row) not in theirs: continue
+        lines.append(f"{row['task']}: {row['metric']}")
+        for who, r in (("A", row), ("B", theirs[key(row)])):
+            first, *rest = cell_words(r)
+            lines.append(columns_line((f"  {who} {first}", *rest)))
+    return lines if len(lines) > 2 else [*lines, "No cell is in both."]
+
 # %% ../../nbs/9_report/17_result_commands.ipynb #afc3eb43
 def study_rows(
     spec,  # of the study → rows of score_and_gain
@@ -241,8 +280,7 @@ def print_cells(
     "Print the cells of a study."
     import json
     rows = study_rows(spec)
-    plain = [{k: None if isinstance(v, float) and v != v else v for k, v in r.items()} for r in rows]
-    if as_json: print(json.dumps(plain, indent=1, default=lambda v: v.item()))
+    if as_json: print(json.dumps(cells_bundle(spec, rows), indent=1, default=lambda v: v.item()))
     else: print(*(grouped_lines(rows) or ["No finished runs yet."]), sep="\n")
 
 # %% ../../nbs/9_report/17_result_commands.ipynb #782298fe
@@ -269,6 +307,7 @@ def table_command(
     with gc_paused():  # until all is written
         records = counted_records(spec, jobs_of(spec), study)
         if paper: return print(f"{output}: {write_paper(spec, output)} cells")
+        if not output and not records and not as_json: return print("No records yet.")
         if not output and (as_json or not long): return print_cells(spec, as_json)
         runs = runs_table(records)
         if spec.search: runs = mark_counted(runs, search_candidates(runs, curves_table(spec.name, records)))
@@ -358,13 +397,15 @@ def compared_words(
 # %% ../../nbs/9_report/17_result_commands.ipynb #b416621f
 def compare_command(
     a: Annotated[str, typer.Argument(metavar="A", help="A study, or a run: STUDY/RUN or its folder.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind; or results that somebody keeps, as "
+                                     "vfm table STUDY --json writes them.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     "Show what differs between two studies or two runs: in their specs, and in their numbers with paired intervals."
     import json
     from vfm_notes.analysis.scored_cells import compare_tables, spec_differences
     from vfm_notes.foundation.registry import short_yaml
+    if b.endswith(".json") or a.endswith(".json"): return print(*beside_bundle(a, b), sep="\n")
     one, two, first, second, on = two_of(a, b)
     differ, cells = spec_differences(one, two), compare_tables(first, second, on).to_dict("records")
     if as_json:

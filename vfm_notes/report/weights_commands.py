@@ -45,11 +45,17 @@ Accept = Annotated[
 @weights_app.command("list")
 def weights_list(
     long: Annotated[bool, typer.Option("--long", help="Also architecture in full, terms and source.")] = False,
+    objective: Annotated[str, typer.Option(help="Pretrained with, e.g. contrast, reconstruction, masked.")] = "",
+    modality: Annotated[str, typer.Option(help="A word of the card: CT, MRI, T2w, natural, retinal ...")] = "",
+    licence: Annotated[str, typer.Option(help="Part of the licence's name, or free: no terms to accept.")] = "",
+    here: Annotated[bool, typer.Option("--here", help="Only weights whose converted file is here.")] = False,
 ) -> None:
     "List registered weights, their licences, and whether they are here."
     import vfm_notes.tune.catalog
-    from vfm_notes.backbones.weights import list_weights
-    every = list_weights().assign(present=lambda t: t.here.map({True: "yes", False: "no"}))
+    from vfm_notes.backbones.weights import list_weights, select_weights
+    chosen = select_weights(list_weights(), objective, modality, licence, here)
+    if chosen.empty: raise VfmError("No weights fit these filters: leave one out (vfm weights list).")
+    every = chosen.assign(present=lambda t: t.here.map({True: "yes", False: "no"}))
     if not long:
         print("name                              present  licence                    architecture")
         for row in every.to_dict("records"):
@@ -204,6 +210,7 @@ def find_pretraining(
         )
     return made[weights]
 
+# %% ../../nbs/9_report/19_weights_commands.ipynb #a23b648d
 def check_export(
     file: Path,  # weights that a study made
     target: Path,  # where they go
@@ -247,13 +254,14 @@ def copy_pretrained(
     with atomic_file(target) as part: shutil.copyfile(file, part)
     print(f"{local_weights_file(called or name)}: {target.stat().st_size / 2**20:.1f} MiB, with its plan")
 
+# %% ../../nbs/9_report/19_weights_commands.ipynb #69b1d02e
 def export_tuned(
     source: str,  # a run or a study
     output: Path | None,  # the folder to make
     task: str, only: list[str] | None,  # of a study
     onnx: bool, bundle: bool, adapters: bool,  # what else is written
 ) -> None:
-    "Export the tuned weights of a run; of a study those of the best validated cell, a folder for each run."
+    "Write the tuned weights of a run; of a study those of the best validated cell, a folder for each run."
     import torch
 
     from vfm_notes.analysis.chosen import choose_runs, model_card, tuned_arrays
@@ -285,11 +293,11 @@ def weights_export(
     bundle: Annotated[bool, typer.Option("--bundle", help="Of tuned weights: also a MONAI bundle.")] = False,
     adapters: Annotated[bool, typer.Option("--adapters", help="Of a run of lora: also its updates alone.")] = False,
 ) -> None:
-    "Export tuned weights of a run with plan and model card; or copy weights that a study made into VFM_WEIGHTS."
+    "Write tuned weights of a run with plan and model card; or copy weights that a study made into VFM_WEIGHTS."
     if not name: return export_tuned(study, output, task, only, onnx, bundle, adapters)
     if output or onnx or bundle or adapters or task or only:
-        raise VfmError(f"'{name}' names pretrained weights, which are copied into the weights folder; leave out the name "
-                       "to export tuned weights, or leave out -o, --onnx, --bundle, --adapters, --task and --only.")
+        raise VfmError(f"'{name}' names pretrained weights, which are copied into the weights folder; leave out the "
+                       "name to export tuned weights, or leave out -o, --onnx, --bundle, --adapters, --task, --only.")
     copy_pretrained(study, name, called)
 
 
@@ -310,6 +318,7 @@ def tuned_members(
     states = [{k: torch.from_numpy(v) for k, v in tuned_arrays(f).items()} for f in chosen.folders]
     return [load_member(p, s) for p, s in zip(plans, states)], chosen.reason
 
+# %% ../../nbs/9_report/19_weights_commands.ipynb #a649eb1b
 def predict_cases(
     name: str,  # a run, a study, or an exported folder
     inputs: Iterable[str | Path],  # scans, folders of cases, sheets, SEQUENCE=FILE; see data.new_cases
@@ -330,9 +339,11 @@ def read_centre(
     try: point = tuple(float(v) for v in text.split(","))
     except ValueError: point = ()
     if len(point) != 3:
-        raise VfmError(f"--centre {text}: expected x,y,z in mm (towards right, front, head), e.g. 3.5,-20,41, or middle.")
+        raise VfmError(f"--centre {text}: expected x,y,z in mm (towards right, front, head), e.g. 3.5,-20,41, or "
+                       "middle.")
     return point
 
+# %% ../../nbs/9_report/19_weights_commands.ipynb #ff6d591c
 def predict_command(
     name: Annotated[str, typer.Argument(metavar="RUN_OR_STUDY", help="A run (its id or folder), a study (its best "
                                         "validated cell answers), or an exported folder.")],
@@ -341,8 +352,8 @@ def predict_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the answers.")],
     task: Annotated[str, typer.Option(help="The task, where a study has several.")] = "",
     only: Annotated[list[str] | None, typer.Option(help="A part of the study, e.g. backbone=profound_toy.mae.")] = None,
-    centre: Annotated[str, typer.Option(help="Where the training's grid lies in a new scan: x,y,z in mm (towards right, "
-                                        "front, head), or middle.")] = "",
+    centre: Annotated[str, typer.Option(help="Where the training's grid lies in a new scan: x,y,z in mm (towards "
+                                        "right, front, head), or middle.")] = "",
     part: Annotated[bool, typer.Option("--part", help="Answer for the training's grid alone, not for all of the "
                                        "scan.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write a file for each class, too.")] = False,

@@ -41,11 +41,13 @@ def save_tuned(
     with atomic_file(path) as part:
         save_file({k: v.contiguous() for k, v in state.items()}, part, {"tuned": text, "state_hash": state_hash(state)})
 
+# %% ../../nbs/6_tune/18_export.ipynb #5dee66dc
 def exported_file(
     name: str | Path,  # a folder, or the file itself
 ) -> Path:
     return Path(name)/WEIGHTS if Path(name).is_dir() else Path(name)
 
+# %% ../../nbs/6_tune/18_export.ipynb #1639d02b
 def is_exported(
     name: str | Path,  # a file or a name
 ) -> bool:
@@ -53,6 +55,7 @@ def is_exported(
     path = exported_file(name)
     return path.suffix == ".safetensors" and path.is_file() and not (path.parent/"record.json").is_file()
 
+# %% ../../nbs/6_tune/18_export.ipynb #04a197a1
 def exported_member(
     name: str | Path,  # as for is_exported
 ) -> Member:
@@ -84,7 +87,7 @@ def save_adapters(
                        f"'{plan.spec['strategy']}'); leave --adapters out, or choose a run of 'lora'.")
     layers = sorted({k.rsplit(".lora_A", 1)[0] for k in adapters if ".lora_A" in k})
     rank = int(adapters[f"{layers[0]}.lora_A.weight"].shape[0])
-    alpha = float(adapters[f"{layers[0]}.scaling"]) * rank
+    alpha = float(np.ravel(adapters[f"{layers[0]}.scaling"])[0]) * rank
     state = {f"base_model.model.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in adapters.items()
              if not k.endswith(".scaling")}
     with atomic_file(folder/"adapter_model.safetensors") as part:
@@ -112,6 +115,7 @@ class WindowNetwork(nn.Module):
         if self.classes: out = out[:, :self.classes]  # without the verdict on the whole case
         return out.permute(0, 1, 4, 3, 2) if self.xyz else out
 
+# %% ../../nbs/6_tune/18_export.ipynb #970a9b6a
 def window_input(
     member: Member,  # a tuned network with its plan
     xyz: bool = False,  # axes x, y, z
@@ -122,6 +126,7 @@ def window_input(
     x = member.task.encode(raw, raw)
     return x.permute(0, 1, 4, 3, 2).contiguous() if xyz else x
 
+# %% ../../nbs/6_tune/18_export.ipynb #d2d8c8c8
 AGREES = 1e-3  # of the largest output, how far another runtime may be off
 def check_runtime(
     what: str,  # the file, for the message
@@ -130,8 +135,8 @@ def check_runtime(
     "Refuse an export that answers differently."
     off = float(np.abs(mine - theirs).max()) if mine.shape == theirs.shape else math.inf
     if not off <= AGREES * max(1.0, float(np.abs(mine).max())):
-        raise VfmError(f"{what} answers differently from the network (largest difference {off:.2g}); this network cannot "
-                       "be exported in this form, use the safetensors file with 'vfm predict'.")
+        raise VfmError(f"{what} answers differently from the network (largest difference {off:.2g}); this network "
+                       "cannot be exported in this form, use the safetensors file with 'vfm predict'.")
     return off
 
 # %% ../../nbs/6_tune/18_export.ipynb #f4678d66
@@ -176,6 +181,7 @@ def normalise_transforms(
         "none": [],
     }[how]
 
+# %% ../../nbs/6_tune/18_export.ipynb #000c9eef
 def input_transforms(
     member: Member,  # a tuned network with its plan
 ) -> list[dict]:  # transforms of MONAI
@@ -218,6 +224,7 @@ def output_transforms(
          "resample": False, "output_dtype": "$np.uint8" if classes else "$np.float32"},
     ]
 
+# %% ../../nbs/6_tune/18_export.ipynb #0b16f4b1
 def bundle_config(
     member: Member,  # a tuned network with its plan
 ) -> dict:  # of configs/inference.json
@@ -278,6 +285,7 @@ def bundle_metadata(
         },
     }
 
+# %% ../../nbs/6_tune/18_export.ipynb #43b90f6b
 @torch.no_grad()
 def save_bundle(
     member: Member,  # a tuned network with its plan
@@ -289,8 +297,9 @@ def save_bundle(
         raise VfmError("A MONAI bundle is written for volumes, and this network was trained on pictures; use --onnx or "
                        "'vfm predict'.")
     if len(member.task.reads) < len(member.task.card.sequences):
-        raise VfmError(f"A MONAI bundle reads all sequences of the cohort, and the task '{member.plan.spec['task']}' reads "
-                       f"{', '.join(member.task.reads)} alone; use --onnx or 'vfm predict'.")
+        raise VfmError("A MONAI bundle reads all sequences of the cohort, and the task "
+                       f"'{member.plan.spec['task']}' reads {', '.join(member.task.reads)} alone; use --onnx or 'vfm "
+                       "predict'.")
     (folder/"models").mkdir(parents=True)
     network, x = WindowNetwork(member, xyz=True).to("cpu").eval(), window_input(member, xyz=True)
     network.requires_grad_(False)  # as it is stored: nobody need switch gradients off
@@ -315,11 +324,12 @@ def bundle_help(
     return (f"`INPUT` holds {there}. In the folder of the bundle:\n\n```text\npython -m monai.bundle run "
             "--config_file configs/inference.json --bundle_root . --input_dir INPUT --output_dir OUTPUT\n```")
 
+# %% ../../nbs/6_tune/18_export.ipynb #604abae7
 LIMITS = {
     "onnx": "model.onnx takes one window with scaled intensities (1, channels, d, h, w) and gives scores; resampling, "
             "scaling and sliding windows are the caller's.",
-    "bundle": "The MONAI bundle scales by the whole scan and does not smooth before it resamples to larger voxels; where "
-              "spacing and size are those of the training it answers as vfm predict does.",
+    "bundle": "The MONAI bundle scales by the whole scan and does not smooth before it resamples to larger voxels; "
+              "where spacing and size are those of the training it answers as vfm predict does.",
 }
 
 def export_folder(

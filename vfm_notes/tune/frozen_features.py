@@ -36,7 +36,7 @@ from .task import Task, TaskData, build_task
 from .fit import center_crop, needs_sliding_window
 from .transfer import asked_of, input_scale
 
-# %% ../../nbs/6_tune/19_frozen_features.ipynb #6f89f8a7
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #af6b0811
 CHUNK = 8  # cases in memory at a time
 
 class MappedRows:
@@ -59,6 +59,7 @@ def mapped_cohort(
     rest = {k: at(getattr(cohort, k)) for k in ("labels", "grade", "targets", "zones", "names", "patients", "split")}
     return replace(cohort, known_hash="", volumes=MappedRows(cohort.volumes, index), **rest)
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #95aa5629
 def training_cases(
     cohort: Cohort,  # cases in memory
     n_train: int,  # as in a run; 0: all
@@ -73,7 +74,7 @@ def training_cases(
         )
     return np.array(sorted(of[stratified_order(cohort.grade[of], seed)[:n_train]])) if n_train else of
 
-# %% ../../nbs/6_tune/19_frozen_features.ipynb #03ba5c2d
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #54aa26d3
 def middle_of(
     data: TaskData,  # inputs and targets
     window: tuple,  # voxels, d h w; empty: all
@@ -92,6 +93,7 @@ def fitting_window(
     fits = tuple(s // t * t for s, t in zip(size, net.strides[-1]))
     return fits if all(fits) else tuple(size)  # too small: the network says so
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #39fd9ff4
 @dataclass
 class FrozenData:
     "The training cases of a task, ready to stream."
@@ -110,6 +112,7 @@ class FrozenData:
             part = self.cohort.pick(self.index[start : start + size])
             yield middle_of(self.task.prepare(part), self.spec.window)
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #dc992b0e
 def frozen_cases(
     spec: RunSpec,  # cohort, grid, task, options, n_train
     cohort: Cohort,  # cases in memory
@@ -136,7 +139,7 @@ def with_scale(
     data.task.scale = partial(normalise, **scale)
     return data
 
-# %% ../../nbs/6_tune/19_frozen_features.ipynb #e5b2387c
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #187fd8c7
 PICTURED = 3  # cases whose feature maps are kept for a picture
 
 @dataclass
@@ -150,6 +153,7 @@ class FrozenFeatures:
     size: tuple = ()  # voxels that it was shown, d h w
     known: bool = False  # read from the cache
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #83336015
 def chunk_rows(
     net: nn.Module,  # backbone or control
     part: TaskData,  # inputs and targets
@@ -167,7 +171,7 @@ def join_rows(
     join = lambda name: np.concatenate([getattr(p, name) for p in parts])
     return ScoreRows(parts[0].layer, join("features"), join("target"), join("groups"))
 
-# %% ../../nbs/6_tune/19_frozen_features.ipynb #5e36b3c2
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #0e94fcf0
 @torch.no_grad()
 def middle_map(
     net: nn.Module,  # backbone or control
@@ -179,6 +183,7 @@ def middle_map(
     chosen = wide[-1] if wide else maps[0]
     return chosen[0, :, chosen.shape[2] // 2].float().cpu().numpy()
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #ac800302
 def collect_frozen(
     net: nn.Module,  # backbone or control
     data: FrozenData,  # scaled for it
@@ -202,7 +207,7 @@ def collect_frozen(
     took, size = time.perf_counter() - start, tuple(part.inputs.shape[2:])
     return FrozenFeatures(tables, len(names), maps, took, parameters, size)
 
-# %% ../../nbs/6_tune/19_frozen_features.ipynb #570e85b4
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #b98f726a
 def network_code() -> str:
     "Hash the code that decides features."
     files = [p for part in ("nets", "backbones") for p in sorted((package_root()/part).glob("*.py"))]
@@ -210,6 +215,7 @@ def network_code() -> str:
     return code_hash(*names, *(f"vfm_notes.shift.{m}" for m in ("features", "scores")),
                      "vfm_notes.data.loader", "vfm_notes.tune.hand_made", "vfm_notes.tune.frozen_features") or ""
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #4f9099cc
 def features_key(
     network: str,  # name and fingerprint of its weights
     data: FrozenData,  # cases and labels
@@ -228,7 +234,7 @@ def features_file(
 ) -> Path:
     return cache_root()/"rank"/f"{key[:32]}.safetensors"
 
-# %% ../../nbs/6_tune/19_frozen_features.ipynb #14cf0c5c
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #5d1275a3
 def write_features(
     path: Path,  # a file
     found: FrozenFeatures,  # of one backbone
@@ -237,11 +243,12 @@ def write_features(
     arrays = {}
     for layer, t in found.tables.items():
         arrays |= {f"{layer}/{k}": np.ascontiguousarray(getattr(t, k)) for k in ("features", "target", "groups")}
-    arrays |= {f"map/{i}": m for i, m in enumerate(found.maps.values())}
+    arrays |= {f"map/{i}": np.ascontiguousarray(m) for i, m in enumerate(found.maps.values())}
     told = {"patients": found.patients, "seconds": found.seconds, "parameters": found.parameters, "size": found.size}
     told |= {"layers": list(found.tables), "maps": list(found.maps)}
     with atomic_file(path) as part: save_file(arrays, part, metadata={"told": json.dumps(told)})
 
+# %% ../../nbs/6_tune/19_frozen_features.ipynb #10ec0f45
 def read_features(
     path: Path,  # a file
 ) -> FrozenFeatures | None:  # None where there is none, or a damaged one that is made again

@@ -25,8 +25,8 @@ from vfm_notes.tune.metric import (
     auc, average_precision, binary_f1, CaseDetections, class_hits, lesion_candidates, match_lesions, psnr, ssim,
 )
 from vfm_notes.tune.task import (
-    Answer, case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS, Segmentation,
-    Task, TaskData,
+    Answer, case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS,
+    Segmentation, Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #3367501f
@@ -77,22 +77,25 @@ class ImageTask(Task):
         if self.residual is not None: x = np.concatenate([x, normalise(inputs[:, [self.residual]])], 1)
         return TaskData(torch.from_numpy(x), torch.from_numpy(y), cohort.names, cohort.patients, cohort.card.spacing)
 
-    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:
-        x = self.scale(volumes, like=like)
-        if self.residual is None: return torch.from_numpy(x)
-        guess = normalise(volumes[:, [self.residual]], like=like[:, [self.residual]])
-        return torch.from_numpy(np.concatenate([x, guess], 1))
-
-    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
-        "Return the image in the units of the sequence that it was standardised by; 0 stays 0."
-        if self.residual is None: mean, sd = np.float32(self.target_moments)
-        else: mean, sd = (torch.from_numpy(m) for m in moments(like[:, [self.residual]]))
-        return Answer(output * sd + mean)
-
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         shown = data.inputs[:, 0 if self.residual is None else -1].numpy()
         target, predicted = (rearrange(t, "n 1 d h w -> n d h w").numpy() for t in (data.target, output))
         return {"input": shown, "target": target, "prediction": predicted, "error": np.abs(predicted - target)}
+
+# %% ../../nbs/6_tune/04_image_task.ipynb #ff3e3f75
+@patch
+def encode(self: ImageTask, volumes: np.ndarray, like: np.ndarray) -> Tensor:
+    x = self.scale(volumes, like=like)
+    if self.residual is None: return torch.from_numpy(x)
+    guess = normalise(volumes[:, [self.residual]], like=like[:, [self.residual]])
+    return torch.from_numpy(np.concatenate([x, guess], 1))
+
+@patch
+def answer(self: ImageTask, output: Tensor, like: np.ndarray) -> Answer:
+    "Return the image in the units of the sequence that it was standardised by; 0 stays 0."
+    if self.residual is None: mean, sd = np.float32(self.target_moments)
+    else: mean, sd = (torch.from_numpy(m) for m in moments(like[:, [self.residual]]))
+    return Answer(output * sd + mean)
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #2b04b170
 @tasks("super_resolution", title="Super-resolution")

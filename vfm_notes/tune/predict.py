@@ -61,6 +61,7 @@ class TunedPlan:
     @property
     def window(self) -> tuple: return tuple(self.spec["window"] or self.spec["size"])  # voxels that the network sees
 
+# %% ../../nbs/6_tune/17_predict.ipynb #d1eea2d6
 def plan_of_record(
     record: dict,  # of a finished fine-tuning
 ) -> TunedPlan:
@@ -70,8 +71,8 @@ def plan_of_record(
                        "fine-tuning (kind transfer).")
     again = f"delete its folder and type 'vfm run' with the study file of '{record['study']}' to compute it again"
     if not record.get("input"):
-        raise VfmError(f"The record of run {record['id']} does not describe its input, because an earlier version wrote "
-                       f"it; {again}.")
+        raise VfmError(f"The record of run {record['id']} does not describe its input, because an earlier version "
+                       f"wrote it; {again}.")
     if "weights.safetensors" not in record.get("files", {}):
         raise VfmError(f"Run {record['id']} kept no tuned weights (weights.safetensors), which every run of 'vfm run' "
                        f"keeps by itself; {again}.")
@@ -86,6 +87,7 @@ class Member:
     task: Task  # a task of the study
     network: Network  # backbone and head
 
+# %% ../../nbs/6_tune/17_predict.ipynb #f494394e
 def load_member(
     plan: TunedPlan,  # how the network was tuned
     state: dict[str, Tensor],  # tuned weights
@@ -111,8 +113,8 @@ def check_members(
     for other in (m.plan for m in members[1:]):
         for key in SHARED:
             if other.spec[key] != first.spec[key]:
-                raise VfmError(f"Runs {first.run} and {other.run} are no ensemble: their {key} is {first.spec[key]} and "
-                               f"{other.spec[key]}; name runs of one task and grid.")
+                raise VfmError(f"Runs {first.run} and {other.run} are no ensemble: their {key} is {first.spec[key]} "
+                               f"and {other.spec[key]}; name runs of one task and grid.")
         for key in ("sequences", "classes", "grades", "targets"):
             if other.input["card"][key] != first.input["card"][key]:
                 raise VfmError(f"Runs {first.run} and {other.run} are no ensemble: their cohorts have other {key} "
@@ -130,6 +132,7 @@ def member_answer(
     output = predict(member.network, inputs, 4, member.plan.window if member.task.dense else ())
     return member.task.answer(output, inner)
 
+# %% ../../nbs/6_tune/17_predict.ipynb #37a4695e
 @dataclass
 class Ensemble:
     "What several networks state of one case."
@@ -137,6 +140,7 @@ class Ensemble:
     spread: Answer  # standard deviation over the networks; empty where there is one
     n: int  # networks
 
+# %% ../../nbs/6_tune/17_predict.ipynb #2030fe80
 def ensemble_answer(
     members: list[Member],  # tuned networks, one per seed
     placed: PlacedCase,  # the case on the network's grid
@@ -159,6 +163,7 @@ class NativeAnswer:
     spread: np.ndarray | None = None  # (z, y, x) float32
     probabilities: dict[str, np.ndarray] | None = None  # class → (z, y, x) float32
 
+# %% ../../nbs/6_tune/17_predict.ipynb #bbb1de7f
 def native_answer(
     found: Ensemble,  # answers of all members
     placed: PlacedCase,  # the case on the network's grid
@@ -202,6 +207,7 @@ def answer_row(
         if found.n > 1: row[f"{name}, sd"] = float(found.spread.values[name][0])
     return row
 
+# %% ../../nbs/6_tune/17_predict.ipynb #0cd93c2b
 def preview(
     found: Ensemble,  # answers of all members
     task: Task,  # a task of the study
@@ -234,6 +240,7 @@ def write_picture_labels(
             part.write_bytes(png.read_bytes())
         finally: png.unlink(missing_ok=True)
 
+# %% ../../nbs/6_tune/17_predict.ipynb #9bd2d922
 def write_answer(
     found: Ensemble,  # answers of all members
     task: Task,  # a task of the study
@@ -273,6 +280,7 @@ def ensemble_key(
     of = [asdict(m.plan) for m in members] + [settings]
     return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
 
+# %% ../../nbs/6_tune/17_predict.ipynb #77694f85
 def read_predictions(
     folder: Path,  # a folder
     key: str,  # from ensemble_key
@@ -289,6 +297,7 @@ def read_predictions(
                        "choose another folder.")
     return held["cases"]
 
+# %% ../../nbs/6_tune/17_predict.ipynb #5ad52555
 def write_predictions(
     folder: Path,  # a folder
     key: str,  # name of a tensor
@@ -319,6 +328,7 @@ def check_centre(
     return [f"the grids of the training were centred on {crop}; intensities are scaled by the middle of the scan (give "
             "--centre x,y,z to change that)"]
 
+# %% ../../nbs/6_tune/17_predict.ipynb #349ba89a
 def apply_networks(
     members: list[Member],  # one, or an ensemble
     inputs: Iterable[str | Path],  # see data.new_cases.new_cases
@@ -337,7 +347,8 @@ def apply_networks(
     for case in track_progress(cases, "predicting"):
         stats = {s: file_stats(split_address(f)[0]) for s, f in case.files.items()}
         held = known.get(case.name, {})
-        if held.get("stats") == json.loads(json.dumps(stats)) and all((folder/f).is_file() for f in held["files"]): continue
+        same = held.get("stats") == json.loads(json.dumps(stats))
+        if same and all((folder/f).is_file() for f in held["files"]): continue
         placed = place_case(case, task.card.sequences, plan.input["pictures"], tuple(plan.spec["size"]),
                             tuple(plan.spec["spacing"]), plan.input["crop"], centre, whole and task.dense)
         row, files = write_answer(ensemble_answer(members, placed), task, placed, folder, plan.spec["task"],

@@ -29,7 +29,7 @@ from vfm_notes.backbones.weights import (
 )
 from ..data.cache import code_hash
 from ..data.cohort import content_hash
-from ..data.load import default_grid, load_cohort, manifest_of
+from ..data.load import cohort_maker, default_grid, load_cohort, manifest_of
 from ..foundation.meter import provenance
 from vfm_notes.foundation.places import (
     cache_root, file_hash, run_folder, shipped_studies, write_atomic,
@@ -47,7 +47,7 @@ from .starting_weights import initial_weights
 from .task import TaskData, task_kind
 from .transfer import recalibrate_batchnorm
 
-# %% ../../nbs/6_tune/20_rank.ipynb #39fb6bed
+# %% ../../nbs/6_tune/20_rank.ipynb #47d884ff
 @dataclass
 class Candidate:
     "Something with features."
@@ -59,6 +59,7 @@ class Candidate:
     overlap: str = "unknown"  # of its pretraining with the cohort: some, none or unknown
     size: int = 0  # bytes of its file: small ones first
 
+# %% ../../nbs/6_tune/20_rank.ipynb #fa2ae28f
 @torch.no_grad()
 def random_backbone(
     architecture: str,  # registered backbone
@@ -78,12 +79,13 @@ def random_candidate(
 ) -> Candidate:
     return Candidate(f"{architecture}.{RANDOM}", "random", partial(random_backbone, architecture), "drawn from seed 0")
 
+# %% ../../nbs/6_tune/20_rank.ipynb #e5172c80
 def control_candidate(
     name: str,  # a name
 ) -> Candidate:
     return Candidate(name, "control", lambda data: CONTROLS[name](len(data.cohort.card.sequences)), name)
 
-# %% ../../nbs/6_tune/20_rank.ipynb #c45cd7b3
+# %% ../../nbs/6_tune/20_rank.ipynb #d707f988
 def known_overlap(
     name: str,  # architecture.weights
     data: FrozenData,  # cases and labels
@@ -94,6 +96,7 @@ def known_overlap(
     made_of = getattr(weights_card(name), "pretrained_on", ()) if name in weights else ()
     return f"unknown ({', '.join(map(str, made_of))})" if made_of else "unknown"
 
+# %% ../../nbs/6_tune/20_rank.ipynb #09f599d3
 def weights_candidate(
     name: str,  # architecture.weights that are here
     data: FrozenData,  # cases and labels
@@ -111,7 +114,7 @@ def weights_candidate(
     overlap = known_overlap(name, data)
     return Candidate(name, "weights", make, file_hash(file), card.licence, overlap, file.stat().st_size)
 
-# %% ../../nbs/6_tune/20_rank.ipynb #00f1710b
+# %% ../../nbs/6_tune/20_rank.ipynb #7f33d777
 def study_candidate(
     study: StudySpec,  # the study
     name: str,  # architecture.weights that the study makes
@@ -131,6 +134,7 @@ def study_candidate(
     overlap = patient_overlap(read_weights_manifest(file), data.cohort.card.name, data.patients)[0]
     return Candidate(name, "weights", make, file_hash(file), data.cohort.card.licence, overlap, file.stat().st_size)
 
+# %% ../../nbs/6_tune/20_rank.ipynb #f2e7d52d
 def find_candidates(
     data: FrozenData,  # cases and labels
     names: Iterable[str],  # weights; none: all that are here, and those of the study
@@ -156,7 +160,7 @@ def find_candidates(
     drawn = dict.fromkeys(c.name.partition(".")[0] for c in found)
     return [*map(control_candidate, CONTROLS), *found, *map(random_candidate, drawn)], left_out
 
-# %% ../../nbs/6_tune/20_rank.ipynb #44e52a89
+# %% ../../nbs/6_tune/20_rank.ipynb #43c5f5e7
 def ranking_spec(
     cohort: str,  # as in a study file; "": that of the study
     task: str,  # of the study, or a registered one
@@ -164,10 +168,11 @@ def ranking_spec(
     n_train: int | None = None,  # training cases; None: as in the study, else all
 ) -> RunSpec:
     "Describe the cases that a ranking looks at, as a run would."
-    like = study or next((s for s in map(load_study, shipped_studies()) if s.cohort == cohort), None)
+    shipped = sorted(map(load_study, shipped_studies()), key=lambda s: s.name != cohort)  # that of its name first
+    like = study or next((s for s in shipped if s.cohort == cohort), None)
     options = study.tasks.get(task, {}) if study else {}
     tasks[task_kind(task, options)]
-    cohort = cohort or study.cohort
+    cohort_maker(cohort := cohort or study.cohort)  # an unknown name is refused here
     if like is None and cohort in cohorts:
         raise VfmError(f"Cohort '{cohort}' has no grid of its own: give a study file that names size and spacing.")
     if like: grid = {k: getattr(like, k) for k in ("size", "spacing", "bad_cases", "window")}
@@ -176,7 +181,7 @@ def ranking_spec(
     few = n_train if n_train is not None else (like.n_train or [0])[0] if study else 0
     return RunSpec(cohort=cohort, task=task, options=options, cases=cases, n_train=few, seed=0, **grid)
 
-# %% ../../nbs/6_tune/20_rank.ipynb #65d4f8bb
+# %% ../../nbs/6_tune/20_rank.ipynb #5809507b
 def scores_for(
     kind: str,  # classes or values
 ) -> list[str]:
@@ -187,6 +192,7 @@ def scores_code() -> str:
     "Hash the code that decides scores."
     return code_hash(*sorted({scores[n].__module__ for n in scores}), "vfm_notes.shift.resample") or ""
 
+# %% ../../nbs/6_tune/20_rank.ipynb #c1bb56f3
 def score_candidate(
     found: FrozenFeatures,  # of one backbone
     names: list[str],  # of the scores, that which ranks first
@@ -226,9 +232,10 @@ def kept_scores(
     write_atomic(path, json.dumps(plain))
     return made
 
-# %% ../../nbs/6_tune/20_rank.ipynb #bb0eafbb
+# %% ../../nbs/6_tune/20_rank.ipynb #7ad3af4d
 class BudgetSpent(Exception): "The time that a ranking may take is over."
 
+# %% ../../nbs/6_tune/20_rank.ipynb #8a050e77
 @dataclass
 class Clock:
     "Says how long the rest will take, and when the budget is spent."
@@ -248,7 +255,7 @@ class Clock:
         rest = np.mean([*self.took, own]) * (self.total - place - 1)
         self.progress(name, place, done, own * (1 - done / self.cases) + rest)
 
-# %% ../../nbs/6_tune/20_rank.ipynb #2698d8be
+# %% ../../nbs/6_tune/20_rank.ipynb #a36870a6
 @dataclass
 class Ranking:
     "What is known before fine-tuning."
@@ -274,7 +281,7 @@ class Ranking:
             return found.value * scores.card(by)["direction"] if isinstance(found, Resampled) else -np.inf
         return sorted(self.scored, key=value, reverse=True)
 
-# %% ../../nbs/6_tune/20_rank.ipynb #f887d8ae
+# %% ../../nbs/6_tune/20_rank.ipynb #4d649ed2
 def rank_candidates(
     data: FrozenData,  # cases and labels
     candidates: list[Candidate],  # backbones with weights
@@ -300,7 +307,7 @@ def rank_candidates(
         except RuntimeError as e: left_out[c.name] = error_line(e)
     return scored, features, left_out
 
-# %% ../../nbs/6_tune/20_rank.ipynb #3243ad3a
+# %% ../../nbs/6_tune/20_rank.ipynb #04d4d792
 def rank(
     cohort: str = "",  # as in a study file; "": that of the study
     task: str = "segmentation",  # of the study, or a registered one
@@ -348,7 +355,7 @@ def ranking_facts(
         "cohort_hash": data.cohort.hash(), "sequences": list(card.sequences),
     }
 
-# %% ../../nbs/6_tune/20_rank.ipynb #ac559b04
+# %% ../../nbs/6_tune/20_rank.ipynb #41846c68
 def ranking_row(
     ranking: Ranking,  # scores of all candidates
     name: str,  # of a candidate
@@ -370,9 +377,8 @@ def ranking_row(
         row |= dict(zip(("behind", "behind_low", "behind_high"), (less.value, *less.interval())))
     return row | {f"score_{s}": v.value for s, v in ranking.scored[name].items() if isinstance(v, Resampled)}
 
-def ranking_table(
-    ranking: Ranking,  # scores of all candidates
-) -> pd.DataFrame:  # a row for each candidate, the best first
+# %% ../../nbs/6_tune/20_rank.ipynb #781812a5
+def ranking_table(ranking: Ranking) -> pd.DataFrame:  # a row for each candidate, the best first
     "Return a ranking as a table."
     return pd.DataFrame([ranking_row(ranking, n) for n in ranking.order])
 

@@ -73,6 +73,7 @@ def strategy_card(
     "Return the card of a strategy that is written with options."
     return strategies.card(parse_strategy(text)[0])
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #225ad461
 def needs_weights(
     spec: RunSpec,  # what the run is
 ) -> bool:
@@ -110,6 +111,7 @@ def call_order(
         _orders[key] = called
     return _orders[key]
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #9baa31c1
 def block_names(
     backbone: Backbone,  # a network
 ) -> list[str]:  # in the order in which they run
@@ -180,6 +182,7 @@ def scratch(
     "Train every parameter, from random weights."
     model.requires_grad_(True)
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #c121e5af
 @strategies("random", title="frozen encoder, random weights", pretrained=False)
 def random(
     model: Network,  # backbone and head
@@ -187,6 +190,7 @@ def random(
     "Train what the task puts on an encoder that stays as it was drawn: the control of `decoder`."
     freeze_first(model, len(list(model.backbone.parameters())))
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #c1766083
 @strategies("specialist", title="specialist, from scratch", pretrained=False)
 def specialist(
     model: Network,  # backbone and head
@@ -217,6 +221,7 @@ def freeze_first(
     model.requires_grad_(True)
     for p in list(model.backbone.parameters())[:count]: p.requires_grad_(False)
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #5d1b432d
 def check_fraction(
     name: str,  # of the strategy, for messages
     fraction: float,  # 0 to 1
@@ -263,6 +268,7 @@ class SkippedBlock(nn.Module):
     "In the place of a block: what comes in goes out."
     def forward(self, x, *args, **kwargs): return x
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #fa5ef8aa
 def removable_blocks(
     backbone: Backbone,  # a network
 ) -> set[str]:  # names of modules whose output has the shape of their input
@@ -346,6 +352,7 @@ def in_attention(
         "attention" in kind for kind in kinds
     )
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #6a11ea79
 def lora_layers(
     net: Backbone,  # a backbone
 ) -> dict[str, list[str]]:  # targets → names of layers
@@ -365,7 +372,8 @@ def lora_layers(
 # %% ../../nbs/6_tune/05_strategy.ipynb #0dc8f4e8
 def merge_lora(
     model: Network,  # changed in place: a plain network again
-    kept: dict[str, torch.Tensor] | None = None,  # is given the updates, by layer: scaling, lora_A.weight, lora_B.weight
+    # is given the updates, by layer: scaling, lora_A.weight, lora_B.weight
+    kept: dict[str, torch.Tensor] | None = None,
 ) -> None:
     "Add the updates to the weights."
     from peft.tuners.lora import LoraLayer
@@ -373,12 +381,13 @@ def merge_lora(
     for name, layer in [(k, m) for k, m in net.named_modules() if isinstance(m, LoraLayer)]:
         plain, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if kept is not None:
-            kept |= {f"{name}.lora_A.weight": a.detach().cpu().clone(), f"{name}.lora_B.weight": b.detach().cpu().clone(),
-                     f"{name}.scaling": torch.tensor(float(layer.scaling["default"]))}
+            kept |= {f"{name}.lora_{k}.weight": w.detach().cpu().clone() for k, w in (("A", a), ("B", b))}
+            kept[f"{name}.scaling"] = torch.tensor(float(layer.scaling["default"]))
         plain.weight.data += layer.scaling["default"] * torch.einsum("or,ri...->oi...", b.data.flatten(1), a.data)
         net.set_submodule(name, plain)
     del net.peft_config
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #eba0729b
 @strategies("lora", title="low-rank updates", pretrained=True)
 def lora(
     model: Network,  # backbone and head
