@@ -534,7 +534,7 @@ EQUIVALENT = {
     ): "of two axes the last is the second",
     (
         "report",
-        "range=[0.06, 1.4]",
+        "range=[0.06, 0.9]",
     ): "how strong the colour of a tile can be; its order and sign are tested, its looks are not",
     ("report", "every: float = 4.0"): "live_training always says how often",
 }
