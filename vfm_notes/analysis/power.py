@@ -132,9 +132,9 @@ def study_hours(
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
 def hours_with_seeds(
-    study: StudySpec,
+    study: StudySpec,  # the study
     known: Speeds,  # from runs.estimate.speeds
-    seeds: int,
+    seeds: int,  # how many repetitions
 ) -> float:
     "Compute how long a study takes with another number of seeds: what is pretrained is pretrained once."
     jobs = [j for j in jobs_of(study) if j.kind == "pretrain"]
@@ -257,10 +257,15 @@ def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: 
 
 # %% ../../nbs/8_analysis/13_power.ipynb #6e0a3467
 # e.g. "12 min 27 s", "2,291 h"
-def hours_words(h: float) -> str: return f"{h:,.0f} h" if h >= 100 else format_duration(3600 * h)
+def hours_words(
+    h: float,  # hours
+) -> str:
+    return f"{h:,.0f} h" if h >= 100 else format_duration(3600 * h)
 
 # %% ../../nbs/8_analysis/13_power.ipynb #fd35d819
-def plan_lines(made: Plan) -> list[str]:  # within 100 columns
+def plan_lines(
+    made: Plan,  # from plan
+) -> list[str]:  # within 100 columns
     "Return a plan for the terminal."
     number = lambda v, places=1: "-" if v is None or v != v else round_value(v, places)
     time = lambda h: "" if h is None or h != h else f" ({hours_words(h)})"

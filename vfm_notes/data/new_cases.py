@@ -168,7 +168,9 @@ def new_cases(
     return check_names_of(cases)
 
 # %% ../../nbs/1_data/23_new_cases.ipynb #0dd21866
-def check_names_of(cases: list[NewCase]) -> list[NewCase]:  # the same
+def check_names_of(
+    cases: list[NewCase],  # files of the cases
+) -> list[NewCase]:  # the same
     "Refuse cases whose answers would have the same name, or a name that no file can have."
     names = [c.name for c in cases]
     if not cases: raise VfmError("No case is named; give a scan, the folder of a case, or a sheet (.csv).")

@@ -129,7 +129,9 @@ def ranking_rows(
     return out
 
 # %% ../../nbs/9_report/16_before.ipynb #e56f7279
-def score_rows_of(ranking: dict) -> list[dict]:  # column heading → value
+def score_rows_of(
+    ranking: dict,  # as it was written
+) -> list[dict]:  # column heading → value
     "Return all other scores, each with the sign of its card."
     known = {k for r in rows_of(ranking) for k, v in r.items() if v is not None}
     names = [s for s in ranking["scores"] if s != ranking["by"] and f"score_{s}" in known]
@@ -156,7 +158,9 @@ def ranking_note(
     )
 
 # %% ../../nbs/9_report/16_before.ipynb #bdee8a84
-def before_you_train(ranking: dict) -> Block:  # HTML
+def before_you_train(
+    ranking: dict,  # as it was written
+) -> Block:  # HTML
     "Show a ranking as a page does."
     titles = CONTROL_TITLES | {ranking["reference"]: ranking["reference"]}
     parts = [lead(ranking_verdict(ranking))]

@@ -255,7 +255,7 @@ def with_rows(
 def dot_chart(
     table: pd.DataFrame,  # task, backbone, strategy, `value` and perhaps low, high
     label: str,  # of the horizontal axis
-    legend: bool = True,
+    legend: bool = True,  # whether to draw it
     width: int | str = "container",  # pixels, or all there is
     names: Iterable[str] = (),  # backbones of the study, for their colours; none: those of the table
 ) -> alt.LayerChart:  # filled: tuned; hollow: scratch

@@ -384,7 +384,7 @@ def row_text(
     row: str,  # HTML of a table's row
 ) -> str:
     "Write a table's row on one line, every value behind its heading."
-    row = row.replace("<wbr>", "")  # a place where a name may break
+    row = re.sub(r"</?(?:wbr|a|b|code|span)\b(?! class=.vfm-under)[^>]*>", "", row)  # what parts no words
     plain = [" ".join(html.unescape(re.sub(r"<[^>]+>", " ", c)).split()) for c in re.findall(r"<td.*?</td>", row, re.S)]
     return "; ".join(f"{h} {v}".strip() for h, v in zip(heads, plain) if v and v != "missing")
 

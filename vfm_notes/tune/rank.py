@@ -378,7 +378,9 @@ def ranking_row(
     return row | {f"score_{s}": v.value for s, v in ranking.scored[name].items() if isinstance(v, Resampled)}
 
 # %% ../../nbs/6_tune/20_rank.ipynb #781812a5
-def ranking_table(ranking: Ranking) -> pd.DataFrame:  # a row for each candidate, the best first
+def ranking_table(
+    ranking: Ranking,  # scores of all candidates
+) -> pd.DataFrame:  # a row for each candidate, the best first
     "Return a ranking as a table."
     return pd.DataFrame([ranking_row(ranking, n) for n in ranking.order])
 
