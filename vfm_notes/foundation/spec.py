@@ -167,12 +167,13 @@ def run_id(
         case "external": head = f"external-{Path(spec.cohort).name}-{spec.task}-{spec.backbone}"
     return f"{file_name(head)}-{tail}"  # also the name of a folder
 
-# %% ../../nbs/0_foundation/04_spec.ipynb #efe2cfaf
+# %% ../../nbs/0_foundation/04_spec.ipynb #72107df3
 Axis = Literal["task", "backbone", "strategy", "seed", "n_train"]
 Searched = Literal["lr", "weight_decay", "warmup", "schedule", "batch_size"]  # not epochs: all may spend the same
 SEARCHABLE = get_args(Searched)
 Tried = Annotated[list[Any], Meta(min_length=1), check_distinct]
 
+# %% ../../nbs/0_foundation/04_spec.ipynb #efe2cfaf
 @dataclass(frozen=True)
 class StudySpec:
     "A study file: axes, cohort, budget."
