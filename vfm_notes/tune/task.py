@@ -228,13 +228,16 @@ class Task:
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         return "no case has a value, since what it compares is empty"
 
-    def undefined(self, cases: pd.DataFrame, split: str = "test") -> list[str]:
-        "Return a sentence for each metric that has no value."
-        missing = [m for m, value in self.summary(cases).items() if np.isnan(value)]
-        return [
-            f"{metric_card(m).title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
-            for m in missing
-        ]
+
+# %% ../../nbs/6_tune/02_task.ipynb #94c91e9d
+@patch
+def undefined(self: Task, cases: pd.DataFrame, split: str = "test") -> list[str]:
+    "Return a sentence for each metric that has no value."
+    missing = [m for m, value in self.summary(cases).items() if np.isnan(value)]
+    return [
+        f"{metric_card(m).title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
+        for m in missing
+    ]
 
 # %% ../../nbs/6_tune/02_task.ipynb #8a6e064f
 # the registered task
@@ -420,21 +423,26 @@ class Segmentation(Task):
             cohort.patients, self.card.spacing,
         )
 
-    def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
-        return dense_head(
-            backbone=backbone, in_channels=in_channels, out=len(self.classes), width=self.width, **self.reading
-        )
-
-    def loss(self, output: Tensor | list, target: Tensor) -> Tensor:
-        if isinstance(output, list): return self.loss(output[0], target) + AUXILIARY*self.loss(output[1], target)
-        check_scores(output, target, self.classes, self.called)
-        return dice_and_entropy(output, target, self.class_weights)
-
     def labels(self, output: Tensor) -> Tensor: return output if output.dim() == 4 else output.argmax(1)
     def answer(self, output: Tensor, like: np.ndarray) -> Answer: return Answer(output.softmax(1), self.classes)
 
-    def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
-        return mask_rows(self.labels(output), data, self.classes)
+
+# %% ../../nbs/6_tune/02_task.ipynb #d4d85b12
+@patch
+def head(self: Segmentation, backbone: nn.Module, in_channels: int) -> nn.Module:
+    return dense_head(
+        backbone=backbone, in_channels=in_channels, out=len(self.classes), width=self.width, **self.reading
+    )
+
+@patch
+def loss(self: Segmentation, output: Tensor | list, target: Tensor) -> Tensor:
+    if isinstance(output, list): return self.loss(output[0], target) + AUXILIARY*self.loss(output[1], target)
+    check_scores(output, target, self.classes, self.called)
+    return dice_and_entropy(output, target, self.class_weights)
+
+@patch
+def evaluate(self: Segmentation, output: Tensor, data: TaskData) -> pd.DataFrame:
+    return mask_rows(self.labels(output), data, self.classes)
 
 # %% ../../nbs/6_tune/02_task.ipynb #1a5da5bb
 @patch
