@@ -227,7 +227,7 @@
     if (width < 560) {  // on a phone legends stand below each other, and panels have two lines above them
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
-        if (s.legend && s.legend.columns) s.legend.columns = ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2;
+        if (s.legend && s.legend.columns) s.legend.columns = Math.min(s.legend.columns, ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2);
         if (s.axis && s.axis.labelLimit && !(panel && panel.least)) {  // long names are cut (the pointer tells them whole), and short ones stand upright
           if (s.axis.labelLimit > 200) s.axis.labelLimit = 150;
           if (s.axis.labelLimit <= 90) s.axis.labelAngle = -60;
