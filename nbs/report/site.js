@@ -239,7 +239,7 @@
     }
     if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
-      const gap = width < 560 ? Math.min(panel.gap, 165) : panel.gap, each = Math.floor((width - panel.left) / n - gap);
+      const gap = width < 560 ? Math.min(panel.gap, 185) : panel.gap, each = Math.floor((width - panel.left) / n - gap);
       const walk = (s) => {
         if (s.facet && s.spec) { s.columns = n; s.spec.width = each; }
         for (const part of s.vconcat || s.concat || []) walk(part);
