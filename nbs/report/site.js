@@ -237,7 +237,7 @@
     if (width < 560) {  // on a phone legends stand below each other, and panels have two lines above them
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
-        if (s.legend && s.legend.columns) s.legend.columns = ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2;
+        if (s.legend && s.legend.columns) s.legend.columns = Math.min(s.legend.columns, ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2);
         if (s.axis && s.axis.labelLimit && !(panel && panel.least)) {  // long names are cut (the pointer tells them whole), and short ones stand upright
           if (s.axis.labelLimit > 200) s.axis.labelLimit = 150;
           if (s.axis.labelLimit <= 90) s.axis.labelAngle = -60;
@@ -249,7 +249,7 @@
     }
     if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
-      const gap = width < 560 ? Math.min(panel.gap, 165) : panel.gap, each = Math.floor((width - panel.left) / n - gap);
+      const gap = width < 560 ? Math.min(panel.gap, 185) : panel.gap, each = Math.floor((width - panel.left) / n - gap);
       const walk = (s) => {
         if (s.facet && s.spec) { s.columns = n; s.spec.width = each; }
         for (const part of s.vconcat || s.concat || []) walk(part);

@@ -235,7 +235,7 @@ def test_a_page_is_printed_as_a_supplement(browser, page):
     try:
         browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
         state = browser.execute_script(
-            "const shown = s => [...document.querySelectorAll(s)].some(e => e.offsetParent); return {gone: "
+            "const shown = s => [...document.querySelectorAll(s)].some(e => e.checkVisibility()); return {gone: "
             "['#quarto-header', '.vfm-tools', '.vfm-filters', '.vfm-all'].filter(shown), inside: "
             "shown('#inside'), width: "
             "document.documentElement.scrollWidth, title: getComputedStyle(document.querySelector('.vfm-scroll'), "
