@@ -61,8 +61,10 @@ def test_rank_elsewhere_by_loops():
     for t in "abcd": outcome.loc[t, t] = np.nan
     found = rank_elsewhere(outcome)
     for s, t in product("abcde", "abcd"):
-        ranks = [1 + sum(outcome.loc[o, u] < outcome.loc[s, u] for o in "abcde" if o != u) for u in "abcd"
-                 if u not in (t, s)]
+        ranks = [
+            (1 + sum(outcome.loc[o, u] < outcome.loc[s, u] for o in "abcde" if o != u)) / 4
+            for u in "abcd" if u not in (t, s)
+        ]
         assert found.loc[s, t] == pytest.approx(np.mean(ranks))
     other = outcome.copy()
     other["b"] = r.normal(size=5)

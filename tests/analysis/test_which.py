@@ -8,7 +8,7 @@ from scipy.stats import pearsonr
 
 from vfm_notes.analysis.tables import Tables, d2p_table, moments_table
 from vfm_notes.analysis.which import (
-    LOOK, answer_words, ask, ask_again, exchanges, layer_places, made_up, measured, question, tuned_runs,
+    LOOK_COLUMNS, answer_words, ask, ask_again, exchanges, layer_places, made_up, measured, question, tuned_runs,
 )
 
 
@@ -30,7 +30,7 @@ def test_without_a_look_that_tells_none_is_named(shared):
 
 
 def test_the_halves_alone_would_be_fooled_by_what_weights_share():
-    "A plain test of the chosen look on the other half names one far too often: the exchange has to be of whole weights."
+    "A plain test of the chosen look on the other half names one far too often: whole weights have to be exchanged."
     fooled = 0
     for i in range(200):
         q = made_up(np.random.default_rng((8, i)), shared=0.9)
@@ -81,7 +81,8 @@ def record(task, weights, seed, match, rng, net="profound_toy", strategy="full")
     "A finished run: gain follows the match, and so does one look of many, with the opposite sign."
     layers = ["stage1", "stage2", "stage3", "stage4", "embed"]
     row = lambda layer, **more: {
-        "layer": layer, "mmd2": rng.uniform(0.1, 1), "ceiling": 1.4, "relative": rng.uniform(0.1, 1), "n": 8, "seed": seed,
+        "layer": layer, "mmd2": rng.uniform(0.1, 1), "ceiling": 1.4, "relative": rng.uniform(0.1, 1), "n": 8,
+        "seed": seed,
         "divergences": {"energy": rng.uniform(0.1, 1), "frechet": rng.uniform(0.1, 1)},
     } | more
     d2p = [row(layer) for layer in layers]
@@ -145,7 +146,7 @@ def test_the_planted_look_is_the_winner_of_gain_and_of_match():
     tables = study()
     for outcome in ("gain", "match"):
         a = ask(question(tables, outcome))
-        assert a.tells and dict(a.winner[LOOK]) == {"measure": "energy", "place": "last", "when": "early"}
+        assert a.tells and dict(a.winner[LOOK_COLUMNS]) == {"measure": "energy", "place": "last", "when": "early"}
         assert a.winner.confirmed < 0 and a.looks.p_look.idxmin() == a.best
         assert "less distance goes with more" in answer_words(a).lower()
         again = ask_again("more", question(study(seed=5), outcome, halves=False), a.winner, -1.0)

@@ -43,13 +43,14 @@ EVERY = [(s, c, p) for s, c, p in product((1, -1), CERTAIN, (0.014, 0.49))]
 @pytest.mark.parametrize(("sign", "clear", "p"), EVERY)
 def test_a_gain_in_words(sign, clear, p):
     said = gain_words(gains([(sign, clear, p)]).iloc[0], "Lead")
-    assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}10.0 % Dice against scratch")
+    assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}0.100 Dice against scratch")
+    assert f"; {'+' if sign > 0 else '−'}10.0 %; " in said
     assert f"p = {p:g} over seeds and cases, corrected" in said and f"{p / 70:.2g}" not in said
     assert (
         "95 % interval "
         + {
-            (1, True): "+5.0 to +15.0 %", (1, False): "−5.0 to +25.0 %", (-1, True): "−15.0 to −5.0 %",
-            (-1, False): "−25.0 to +5.0 %",
+            (1, True): "+0.050 to +0.150;", (1, False): "−0.050 to +0.250;", (-1, True): "−0.150 to −0.050;",
+            (-1, False): "−0.250 to +0.050;",
         }[sign, clear]
         in said
     )

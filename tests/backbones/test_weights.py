@@ -524,7 +524,7 @@ def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(fol
 def test_a_study_with_published_weights(full_registries):
     from dataclasses import replace
     from vfm_notes.foundation.spec import load_study
-    study = replace(load_study("learning_rate"), pretrain={}, backbones=["profound_toy.test"])
+    study = replace(load_study("learning_rate"), pretrain={}, backbones=["profound_toy.test"], leave_out=[])
     with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"):
         study_names.check_names(study)
     for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): study_names.check_names(replace(study, licences=[accepted]))

@@ -8,6 +8,7 @@ import torch
 from scipy import optimize, stats
 from torch import nn
 from vfm_notes.foundation.registry import VfmError, scores
+import vfm_notes.shift.more_scores  # noqa: F401  fills the registry
 from vfm_notes.shift.scores import (
     gbc, hscore, knn_score, leep, logme, nleep, one_hot, principal_components, probe_score,
 )
@@ -15,6 +16,12 @@ from vfm_notes.shift.scores import cell_labels, cell_rows, cell_values, draw_cel
 
 NAMES = ["logme", "hscore", "gbc", "nleep", "knn", "probe"]
 TAKES = [(name, kind) for name in scores for kind in scores.card(name)["takes"]]
+
+
+def score(name, x, y):
+    "A score, with cases of nine rows for those that compare cases."
+    cases = (np.arange(len(y)) // 9,) if scores.card(name).get("needs") == "cases" else ()
+    return scores[name](x, y, *cases)
 
 
 def table(n=90, f=10, classes=3, gap=1.5, seed=0):
@@ -49,37 +56,40 @@ def test_card_is_complete(name):
 
 @pytest.mark.parametrize("name,kind", TAKES)
 def test_true_labels_beat_shuffled_ones(name, kind):
+    "Or the card states that they do not, and then they do not."
     x, y = target(kind)
     r, sign = np.random.default_rng(5), scores.card(name)["direction"]
-    value = scores[name](x, y)
-    assert isinstance(value, float) and np.isfinite(value) and value == scores[name](x, y)
-    assert all(sign * value > sign * scores[name](x, r.permutation(y)) for _ in range(5))
+    if not scores.card(name).get("prefers_true_labels", True): sign = -sign
+    value = score(name, x, y)
+    assert isinstance(value, float) and np.isfinite(value) and value == score(name, x, y)
+    assert all(sign * value > sign * score(name, x, r.permutation(y)) for _ in range(5))
 
 
 @pytest.mark.parametrize("name,kind", TAKES)
 def test_invariances(name, kind):
     x, y = target(kind)
-    r = np.random.default_rng(6)
+    r, needs = np.random.default_rng(6), scores.card(name).get("needs")
     q, order, near = (
         np.linalg.qr(r.normal(size=(10, 10)))[0], r.permutation(90),
-        pytest.approx(scores[name](x, y), rel=1e-6, abs=1e-9),
+        pytest.approx(score(name, x, y), rel=1e-6, abs=1e-9),
     )
-    assert scores[name](3.7 * x, y) == near  # the unit of the features
-    if scores.card(name)["rotation"]: assert scores[name](x @ q, y) == near
-    else: assert scores[name](x * r.uniform(0.1, 10, 10) + 5, y) == near  # the unit of each feature
+    unit = scores.card(name).get("unit", True)  # of the features
+    assert all(score(name, u * x, y) == near for u in (0.05, 3.7)) == unit
+    if scores.card(name)["rotation"]: assert score(name, x @ q, y) == near
+    else: assert score(name, x * r.uniform(0.1, 10, 10) + 5, y) == near  # the unit of each feature
     # names of classes
-    if kind == "classes" and name not in ("probe", "nleep"): assert scores[name](x, (y + 1) % 3) == near
-    if name not in ("probe", "nleep"): assert scores[name](x[order], y[order]) == near
-    assert scores[name](x.astype(np.float32), y) == pytest.approx(scores[name](x, y), rel=1e-3, abs=1e-3)
+    if kind == "classes" and name not in ("probe", "nleep") and not needs: assert score(name, x, (y + 1) % 3) == near
+    if name not in ("probe", "nleep") and not needs: assert score(name, x[order], y[order]) == near
+    assert score(name, x.astype(np.float32), y) == pytest.approx(score(name, x, y), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("name,kind", TAKES)
 @pytest.mark.parametrize("n,f", [(24, 60), (200, 3), (12, 1)])
 def test_few_rows_and_few_features(name, kind, n, f):
+    if n == 12 and scores.card(name).get("needs"): pytest.skip("one case and a bit")
     r = np.random.default_rng(0)
-    assert np.isfinite(
-        scores[name](r.normal(size=(n, f)), np.arange(n) % 3 if kind == "classes" else r.normal(size=(n, 2)))
-    )
+    x, y = r.normal(size=(n, f)), np.arange(n) % 3 if kind == "classes" else r.normal(size=(n, 2))
+    assert np.isfinite(score(name, x, y))
 
 
 @pytest.mark.parametrize("name", list(scores))
@@ -92,6 +102,12 @@ def test_bad_input(name):
         ((x, np.ones((20, 1))), "constant"),
     ]:
         with pytest.raises(VfmError, match=word): scores[name](*args)
+
+
+@pytest.mark.parametrize("name", [n for n in scores if scores.card(n).get("needs") == "cases"])
+def test_scores_of_cases_refuse_rows_without_a_case(name):
+    x, y = table(20)
+    with pytest.raises(VfmError, match="give"): scores[name](x, y, np.arange(20))
 
 
 # ---- values against something independent ----
@@ -338,7 +354,10 @@ def test_table_of_a_task(kind, layers):
     lost = transferability(Grid(), other, rows=200)
     best, worst = t.set_index(["layer", "score"]).value, lost.set_index(["layer", "score"]).value
     if kind != "class":
-        for s in takes: assert best[layers[0], s] > worst[layers[0], s]
+        for s in takes:
+            if not scores.card(s).get("prefers_true_labels", True): continue
+            if s == "ccfv": continue  # random classes are alike in all cases, too
+            assert best[layers[0], s] > worst[layers[0], s]
     assert transferability(Grid(), data, val, cases=12, names=["logme"]).n.max() <= (12 if kind == "class" else 600)
 
 

@@ -122,7 +122,9 @@ def test_scores_known_before_are_of_training_and_validation_cases_only(monkeypat
     monkeypatch.setattr(
         wiring,
         "transferability",
-        lambda backbone, *splits: seen.update(names=[s.names for s in splits]) or pd.DataFrame({"score": []}),
+        lambda backbone, *splits, names=None: (
+            seen.update(names=[s.names for s in splits], scores=names) or pd.DataFrame({"score": []})
+        ),
     )
     wiring._known.clear()
     task, data = run_data(replace(SPEC, task="classification"))
@@ -130,6 +132,7 @@ def test_scores_known_before_are_of_training_and_validation_cases_only(monkeypat
         replace(SPEC, task="classification"), Network(build_backbone("profound_toy", 3), nn.Identity()), data, "h"
     )
     assert seen["names"] == [data["train"].names, data["val"].names]
+    assert "probe" in seen["scores"] and "lp" not in seen["scores"]  # which takes seconds for each layer
     wiring._known.clear()
 
 

@@ -28,16 +28,20 @@ from ..runs.record import check_record
 @dataclass
 class Chosen:
     "Tuned runs, and why these."
-    records: list[dict]
+    records: list[dict]  # of the study
     folders: list[Path]  # of the runs
     reason: str  # one sentence
 
-def record_in(folder: Path) -> dict:
+# %% ../../nbs/8_analysis/15_chosen.ipynb #4d7d059c
+def record_in(
+    folder: Path,  # a folder
+) -> dict:
     "Read the record in a folder, or say what is wrong with it."
     record, why = check_record(folder)
     if record is None: raise VfmError(f"{folder} holds no sound record ({why or 'there is none'}); name another run.")
     return record
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #d7c198fe
 def named_run(
     name: str,  # a run id, STUDY/run id, or the path of a run's folder
 ) -> Path | None:  # its folder; None where there is none
@@ -56,6 +60,7 @@ def best_cell(
     tables: Tables,  # of a study
     task: str = "",  # "" for its only one
     chosen: dict | None = None,  # from parse_only
+    seeds: Iterable[int] = (),  # that a cell must have
 ) -> tuple[dict, pd.DataFrame, float]:  # CELL → value, its runs, mean validation score
     "Return the cell of a task with the best mean validation score, whose runs are all done."
     runs = tables.runs[(tables.runs.kind == "transfer") & tables.runs.chosen]
@@ -63,7 +68,8 @@ def best_cell(
         if key in runs: runs = runs[runs[key].astype(str).isin(values)]
     names = list(dict.fromkeys(runs.task))
     if not task and len(names) > 1:
-        raise VfmError(f"Study '{tables.study}' has {len(names)} tasks; choose one: --task {' or --task '.join(names)}.")
+        raise VfmError(f"Study '{tables.study}' has {len(names)} tasks; choose one: --task "
+                       f"{' or --task '.join(names)}.")
     if task and task not in names:
         raise VfmError(f"Study '{tables.study}' has no run of task '{task}'.{suggest_name(task, names)} It has: "
                        f"{', '.join(names) or 'none'}.")
@@ -72,7 +78,7 @@ def best_cell(
     best = None
     for cell, own in runs.groupby(CELL, dropna=False, sort=False):
         mean = own.id.map(score).astype(float).mean(skipna=False)
-        if (own.status != "done").any() or not np.isfinite(mean): continue
+        if (own.status != "done").any() or not np.isfinite(mean) or not set(seeds) <= set(own.seed): continue
         if best is None or mean * own.direction.iloc[0] > best[2] * own.direction.iloc[0]:
             best = dict(zip(CELL, cell)), own, float(mean)
     if best: return best
@@ -91,14 +97,18 @@ def choose_runs(
     except VfmError as e:
         raise VfmError(f"'{name}' is neither a run in {runs_root()} nor a study. {e}") from None
     study: StudySpec = load_study(name)
-    cell, runs, score = best_cell(load_tables(study), task, parse_only(only, study))
-    folders = [runs_root()/study.name/id for id in runs.id]
-    where = ", ".join(f"{k} {v}" for k, v in cell.items())
-    n = f"an ensemble of its {len(runs)} runs" if len(runs) > 1 else "its only run"
+    tables = load_tables(study)
+    part = parse_only(only, study)
+    cell, runs, score = best_cell(tables, task, part, {int(s) for s in part.get("seed", study.seeds)})
+    ids = [one for id in runs.id for one in tables.folds.get(id, [id])]
+    folders = [runs_root()/study.name/id for id in ids]
+    where = ", ".join(f"{k} {v or 'all'}" for k, v in cell.items())
+    n = f"an ensemble of its {len(ids)} runs" if len(ids) > 1 else "its only run"
     return Chosen([record_in(f) for f in folders], folders,
                   f"Study {study.name}: the best validated cell is {where} (mean validation "
                   f"{runs.metric.iloc[0]} {score:.3f}), {n}.")
 
+# %% ../../nbs/8_analysis/15_chosen.ipynb #6f3fd834
 def tuned_arrays(
     folder: Path,  # of a run
     name: str = "weights",  # or adapters
@@ -113,7 +123,7 @@ def tuned_arrays(
 # %% ../../nbs/8_analysis/15_chosen.ipynb #c221bebf
 def score_rows(
     records: list[dict],  # of one cell
-    folders: list[Path],
+    folders: list[Path],  # one a case
 ) -> list[dict]:  # metric, title, value, low, high, n, control
     "Compute the test scores of a cell with their intervals."
     runs = runs_table(records)
@@ -130,22 +140,27 @@ def score_rows(
     return rows
 
 # %% ../../nbs/8_analysis/15_chosen.ipynb #7b66442b
-def score_table(rows: list[dict]) -> str:  # rows: from score_rows
+def score_table(
+    rows: list[dict],  # from score_rows
+) -> str:
     "Write scores as a Markdown table."
     say = lambda v, m: "undefined" if v is None or v != v else format_value(v, "score", metric=m)
     span = lambda r: ("none" if r["low"] != r["low"] else
                       format_interval(r["low"], r["high"], "score", metric=r["metric"]))
-    lines = [f"| {r['title']} | {say(r['value'], r['metric'])} | {span(r)} | {r['n']} | {say(r['control'], r['metric'])} |"
-             for r in rows]
+    lines = [f"| {r['title']} | {say(r['value'], r['metric'])} | {span(r)} | {r['n']} | "
+             f"{say(r['control'], r['metric'])} |" for r in rows]
     head = ["| metric | score | 95 % interval | test cases | without a network |", "| --- | --- | --- | --- | --- |"]
     return "\n".join([*head, *lines])
 
-def how_to_use(record: dict) -> list[str]:
+# %% ../../nbs/8_analysis/15_chosen.ipynb #da781e77
+def how_to_use(
+    record: dict,  # of a run
+) -> list[str]:
     "State what the network reads and answers."
     spec, card, side = record["spec"], record["input"]["card"], lambda v: " x ".join(f"{x:g}" for x in v)
     scale = record["normalisation"]["how"]
     return [
-        f"- reads: {', '.join(card['sequences'])}, in this order, on axes left, back, head (d, h, w)",
+        f"- reads: {', '.join(card['sequences'])}, in this order, on axes towards head, back, left (d, h, w)",
         f"- grid: {side(spec['size'])} voxels of {side(spec['spacing'])} mm (d, h, w), centred on "
         f"{record['input']['crop']} of each case",
         f"- intensities: {scale}" + (f" {record['normalisation']['moments']}" if scale == "cohort" else ""),
@@ -157,7 +172,7 @@ def how_to_use(record: dict) -> list[str]:
 # %% ../../nbs/8_analysis/15_chosen.ipynb #d2cd8631
 def model_card(
     records: list[dict],  # of one cell
-    folders: list[Path],
+    folders: list[Path],  # one a case
     limits: Iterable[str] = (),  # of the exported form, one sentence each
 ) -> str:  # Markdown
     "Write what a user of tuned weights must know."

@@ -22,10 +22,10 @@ from ..foundation.quantity import SEED
 class Squares:
     "Mean squares of a table seeds x cases."
     seed: float  # NaN with one seed
-    case: float
+    case: float  # variance between cases
     rest: float  # 0 with one seed: it cannot be told from cases
-    seeds: int
-    cases: int
+    seeds: int  # how many repetitions
+    cases: int  # how many
 
     @property
     def seed_variance(self) -> float: return max(0.0, self.seed - self.rest) / self.cases  # between trainings
@@ -60,7 +60,7 @@ def student_squared(
     return many + (few - many) * share
 
 def half_width(
-    squares: Squares,
+    squares: Squares,  # mean squares by source
     level: float = 0.95,  # share of intervals that hold the truth
 ) -> float:  # NaN where there is one case only
     "Compute half the width of the interval of the mean."
@@ -70,8 +70,8 @@ def half_width(
     return float(np.sqrt((squares.seed + case) * student_squared(squares.seed, case, s, c, level) / (s * c)))
 
 def p_value(
-    mean: float,
-    squares: Squares,
+    mean: float,  # the estimate
+    squares: Squares,  # mean squares by source
 ) -> float:  # two-sided; NaN where there is no interval
     "Compute the level at which the interval of a mean reaches zero."
     if not np.isfinite(mean) or not np.isfinite(half_width(squares)): return float("nan")
@@ -99,7 +99,7 @@ STUDIES = 20_000  # drawn for it
 
 def smallest_effect(
     squares: Squares,  # as expected
-    power: float = POWER,
+    power: float = POWER,  # share of studies that see the effect, 0 to 1
 ) -> float:  # NaN where there is no interval
     "Compute the smallest mean whose interval leaves out zero in that share of studies."
     s, c, rng = squares.seeds, squares.cases, np.random.default_rng(SEED)
@@ -118,7 +118,7 @@ def smallest_effect(
 def smallest_shift(
     sd: float,  # standard deviation of single values
     n: int,  # values
-    power: float = POWER,
+    power: float = POWER,  # share of studies that see the effect, 0 to 1
 ) -> float:  # NaN where there are fewer than two values
     "Compute the smallest mean that a t-test against zero sees in that share of studies."
     return smallest_effect(Squares(np.nan, sd**2, 0.0, 1, n), power) if n > 1 and sd > 0 else float("nan")
@@ -128,11 +128,11 @@ def smallest_shift(
 @dataclass(frozen=True)
 class Interval:
     "An estimate with all that is needed to judge it."
-    value: float
+    value: float  # the estimate
     low: float  # 95 % interval, NaN where there is none
-    high: float
+    high: float  # upper end of the interval
     p: float  # two-sided, of no effect
-    squares: Squares | None = None
+    squares: Squares | None = None  # mean squares by source; None: not defined
     undefined: float = 0.0  # share of patients without whom the metric is undefined
 
     @property

@@ -34,7 +34,9 @@ def scored_cell(
     found = score_interval(pair, first["metric"])
     return row | {"n_cases": pair.n_cases, "score": found.value, "low": found.low, "high": found.high}
 
-def scored_table(tables: Tables) -> pd.DataFrame:  # a row per cell, SCORED
+def scored_table(
+    tables: Tables,  # of the study
+) -> pd.DataFrame:  # a row per cell, SCORED
     "Score every cell of a study that has finished runs, on the metric of its task."
     runs, cases = tables.done(), dict(list(tables.cases.groupby("id")))
     rows = [scored_cell(of, cases) for _, of in runs[runs.metric.notna()].groupby(CELL, sort=False, dropna=False)]
@@ -44,7 +46,7 @@ def scored_table(tables: Tables) -> pd.DataFrame:  # a row per cell, SCORED
 GAINED = ["rpg", "rpg_low", "rpg_high", "p_holm", "learned", "note"]
 
 def score_and_gain(
-    tables: Tables,
+    tables: Tables,  # of the study
     reference: str = "scratch",  # a strategy
 ) -> pd.DataFrame:  # SCORED and GAINED
     "Put the gain of every cell beside its score."
@@ -53,7 +55,10 @@ def score_and_gain(
     return scores.merge(gains, on=CELL, how="left")
 
 # %% ../../nbs/8_analysis/17_scored_cells.ipynb #42fd4f30
-def flat_values(values: dict, place: str = "") -> dict[str, object]:  # dotted place → value
+def flat_values(
+    values: dict,  # name → number
+    place: str = "",  # where it is, for messages
+) -> dict[str, object]:  # dotted place → value
     "Write nested mappings as one."
     found = {}
     for key, value in values.items():
@@ -63,7 +68,7 @@ def flat_values(values: dict, place: str = "") -> dict[str, object]:  # dotted p
 
 def spec_differences(
     a: dict,  # fields of a study or of a spec
-    b: dict,
+    b: dict,  # fields of the other
 ) -> list[tuple[str, object, object]]:  # dotted place, value in a, value in b; None: not there
     "List what differs in two specs."
     one, two = flat_values(a), flat_values(b)
@@ -92,8 +97,8 @@ def compared_cell(
                   "n_seeds": len(pair.seeds), "n_cases": pair.n_cases}
 
 def compare_tables(
-    a: Tables,
-    b: Tables,
+    a: Tables,  # of one study
+    b: Tables,  # of the other study
     on: Iterable[str] = tuple(CELL),  # what makes two cells the same
 ) -> pd.DataFrame:  # a row per cell of both: COMPARED and p_holm
     "Compare two studies, cell by cell, paired by seed and case: positive where A is better."

@@ -27,7 +27,9 @@ from ..foundation.registry import backbones, check_weights_name, suggest_name, V
 from ..nets.files import Part, check_state, parts_of, read_content, strip_prefix
 
 # %% ../../nbs/3_backbones/13_imported.ipynb #18a200a6
-def timm_content(name: str) -> dict:  # name: of a timm model → {"state_dict": …, "source": …}
+def timm_content(
+    name: str,  # of a timm model → {"state_dict": …, "source": …}
+) -> dict:
     "Get the weights of a model of timm, where timm is installed."
     try: import timm
     except ImportError:
@@ -42,7 +44,9 @@ def timm_content(name: str) -> dict:  # name: of a timm model → {"state_dict":
 # %% ../../nbs/3_backbones/13_imported.ipynb #30b99155
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # looked for in a repository, in this order
 
-def hub_content(name: str) -> dict:  # name: OWNER/REPO or OWNER/REPO/FILE → as above
+def hub_content(
+    name: str,  # OWNER/REPO or OWNER/REPO/FILE → as above
+) -> dict:
     "Get the weights of a repository on the Hugging Face hub."
     from huggingface_hub import hf_hub_download
     owner, _, rest = name.partition("/")
@@ -57,7 +61,9 @@ def hub_content(name: str) -> dict:  # name: OWNER/REPO or OWNER/REPO/FILE → a
                    f"hf:{owner}/{repo}/FILE, or download it by hand.")
 
 # %% ../../nbs/3_backbones/13_imported.ipynb #e3bf0a60
-def source_content(source: str) -> dict:  # source: a file, timm:NAME or hf:OWNER/REPO
+def source_content(
+    source: str,  # a file, timm:NAME or hf:OWNER/REPO
+) -> dict:
     "Read the content of a source of weights."
     kind, colon, name = source.partition(":")
     if colon and kind in ("timm", "hf"): return (timm_content if kind == "timm" else hub_content)(name)
@@ -95,7 +101,9 @@ def configuration_facts(
                       "notes": () if known or not schemes else (f"{said}the architecture is used",)}
 
 # %% ../../nbs/3_backbones/13_imported.ipynb #aa648d33
-def file_facts(content: dict) -> Facts:  # content: of a file
+def file_facts(
+    content: dict,  # of a file
+) -> Facts:
     "Read what a file states about its network."
     plan = content.get("nnssl_adaptation_plan")
     if isinstance(plan, dict):
@@ -136,7 +144,7 @@ def chosen_parts(
 
 # %% ../../nbs/3_backbones/13_imported.ipynb #d2a3bb28
 def fit_parts(
-    parts: list[Part],
+    parts: list[Part],  # networks of a checkpoint
     arch: str,  # architecture
     channels: int | None,  # input channels; None: as published, or as the file's first layer has
     path: str,  # for messages
@@ -170,7 +178,7 @@ ANY_SEQUENCE = "any"  # an input channel that may be any sequence
 
 def check_sequences(
     given: Iterable[str],  # --sequences
-    facts: Facts,
+    facts: Facts,  # of the folder
     channels: int,  # of the file
 ) -> tuple[str, ...]:  # a name for each input channel
     "Name the input channels: as given, as the file states, or any."
@@ -192,11 +200,11 @@ class Origin:
 # %% ../../nbs/3_backbones/13_imported.ipynb #a9dd3b50
 def imported_manifest(
     name: str,  # architecture.weights
-    origin: Origin,
-    facts: Facts,
+    origin: Origin,  # where it comes from
+    facts: Facts,  # of the folder
     file: tuple[str, str],  # name and sha256 of the file
     state: dict[str, Tensor],  # all tensors of the backbone
-    report: KeyReport,
+    report: KeyReport,  # how keys agree
     channels: int,  # input channels
 ) -> WeightsManifest:
     "Write the plan of weights that were made elsewhere."
@@ -220,15 +228,15 @@ def imported_manifest(
 class Imported:
     "What became of a file of weights."
     path: Path  # the planned file
-    facts: Facts
-    report: KeyReport
-    plan: WeightsManifest
+    facts: Facts  # of the folder
+    report: KeyReport  # how keys agree
+    plan: WeightsManifest  # of the weights
 
 # %% ../../nbs/3_backbones/13_imported.ipynb #23bb0f64
 def import_weights(
     source: str,  # a file, timm:NAME or hf:OWNER/REPO
     name: str,  # architecture.weights that they are called from now on
-    origin: Origin,
+    origin: Origin,  # where it comes from
     prefix: str = "",  # the names below it are meant; "": whatever fits best
     channels: int | None = None,  # input channels; None: as the file has them
     share: float = 0.9,  # least share of the backbone that is filled

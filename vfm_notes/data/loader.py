@@ -110,8 +110,8 @@ LAST = ("fill", "drop", "short")  # what becomes of a last batch that is not ful
 
 def batches(
     n: int,  # cases
-    batch_size: int,
-    seed: int,
+    batch_size: int,  # cases at a time
+    seed: int,  # of the random numbers; the same seed gives the same result
     epoch: int,  # another order in every epoch
     last: str = "short",  # one of LAST
 ) -> list[np.ndarray]:  # index arrays
@@ -132,8 +132,8 @@ def batches(
 class Loader:
     "Epochs of batches out of arrays that hold one case per row."
     arrays: dict  # name → (n, …): array, memory map or tensor
-    batch_size: int
-    seed: int = 0
+    batch_size: int  # cases at a time
+    seed: int = 0  # of the random numbers; the same seed gives the same result
     last: str = "fill"  # one of LAST
     # of a batch, before it is handed out
     change: Callable[[dict, np.random.Generator], dict] = lambda batch, rng: batch

@@ -41,12 +41,16 @@ class NewCase:
     name: str  # its answers are called so
     files: dict[str, str]  # sequence → address
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #2e6ec01f
 ENDINGS = (*VOLUME_SUFFIXES, *PICTURE_ENDINGS)
-def bare_name(address: str) -> str:
+def bare_name(
+    address: str,  # path, or archive#array
+) -> str:
     "Return a file's or folder's name without its ending."
     name = split_address(address)[0].resolve().name
     return next((name[:-len(e)] for e in ENDINGS if name.lower().endswith(e)), name)
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #67cba53b
 def case_name(
     address: str,  # of the first image
     sequence: str,  # that it is
@@ -66,11 +70,12 @@ def have_all(
     lacks = [s for s in sequences if s not in files]
     if not lacks: return {s: files[s] for s in sequences}
     have = ", ".join(there) or ", ".join(files) or "nothing"
-    raise VfmError(f"{where} has no {' and no '.join(lacks)} (it has {have}): the network reads {', '.join(sequences)}; "
-                   f"name the files, e.g. {lacks[0]}=FILE.")
+    raise VfmError(f"{where} has no {' and no '.join(lacks)} (it has {have}): the network reads "
+                   f"{', '.join(sequences)}; name the files, e.g. {lacks[0]}=FILE.")
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #a9d4adcb
 def folder_files(
-    folder: Path,
+    folder: Path,  # a folder
     sequences: tuple[str, ...],  # that the network reads
 ) -> dict[str, str]:  # sequence → address
     "Find the images of a case in its folder: by the names of the sequences, or as its only DICOM series."
@@ -78,8 +83,8 @@ def folder_files(
     found = {s: [p for p in there if bare_name(str(p)).lower() == s] for s in sequences}
     for s, files in found.items():
         if len(files) > 1:
-            raise VfmError(f"{folder} has {len(files)} files for {s} ({', '.join(p.name for p in files)}); name the one "
-                           f"that is meant: {s}=FILE.")
+            raise VfmError(f"{folder} has {len(files)} files for {s} ({', '.join(p.name for p in files)}); name the "
+                           f"one that is meant: {s}=FILE.")
     if not any(found.values()) and len(sequences) == 1:
         images = [p for p in there if p.name.lower().endswith(VOLUME_SUFFIXES)]
         if len(images) == 1: return {sequences[0]: str(images[0])}
@@ -101,6 +106,7 @@ def sheet_cases(
         cases.append(NewCase(name, files))
     return cases
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #0c4d8045
 def cohort_cases(
     folder: Path,  # with manifest and card
     sequences: tuple[str, ...],  # that the network reads
@@ -121,16 +127,17 @@ def cases_at(
     "Return the cases that one word names."
     path, _ = split_address(word)
     if not path.exists():
-        raise VfmError(f"{word} does not exist; expected a scan, the folder of a case, a sheet (.csv) or SEQUENCE=FILE, "
-                       f"e.g. {sequences[0]}=scan.nii.gz.")
+        raise VfmError(f"{word} does not exist; expected a scan, the folder of a case, a sheet (.csv) or "
+                       f"SEQUENCE=FILE, e.g. {sequences[0]}=scan.nii.gz.")
     if path.suffix.lower() in (".csv", ".tsv"): return sheet_cases(path, sequences)
     if (path/"card.yaml").is_file(): return cohort_cases(path, sequences)
     if path.is_dir() and "#" not in word: files = folder_files(path, sequences)
     elif len(sequences) == 1: files = {sequences[0]: word}
     elif sequences == ("red", "green", "blue") and is_picture(word): files = {s: f"{word}#{s}" for s in sequences}
     else:
-        raise VfmError(f"{word} is one file, and the network reads {len(sequences)} sequences ({', '.join(sequences)}); "
-                       f"give {' '.join(f'{s}=FILE' for s in sequences)}, or a folder with a file for each.")
+        raise VfmError(f"{word} is one file, and the network reads {len(sequences)} sequences "
+                       f"({', '.join(sequences)}); give {' '.join(f'{s}=FILE' for s in sequences)}, or a folder with a "
+                       "file for each.")
     folder = path.is_dir() and next(iter(files.values())) != word
     return [NewCase(path.resolve().name if folder else case_name(word, sequences[0]), files)]
 
@@ -160,6 +167,7 @@ def new_cases(
     close()
     return check_names_of(cases)
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #0dd21866
 def check_names_of(cases: list[NewCase]) -> list[NewCase]:  # the same
     "Refuse cases whose answers would have the same name, or a name that no file can have."
     names = [c.name for c in cases]
@@ -176,7 +184,7 @@ def check_names_of(cases: list[NewCase]) -> list[NewCase]:  # the same
 @dataclass
 class PlacedCase:
     "A new case on a network's grid."
-    case: NewCase
+    case: NewCase  # files of the case
     volume: np.ndarray  # (c, d, h, w) float32, raw intensities
     inner: tuple[slice, slice, slice]  # (d, h, w) the part that lies as the training's grids did
     spacing: tuple[float, float, float]  # (d, h, w) mm of the grid
@@ -209,6 +217,7 @@ def covering_grid(
     large.SetOrigin(grid.TransformContinuousIndexToPhysicalPoint(low.astype(float).tolist()))
     return large, tuple(slice(int(-a), int(-a + n)) for a, n in zip(low[::-1], size[::-1]))
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #4bc3b84e
 def stored_grid(
     image: sitk.Image,  # from read_image
 ) -> sitk.Image:  # empty, with the axes of the file
@@ -224,7 +233,7 @@ def stored_grid(
 # %% ../../nbs/1_data/23_new_cases.ipynb #b6cc0fb1
 def given_centre(
     centre: str | tuple[float, float, float],  # "" or middle: of the volume; x, y, z mm towards right, front, head
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
     file: str,  # for messages
 ) -> tuple[float, float, float]:  # physical point (left, back, head) mm
     "Return the point that a grid is centred on."
@@ -236,8 +245,9 @@ def given_centre(
                        "viewers show them for NIfTI (towards right, front, head).")
     return tuple(point.tolist())
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #8a7e905c
 def place_volumes(
-    case: NewCase,
+    case: NewCase,  # files of the case
     size: tuple[int, int, int],  # (d, h, w) voxels of the training's grid
     spacing: tuple[float, float, float],  # (d, h, w) mm
     centre: str | tuple[float, float, float] = "",  # see given_centre
@@ -252,11 +262,12 @@ def place_volumes(
     values = np.stack([resample(image, large, what=case.files[s]) for s, image in images.items()]).astype(np.float32)
     notes = [f"{s} has voxels of {times(i.GetSpacing()[::-1])} mm and was resampled to {times(spacing)} mm (d, h, w)"
              for s, i in images.items() if not np.allclose(i.GetSpacing()[::-1], spacing, rtol=0.01)]
-    return PlacedCase(case, values, inner, tuple(large.GetSpacing()[::-1]), large, stored_grid(first), notes=tuple(notes))
+    return PlacedCase(case, values, inner, tuple(large.GetSpacing()[::-1]), large, stored_grid(first),
+                      notes=tuple(notes))
 
 # %% ../../nbs/1_data/23_new_cases.ipynb #bf3b1144
 def place_pictures(
-    case: NewCase,
+    case: NewCase,  # files of the case
     size: tuple[int, int, int],  # (1, h, w) pixels
     middle: bool = False,  # the training kept the middle of a larger one
 ) -> PlacedCase:
@@ -268,8 +279,9 @@ def place_pictures(
     return PlacedCase(case, volume, tuple(slice(0, n) for n in size), (1.0, 1.0, 1.0),
                       shape=next(iter(shapes.values())), middle=middle)
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #29395bfd
 def place_case(
-    case: NewCase,
+    case: NewCase,  # files of the case
     sequences: tuple[str, ...],  # of the network
     pictures: bool,  # whether it was trained on pictures
     size: tuple[int, int, int], spacing: tuple[float, float, float],  # of its training
@@ -293,7 +305,7 @@ def place_case(
 # %% ../../nbs/1_data/23_new_cases.ipynb #e5cafeae
 def to_native(
     values: np.ndarray,  # (d, h, w) on the network's grid
-    placed: PlacedCase,
+    placed: PlacedCase,  # the case on the network's grid
     outside: float = 0.0,  # where a picture was cut off
 ) -> np.ndarray:  # (z, y, x) float32 in the order of the file; of a picture (1, h, w)
     "Bring a map back to the voxels of the scan."
@@ -309,8 +321,9 @@ def to_native(
     image.CopyInformation(placed.grid)
     return resample(image, placed.native)
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #6d94627b
 def like_header(
-    placed: PlacedCase,
+    placed: PlacedCase,  # the case on the network's grid
 ) -> tuple[nib.Nifti1Header, np.ndarray]:  # header and affine (right, front, head)
     "Return the header of a case's first file; that of a NIfTI file is its own."
     path, _ = split_address(placed.first)
@@ -322,9 +335,10 @@ def like_header(
     header.set_xyzt_units("mm")
     return header, affine
 
+# %% ../../nbs/1_data/23_new_cases.ipynb #23d57608
 def write_like(
     values: np.ndarray,  # (z, y, x) in the order of the file
-    placed: PlacedCase,
+    placed: PlacedCase,  # the case on the network's grid
     path: Path,  # .nii.gz
     kind: type = np.float32,  # of the numbers
 ) -> None:

@@ -20,15 +20,24 @@ from .registry import Registry, VfmError
 loggers = Registry("logger")  # a function of (record, curves, folder)
 Curve = tuple[int, str, float]  # epoch, name, value
 
-def plain_fields(record: dict) -> dict[str, str | int | float | bool]:  # record: of a run → its spec, flat
+def plain_fields(
+    record: dict,  # of a run → its spec, flat
+) -> dict[str, str | int | float | bool]:
     "Write the spec of a run in values that every logger takes."
     plain = lambda v: v if isinstance(v, (str, int, float, bool)) else str(v)
     return {k: plain(v) for k, v in record["spec"].items()}
 
-def tag(name: str) -> str: return re.sub(r"[^\w ./-]+", "_", name)  # of a metric, as MLflow allows
+# of a metric, as MLflow allows
+def tag(
+    name: str,  # a name
+) -> str:
+    return re.sub(r"[^\w ./-]+", "_", name)
 
 @loggers("tensorboard", title="TensorBoard", module="tensorboard", install="tensorboard")
-def to_tensorboard(record: dict, curves: Iterable[Curve], folder: Path) -> None:
+def to_tensorboard(
+    record: dict, curves: Iterable[Curve],  # of a run
+    folder: Path,  # a folder
+) -> None:
     "Write event files into the folder `tensorboard` of the study."
     from torch.utils.tensorboard import SummaryWriter
     with SummaryWriter(str(folder/"tensorboard"/record["id"])) as writer:
@@ -38,7 +47,10 @@ def to_tensorboard(record: dict, curves: Iterable[Curve], folder: Path) -> None:
 
 # %% ../../nbs/0_foundation/12_loggers.ipynb #037cc8c5
 @loggers("mlflow", title="MLflow", module="mlflow", install="mlflow")
-def to_mlflow(record: dict, curves: Iterable[Curve], folder: Path) -> None:
+def to_mlflow(
+    record: dict, curves: Iterable[Curve],  # of a run
+    folder: Path,  # a folder
+) -> None:
     "Write into the experiment that is called like the study, at MLFLOW_TRACKING_URI."
     import mlflow
     mlflow.set_experiment(record["study"])
@@ -49,7 +61,10 @@ def to_mlflow(record: dict, curves: Iterable[Curve], folder: Path) -> None:
         mlflow.set_tag("status", record["status"])
 
 @loggers("wandb", title="Weights & Biases", module="wandb", install="wandb")
-def to_wandb(record: dict, curves: Iterable[Curve], folder: Path) -> None:
+def to_wandb(
+    record: dict, curves: Iterable[Curve],  # of a run
+    folder: Path,  # a folder
+) -> None:
     "Write into the project that is called like the study."
     import wandb
     run = wandb.init(project=record["study"], name=record["id"], config=plain_fields(record), dir=str(folder))

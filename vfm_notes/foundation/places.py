@@ -113,7 +113,7 @@ def weights_root() -> Path:
 
 # %% ../../nbs/0_foundation/03_places.ipynb #1d84fbba
 def path_below(
-    root: Path,
+    root: Path,  # a folder
     *parts: str,  # one name for each level
 ) -> Path:
     "Return a place below a folder, whatever the names are."
@@ -143,22 +143,47 @@ def study_root(
     return path_below(runs_root(), study)
 
 # what one run left behind
-def run_folder(study: str, run_id: str) -> Path: return path_below(study_root(study), run_id)
+def run_folder(
+    study: str,  # name of a study
+    run_id: str,  # name of a run
+) -> Path:
+    return path_below(study_root(study), run_id)
 # executed
-def notebook_file(study: str, job: str) -> Path: return path_below(study_root(study), "notebooks", f"{job}.ipynb")
+def notebook_file(
+    study: str,  # name of a study
+    job: str,  # name of a job
+) -> Path:
+    return path_below(study_root(study), "notebooks", f"{job}.ipynb")
 # what its process printed
-def log_file(study: str, job: str) -> Path: return path_below(study_root(study), "logs", f"{job}.log")
+def log_file(
+    study: str,  # name of a study
+    job: str,  # name of a job
+) -> Path:
+    return path_below(study_root(study), "logs", f"{job}.log")
 # while it trains
-def checkpoint_file(study: str, run_id: str) -> Path:
+def checkpoint_file(
+    study: str,  # name of a study
+    run_id: str,  # name of a run
+) -> Path:
     return path_below(study_root(study), "checkpoints", f"{run_id}.pt")
 # of carried weights
-def plugin_copies(study: str) -> Path: return path_below(study_root(study), "plugins")  # own code as it was run
-def weights_file(name: str, ending: str = "safetensors") -> Path: return path_below(weights_root(), f"{name}.{ending}")
+# own code as it was run
+def plugin_copies(
+    study: str,  # name of a study
+) -> Path:
+    return path_below(study_root(study), "plugins")
+def weights_file(
+    name: str,  # architecture.weights
+    ending: str = "safetensors",  # of the file, with its dot
+) -> Path:
+    return path_below(weights_root(), f"{name}.{ending}")
 def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
 def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open
 
 # %% ../../nbs/0_foundation/03_places.ipynb #c2342fb6
-def pid_alive(pid: int) -> bool:  # pid: process number
+def pid_alive(
+    pid: int,  # process number
+) -> bool:
     "Return whether a process runs (and is not just waiting to be reaped)."
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError: pass  # it is gone, or hidden, or this system has no /proc
@@ -167,7 +192,9 @@ def pid_alive(pid: int) -> bool:  # pid: process number
     except PermissionError: pass  # somebody else's
     return True
 
-def part_name(path: Path) -> Path:  # beside it
+def part_name(
+    path: Path,  # a file
+) -> Path:  # beside it
     "Name what is not complete yet after its file or folder, its machine and its process."
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.part")
 
@@ -180,12 +207,16 @@ def abandoned(
     found = [(p, m) for p in sorted(folder.glob(".*.part")) if (m := here.fullmatch(p.name))]
     return [(p, m[1]) for p, m in found if not pid_alive(int(m[2]))]
 
-def drop_parts(path: Path) -> None:
+def drop_parts(
+    path: Path,  # a file
+) -> None:
     "Remove the parts of a file that killed processes left."
     for part, _ in abandoned(path.parent, path.name): part.unlink(missing_ok=True)
 
 # %% ../../nbs/0_foundation/03_places.ipynb #disk0007
-def fsync(path: Path) -> None:
+def fsync(
+    path: Path,  # a file or folder
+) -> None:
     "Wait until a file or folder has reached the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -213,8 +244,8 @@ def atomic_file(
 # %% ../../nbs/0_foundation/03_places.ipynb #b9945f62
 def write_atomic(
     path: Path,  # as in `atomic_file`, like the options
-    text: str,
-    **options,
+    text: str,  # content of the file
+    **options,  # of the file
 ) -> None:
     "Write a text, whole or not at all."
     with atomic_file(path, **options) as part: part.write_text(text, encoding="utf-8")
@@ -260,7 +291,9 @@ class DiskFull(VfmError):
     "There is no space left for records."
 
 @contextmanager
-def detect_full_disk(folder: Path) -> Iterator[None]:  # folder: where the block writes
+def detect_full_disk(
+    folder: Path,  # where the block writes
+) -> Iterator[None]:
     "Distinguish a full disk from all other errors."
     try: yield
     except Exception as error:
@@ -274,7 +307,9 @@ def detect_full_disk(folder: Path) -> Iterator[None]:  # folder: where the block
 class DamagedFile(VfmError):
     "A file is not what was written."
 
-def file_hash(path: Path | str) -> str:  # sha256, hex
+def file_hash(
+    path: Path | str,  # a file
+) -> str:  # sha256, hex
     "Return the checksum of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -317,7 +352,9 @@ def plugin_place(
     )
 
 # %% ../../nbs/0_foundation/03_places.ipynb #2c83cb06
-def plugin_name(place: str) -> str:  # of its module
+def plugin_name(
+    place: str,  # where it is, for messages
+) -> str:  # of its module
     "Return the name under which a plugin is imported."
     return Path(place).stem if os.sep in place or place.endswith(".py") else place
 

@@ -36,7 +36,11 @@ def registered() -> dict[tuple[str, str], object]:
     return {(r.kind, name): r._entries[name] for r in Registry.made for name in r}
 
 # %% ../../nbs/0_foundation/11_plugins.ipynb #34643cc7
-def kept_code(place: str, code: str, study: str) -> Path:  # as below
+def kept_code(
+    place: str,  # where it is, for messages
+    code: str,  # Python source
+    study: str,  # name of a study
+) -> Path:  # as below
     "Return where the code of a plugin is kept beside the records of a study."
     return plugin_copies(study)/code[:16]/Path(place).name
 
@@ -78,7 +82,7 @@ def plugin_source(
 
 # %% ../../nbs/0_foundation/11_plugins.ipynb #2041e8b4
 def code_line(
-    error: BaseException,
+    error: BaseException,  # what was raised
     files: Iterable[str] | None = None,  # names of files or folders; None: those of all plugins that are loaded
 ) -> str:  # e.g. "my_code.py, line 12"; "" where no plugin took part
     "Return the line of a plugin at which an exception arose."
@@ -90,7 +94,10 @@ def code_line(
     return f"{Path(found[-1][0]).name}, line {found[-1][1]}" if found else ""
 
 # %% ../../nbs/0_foundation/11_plugins.ipynb #d2e62a27
-def import_code(name: str, source: Path | None) -> None:  # name: of the module; source: None for an installed one
+def import_code(
+    name: str,  # of the module; source: None for an installed one
+    source: Path | None,  # file with code; None: none
+) -> None:
     "Import a module, from a file where one is given."
     for old in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]: del sys.modules[old]
     if source is None: return importlib.import_module(name) and None
@@ -103,7 +110,10 @@ def import_code(name: str, source: Path | None) -> None:  # name: of the module;
     try: exec(compile((package or source).read_bytes(), str(package or source), "exec"), module.__dict__)
     finally: sys.dont_write_bytecode = writes
 
-def run_code(place: str, source: Path | None) -> None:
+def run_code(
+    place: str,  # where it is, for messages
+    source: Path | None,  # file with code; None: none
+) -> None:
     "Import a plugin, or raise one sentence with file and line."
     name = plugin_name(place)
     file = str(source) if source else importlib.util.find_spec(name).origin
@@ -119,13 +129,19 @@ def run_code(place: str, source: Path | None) -> None:
         raise VfmError(f"{where} (a plugin of the study): {kind}{str(said).rstrip('.')}.{more}") from error
 
 # %% ../../nbs/0_foundation/11_plugins.ipynb #100db055
-def forget_entries(module: str) -> None:
+def forget_entries(
+    module: str,  # dotted name
+) -> None:
     "Take out what an earlier version of a plugin has registered."
     for registry in Registry.made:
         for name in [n for n in registry if getattr(registry._entries[n], "__module__", "") == module]:
             del registry._entries[name], registry._cards[name]
 
-def load_plugin(place: str, code: str, study: str = "") -> Plugin:  # as in `plugin_source`
+def load_plugin(
+    place: str,  # where it is, for messages
+    code: str,  # Python source
+    study: str = "",  # name of a study
+) -> Plugin:  # as in `plugin_source`
     "Run a plugin once in this process."
     name = plugin_name(place)
     if name in LOADED and LOADED[name].code == code: return LOADED[name]

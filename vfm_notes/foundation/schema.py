@@ -54,11 +54,11 @@ DEEPEST, MOST, LONGEST_FILE = 20, 50_000, 1_000_000  # levels; values; bytes
 class Document:
     "A document on its way from events to a value."
     where: str  # its file, for messages
-    value: object = None
+    value: object = None  # what was read so far
     open: list = field(default_factory=list)  # of what is not closed: value, anchor, values when it began, next key
     known: dict = field(default_factory=dict)  # anchor → (value, how many values are in it); None while it is open
-    values: int = 0
-    begun: bool = False
+    values: int = 0  # how many were read
+    begun: bool = False  # whether anything was read
 
     def fail(self, event, what: str) -> None:
         raise VfmError(f"{self.where}, line {event.start_mark.line + 1}: {what}.")
@@ -75,7 +75,11 @@ class Document:
 ABSENT = object()  # a mapping's key is awaited
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #109e1f84
-def add_value(doc: Document, event, value) -> None:
+def add_value(
+    doc: Document,  # what was read so far
+    event,  # of the YAML parser
+    value,  # anything
+) -> None:
     "Put a value where it belongs."
     if not doc.open:
         doc.value = value
@@ -88,14 +92,20 @@ def add_value(doc: Document, event, value) -> None:
     else: key[0] = value
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #48983814
-def parse_scalar(doc: Document, event) -> str | int | float | bool | None:
+def parse_scalar(
+    doc: Document,  # what was read so far
+    event,  # of the YAML parser
+) -> str | int | float | bool | None:
     "Return what a word stands for."
     if event.tag not in (None, "!"): doc.fail(event, f"the tag {event.tag} is not known; write the value without it")
     try: return plain_value(event.value) if event.implicit[0] and event.tag is None else event.value
     except (VfmError, ValueError) as error: doc.fail(event, str(error))
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #9ba7b384
-def handle_event(doc: Document, event) -> None:
+def handle_event(
+    doc: Document,  # what was read so far
+    event,  # of the YAML parser
+) -> None:
     "Go on by one event."
     anchor = getattr(event, "anchor", None)
     match event:
@@ -124,12 +134,12 @@ def handle_event(doc: Document, event) -> None:
             doc.begun = True
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #1951589c
-CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what YAML refuses
+CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML's
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #bd63dab7
 def parse_yaml(
-    text: str,
+    text: str,  # of a YAML file
     where: str,  # its file, for messages
 ):  # dicts, lists, text, numbers, true, false, None
     "Read the value of a YAML text."
@@ -148,7 +158,7 @@ def parse_yaml(
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #b8f6f7e6
 def decode_yaml(
-    content: bytes,
+    content: bytes,  # of a YAML file
     where: str,  # its file, for messages
 ) -> str:
     "Decode the text of a YAML file."
@@ -165,7 +175,7 @@ def decode_yaml(
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #5660c826
 def read_yaml(
-    path: str | Path,
+    path: str | Path,  # a file
 ) -> dict:
     "Read the mapping that a YAML file holds."
     try: content = Path(path).read_bytes()
@@ -195,7 +205,7 @@ def dump_yaml(
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #cbe82280
 def check_text(
-    text: str,
+    text: str,  # of the field
     what: str,  # the field
 ) -> None:
     "Refuse characters that no file, page or terminal shows."
@@ -257,7 +267,10 @@ Kept, BadCases = Literal["last", "best"], Literal["refuse", "exclude"]
 Split = Literal["pretrain", "train", "val", "test"]
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #5403b068
-def check_window(window: tuple, what: str) -> None:
+def check_window(
+    window: tuple,  # voxels, (d, h, w); () for whole volumes
+    what: str,  # the field, dotted, for messages
+) -> None:
     "Refuse a window that has neither three sides nor none."
     if len(window) not in (0, 3):
         raise VfmError(f"{what} is {short_yaml(list(window))}, expected three whole numbers [d, h, w], or [] for none.")
@@ -266,7 +279,9 @@ Window = Annotated[tuple[Voxels, ...], check_window,
                    Meta(description="three whole numbers of voxels [d, h, w], or [] for none")]
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #b3b794a0
-def describe_range(info) -> str:  # info: of a number, from msgspec.inspect
+def describe_range(
+    info,  # of a number, from msgspec.inspect
+) -> str:
     "Describe the range of a number in words."
     if info.ge is None and info.gt is None: return ""
     low = f"from {info.ge:g}" if info.ge is not None else f"above {info.gt:g}"
@@ -276,7 +291,9 @@ def describe_range(info) -> str:  # info: of a number, from msgspec.inspect
     return f" {low}" + (f" to below {info.lt:g}" if info.lt is not None else "")
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #94df8607
-def type_words(info) -> str:  # info: from msgspec.inspect
+def type_words(
+    info,  # from msgspec.inspect
+) -> str:
     "Describe what a type allows."
     kinds = msgspec.inspect
     match info:
@@ -297,10 +314,18 @@ def type_words(info) -> str:  # info: from msgspec.inspect
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #a20d9a3c
 # words: "a, b or c"
-def join_alternatives(words: list[str]) -> str: return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def join_alternatives(
+    words: list[str],  # to be joined
+) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 # info: of a list or mapping
-def describe_minimum(info) -> str: return " with at least one entry" if info.min_length else ""
-def describe_entries(info) -> str:  # info: of the entries of a list, from msgspec.inspect
+def describe_minimum(
+    info,  # msgspec's description of a type
+) -> str:
+    return " with at least one entry" if info.min_length else ""
+def describe_entries(
+    info,  # of the entries of a list, from msgspec.inspect
+) -> str:
     "Describe what each entry allows."
     return "" if isinstance(info, msgspec.inspect.AnyType) else f", each entry {type_words(info)}"
 
@@ -337,13 +362,19 @@ def check_plain(
             raise VfmError(f"{what} is {short_yaml(value)}, expected text, a number, true, false, a list or a mapping.")
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #7556d7e1
-def raise_mismatch(value, kind, what: str) -> None:
+def raise_mismatch(
+    value,  # anything
+    kind,  # the type of a field
+    what: str,  # the field, dotted, for messages
+) -> None:
     "Raise: this is not what the type allows."
     guess = suggest_name(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
     raise VfmError(f"{what} is {short_yaml(value)}, expected {describe_type(kind)}.{guess}")
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #5b055459
-def is_sequence(kind) -> bool:  # kind: a type
+def is_sequence(
+    kind,  # a type
+) -> bool:
     "Return whether a type is a list, or a tuple of any length."
     return get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1] is ...)
 
@@ -430,7 +461,7 @@ def from_values(
 
 # %% ../../nbs/0_foundation/02_schema.ipynb #075e87e4
 def argument_types(
-    function,
+    function,  # a function with type hints
     skip: int,  # arguments at the beginning that are no options
 ) -> dict[str, Any]:  # option → type
     "Return the options that a function takes."

@@ -115,7 +115,7 @@ def unwrap_state(
     while inner := next(
         (
             content[k]
-            for k in ("model", "state_dict", "model_state_dict", "teacher", "net")
+            for k in ("model", "state_dict", "model_state_dict", "teacher", "net", "network_weights")
             if isinstance(content.get(k), dict)
         ),
         None,
@@ -196,7 +196,7 @@ KEPT_IN = {"module", "model", "net", "network", "backbone", "encoder", "teacher"
            "vision_model", "vision_tower", "visual", "trunk", "_forward_module", "_orig_mod"}
 
 def below_prefixes(
-    state: dict[str, Tensor],
+    state: dict[str, Tensor],  # name of a tensor → tensor
     prefix: str = "",  # taken off so far
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:  # prefix, the tensors below it
     "Return a state as it is, and below each of its prefixes."
@@ -212,7 +212,7 @@ class Part:
     "Tensors of a checkpoint that may be a network."
     place: str  # of their dictionary, dotted; "" is the file's own
     prefix: str  # that was taken off their names
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # name of a tensor → tensor
     among: int = 1  # dictionaries of tensors in the checkpoint
     left: int = 0  # tensors of the dictionary that lie outside
 

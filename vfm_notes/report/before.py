@@ -15,7 +15,7 @@ import numpy as np
 # %% ../../nbs/9_report/16_before.ipynb #e9019ec0
 from ..analysis.prediction import score_title
 from vfm_notes.analysis.ranking import (
-    CONTROL_TITLES, ranking_findings, ranking_verdict, rows_of, scale_words, short_amount,
+    CONTROL_TITLES, ranking_findings, ranking_verdict, rows_of, scale_words, short_amount, shown_less,
 )
 from ..foundation.blocks import Block, findings_list, format_estimate, lead, note, table
 from ..foundation.places import project_root
@@ -24,7 +24,11 @@ from ..foundation.show import Figure, apply_window, encode_png, svg_text
 from .feature_maps import colour_map
 
 # %% ../../nbs/9_report/16_before.ipynb #4bf5e2c4
-def png_text(pixels: np.ndarray) -> str: return base64.b64encode(encode_png(pixels)).decode()  # for a JSON file
+# for a JSON file
+def png_text(
+    pixels: np.ndarray,  # (h, w) or (h, w, 3), 0 to 255
+) -> str:
+    return base64.b64encode(encode_png(pixels)).decode()
 
 def feature_pictures(
     images: list[np.ndarray],  # (h, w) slices of the cases
@@ -41,7 +45,7 @@ def feature_pictures(
         "maps": shown, "shape": list(images[0].shape),
     }
 
-# %% ../../nbs/9_report/16_before.ipynb #046e2eff
+# %% ../../nbs/9_report/16_before.ipynb #47786eef
 def picture_figure(
     pictures: dict,  # from `feature_pictures`
     titles: dict[str, str],  # candidate → what it is called
@@ -68,9 +72,10 @@ def picture_figure(
         f"<title>{alt}</title>{''.join(out)}</svg>", alt,
     )
 
-# %% ../../nbs/9_report/16_before.ipynb #a2bc32e0
+# %% ../../nbs/9_report/16_before.ipynb #392943c1
 KIND_COLOURS = {"weights": "#0072B2", "random": "#999999", "control": "#D55E00"}
 
+# %% ../../nbs/9_report/16_before.ipynb #ab491b58
 def ranking_figure(
     ranking: dict,  # from `analysis.ranking.read_ranking`
     width: float = 430,  # of the axis, drawing units
@@ -97,8 +102,10 @@ def ranking_figure(
         f'width="{left + width + 30:.0f}" role="img"><title>{alt}</title>{"".join(out)}</svg>', alt,
     )
 
-# %% ../../nbs/9_report/16_before.ipynb #967ec5cf
-def ranking_rows(ranking: dict) -> list[dict]:  # column heading → value
+# %% ../../nbs/9_report/16_before.ipynb #cc38b358
+def ranking_rows(
+    ranking: dict,  # as it was written
+) -> list[dict]:  # column heading → value
     "Return the rows of the page's table."
     out = []
     for r in ranking["rows"]:
@@ -107,8 +114,9 @@ def ranking_rows(ranking: dict) -> list[dict]:  # column heading → value
         if r.get("value") is None: row |= {"score": r["reason"], "behind": None}
         else: row |= {
             "score": format_estimate(r["value"], r["low"], r["high"], "score", of),
-            "behind": format_estimate(r["behind"], r["behind_low"], r["behind_high"], "difference",
-                                      f"rank {ranking['task']}, {ranking['reference']} over {r['name']}"),
+            "behind": Block("–") if r["name"] == ranking["reference"] else format_estimate(
+                r["behind"], r["behind_low"], r["behind_high"], "difference",
+                f"rank {ranking['task']}, {ranking['reference']} over {r['name']}"),
         }
         row |= {
             "parameters": short_amount(r["parameters"]) if r["kind"] != "control" else "",
@@ -120,9 +128,11 @@ def ranking_rows(ranking: dict) -> list[dict]:  # column heading → value
         out.append(row)
     return out
 
+# %% ../../nbs/9_report/16_before.ipynb #e56f7279
 def score_rows_of(ranking: dict) -> list[dict]:  # column heading → value
     "Return all other scores, each with the sign of its card."
-    names = [s for s in ranking["scores"] if s != ranking["by"]]
+    known = {k for r in rows_of(ranking) for k, v in r.items() if v is not None}
+    names = [s for s in ranking["scores"] if s != ranking["by"] and f"score_{s}" in known]
     sign = lambda s: "" if ranking["directions"][s] > 0 else " (less is better)"
     return [
         {"name": CONTROL_TITLES.get(r["name"], r["name"])}
@@ -130,8 +140,10 @@ def score_rows_of(ranking: dict) -> list[dict]:  # column heading → value
         for r in rows_of(ranking)
     ]
 
-# %% ../../nbs/9_report/16_before.ipynb #17507128
-def ranking_note(ranking: dict) -> str:
+# %% ../../nbs/9_report/16_before.ipynb #3cd6eaeb
+def ranking_note(
+    ranking: dict,  # as it was written
+) -> str:
     "State what limits the claim of a ranking."
     rows = "cells of the finest feature map, drawn evenly over classes" if ranking["cells"] else "one row for each case"
     return (
@@ -143,6 +155,7 @@ def ranking_note(ranking: dict) -> str:
         "own: see the page “Prediction”. Published numbers are copied from publications; “?” is not known here."
     )
 
+# %% ../../nbs/9_report/16_before.ipynb #bdee8a84
 def before_you_train(ranking: dict) -> Block:  # HTML
     "Show a ranking as a page does."
     titles = CONTROL_TITLES | {ranking["reference"]: ranking["reference"]}
@@ -156,12 +169,15 @@ def before_you_train(ranking: dict) -> Block:  # HTML
                   note("First three principal components as colours, over the three cases together; the middle slice.")]
     parts += [Block("<h3>Numbers</h3>"), table(ranking_rows(ranking)), Block("<h3>Other scores</h3>"),
               table(score_rows_of(ranking))]
+    if less := shown_less(ranking): parts.append(note("Shown less: " + "; ".join(less) + "."))
     left_out = "; ".join(f"{name}: {why}" for name, why in ranking["left_out"].items())
     if left_out: parts.append(note(f"Left out: {left_out}"))
     return sum(parts[1:], parts[0])
 
 # %% ../../nbs/9_report/16_before.ipynb #c5e5a1b6
-def page_of_its_own(ranking: dict) -> str:  # HTML
+def page_of_its_own(
+    ranking: dict,  # as it was written
+) -> str:  # HTML
     "Write a ranking as a file that needs nothing else."
     about = f"{ranking['task']} on {ranking['title']}"
     style = (project_root()/"nbs"/"report"/"style.css").read_text(encoding="utf-8")
@@ -175,7 +191,9 @@ def page_of_its_own(ranking: dict) -> str:  # HTML
     )
 
 # %% ../../nbs/9_report/16_before.ipynb #8a23504c
-def pictured(ranking) -> dict:  # ranking: of tune.rank
+def pictured(
+    ranking,  # of tune.rank
+) -> dict:
     "Paint the features of the two best weights and of the hand-made control."
     own = [n for n in ranking.order if ranking.candidates[n].kind == "weights"][:2]
     shown = [n for n in [*own, "hand_made"] if n in ranking.features and len(ranking.features[n].maps)]

@@ -121,7 +121,7 @@ def look_notebook(
 
 # %% ../../nbs/9_report/15_doctor.ipynb #68165d71
 def study_name(
-    folder: Path,
+    folder: Path,  # a folder
 ) -> str:  # letters, digits, _ and -
     "Name a study after its folder."
     return make_name(folder.resolve().name)
@@ -151,7 +151,7 @@ def init_folder(
 @dataclass(frozen=True)
 class Check:
     "One thing that was looked at."
-    name: str
+    name: str  # what is looked at
     state: str  # ok, note or missing
     found: str  # what is there
     do: str = ""  # what to do about it
@@ -341,7 +341,7 @@ def check_programs() -> Iterator[Check]:
 
 # %% ../../nbs/9_report/15_doctor.ipynb #96fba0b2
 def examine_study(
-    spec: StudySpec,
+    spec: StudySpec,  # the study
 ) -> Iterator[Check]:
     "Check everything that a study needs, as `vfm run` would."
     from vfm_notes.runs.notebook import known_conflicts

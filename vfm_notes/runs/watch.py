@@ -27,7 +27,7 @@ from .timed import timed_here
 @dataclass
 class JobStatus:
     "A job as somebody who waits for it sees it."
-    job: Job
+    job: Job  # a notebook with its parameters
     states: dict  # run id → one of runs.states.STATES
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
@@ -49,7 +49,7 @@ class JobStatus:
 # %% ../../nbs/7_runs/10_watch.ipynb #5f031567
 def job_status(
     study: str,  # name of the study
-    job: Job,
+    job: Job,  # a notebook with its parameters
     records: dict,  # run id → record
     queued: str = "",  # what a cluster's queue reports of it
 ) -> JobStatus:
@@ -66,7 +66,9 @@ def job_status(
     return look
 
 # %% ../../nbs/7_runs/10_watch.ipynb #0410f078
-def format_duration(seconds: float | None) -> str:
+def format_duration(
+    seconds: float | None,  # wall time; None: not known
+) -> str:
     "Write seconds for people."
     if seconds is None: return "unknown time"
     s = round(seconds)
@@ -80,8 +82,8 @@ class Display:
     "Tells how far a study is."
     total: int  # runs in all
     every: float = 15.0  # seconds between two lines in a log
-    started: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)  # when it began, seconds
+    last: float = field(default_factory=time.monotonic)  # when it was last done, seconds
     live: object = None  # rich's display, on a terminal
 
     def __post_init__(self):
@@ -114,9 +116,9 @@ class Display:
 # %% ../../nbs/7_runs/10_watch.ipynb #bdf06338
 def progress_bars(
     done: int,  # finished runs
-    total: int,
+    total: int,  # notebooks
     looks: list[JobStatus],  # running jobs
-    status: str,
+    status: str,  # of the jobs
 ):  # a rich table
     "Draw one bar for each running job and one for the study."
     from rich.progress_bar import ProgressBar
@@ -168,7 +170,10 @@ def core_seconds(
 # %% ../../nbs/7_runs/10_watch.ipynb #7213ed3c
 Speeds = dict[tuple, tuple[float, float, int]]  # key of `related_keys` → seconds taken, core seconds, number of runs
 
-def related_keys(kind: str, spec: dict) -> list[tuple]:
+def related_keys(
+    kind: str,  # transfer, pretrain or external
+    spec: dict,  # fields of a run
+) -> list[tuple]:
     "Return keys of a run, from its closest relatives to the most distant."
     near = (kind, spec.get("task", ""), spec["backbone"], spec.get("strategy", ""))
     return [near[:k] for k in (4, 3, 2, 1, 0)]
@@ -194,7 +199,7 @@ def measure_speeds(
 @dataclass(frozen=True)
 class Estimate:
     "A time, and what it rests on."
-    seconds: float
+    seconds: float  # wall time
     runs: int  # how many runs that were recorded or are at work it is judged by; 0: measured costs alone
     timed: bool = False  # these costs are scaled by a step that was timed here
 
@@ -210,7 +215,11 @@ class Estimate:
         return f"an estimate from {where}, as no run is recorded here yet"
 
 # %% ../../nbs/7_runs/10_watch.ipynb #46ecd965
-def run_time(kind: str, spec: dict, known: Speeds) -> Estimate:
+def run_time(
+    kind: str,  # transfer, pretrain or external
+    spec: dict,  # fields of a run
+    known: Speeds,  # seconds of past runs
+) -> Estimate:
     "Estimate how long one run will take."
     here = timed_here()["ratio"]
     seconds, core, runs = next((known[k] for k in related_keys(kind, spec) if k in known), (here or 1.0, 1.0, 0))

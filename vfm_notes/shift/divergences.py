@@ -218,8 +218,8 @@ def kernel_factors(
 def gram_rows(
     left: Tensor,  # (n, ·)
     right: Tensor,  # (·, n)
-    rows: slice,
-    rbf: bool,
+    rows: slice,  # of the kernel
+    rbf: bool,  # Gaussian kernel, else linear
 ) -> Tensor:  # (rows, n) kernel, 0 where a case meets itself
     "Return some rows of a kernel without its diagonal."
     k = left[rows] @ right
@@ -277,7 +277,7 @@ def paired_interval(
     y: Tensor | np.ndarray,  # (n, f) same cases
     draws: int = 500,  # at least 20
     level: float = 0.95,  # share of the draws inside
-    seed: int = 0,
+    seed: int = 0,  # of the random numbers; the same seed gives the same result
 ) -> ResampledInterval:
     "Bootstrap over cases, the same ones in both tables: percentile interval, moved back to the value."
     divergence, least = divergences[name], divergences.card(name).get("least", -np.inf)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 # %% ../../nbs/6_tune/12_catalog.ipynb #64318b1b
 import vfm_notes.backbones.natural
+import vfm_notes.backbones.openmind
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet
+import vfm_notes.backbones.released
 import vfm_notes.backbones.specialists
 import vfm_notes.backbones.sulcal
 import vfm_notes.backbones.volumetric
@@ -26,6 +28,7 @@ import vfm_notes.pretrain.distillation
 import vfm_notes.pretrain.reconstruction
 import vfm_notes.shift.divergences
 import vfm_notes.shift.mmd
+import vfm_notes.shift.more_scores
 import vfm_notes.shift.scores
 import vfm_notes.tune.case_task
 import vfm_notes.tune.image_task

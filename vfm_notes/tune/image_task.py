@@ -25,8 +25,8 @@ from vfm_notes.tune.metric import (
     auc, average_precision, binary_f1, CaseDetections, class_hits, lesion_candidates, match_lesions, psnr, ssim,
 )
 from vfm_notes.tune.task import (
-    Answer, case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS, Segmentation,
-    Task, TaskData,
+    Answer, case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS,
+    Segmentation, Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #3367501f
@@ -35,7 +35,7 @@ class ImageTask(Task):
     primary, metrics = "psnr", ("psnr", "ssim")
     residual: int | None = None  # sequence that is a first guess of the target
     called: str = ""  # registered name
-    kept: tuple = ("target_moments",)
+    kept: tuple = ("target_moments",)  # of the input
     target_moments: tuple[float, float] = (0.0, 1.0)  # mean and sd of an image of no sequence that a new case has
 
     def __init__(self, card: CohortCard,
@@ -77,22 +77,25 @@ class ImageTask(Task):
         if self.residual is not None: x = np.concatenate([x, normalise(inputs[:, [self.residual]])], 1)
         return TaskData(torch.from_numpy(x), torch.from_numpy(y), cohort.names, cohort.patients, cohort.card.spacing)
 
-    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:
-        x = self.scale(volumes, like=like)
-        if self.residual is None: return torch.from_numpy(x)
-        guess = normalise(volumes[:, [self.residual]], like=like[:, [self.residual]])
-        return torch.from_numpy(np.concatenate([x, guess], 1))
-
-    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
-        "Return the image in the units of the sequence that it was standardised by; 0 stays 0."
-        if self.residual is None: mean, sd = np.float32(self.target_moments)
-        else: mean, sd = (torch.from_numpy(m) for m in moments(like[:, [self.residual]]))
-        return Answer(output * sd + mean)
-
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         shown = data.inputs[:, 0 if self.residual is None else -1].numpy()
         target, predicted = (rearrange(t, "n 1 d h w -> n d h w").numpy() for t in (data.target, output))
         return {"input": shown, "target": target, "prediction": predicted, "error": np.abs(predicted - target)}
+
+# %% ../../nbs/6_tune/04_image_task.ipynb #ff3e3f75
+@patch
+def encode(self: ImageTask, volumes: np.ndarray, like: np.ndarray) -> Tensor:
+    x = self.scale(volumes, like=like)
+    if self.residual is None: return torch.from_numpy(x)
+    guess = normalise(volumes[:, [self.residual]], like=like[:, [self.residual]])
+    return torch.from_numpy(np.concatenate([x, guess], 1))
+
+@patch
+def answer(self: ImageTask, output: Tensor, like: np.ndarray) -> Answer:
+    "Return the image in the units of the sequence that it was standardised by; 0 stays 0."
+    if self.residual is None: mean, sd = np.float32(self.target_moments)
+    else: mean, sd = (torch.from_numpy(m) for m in moments(like[:, [self.residual]]))
+    return Answer(output * sd + mean)
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #2b04b170
 @tasks("super_resolution", title="Super-resolution")
@@ -100,11 +103,14 @@ class SuperResolution(ImageTask):
     "The volume as acquired, from a k-space truncated one."
     called = "super_resolution"
 
-    def __init__(self, card: CohortCard,
-                 factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
-                 sequence: str | None = None,  # default: the first of the cohort
-                 head: str = "decoder",  # decoder or linear
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
+        sequence: str | None = None,  # default: the first of the cohort
+        head: str = "decoder",  # decoder or linear
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, head, skip)
         self.factor, self.residual = tuple(factor), channel(card, sequence or card.sequences[0], "super_resolution")
 
@@ -124,13 +130,16 @@ class DistortionCorrection(ImageTask):
     "The undistorted echo-planar image."
     called = "distortion_correction"
 
-    def __init__(self, card: CohortCard,
-                 sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
-                 amplitude: float = 3.0,  # typical largest displacement, voxels along h
-                 roughness: float = 0.12,  # random part of the field over its dipole
-                 seed: int = 0,  # of the fields
-                 head: str = "decoder",  # decoder or linear
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
+        amplitude: float = 3.0,  # typical largest displacement, voxels along h
+        roughness: float = 0.12,  # random part of the field over its dipole
+        seed: int = 0,  # of the fields
+        head: str = "decoder",  # decoder or linear
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, head, skip)
         sequence = sequence or ("dwi" if "dwi" in card.sequences else card.sequences[0])
         self.residual, self.field = (
@@ -151,11 +160,14 @@ class Translation(ImageTask):
     "One sequence out of another."
     called = "translation"
 
-    def __init__(self, card: CohortCard,
-                 source: str = "t2w",
-                 target: str = "dwi",
-                 head: str = "decoder",  # decoder or linear
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        source: str = "t2w",  # sequence that is given
+        target: str = "dwi",  # sequence that is predicted
+        head: str = "decoder",  # decoder or linear
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, head, skip)
         self.source, self.target = channel(card, source, "translation"), channel(card, target, "translation")
         if self.source == self.target:
@@ -187,7 +199,7 @@ class Translation(ImageTask):
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #dacd2e5b
 def structure_class(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     structure: str,  # a class, or "" for the last one
     task: str,  # for the message
 ) -> str:
@@ -222,15 +234,23 @@ def presence_rows(
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #b1a59d61
 # one row per case, one column per metric
-def detection_table(cases: pd.DataFrame) -> pd.DataFrame:
+def detection_table(
+    cases: pd.DataFrame,  # one row per case and metric
+) -> pd.DataFrame:
     return cases.pivot(index="case", columns="metric", values="value")
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #3e9d7cec
 # area under the ROC curve over cases
-def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
+def case_auc(
+    wide: pd.DataFrame,  # a column per structure
+) -> float:
+    return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #9400bea4
-def explain_undefined(cases: pd.DataFrame, structure: str) -> str:
+def explain_undefined(
+    cases: pd.DataFrame,  # one row per case and metric
+    structure: str,  # name of the structure
+) -> str:
     "Explain why a metric of cases is undefined."
     return f"{'all' if detection_table(cases)['label'].iloc[0] else 'none'} of them contain '{structure}'"
 
@@ -240,11 +260,14 @@ class Detection(Segmentation):
     "Find lesions, and say which cases have one."
     primary, metrics, called = "auc", ("auc", "ap", "picai"), "detection"
 
-    def __init__(self, card: CohortCard,
-                 structure: str = "",  # class of the lesions; default: the last
-                 class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
-                 head: str = "decoder",  # decoder, linear, upernet or unetr
-                 width: int | None = None):  # channels inside the head; default: as published
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        structure: str = "",  # class of the lesions; default: the last
+        class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
+        head: str = "decoder",  # decoder, linear, upernet or unetr
+        width: int | None = None,  # channels inside the head; default: as published
+    ):
         self.structure = structure_class(card, structure, self.called)
         super().__init__(card, class_weights, head, width)
 
@@ -318,7 +341,7 @@ class PresenceHead(nn.Module):
     reads = "pyramid"
     def __init__(self,
                  dense: nn.Module,  # reads the pyramid and the volume
-                 backbone: nn.Module,
+                 backbone: nn.Module,  # a network
                 ):
         super().__init__()
         self.dense, self.case = dense, ClassificationHead(backbone, 2)
@@ -342,12 +365,15 @@ class SegmentationAndPresence(Segmentation):
         ("dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity"), "segmentation_and_presence",
     )
 
-    def __init__(self, card: CohortCard,
-                 structure: str = "",  # class that may be absent; default: the last
-                 image: float = 0.8,  # weight of the segmentation in the loss; the verdict has the rest
-                 head: str = "decoder",  # decoder, linear, upernet or unetr
-                 width: int | None = None,  # channels inside the head; default: as published
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        structure: str = "",  # class that may be absent; default: the last
+        image: float = 0.8,  # weight of the segmentation in the loss; the verdict has the rest
+        head: str = "decoder",  # decoder, linear, upernet or unetr
+        width: int | None = None,  # channels inside the head; default: as published
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, None, head, width, skip)
         self.structure = structure_class(card, structure, self.called)
         self.index, self.image = card.classes.index(self.structure), image

@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/6_tune/08_monitor.ipynb #9dff6b10
+from ..backbones.own_grid import take_grid
 from ..backbones.protocol import build_backbone
 from ..foundation.meter import Meter
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from ..foundation.spec import RunSpec
 from ..nets.decoder import Network
 from ..shift.divergences import layer_divergences
@@ -33,8 +34,8 @@ class Monitor:
     "Scores validation cases and measures the distance to pretraining after every epoch."
     def __init__(
         self,
-        model: Network,
-        task: Task,
+        model: Network,  # backbone and head
+        task: Task,  # a task of the study
         data: dict[str, TaskData],  # train, val, test
         progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
         answer: Callable[[str], Tensor] | None = None,  # split → outputs for all its cases; None: the model's
@@ -62,7 +63,7 @@ class Monitor:
         if self.before is None: self.before = self.after
         moved = {f"d2p_{layer}": value for layer, value in layer_distances(self.before, self.after).items()}
         score = self.task.validate(self.answer("val"), self.data["val"])
-        if epoch and (good := score * METRICS[self.task.primary].direction) > self.carried["best"]:
+        if epoch and (good := score * metric_card(self.task.primary).direction) > self.carried["best"]:
             self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
         self.seconds += time.perf_counter() - start
         self.meter.lap(evaluation=self.seconds)
@@ -80,13 +81,14 @@ def early(self: Monitor, step: int) -> None:  # step: how many were taken
 # %% ../../nbs/6_tune/08_monitor.ipynb #ad08f6c9
 SATURATED, ANOTHER = 0.9, 1_000_003  # share of the ceiling; added to a seed for a draw that nothing else uses
 def random_features(
-    spec: RunSpec,
-    watch: Monitor,
+    spec: RunSpec,  # what the run is
+    watch: Monitor,  # features and scores on the way
 ) -> dict[str, Tensor]:  # as of `collect_features`
     "Compute features of the same architecture with random weights that have nothing to do with the run's first ones."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed if needs_weights(spec) else spec.seed + ANOTHER)
         random = build_backbone(spec.backbone, watch.model.backbone.in_channels)
+        take_grid(random, getattr(watch.model.backbone, "grid", None))
         if (k := strategy_options(spec.strategy)[1]["drop"]) is not None: drop_blocks(random, k)
     return collect_features(random.to(next(watch.model.backbone.parameters()).device), watch.seen)
 
@@ -107,8 +109,8 @@ def under_ceiling(
 # %% ../../nbs/6_tune/08_monitor.ipynb #19ff8e40
 def distances_to(
     features: dict[str, Tensor],  # layer → (n, f) of the same test cases, at some moment
-    spec: RunSpec,
-    watch: Monitor,
+    spec: RunSpec,  # what the run is
+    watch: Monitor,  # features and scores on the way
 ) -> list[dict]:  # rows of distance_to_pretraining; with `divergences` (name → value) where the spec names some
     "Measure how far each layer is from where it began."
     rows = distance_to_pretraining(watch.before, features, seed=spec.seed).to_dict("records")
@@ -117,7 +119,7 @@ def distances_to(
     return [row | {"divergences": others[row["layer"]]} for row in rows]
 
 def final_distances(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
     watch: Monitor,  # after the fit
 ) -> list[dict]:  # rows of distances_to
     "Measure how far each layer went by the end."
@@ -127,7 +129,7 @@ def final_distances(
 EARLY_SHARE = 0.05  # share of a run's steps
 
 def d2p_snapshots(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
     watch: Monitor,  # after the fit
     random: dict[str, Tensor],  # from random_features
 ) -> list[dict]:  # rows of distances_to, with `when`: early, best, random weights

@@ -23,7 +23,9 @@ from ..nets.files import forward_flops
 # %% ../../nbs/6_tune/16_timing.ipynb #567f033e
 TIMED_BACKBONE = "profound_toy"  # the backbone whose step is timed
 
-def shipped_cost(name: str) -> dict:  # of the rows of backbone_costs.json; {}: nobody measured it
+def shipped_cost(
+    name: str,  # a name
+) -> dict:  # of the rows of backbone_costs.json; {}: nobody measured it
     "Return what a backbone cost where all were measured, on one core."
     text = (project_root()/"nbs"/"report"/"backbone_costs.json").read_text(encoding="utf-8")
     rows = [r for run in json.loads(text) if run["kind"] == "cpu" for r in run["rows"] if r["name"] == name]
