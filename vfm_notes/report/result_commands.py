@@ -216,7 +216,10 @@ def metric_rows(
     return pd.DataFrame(rows, columns=[*LONG_COLUMNS, "metric", "value", "control", "unit"])
 
 # %% ../../nbs/9_report/18_result_commands.ipynb #daa1d9f1
-def cells_bundle(spec, rows: list[dict]) -> dict:  # spec: of the study; rows: from study_rows → plain values
+def cells_bundle(
+    spec,  # of the study
+    rows: list[dict],  # from study_rows
+) -> dict:  # plain values
     "Put a date on the cells of a study, so that they can be kept and compared with later."
     from datetime import datetime, timezone
     from vfm_notes.foundation.meter import provenance
@@ -225,7 +228,9 @@ def cells_bundle(spec, rows: list[dict]) -> dict:  # spec: of the study; rows: f
     return {"study": spec.name, "title": spec.title, "cohort": Path(spec.cohort).name,
             "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": made.get("commit"), "cells": plain}
 
-def read_bundle(path: str) -> dict:  # path: a file of `vfm table STUDY --json`
+def read_bundle(
+    path: str,  # a file of `vfm table STUDY --json`
+) -> dict:
     "Read results that somebody keeps."
     import json
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -234,7 +239,10 @@ def read_bundle(path: str) -> dict:  # path: a file of `vfm table STUDY --json`
         raise VfmError(f"{path} holds no results: expected what vfm table STUDY --json prints.")
     return found
 
-def beside_bundle(a: str, b: str) -> list[str]:  # a study, and a file with results; or two files
+def beside_bundle(
+    a: str,  # a study, or a file with results
+    b: str,  # another
+) -> list[str]:
     "Show results that somebody keeps beside those of a study: theirs were judged on cases of their own, so no pairing."
     from vfm_notes.foundation.spec import load_study
     def cells(name):

@@ -142,7 +142,11 @@ def weights_check(
     check_filled(report, state, share, "the backbone")
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #4986bedf
-def split_words(text: str) -> tuple[str, ...]: return tuple(w.strip() for w in text.split(",") if w.strip())  # "a, b"
+def split_words(
+    text: str,  # "a, b"
+) -> tuple[str, ...]:
+    "Split words at commas."
+    return tuple(w.strip() for w in text.split(",") if w.strip())
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #5243f84f
 @weights_app.command("import")

@@ -31,7 +31,11 @@ def shipped_cost(
     rows = [r for run in json.loads(text) if run["kind"] == "cpu" for r in run["rows"] if r["name"] == name]
     return rows[0] if rows else {}
 
-def is_shipped(name: str) -> bool: return "step_cpu_s" in shipped_cost(name)  # its step was measured
+def is_shipped(
+    name: str,  # registered backbone
+) -> bool:
+    "Return whether the step of a backbone was measured."
+    return "step_cpu_s" in shipped_cost(name)
 
 def timed_step(
     name: str,  # registered backbone
