@@ -30,7 +30,9 @@ Named = Annotated[
 ]
 
 # %% ../../nbs/9_report/17_data_commands.ipynb #f322f14d
-def study_names(incomplete: str) -> list[str]:  # incomplete: what is typed so far
+def study_names(
+    incomplete: str,  # what is typed so far
+) -> list[str]:
     "Suggest names and paths of studies."
     from vfm_notes.foundation.places import local_studies, shipped_studies
     files = [str(p) for p in sorted(Path().glob("*.y*ml"))]

@@ -103,8 +103,8 @@ def load_plugin_files(
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #0fb75efc
 def report_lines(
-    report,  # a KeyReport; shown: of each kind
-    shown: int = 20,  # of each kind; a table lists the rest
+    report,  # a KeyReport
+    shown: int = 20,  # of each kind
 ) -> list[str]:
     "List what of a file found its place, and what did not."
     changed = [f"{k} {a} in the file, {b} in the model" for k, a, b in report.reshaped]
@@ -142,7 +142,11 @@ def weights_check(
     check_filled(report, state, share, "the backbone")
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #4986bedf
-def split_words(text: str) -> tuple[str, ...]: return tuple(w.strip() for w in text.split(",") if w.strip())  # "a, b"
+def split_words(
+    text: str,  # "a, b"
+) -> tuple[str, ...]:
+    "Split words at commas."
+    return tuple(w.strip() for w in text.split(",") if w.strip())
 
 # %% ../../nbs/9_report/19_weights_commands.ipynb #5243f84f
 @weights_app.command("import")

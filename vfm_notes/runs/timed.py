@@ -31,7 +31,9 @@ def machine_name() -> str:
     return f"{cpu_name()}, {os.environ.get('OMP_NUM_THREADS', '')} threads"
 
 # %% ../../nbs/7_runs/08_timed.ipynb #a42a042d
-def time_first_step(study: StudySpec) -> None:
+def time_first_step(
+    study: StudySpec,  # that is about to run
+) -> None:
     "Measure one step on this machine where no run of the study is recorded to judge by."
     from vfm_notes.tune import timing
     if known_records(study.name): return

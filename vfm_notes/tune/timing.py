@@ -23,13 +23,19 @@ from ..nets.files import forward_flops
 # %% ../../nbs/6_tune/16_timing.ipynb #567f033e
 TIMED_BACKBONE = "profound_toy"  # the backbone whose step is timed
 
-def shipped_cost(name: str) -> dict:  # of the rows of backbone_costs.json; {}: nobody measured it
+def shipped_cost(
+    name: str,  # a name
+) -> dict:  # of the rows of backbone_costs.json; {}: nobody measured it
     "Return what a backbone cost where all were measured, on one core."
     text = (project_root()/"nbs"/"report"/"backbone_costs.json").read_text(encoding="utf-8")
     rows = [r for run in json.loads(text) if run["kind"] == "cpu" for r in run["rows"] if r["name"] == name]
     return rows[0] if rows else {}
 
-def is_shipped(name: str) -> bool: return "step_cpu_s" in shipped_cost(name)  # its step was measured
+def is_shipped(
+    name: str,  # registered backbone
+) -> bool:
+    "Return whether the step of a backbone was measured."
+    return "step_cpu_s" in shipped_cost(name)
 
 def timed_step(
     name: str,  # registered backbone
