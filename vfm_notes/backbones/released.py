@@ -52,6 +52,7 @@ def segresnet_16(
     reader = MapReader(net, lambda m, x: m.encode(x)[1], [width * 2**i for i in range(4)], [1, 2, 4, 8])
     return Volumetric("segresnet_16", reader, in_channels)
 
+# %% ../../nbs/3_backbones/14_released.ipynb #2ec4fbe0
 @backbones(
     "genesis_unet", title="Models Genesis' U-Net encoder", family="supervision", source="arXiv 1908.06912",
     size=(96, 96, 96), note=NOTE + "; own implementation: a case is normalised by itself, which the published batch "

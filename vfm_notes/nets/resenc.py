@@ -114,6 +114,7 @@ class StuBlock(nn.Module):
         y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
         return self.act(y + (x if self.conv3 is None else self.conv3(x)))
 
+# %% ../../nbs/2_nets/07_resenc.ipynb #40374542
 STU_SIZES = {"small": (16, 1), "base": (32, 1), "large": (64, 2), "huge": (96, 3)}  # base width, blocks a stage
 
 class StuNet(nn.Module):
