@@ -86,6 +86,7 @@ def genesis_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     "Return the way down of Models Genesis' U-Net; running statistics are not used by it."
     return {k: v for k, v in without_wrapper(state).items() if re.search(r"\.down_tr\d+\..*\.(weight|bias)$", k)}
 
+# %% ../../nbs/3_backbones/14_released.ipynb #da19e9c9
 weights("swin_unetr_48.suprem", title="SuPreM, Swin UNETR", file="supervised_suprem_swinunetr_2100.pth",
         normalisation="unit_range", note=CT_NOTE, **SUPREM)(suprem_swin)
 weights("segresnet_16.suprem", title="SuPreM, SegResNet", file="supervised_suprem_segresnet_2100.pth", share=1.0,
@@ -144,6 +145,7 @@ def dino_vit_3d(
     reader = MapsAndVector(net, [dim] * depth, [patch] * depth, names, spread_blocks(depth))
     return Volumetric("dino_vit_3d", reader, in_channels)
 
+# %% ../../nbs/3_backbones/14_released.ipynb #513e3091
 @weights(
     "dino_vit_3d.3dino", title="3DINO", source="github.com/AICONSlab/3DINO", hub="AICONSlab/3DINO-ViT", gated=True,
     file="3dino_vit_weights.pth", share=1.0,
@@ -211,6 +213,7 @@ MORE_NETS = {  # architecture: class in transformers, settings, reading, family,
                | dict(image_size=512, patch_size=16, num_channels=1), "cls", "contrast", "Curia ViT-B/16"), 512),
 }
 
+# %% ../../nbs/3_backbones/14_released.ipynb #e816e513
 def register_larger(
     name: str,  # of MORE_NETS
 ) -> None:
