@@ -171,7 +171,8 @@ def test_a_failed_pass_is_freed_before_the_memory_is_given_back(monkeypatch):
 
 @pytest.mark.parametrize("said, counts", [
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", True),
-    ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", True), ("shapes do not match", False)])
+    ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", True), ("shapes differ", False),
+])
 def test_what_counts_as_out_of_memory(said, counts): assert is_out_of_memory(RuntimeError(said)) is counts
 
 

@@ -1,4 +1,4 @@
-"""Nothing is made on the wrong device: everything that a step computes runs on the meta device, where mixing is an error."""
+"""Nothing is made on the wrong device: all that a step computes runs on the meta device, where mixing is an error."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from test_tasks import SPEC
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.data.augment import AUGMENTATIONS
 from vfm_notes.foundation.registry import backbones, objectives, strategies, tasks
-from vfm_notes.tune import catalog  # noqa: F401 (fills the registries)
+from vfm_notes.tune import catalog  # fills the registries
 from vfm_notes.tune.strategy import apply_strategy
 from vfm_notes.tune.transfer import build_model, run_data
 

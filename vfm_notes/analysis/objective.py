@@ -72,6 +72,7 @@ def resampled_leads(
     rng, out = np.random.default_rng(seed), []
     for g in groups:
         own = leads.xs(g).to_numpy()
+        if len(own) < 3: own = np.full(1, np.nan)  # resampling one or two says nothing
         out.append(own[rng.integers(0, len(own), (draws, len(own)))].mean(1))
     return np.stack([*out, out[0] - out[1]], 1)
 
@@ -115,7 +116,8 @@ def lead_words(
         f"{g}: {first} are ahead of {second} in {share(lead.leads[i], g)} {ends(i, share, g)} of the pairs "
         f"({format_count([lead.columns[i]], 'column', 'columns')})" for i, g in enumerate(lead.groups)
     ]
-    beyond = "has 0 inside" if lead.highs[2] >= 0 else "is on the other side of 0"
+    beyond = "is on the other side of 0" if lead.highs[2] < 0 else "has 0 inside"
+    if np.isnan(lead.lows[2]): beyond = "is missing, as a group has fewer than three"
     clear, gaps = "is clear of 0" if lead.lows[2] > 0 else beyond, ends(2, gap, "difference")
     return [
         *(p[0].upper() + p[1:] + "." for p in parts),

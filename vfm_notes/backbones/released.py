@@ -52,6 +52,7 @@ def segresnet_16(
     reader = MapReader(net, lambda m, x: m.encode(x)[1], [width * 2**i for i in range(4)], [1, 2, 4, 8])
     return Volumetric("segresnet_16", reader, in_channels)
 
+# %% ../../nbs/3_backbones/14_released.ipynb #2ec4fbe0
 @backbones(
     "genesis_unet", title="Models Genesis' U-Net encoder", family="supervision", source="arXiv 1908.06912",
     size=(96, 96, 96), note=NOTE + "; own implementation: a case is normalised by itself, which the published batch "
@@ -91,6 +92,7 @@ def genesis_keys(
     "Return the way down of Models Genesis' U-Net; running statistics are not used by it."
     return {k: v for k, v in without_wrapper(state).items() if re.search(r"\.down_tr\d+\..*\.(weight|bias)$", k)}
 
+# %% ../../nbs/3_backbones/14_released.ipynb #da19e9c9
 weights("swin_unetr_48.suprem", title="SuPreM, Swin UNETR", file="supervised_suprem_swinunetr_2100.pth",
         normalisation="unit_range", note=CT_NOTE, **SUPREM)(suprem_swin)
 weights("segresnet_16.suprem", title="SuPreM, SegResNet", file="supervised_suprem_segresnet_2100.pth", share=1.0,
@@ -149,6 +151,7 @@ def dino_vit_3d(
     reader = MapsAndVector(net, [dim] * depth, [patch] * depth, names, spread_blocks(depth))
     return Volumetric("dino_vit_3d", reader, in_channels)
 
+# %% ../../nbs/3_backbones/14_released.ipynb #513e3091
 @weights(
     "dino_vit_3d.3dino", title="3DINO", source="github.com/AICONSlab/3DINO", hub="AICONSlab/3DINO-ViT", gated=True,
     file="3dino_vit_weights.pth", share=1.0,
@@ -222,6 +225,7 @@ MORE_NETS = {  # architecture: class in transformers, settings, reading, family,
                | dict(image_size=512, patch_size=16, num_channels=1), "cls", "contrast", "Curia ViT-B/16"), 512),
 }
 
+# %% ../../nbs/3_backbones/14_released.ipynb #e816e513
 def register_larger(
     name: str,  # of MORE_NETS
 ) -> None:

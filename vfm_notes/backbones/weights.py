@@ -129,7 +129,7 @@ def list_weights() -> pd.DataFrame:  # one row per card; `here` states whether t
             sha256=c.sha256[:12],
             here=converted_file(c.name).is_file(),
             title=c.title,
-            objective=c.objective or (known := backbones.card(c.name.split(".")[0])).get("family", "")
+            objective=c.objective or backbones.card(c.name.split(".")[0]).get("family", "")
             if c.name.split(".")[0] in backbones
             else c.objective,
             about=" ".join([c.title, c.note, *backbones.card(c.name.split(".")[0]).get("sequences", ())])

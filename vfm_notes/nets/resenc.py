@@ -46,6 +46,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.act(self.conv2(self.conv1(x)) + self.skip(x))
 
+# %% ../../nbs/2_nets/07_resenc.ipynb #25faab0b
 class ResStage(nn.Module):
     "Blocks of one width; the first one strides."
     def __init__(self,
@@ -70,6 +71,7 @@ def initialise_conv(
         if module.bias is not None: nn.init.zeros_(module.bias)
     if isinstance(module, ResBlock): nn.init.zeros_(module.conv2.norm.weight)
 
+# %% ../../nbs/2_nets/07_resenc.ipynb #2b73dd7f
 class ResidualEncoder(nn.Module):
     "Maps of a volume, one a stage, fine to coarse."
     def __init__(self,
@@ -114,6 +116,7 @@ class StuBlock(nn.Module):
         y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
         return self.act(y + (x if self.conv3 is None else self.conv3(x)))
 
+# %% ../../nbs/2_nets/07_resenc.ipynb #40374542
 STU_SIZES = {"small": (16, 1), "base": (32, 1), "large": (64, 2), "huge": (96, 3)}  # base width, blocks a stage
 
 class StuNet(nn.Module):
