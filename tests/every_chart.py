@@ -7,11 +7,11 @@ from vfm_notes.analysis.association import cell_points, run_points
 from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
 from vfm_notes.analysis.crossed import crossed_association
 from vfm_notes.analysis.gain import gain_table
-from vfm_notes.analysis.prediction import prediction_points, prediction_table
+from vfm_notes.analysis.prediction import prediction_table
 from vfm_notes.analysis.tables import Tables
 from vfm_notes.report import curves, evidence, explorer, figures, explorer as live, curves as measured
 
-PARTS = {"with_title", "curve_panel", "place_cells", "score_layers"}  # of other charts
+PARTS = {"with_title", "curve_panel", "place_cells"}  # of other charts
 
 
 def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
@@ -30,15 +30,14 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "gain_matrix": figures.gain_matrix(gains),
         "alignment_scatter": figures.alignment_scatter(cells, crossed_association(cells, draws=100)),
         "distance_layers": figures.distance_layers(tables.d2p[tables.d2p.strategy != "scratch"], "t", "s"),
-        "dot_chart": figures.dot_chart(first, "epochs"),
-        "cost_chart": figures.cost_chart(done, "t", "s"),
+        "dot_chart": curves.dot_chart(first, "epochs"),
+        "cost_chart": curves.cost_chart(done, "t", "s"),
         "curve_panels": curves.curve_panels(moved, "t", "s", {t: "MMD²" for t in moved.task.unique()}),
         "trajectories": curves.trajectories(tables.curves, metrics, "t", "s"),
         "reached_panels": curves.reached_panels(reached_curves(run_convergence(tables)), "t", "s"),
-        "score_panels": evidence.score_panels(prediction_points(tables, gains), "t", "s"),
-        "regret_chart": evidence.regret_chart(picks, "t", "s"),
+        "hits_chart": evidence.hits_chart(picks, "t", "s"),
         "moment_panels": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"),
         "seed_panels": evidence.seed_panels(run_points(tables), "t", "s"),
         "cost_of_backbones": measured.cost_of_backbones(measured.cost_frame(costs, {"profound_toy": "x"}), "t", "s"),
         "curve_chart": explorer.curve_chart(losses, "loss"),
-        "training_chart": live.training_chart([live.Training("toy", 8, told, time.time())])}
+        "training_chart": live.training_chart([live.RunningTraining("toy", 8, told, time.time())])}

@@ -27,7 +27,7 @@ def few_pages() -> None:
             close_folder(folder, {"made": "once"})
         return folder
     site.report_pages, site.build_reference = pages, library
-    site.write_assets = lambda folder: assets(folder, charts=False)  # none of them has a chart
+    site.write_assets = lambda folder, **more: assets(folder, charts=False, **more)  # none of them has a chart
     site.study_findings, site.made_from = lambda study: ["found"], lambda study, records: f"study {study.name}"
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 import make as ev
 
-HAND = {"published_gains.json", "public_matrix.json"}
+HAND = {"published_gains.json", "public_matrix.json", "openmind_results.json"}
 
 
 def test_every_file_has_an_entry_and_a_record():
@@ -159,3 +159,19 @@ def test_what_was_copied_by_hand_says_from_where():
     assert re.search(r"arXiv \d{4}\.\d{5}", paper["source"]) and "measured in the figure" in paper["how"]
     fields = {"model", "head", "gain", "data", "ours"}
     assert all(set(r) == fields and r["model"] and abs(r["gain"]) < 100 for r in paper["rows"])
+
+
+def test_the_published_means_are_those_of_their_columns():
+    "Of every row of the two tables: the mean columns, which were transcribed apart from the others."
+    paper = json.loads((ev.KEPT / "openmind_results.json").read_text(encoding="utf-8"))
+    assert re.search(r"arXiv \d{4}\.\d{5}", paper["source"]) and "Transcribed by" in paper["how"]
+    lines = {}
+    for r in paper["rows"]:
+        lines.setdefault((r["architecture"], r["metric"], r["objective"]), {})[r["column"]] = r["value"]
+    outside = {"ACD", "AMO", "KIT"}
+    assert len(lines) == 20 + 2 * 16
+    for key, line in lines.items():
+        single = {c: v for c, v in line.items() if c not in ("ID", "OOD", "All", "Mean")}
+        of = {"ID": set(single) - outside, "OOD": outside, "All": set(single), "Mean": set(single)}
+        for name in line.keys() & of.keys():
+            assert abs(sum(single[c] for c in of[name]) / len(of[name]) - line[name]) < 0.011, (key, name)

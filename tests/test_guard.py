@@ -1,10 +1,13 @@
 """Guards on the notebooks and the package: the rules of the house, checked on every file."""
 import ast
+import io
 import json
 import re
 import statistics
 import subprocess
 import sys
+import tokenize
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,13 @@ def test_lines_fit_the_page(path):
     assert not long, f"over {WIDTH} columns: {long}"
 
 
+def documented_arguments(source):
+    "Lines that a signature has beyond its first: what documents the arguments makes no cell too long."
+    own = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    last = lambda f: f.returns.lineno if f.returns else f.body[0].lineno - 1
+    return sum(max(last(f) - f.lineno, 0) for f in own)
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=names(LIBRARY))
 def test_library_notebook_form(path):
     first, sources = cells(path)[0], exported(path)
@@ -97,7 +107,7 @@ def test_library_notebook_form(path):
     module = re.search(r"default_exp (\S+)", "\n".join(code(path)))[1]
     assert re.match(r"\d\d_", path.name), "two digits and the topic"
     assert module == f"{LAYERS[path.parent.name]}.{path.stem[3:]}", "the folder is the sub-package, the name the module"
-    lengths = [len([l for l in s.splitlines() if l.strip()]) for s in sources]
+    lengths = [len([l for l in s.splitlines() if l.strip()]) - documented_arguments(s) for s in sources]
     assert max(lengths) <= 41 and statistics.median(lengths) <= 20, (
         f"long cells: {sorted(lengths)[-3:]}, median {statistics.median(lengths)}"
     )
@@ -120,7 +130,7 @@ def test_every_module_has_one_notebook_and_every_notebook_its_module():
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
 def test_module_size_and_direction(path):
     text, package = path.read_text(encoding="utf-8"), path.parent.name
-    assert len(text.splitlines()) <= 480
+    assert len(text.splitlines()) - documented_arguments(text) <= 480
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom): continue
@@ -130,6 +140,18 @@ def test_module_size_and_direction(path):
         if target in REACHES and target != package:
             allowed = REACHES[package] | (LAZY.get(package, set()) if node not in tree.body else set())
             assert target in allowed, f"{package} must not import {target}"
+
+
+def test_a_public_name_stands_in_one_module():
+    "Then a name means one thing, and a reader who looks for it finds one place."
+    found = defaultdict(list)
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                for name in ast.literal_eval(node.value): found[name].append(path.relative_to(ROOT).as_posix())
+    assert len(found) > 1500
+    twice = {name: where for name, where in found.items() if len(where) > 1}
+    assert not twice, f"rename all but one: {twice}"
 
 
 def imported(path):
@@ -192,6 +214,44 @@ def test_public_functions_are_typed_and_told(path):
             if a.annotation is None and a.arg not in ("self", "cls")
         ]
         assert len(untyped) <= 2, f"{node.name}: arguments without type: {untyped}"
+
+
+def uncommented(text):
+    "Arguments of public functions and classes, and fields, without a comment behind them or above."
+    comments, above = set(), False
+    for t in tokenize.generate_tokens(io.StringIO(text).readline):
+        if t.type == tokenize.COMMENT and t.line[:t.start[1]].strip(): comments.add(t.start[0])
+        elif t.type == tokenize.COMMENT: above = True
+        elif above and t.string.strip(): above = comments.add(t.start[0])  # None
+    for node in ast.parse(text).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_") or patched(node): continue
+        own = getattr(node, "body", []) if isinstance(node, ast.ClassDef) else [node]
+        fields = [f for f in own if isinstance(f, ast.AnnAssign)]
+        begin = [] if fields else [f for f in own if isinstance(f, ast.FunctionDef) and f in (node,) or
+                                   getattr(f, "name", "") == "__init__"]
+        for f in fields:
+            if f.lineno not in comments: yield f"{node.name}.{f.target.id}"
+        for f in begin:
+            a = f.args
+            last = f.returns.end_lineno if f.returns else f.body[0].lineno - 1
+            for x in [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]:
+                typers = x.annotation is not None and "typer." in ast.unparse(x.annotation)
+                if x.arg in ("self", "cls") or typers or x.lineno in comments and last > f.lineno: continue
+                yield f"{node.name}({x.arg})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_every_argument_has_a_comment(path):
+    without = list(uncommented(path.read_text(encoding="utf-8")))
+    assert not without, f"give each a line of its own and a comment with its shape, unit or range: {without}"
+
+
+def test_the_guard_sees_an_argument_without_a_comment():
+    assert list(uncommented("def f(x: int) -> int:  # y\n    return x\n")) == ["f(x)"]
+    assert list(uncommented("def f(\n    x: int,  # a\n    y: int,\n    *,\n    z=1,  # c\n):\n    pass\n")) == ["f(y)"]
+    assert list(uncommented("class C:\n    def __init__(self, x): self.x = x\n    def g(self, y): pass\n")) == ["C(x)"]
+    assert list(uncommented("class C:\n    a: int  # a\n    # b\n    b: int\n    c: int\n")) == ["C.c"]
+    assert not list(uncommented("def _f(x): pass\n\n@patch\ndef g(self: C, x): pass\n"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))

@@ -1,5 +1,6 @@
 """The tool of `make mutants`: named changes are found by their words, whatever the lines of the library are."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "mutants"))
 
 from named import EQUIVALENT, NAMED
 from operators import mutants, places, words
-from run import ROOT, excuse, key, made_mutants, named_mutants
+from run import ROOT, Worker, excuse, key, made_mutants, named_mutants
 
 ONE_LINE = """
 def f(a, b):
@@ -70,3 +71,33 @@ def test_a_draw_is_the_same_again_and_has_every_kind():
     drawn = made_mutants(("shift",), 20, 0)
     assert drawn == made_mutants(("shift",), 20, 0) and len(set(drawn)) == 20
     assert {m.module.split("/")[0] for m in drawn} == {"shift"} and len({m.kind for m in drawn}) >= 5
+
+
+def fake_worker(program: str, tmp_path: Path) -> Worker:
+    "A worker whose process is some other program."
+    worker = Worker.__new__(Worker)
+    worker.folder, worker.read = tmp_path, b""
+    worker.process = subprocess.Popen(
+        [sys.executable, "-c", program], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return worker
+
+
+def test_lines_that_come_together_are_read_one_by_one(tmp_path):
+    worker = fake_worker("import os, time; os.write(1, b'pid 5\\ngroup 7\\nend 0\\n'); time.sleep(600)", tmp_path)
+    with worker.process as process:
+        assert worker.answer(60) == ("pid", "5") and [worker.answer(0) for _ in range(3)] == [
+            ("group", "7"), ("end", "0"), None]
+        process.kill()
+
+
+def test_time_counts_from_the_fork_and_only_the_fork_is_killed(tmp_path):
+    "A process that is still importing has told no number, and group 0 is the tool's own."
+    program = """import subprocess, sys, time
+sys.stdin.readline()
+time.sleep(1)
+p = subprocess.Popen(['sleep', '600'], start_new_session=True)
+print('pid', p.pid, flush=True)
+print('end', p.wait(), flush=True)
+"""
+    worker = fake_worker(program, tmp_path)
+    with worker.process: assert worker.run(0.01, look={}) is None

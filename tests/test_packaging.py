@@ -128,11 +128,11 @@ def test_one_version_everywhere(built, installed):
     )
     assert shell(installed, "vfm --version", installed).strip() == version
     headings = re.findall(
-        r"^## (\S+)",
-        "\n".join(join_lines(c["source"]) for c in read_notebook(ROOT / "nbs" / "report" / "changelog.ipynb")["cells"]),
+        r"^### (\d\S+)$",
+        "\n".join(join_lines(c["source"]) for c in read_notebook(ROOT / "nbs" / "report" / "log.ipynb")["cells"]),
         re.M,
     )
-    assert headings[0] == version, "the page of changes begins with the current version"
+    assert headings[0] == version, "the versions in the log begin with the current version"
 
 
 def test_installed_places(installed, tmp_path):

@@ -20,6 +20,45 @@
     };
   }
 
+  const headsOf = (table) => (table.tHead ? $$("th", table.tHead).map((th) => th.textContent.trim()) : []);
+
+  // ---- search: both renderers ask Fuse, which finds "Device" for "Dice"; this answers with whole words and beginnings of words
+  const plainWords = (t) => " " + String(t || "").toLowerCase().normalize("NFKD").replace(/[\u0300-\u036f]/g, "").replace(/[^\p{L}\p{N}]+/gu, " ").trim() + " ";
+  const kindOf = (e) => (/(^|\/)reference\//.test(e.href) ? 2 : /(^|\/)run-[^/]*$/.test(e.href.split("#")[0]) ? 1 : 0);  // pages, runs, library
+  class WordSearch {
+    constructor(entries) { this.entries = []; for (const e of entries || []) this.add(e); }
+    add(entry) { this.entries.push({ item: entry, kind: kindOf(entry), aside: /^(log|methods|phantom|guide_)/.test(entry.href), title: null }); }
+    remove() { this.entries = []; return []; }
+    score(e, words, mark) {  // a word in a title counts more than one in a heading, and that more than one in the text
+      let sum = 0;
+      for (const w of words) {
+        const part = ["title", "section", "text"].findIndex((k) => e[k].includes(mark + w));
+        if (part < 0) return 0;
+        sum += [6, 4, 1][part] + (["title", "section", "text"].some((k) => e[k].includes(" " + w + " ")) ? 1 : 0);
+      }
+      return e.aside ? sum / 2 : sum;
+    }
+    search(query, options) {
+      const words = plainWords(query).trim().split(" ").filter(Boolean), most = (options && options.limit) || 20;
+      if (!words.length) return [];
+      for (const e of this.entries) if (e.title === null) Object.assign(e, { title: plainWords(e.item.title), section: plainWords(e.item.section), text: plainWords(e.item.text) });
+      const found = (mark) => this.entries.map((e, i) => [this.score(e, words, mark), i, e]).filter(([s]) => s);
+      let hits = found(" ");
+      if (!hits.length) hits = found("");  // inside of words, before there is nothing to show
+      hits.sort((a, b) => a[2].kind - b[2].kind || b[0] - a[0] || a[1] - b[1]);
+      const pages = new Map(), kinds = [0, 0, 0], room = [0.5, 0.3, 1].map((s) => Math.ceil(s * most)), out = [], rest = [];
+      for (const h of hits) {  // at most four of a page, and room for every kind
+        const page = h[2].item.href.split("#")[0], n = pages.get(page) || 0, k = h[2].kind;
+        if (n >= 4) continue;
+        pages.set(page, n + 1);
+        (kinds[k]++ < room[k] ? out : rest).push(h);
+      }
+      return out.concat(rest).slice(0, most).sort((a, b) => a[2].kind - b[2].kind || b[0] - a[0] || a[1] - b[1])
+        .map(([s, i, e]) => ({ item: e.item, refIndex: i, score: 1 / (1 + s) }));
+    }
+  }
+  try { Object.defineProperty(window, "Fuse", { get: () => WordSearch, set: () => {}, configurable: true }); } catch (e) { window.Fuse = WordSearch; }
+
   // ---- Quarto's pages opened from files: its search warns once before it looks, and its choice of light or dark is not kept
   if (location.protocol === "file:") ready(() => {
     if (window.readSearchData) {
@@ -37,6 +76,16 @@
     const footer = document.querySelector("footer .nav-footer");
     if (footer && document.querySelector('script[type="module"]')) footer.insertAdjacentHTML("beforeend", '<p class="vfm-from-file">Opened from a file: “On this page” does not follow the reading. It does when a server shows the folder, e.g. python -m http.server.</p>');
   });
+
+  // ---- a cell of the matrix leads to its drawer, which opens
+  const openDrawer = () => {
+    const drawer = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!drawer || !drawer.matches("details.vfm-drawer")) return;
+    for (let d = drawer; d; d = d.parentElement.closest("details")) d.open = true;
+    drawer.scrollIntoView();
+  };
+  window.addEventListener("hashchange", openDrawer);
+  ready(openDrawer);
 
   // ---- downloads
   const save = (name, href) => { const a = document.createElement("a"); a.download = name; a.href = href; a.click(); };
@@ -68,6 +117,104 @@
     }
   };
 
+  // ---- every number leads to its notebook: of a task and a backbone, else to the runs that it comes from
+  const cells = window.vfmCells || { notebooks: {}, tasks: [], backbones: [], rows: {} };
+  const readable = (t) => String(t).replaceAll("_", " ");
+  const runsOf = (d) => "runs.html" + (Object.keys(d).length ? "?" + new URLSearchParams(Object.entries(d).map(([k, v]) => [`1.${k}`, v])) : "");
+  const leadsTo = (d) => {  // d: task, backbone, n_train, as far as they are known
+    if (!d) return "";
+    const task = cells.tasks.includes(readable(d.task)) ? readable(d.task) : "", backbone = cells.backbones.includes(d.backbone) ? d.backbone : "";
+    const found = Object.entries(cells.notebooks[`${task}|${backbone}`] || {});
+    const own = found.find(([n]) => n === String(d.n_train)) || (found.length === 1 ? found[0] : null);
+    if (own) return own[1];
+    return task || backbone ? runsOf({ ...(task && { task }), ...(backbone && { backbone }) }) : "";
+  };
+  const linked = (box, to) => {  // what stands in a box becomes a link
+    if (!to || box.querySelector("a, button") || !box.textContent.trim()) return null;
+    const a = document.createElement("a");
+    a.href = to; a.className = "vfm-cell";
+    a.append(...box.childNodes); box.append(a);
+    return a;
+  };
+  const linkRows = (table) => {
+    const heads = headsOf(table), at = (...names) => names.map((n) => heads.indexOf(n)).find((i) => i >= 0) ?? -1;
+    const task = at("task"), backbone = at("backbone", "weights", "tuned with"), n = at("n_train", "training cases");
+    if (task < 0 && backbone < 0) return;
+    for (const row of table.tBodies[0].rows) {
+      const said = (i) => (i < 0 || !row.cells[i] ? undefined : row.cells[i].textContent.trim());
+      const to = leadsTo({ task: said(task), backbone: said(backbone), n_train: said(n) }), first = backbone >= 0 && said(backbone) ? backbone : task;
+      Array.from(row.cells).forEach((c, i) => {
+        if (i !== first && !/^[<>≈~±+−-]?\s?\d/.test(c.textContent.trim())) return;
+        const a = linked(c, to);
+        if (a && i !== first) { a.tabIndex = -1; a.classList.add("vfm-quiet"); }  // one stop for the keyboard in each row
+      });
+    }
+  };
+  const linkNames = (box) => {  // backbones that a sentence names
+    const names = cells.backbones.filter((b) => box.textContent.includes(b)).sort((a, b) => b.length - a.length);
+    if (!names.length) return;
+    const walker = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), found = [];
+    while (walker.nextNode()) if (!walker.currentNode.parentElement.closest("a, button, code")) found.push(walker.currentNode);
+    const task = cells.tasks.filter((t) => new RegExp("\\b" + t + "\\b", "i").test(box.textContent));
+    for (const node of found) {
+      const parts = node.data.split(new RegExp("(?<![\\w.])(" + names.map((b) => b.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|") + ")(?![\\w])"));
+      if (parts.length < 2) continue;
+      node.replaceWith(...parts.map((p, i) => {
+        if (i % 2 === 0) return p;
+        const a = document.createElement("a");
+        a.href = leadsTo({ backbone: p, task: task.length === 1 ? task[0] : undefined }); a.textContent = p;
+        return a;
+      }));
+    }
+  };
+  ready(() => {
+    if (!cells.backbones.length || /\/(runs|run-[^/]*)\.html$/.test(decodeURIComponent(location.pathname))) return;
+    $$("table.vfm-table").forEach(linkRows);
+    $$(".vfm-lead, .vfm-findings > li").forEach(linkNames);
+  });
+
+  // ---- words of the glossary: what they mean, when pointed at or reached
+  ready(() => {
+    const words = $$("[data-tip]");
+    if (!words.length) return;
+    const tip = document.createElement("div");
+    tip.className = "vfm-tip"; tip.id = "vfm-tip"; tip.setAttribute("role", "tooltip"); tip.hidden = true;
+    document.body.append(tip);
+    let timer = null;
+    const hide = () => { timer = setTimeout(() => { tip.hidden = true; $$("[aria-describedby=vfm-tip]").forEach((w) => w.removeAttribute("aria-describedby")); }, 120); };
+    const show = (w) => {
+      clearTimeout(timer);
+      $$("[aria-describedby=vfm-tip]").forEach((o) => o.removeAttribute("aria-describedby"));
+      tip.textContent = w.dataset.tip; tip.hidden = false; w.setAttribute("aria-describedby", "vfm-tip");
+      const r = w.getBoundingClientRect(), s = tip.getBoundingClientRect();
+      tip.style.left = Math.max(8, Math.min(r.left, innerWidth - s.width - 8)) + scrollX + "px";
+      tip.style.top = (r.top > s.height + 12 ? r.top - s.height - 6 : r.bottom + 6) + scrollY + "px";
+    };
+    for (const w of words) {
+      w.addEventListener("mouseenter", () => show(w)); w.addEventListener("focus", () => show(w));
+      w.addEventListener("mouseleave", hide); w.addEventListener("blur", hide);
+    }
+    tip.addEventListener("mouseenter", () => clearTimeout(timer)); tip.addEventListener("mouseleave", hide);
+    document.addEventListener("keydown", (e) => { if (e.key === "Escape") hide(); });
+  });
+
+  // ---- cite this
+  ready(() => {
+    const footer = document.querySelector("footer .nav-footer"), entry = window.vfmCite;
+    if (!footer || !entry) return;
+    const box = document.createElement("details"), pre = document.createElement("pre"), head = document.createElement("summary");
+    box.className = "vfm-cite"; head.textContent = "Cite this report"; pre.textContent = entry; pre.tabIndex = 0;
+    box.append(head, pre); footer.append(box);
+    tools(box, [
+      ["Copy", "Copy the BibTeX entry", () => navigator.clipboard && navigator.clipboard.writeText(entry)],
+      ["BibTeX", "Save the entry as a file", () => saveText("report.bib", entry, "application/x-bibtex")],
+    ]);
+  });
+
+  // ---- on paper everything is open, and what was drawn for the screen fits the sheet
+  window.addEventListener("beforeprint", () => $$("main details:not(.code-fold):not([open])").forEach((d) => { d.open = true; d.dataset.shut = "1"; }));
+  window.addEventListener("afterprint", () => $$("main details[data-shut]").forEach((d) => { d.open = false; delete d.dataset.shut; }));
+
   // ---- charts: visible ones first, then the rest; drawn again when the theme changes
   let vega = null;
   const charts = new Map();
@@ -90,7 +237,11 @@
     if (width < 560) {  // on a phone legends stand below each other, and panels have two lines above them
       const narrow = (s) => {
         if (!s || typeof s !== "object") return;
-        if (s.legend && s.legend.columns) s.legend.columns = 2;
+        if (s.legend && s.legend.columns) s.legend.columns = ((s.scale && s.scale.domain) || []).some((d) => String(d).length > 18) ? 1 : 2;
+        if (s.axis && s.axis.labelLimit && !(panel && panel.least)) {  // long names are cut (the pointer tells them whole), and short ones stand upright
+          if (s.axis.labelLimit > 200) s.axis.labelLimit = 150;
+          if (s.axis.labelLimit <= 90) s.axis.labelAngle = -60;
+        }
         if (s.header && s.header.labelAnchor === "start") s.header.labelExpr = "split(datum.label, ', ')";
         Object.values(s).forEach((v) => typeof v === "object" && narrow(v));
       };
@@ -98,7 +249,7 @@
     }
     if (panel && panel.columns) {
       const n = Math.max(1, Math.min(panel.columns, Math.floor((width - panel.left) / (panel.min + panel.gap))));
-      const each = Math.floor((width - panel.left) / n - panel.gap);
+      const gap = width < 560 ? Math.min(panel.gap, 165) : panel.gap, each = Math.floor((width - panel.left) / n - gap);
       const walk = (s) => {
         if (s.facet && s.spec) { s.columns = n; s.spec.width = each; }
         for (const part of s.vconcat || s.concat || []) walk(part);
@@ -109,8 +260,8 @@
     return out;
   };
   const rowsOf = (spec) => Object.values(spec.datasets || {}).flat().concat((spec.data && spec.data.values) || []);
-  const stacked = (config, width) => (width < 560 ? { ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } } : config);
-  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config, width), tooltip: { theme: "custom" } });
+  const stacked = (config) => ({ ...config, legend: { ...config.legend, layout: { top: { direction: "vertical", anchor: "start", margin: 4 } } } });
+  const embed = (box, view, config, width) => window.vegaEmbed(view, fit(charts.get(box).spec, width), { mode: "vega-lite", actions: false, renderer: "svg", config: stacked(config), tooltip: { theme: "custom" } });
   const named = (view, spec) => {  // for a screen reader a chart is one picture with its sentence; its numbers are in the CSV
     const title = spec.title && typeof spec.title === "object" && !Array.isArray(spec.title) ? spec.title : { text: spec.title || "chart" };
     view.setAttribute("role", "img");
@@ -126,6 +277,11 @@
       await vega;
       if (one.view) one.view.finalize();
       one.view = await embed(box, view, window.vfmThemes[theme], width);
+      if (one.leads) {
+        const to = (item) => (item && item.mark && item.mark.marktype !== "group" ? leadsTo(item.datum) : "");
+        one.view.view.addEventListener("click", (_, item) => { const there = to(item); if (there) location.href = there; });
+        one.view.view.addEventListener("mousemove", (_, item) => { view.style.cursor = to(item) ? "pointer" : ""; });
+      }
       Object.assign(one, { theme, width });
       named(view, one.spec);
       reachable();
@@ -145,13 +301,15 @@
   ready(() => {
     for (const box of $$(".vfm-chart")) {
       const spec = JSON.parse(box.querySelector('script[type="application/json"]').textContent);
-      charts.set(box, { spec });
+      const leads = cells.backbones.length > 0 && rowsOf(spec).some((r) => leadsTo(r));
+      charts.set(box, { spec, leads });
       const name = box.id;
       tools(box, [
         ["PNG", "Save this chart as PNG", () => printed(box, async (v) => save(name + ".png", await v.toImageURL("png", 2)))],
         ["SVG", "Save this chart as SVG", () => printed(box, async (v) => saveText(name + ".svg", await v.toSVG(), "image/svg+xml"))],
         ["CSV", "Save this chart's data as CSV", () => saveText(name + ".csv", csv(rowsOf(spec)), "text/csv")],
       ]);
+      if (leads) box.querySelector(".vfm-tools").insertAdjacentHTML("beforeend", "<span>A mark leads to its notebook.</span>");
     }
     if (charts.size) {
       const seen = new IntersectionObserver((es) => es.forEach((e) => { if (e.isIntersecting) { seen.unobserve(e.target); draw(e.target); } }), { rootMargin: "300px" });
@@ -199,7 +357,7 @@
 
   // ---- tables: sort by a click on a heading, filter by words and menus, save as CSV
   const value = (row, i) => { const c = row.cells[i]; return c.dataset.value ?? c.textContent.trim(); };
-  const sortBy = (table, i, th) => {
+  const sortBy = (table, i, th, shorten) => {
     const down = th.getAttribute("aria-sort") === "ascending";
     $$("th", table).forEach((h) => h.removeAttribute("aria-sort"));
     th.setAttribute("aria-sort", down ? "descending" : "ascending");
@@ -211,13 +369,60 @@
       return down ? -d : d;
     });
     table.tBodies[0].append(...rows);
+    shorten();
   };
+  const address = (filters, n, heads) => {  // what was chosen stands in the address: ?1.task=segmentation&1.q=word
+    if (!filters) return null;
+    const fields = [["q", filters.querySelector("input")], ...$$("select", filters).map((s) => [heads[+s.dataset.column], s])];
+    return {
+      read: () => { const said = new URLSearchParams(location.search); for (const [k, f] of fields) { f.dataset.first = f.value; if (said.has(`${n}.${k}`)) f.value = said.get(`${n}.${k}`); if (f.selectedIndex === -1) f.value = ""; } },
+      write: () => {
+        const said = new URLSearchParams(location.search);
+        for (const [k, f] of fields) { if (f.value === f.dataset.first) said.delete(`${n}.${k}`); else said.set(`${n}.${k}`, f.value); }
+        const query = String(said);
+        try { history.replaceState(history.state, "", location.pathname + (query ? "?" + query : "") + location.hash); } catch (e) { /* a page from a file, in a browser that keeps its address as it is */ }
+      },
+    };
+  };
+  const folding = (table, read) => {  // of a long table the first rows are shown; on paper all are
+    const button = document.createElement("button");
+    let all = false;
+    button.type = "button"; button.className = "vfm-all";
+    table.parentElement.after(button);
+    const show = () => {
+      const rows = read(), few = matchMedia("(max-width: 767.98px)").matches ? 6 : 15, long = rows.length > few + 3;
+      for (const r of table.tBodies[0].rows) r.classList.remove("vfm-more");
+      if (!all && long) rows.slice(few).forEach((r) => r.classList.add("vfm-more"));
+      button.hidden = !long;
+      button.setAttribute("aria-expanded", String(all));
+      button.textContent = all ? "Show fewer rows" : `Show all ${rows.length} rows`;
+    };
+    button.onclick = () => { all = !all; show(); };
+    return show;
+  };
+  const cards = (table) => {  // on a phone a row is a card: every value behind its heading
+    const heads = headsOf(table);
+    if (heads.length < 3 || table.tHead.rows.length !== 1) return;
+    table.classList.add("vfm-cards");
+    table.setAttribute("role", "table");
+    for (const part of $$("thead, tbody", table)) part.setAttribute("role", "rowgroup");
+    for (const row of $$("tr", table)) {
+      row.setAttribute("role", "row");
+      Array.from(row.cells).forEach((c, i) => {
+        c.setAttribute("role", c.tagName === "TH" ? (c.closest("thead") ? "columnheader" : "rowheader") : "cell");
+        if (c.tagName === "TD" && heads[i]) c.dataset.head = heads[i];
+      });
+    }
+  };
+  ready(() => $$("table.vfm-table, table.dataframe").forEach(cards));
   ready(() => $$("table.vfm-table").forEach((table) => {
-    $$("thead th", table).forEach((th, i) => { const b = th.querySelector("button"); if (b) b.onclick = () => sortBy(table, i, th); });
     const box = table.closest(".vfm-box");
     if (!box) return;
     const filters = box.querySelector(".vfm-filters"), count = box.querySelector(".vfm-count");
     const read = () => Array.from(table.tBodies[0].rows).filter((r) => !r.hidden);
+    const shorten = folding(table, read);
+    $$("thead th", table).forEach((th, i) => { const b = th.querySelector("button"); if (b) b.onclick = () => sortBy(table, i, th, shorten); });
+    const keep = address(filters, $$(".vfm-box").indexOf(box) + 1, headsOf(table));
     const apply = () => {
       const words = filters.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
       const picks = $$("select", filters).map((s) => [+s.dataset.column, s.value]).filter(([, v]) => v);
@@ -226,9 +431,10 @@
         row.hidden = !(words.every((w) => text.includes(w)) && picks.every(([i, v]) => value(row, i) === v));
       }
       count.textContent = read().length + " of " + table.tBodies[0].rows.length;
+      shorten();
     };
-    if (filters) { filters.addEventListener("input", apply); apply(); }
-    const heads = $$("thead th", table).map((th) => th.textContent.trim());
+    if (filters) { keep.read(); filters.addEventListener("input", () => { apply(); keep.write(); }); apply(); } else shorten();
+    const heads = headsOf(table);
     if (box.dataset.csv) tools(box, [["CSV", "Save the rows shown as CSV", () => saveText("table.csv", csv(read().map((r) => Object.fromEntries(heads.map((h, i) => [h, value(r, i)])))), "text/csv")]]);
   }));
 })();

@@ -686,6 +686,11 @@ def test_points_and_views(study):
     assert len(run_points(study)) == 12 and run_points(study).d2p.notna().all()
     assert cell_points(study, gains, "stem").d2p.max() == pytest.approx(0.2)
     with pytest.raises(VfmError, match="Did you mean 'stem'"): cell_points(study, gains, "stm")
+    marked = gains.assign(overlap=["seen" if b == "b.x" else "not seen" for b in gains.backbone])
+    assert set(cell_points(study, marked).overlap) == {"seen", "not seen"}
+    apart = cell_points(study, marked, leave_out=("seen", "possibly seen"))
+    assert set(apart.backbone) == set(cell_points(study, marked).backbone) - {"b.x"}
+    with pytest.raises(VfmError, match="Did you mean 'seen'"): cell_points(study, marked, leave_out=("sen",))
     t = association_table(study, gains, draws=500)
     assert len(t) == 6 and t[t["view"] == "cells"].n.tolist() == [4, 4]
     ref = stats.spearmanr([0.1, 0.2, 0.3, 0.4], [10, -5, 2, 30]).statistic

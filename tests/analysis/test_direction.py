@@ -402,10 +402,10 @@ def test_the_best_moment_is_that_of_the_best_epoch_after_the_start(metric, begin
 
 def test_sentences_call_a_shorter_distance_a_gain(less):
     counts, *said = gain_findings(less.gains)
-    assert said[0].startswith("Largest gain: ") and GAINS in said[0] and re.search(r", \+(29|30|31)\.\d %", said[0])
-    assert said[1].startswith("Largest loss: ") and LOSES in said[1] and re.search(r", −(39|40|41)\.\d %", said[1])
+    assert said[0].startswith("Largest gain: ") and GAINS in said[0] and re.search(r"; \+(29|30|31)\.\d %;", said[0])
+    assert said[1].startswith("Largest loss: ") and LOSES in said[1] and re.search(r"; −(39|40|41)\.\d %;", said[1])
     assert counts.startswith(
-        "Of 6 cells, 2 gain and 2 lose with an interval that excludes 0; 2 are undecided. There, gains from +"
+        "Of 6 cells, 2 gain and 2 lose clearly (after correction); 2 are undecided. There, gains from +"
     )
     sooner = convergence_finding(convergence_table(less.tables))
     assert (

@@ -20,6 +20,7 @@ from vfm_notes.foundation.spec import RunSpec, StudySpec, load_study, run_id, ru
 from vfm_notes.report.pages import execute_pages, report_pages
 from vfm_notes.runs.grid import job_specs
 from vfm_notes.runs.record import new_record, read_arrays, read_record, read_records, write_record
+from vfm_notes.shift.mmd import kernels
 from vfm_notes.tune.study_names import check_names
 from vfm_notes.tune.transfer import transfer
 
@@ -27,7 +28,8 @@ SPEC = RunSpec(
     size=(4, 32, 32), spacing=(12.0, 3.0, 3.0), cases={"pretrain": 0, "train": 4, "val": 2, "test": 6},
     backbone="profound_toy.mine", strategy="full", n_train=4, epochs=1, batch_size=2,
 )
-NAMES = ("cka_linear", "energy", "mean_shift")
+LAPLACE = "mmd2_paired kernel=laplace"
+NAMES = ("cka_linear", "energy", "mean_shift", LAPLACE)
 
 
 # --- the study file
@@ -64,6 +66,37 @@ def test_names_are_checked_with_the_other_names_of_a_study():
         check_names(replace(study, divergences=["cka"]))
 
 
+def test_options_are_read_as_those_of_a_strategy():
+    study = StudySpec(**STUDY | {"divergences": ["mmd2  kernel=laplace bandwidth=2.0", "mmd2"]})
+    assert study.divergences == ["mmd2 bandwidth=2 kernel=laplace", "mmd2"]
+    assert {r.divergences for r in run_specs(study)} == {tuple(study.divergences)}
+    assert run_id(RunSpec(divergences=("mmd2",))) != run_id(RunSpec(divergences=("mmd2 kernel=laplace",)))
+    for kernel in kernels: check_names(replace(study, divergences=[f"mmd2_paired kernel={kernel}"]))
+
+
+@pytest.mark.parametrize("text,words", [
+    ("mmd2 kernel=laplac", "Divergence 'mmd2 kernel=laplac': Unknown kernel 'laplac'. Did you mean 'laplace'"),
+    ("mmd2 kernl=laplace", "Divergence 'mmd2' has no option 'kernl'. Did you mean 'kernel'"),
+    ("energy kernel=laplace", "Divergence 'energy' has no option 'kernel'"),
+    ("mmd2 kernel=linear bandwidth=2", "linear kernel has none: leave it out"),
+    ("mmd2 bandwidth=-1", "give a positive number"), ("sliced_wasserstein directions=0", "at least 1"),
+    ("sliced_wasserstein directions=many", "option 'directions' of divergence 'sliced_wasserstein'"),
+])
+def test_options_that_cannot_be_measured_are_refused_with_the_study(text, words):
+    "Not in a run, where a value that is not defined is missing."
+    study = StudySpec(**STUDY | {"divergences": [" ".join(sorted(text.split(), key=lambda w: ("=" in w, w)))]})
+    with pytest.raises(VfmError) as error: check_names(study)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("value,words", [
+    (["mmd2 kernel"], r"divergences\[0\]: Divergence 'mmd2 kernel': 'kernel' is not of the form option=value.*laplace"),
+    (["mmd2 kernel=laplace", "mmd2  kernel=laplace"], "twice"), (["mmd2 " + "x" * 90], "a divergence of at most 80"),
+])
+def test_options_that_cannot_be_read(value, words):
+    with pytest.raises(VfmError, match=words): StudySpec(**STUDY | {"divergences": value})
+
+
 # --- the record
 
 @pytest.fixture(scope="module")
@@ -85,8 +118,17 @@ def run(tmp_path_factory):
         yield found
 
 
+def laplace_of_pairs(x, y):
+    "MMD² of pairs with exp(-distance / sigma), sigma² half the median squared distance of all pairs of points."
+    points, n = np.concatenate([x, y]), len(x)
+    distance = cdist(points, points)
+    k = np.exp(-distance / np.sqrt(np.median(distance[np.triu_indices(2 * n, 1)] ** 2) / 2))
+    apart = ~np.eye(n, dtype=bool)
+    return (k[:n, :n][apart].sum() + k[n:, n:][apart].sum() - 2 * k[:n, n:][apart].sum()) / (n * (n - 1))
+
+
 def test_values_are_those_of_the_saved_features(run):
-    "Standardised by hand; energy and mean shift by their formulas, CKA as it is registered."
+    "Standardised by hand; energy, mean shift and Laplace's kernel by their formulas, CKA as it is registered."
     record, features = run[NAMES]
     for row in record["d2p"]:
         x, y = (features[f"{when}.{row['layer']}"].astype(float) for when in ("before", "after"))
@@ -95,7 +137,7 @@ def test_values_are_those_of_the_saved_features(run):
         energy = 2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean()
         wanted = {
             "cka_linear": divergences["cka_linear"](x, y), "energy": energy,
-            "mean_shift": np.linalg.norm(x.mean(0) - y.mean(0)),
+            "mean_shift": np.linalg.norm(x.mean(0) - y.mean(0)), LAPLACE: laplace_of_pairs(x, y),
         }
         assert row["divergences"] == pytest.approx(wanted, rel=1e-6, abs=1e-8), row["layer"]
     assert record["d2p"][-1]["divergences"]["energy"] > 0
@@ -130,7 +172,7 @@ def test_tables_have_a_column_for_each(run):
 
 # --- the page
 
-@pytest.fixture(scope="module", params=[["energy", "frechet"], []], ids=["asked for", "not asked for"])
+@pytest.fixture(scope="module", params=[["energy", "frechet", LAPLACE], []], ids=["asked for", "not asked for"])
 def page(request, tmp_path_factory):
     "The page of alignment of an invented study: the study and what a reader sees."
     with pytest.MonkeyPatch.context() as patch:
@@ -161,8 +203,12 @@ def test_the_page_sets_them_side_by_side(page):
     found = divergence_table(tables, gains).set_index("divergence")
     points = cell_points(tables, gains).dropna(subset=["rpg", "d2p"])
     rho = spearmanr(points.d2p, points.rpg)[0]
-    assert list(found.index) == ["MMD² (D2P)", "energy", "frechet"] and (found.n == len(points)).all()
-    assert found.rho.tolist() == pytest.approx([rho, rho, -rho])
+    assert list(found.index) == ["MMD² (D2P)", "energy", "frechet", LAPLACE] and (found.n == len(points)).all()
+    assert found.rho.tolist() == pytest.approx([rho, rho, -rho, -rho])
+    assert found.of.tolist() == [
+        "rho, d2p and rpg, layer embed, when end",
+        *(f"rho, {name} and rpg, layer embed" for name in ("energy", "frechet", LAPLACE)),
+    ]
     assert found.loc["frechet", ["low", "high"]].tolist() == pytest.approx(
         [-found.loc["energy", "high"], -found.loc["energy", "low"]], abs=0.05
     )

@@ -1,6 +1,7 @@
 """Picks of early numbers against enumeration, loops and studies whose truth is known."""
 from dataclasses import replace
 from itertools import permutations, product
+from math import factorial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from vfm_notes.analysis.prediction import (
 )
 from vfm_notes.analysis.tables import load_tables, moments_table, scores_table
 from vfm_notes.foundation.places import run_folder
+from vfm_notes.foundation.quantity import EXACT
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import RunSpec, run_id
 from vfm_notes.runs.record import new_record, write_record
@@ -123,6 +125,17 @@ def test_p_against_all_orders(seed, k, tasks):
         and least == pytest.approx((far >= far.max() - 1e-9).mean())
         and least <= p + 1e-12
     )
+
+
+def test_drawn_orders_are_orders_drawn_alike():
+    "Nine backbones have more orders than are counted: right pairs scatter as those of all orders (Kendall 1938)."
+    k, draws = 9, 4000
+    assert factorial(k) > EXACT
+    rights = task_rights(np.arange(k)[None], np.arange(k)[None].astype(float), draws, 0) / 2
+    assert rights[0] == k * (k - 1) / 2 and len(rights) == draws + 1
+    sd = (k * (k - 1) * (2 * k + 5) / 72) ** 0.5
+    assert abs(rights[1:].mean() - k * (k - 1) / 4) < 4 * sd / draws**0.5
+    assert rights[1:].std() == pytest.approx(sd, rel=0.05)
 
 
 def test_pooled_numbers_by_hand():

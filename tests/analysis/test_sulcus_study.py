@@ -35,8 +35,11 @@ PRETRAININGS, TUNINGS = (
 )
 
 
-@pytest.mark.parametrize("name, networks, seeds", [("sulcus", 3, 3), ("sulcus_full", 4, 5)])
-def test_the_study_files_give_the_whole_grid_once(name, networks, seeds):
+KNOWN = ["supervised", "drawn"]  # truth that was planted
+
+
+@pytest.mark.parametrize("name, networks, seeds, planted", [("sulcus", 3, 3, KNOWN), ("sulcus_full", 4, 5, [])])
+def test_the_study_files_give_the_whole_grid_once(name, networks, seeds, planted):
     study = load_study(name)
     study_names.check_names(study)
     runs = run_specs(study)
@@ -46,9 +49,10 @@ def test_the_study_files_give_the_whole_grid_once(name, networks, seeds):
     assert (
         len(runs) == len(cells)
         and len(nets) == networks
-        and cells == set(product(nets, PRETRAININGS, [*TUNINGS, lora], range(seeds)))
+        and cells == set(product(nets, [*PRETRAININGS, *planted], [*TUNINGS, lora], range(seeds)))
     )
-    assert len(pretrain_specs(study)) == 4 * networks and len(jobs_of(study)) == 9 * networks
+    made = 4 + len(planted)
+    assert len(pretrain_specs(study)) == made * networks and len(jobs_of(study)) == (2 * made + 1) * networks
     assert {r.parent == "" for r in runs if grid_place(r.backbone, r.strategy)["pretraining"] == "none"} == {
         True
     } and study.pages == ["tradeoff", "as_released"]

@@ -28,7 +28,8 @@ def gains(cells, **more):
         rows.append(
             dict(
                 task=f"task_{i}", backbone="net.made", strategy="full", n_train=8, metric="dice", direction=1,
-                versus="scratch", rpg=value, low=value - far, high=value + far, p=p / 70, p_holm=p, n_seeds=3,
+                versus="scratch", rpg=value, low=value - far, high=value + far, change=value / 100,
+                change_low=(value - far) / 100, change_high=(value + far) / 100, p=p / 70, p_holm=p, n_seeds=3,
                 n_cases=40, smallest=12.5, learned=True, reason="", note="",
             )
             | more
@@ -42,13 +43,14 @@ EVERY = [(s, c, p) for s, c, p in product((1, -1), CERTAIN, (0.014, 0.49))]
 @pytest.mark.parametrize(("sign", "clear", "p"), EVERY)
 def test_a_gain_in_words(sign, clear, p):
     said = gain_words(gains([(sign, clear, p)]).iloc[0], "Lead")
-    assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}10.0 % Dice against scratch")
+    assert said.startswith(f"Lead: task 0 with net.made, {'+' if sign > 0 else '−'}0.100 Dice against scratch")
+    assert f"; {'+' if sign > 0 else '−'}10.0 %; " in said
     assert f"p = {p:g} over seeds and cases, corrected" in said and f"{p / 70:.2g}" not in said
     assert (
         "95 % interval "
         + {
-            (1, True): "+5.0 to +15.0 %", (1, False): "−5.0 to +25.0 %", (-1, True): "−15.0 to −5.0 %",
-            (-1, False): "−25.0 to +5.0 %",
+            (1, True): "+0.050 to +0.150;", (1, False): "−0.050 to +0.250;", (-1, True): "−0.150 to −0.050;",
+            (-1, False): "−0.250 to +0.050;",
         }[sign, clear]
         in said
     )
@@ -69,8 +71,8 @@ def test_counts_of_gains_are_those_of_the_table(up, down, open_up, open_down):
         "are": {1: "is"}.get(n - up - down, "are"),
     }
     assert counts.startswith(
-        f"Of {n} cell{'s' * (n > 1)}, {up} {verbs['gain']} and {down} {verbs['lose']} with an interval that excludes "
-        f"0; {n - up - down} {verbs['are']} undecided."
+        f"Of {n} cell{'s' * (n > 1)}, {up} {verbs['gain']} and {down} {verbs['lose']} clearly (after correction); "
+        f"{n - up - down} {verbs['are']} undecided."
     )
     assert counts.endswith("can change with the seed or the processor.") == (up + down == 0)
     leads = ["Largest gain"] * (up > 0) + ["Largest loss"] * (down > 0)
@@ -96,36 +98,36 @@ def test_equal_gains_share_the_first_place():
 
 
 def test_the_matrix_shows_what_the_table_says():
-    table = pd.concat(
-        [gains(EVERY), gains([(1, True, 0.1)]).assign(rpg=np.nan, low=np.nan, high=np.nan, task="none")],
-        ignore_index=True,
-    )
+    none = gains([(1, True, 0.1)]).assign(task="none")
+    none[["rpg", "low", "high", "change", "change_low", "change_high"]] = np.nan
+    poor = gains([(1, True, 0.014)]).assign(task="poor", learned=False)
+    table = pd.concat([gains(EVERY), none, poor], ignore_index=True)
     cells = gain_cells(table)
-    assert cells.sign.tolist() == ["gain"] * 4 + ["loss"] * 4 + ["none"]
-    assert cells.clear.tolist() == [True, True, False, False] * 2 + [False] and cells["size"].tolist() == [
-        10.0 + i for i in range(8)
-    ] + [0]
-    assert cells["value"].tolist() == [f"+1{i}.0 %" for i in range(4)] + [f"−1{i}.0 %" for i in range(4, 8)] + [
-        "missing"
-    ]
+    # clear: the interval leaves out zero, and the corrected p-value is small; only this is coloured
+    sure = [clear and p < 0.05 for _, clear, p in EVERY]
+    assert cells.clear.tolist() == [*sure, False, False]
+    signs = [("gain" if s > 0 else "loss") if ok else "none" for (s, *_), ok in zip(EVERY, sure)]
+    assert cells.sign.tolist() == signs + ["none"] * 2
+    # in the unit of the metric, the relative gain beside it
+    assert cells["value"].tolist()[:8] == [f"+0.1{i}0" for i in range(4)] + [f"−0.1{i}0" for i in range(4, 8)]
+    assert cells["relative"].tolist()[:5:4] == ["+10.0 %", "−14.0 %"] and cells["value"][8] == "missing"
+    assert cells["words"][0] == "+0.100 [+0.050, +0.150]" and cells["words"].tolist()[8:] == ["missing", "not learned"]
     chart = gain_matrix(table).to_dict()
     drawn = {r["task"]: r for r in next(iter(chart["datasets"].values()))}
     for row in cells.itertuples():
-        assert (
-            drawn[row.task.replace("_", " ")]["sign"], drawn[row.task.replace("_", " ")]["clear"],
-            drawn[row.task.replace("_", " ")]["value"],
-        ) == (row.sign, row.clear, row.value)
-    tiles, thin, bold, small = chart["layer"]
+        assert {k: drawn[row.task.replace("_", " ")][k] for k in ("sign", "clear", "words")} == {
+            "sign": row.sign, "clear": row.clear, "words": row.words}
+    tiles, hatch, thin, bold = chart["layer"]
     colour = tiles["encoding"]["color"]["scale"]
     # green, purple, grey
-    assert dict(zip(colour["domain"], colour["range"])) == {"gain": "#009E73", "loss": "#CC79A7", "none": "#8884"}
-    assert (
-        tiles["encoding"]["opacity"]["scale"]["range"][0] < tiles["encoding"]["opacity"]["scale"]["range"][1]
-        and tiles["encoding"]["opacity"]["field"] == "size"
-    )
+    assert {k: v[:7] for k, v in zip(colour["domain"], colour["range"])} == {
+        "gain": "#009E73", "loss": "#CC79A7", "none": "#8881"}
     assert bold["mark"]["fontWeight"] == "bold" and bold["transform"] == [{"filter": "datum.clear"}]
     assert thin["transform"] == [{"filter": "!datum.clear"}] and "fontWeight" not in thin["mark"]
+    assert hatch["transform"] == [{"filter": "!datum.learned"}]
     assert {r["p_words"] for r in drawn.values()} == {"0.014", "0.49", "0.1"}  # the corrected ones
+    places = [r["href"] for r in drawn.values()]
+    assert len(set(places)) == len(places) and all(p.startswith("#cell-") for p in places)
 
 
 def contrasts(cells):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vfm_notes.backbones import weights as w
@@ -226,7 +227,7 @@ def test_another_site_is_told_that_overlap_cannot_be_checked(made, tmp_path, mon
     both = known_fingerprints("later", ["p9"], start.patients)
     assert set(both) == {here, key_id()} and both[here] == made[1].data["patients"][here]
     told = replace(made[1], data=made[1].data | {"patients": both})
-    assert patient_overlap(told, "later", ["p9"]) == ("some", 1) and patient_overlap(told, "later", ["p8"]) == (
+    assert patient_overlap(told, "later", ["p9"]) == ("seen", 1) and patient_overlap(told, "later", ["p8"]) == (
         "unknown", 0,
     ), "its own part is found, the rest cannot be"
     assert f"8 under another site's key {here}" in manifest_lines(told)["patients"]
@@ -298,6 +299,16 @@ def test_weights_without_a_plan_are_used_and_told(made, places):
     write_record(run_folder("mine", run_id(SPEC)), new_record(SPEC, "mine"), weights=weights)
     start = starting_weights.initial_weights(spec, "mine")
     assert start.state and "carry no adaptation plan" in start.notes[0] and start.licences == []
+
+
+def test_weights_that_are_not_those_of_the_record_are_refused(made, places):
+    "A sound file with other numbers, as a copy that went to the wrong folder."
+    spec = in_study(made, places)
+    path = run_folder("mine", run_id(SPEC))/"weights.safetensors"
+    with safe_open(path, "pt") as file: metadata = file.metadata()
+    save_file({k: v + 1 for k, v in load_file(path).items()}, path, metadata)
+    with pytest.raises(VfmError, match=r"weights\.safetensors is damaged .*'vfm run mine --retry-failed'"):
+        starting_weights.initial_weights(spec, "mine")
 
 
 def test_a_missing_pretraining_is_told_by_the_run(places):

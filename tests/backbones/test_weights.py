@@ -308,6 +308,25 @@ def test_onnx_with_values_elsewhere_is_refused(tmp_path):
     with pytest.raises(VfmError, match="damaged|truncated"): read_state(tmp_path/"x.onnx")
 
 
+def test_onnx_values_are_not_looked_for_in_other_files(tmp_path, monkeypatch):
+    "A file that names a neighbour must not read it."
+    place = b"".join(field(13, field(1, k) + field(2, v)) for k, v in ((b"location", b"y.bin"), (b"length", b"8")))
+    far = field(1, 2) + field(2, 1) + field(8, b"far") + place + field(14, 1)
+    (tmp_path/"x.onnx").write_bytes(field(7, field(5, far)))
+    (tmp_path/"y.bin").write_bytes(bytes(8))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VfmError, match="damaged or truncated"): read_state(tmp_path/"x.onnx")
+
+
+def test_without_the_onnx_package_its_extra_is_named_before_a_download(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (tmp_path/"x.onnx").write_bytes(onnx_file())
+    with pytest.raises(VfmError, match=r"x\.onnx is read by the onnx package.*pip install 'vfm_notes\[onnx\]'"):
+        read_state(tmp_path/"x.onnx")
+    monkeypatch.setattr(w, "published_file", lambda *_: pytest.fail("it was downloaded"))
+    with pytest.raises(VfmError, match=r"vfm_notes\[onnx\]"): w.fetch_weights(register(file="net.onnx"))
+
+
 # ---- key reports --------------------------------------------------------------------------------------------------
 
 def test_report_names_every_key():
@@ -505,7 +524,7 @@ def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(fol
 def test_a_study_with_published_weights(full_registries):
     from dataclasses import replace
     from vfm_notes.foundation.spec import load_study
-    study = replace(load_study("learning_rate"), pretrain={}, backbones=["profound_toy.test"])
+    study = replace(load_study("learning_rate"), pretrain={}, backbones=["profound_toy.test"], leave_out=[])
     with pytest.raises(VfmError, match="non-commercial licence 'CC-BY-NC-4.0'.*licences:"):
         study_names.check_names(study)
     for accepted in ("CC-BY-NC-4.0", "profound_toy.test"): study_names.check_names(replace(study, licences=[accepted]))

@@ -1,7 +1,7 @@
-"""How often intervals of a mean over seeds and cases hold the truth: seven ways, 2 to 10 seeds, five ratios of
+"""How often intervals of a mean over seeds and cases hold the truth: eight ways, 2 to 10 seeds, five ratios of
 variances.
 
-    python tests/bench/bench_interval.py [studies]
+    python tests/bench/bench_interval.py [studies] [quick]    quick: without those that are re-drawn
 
 Each study is a table of differences d = a(seed) + b(case) + e, all normal, 40 cases, true mean 0, so what does not
 hold is
@@ -13,6 +13,8 @@ import sys
 
 import numpy as np
 from scipy.stats import t as student
+
+from vfm_notes.analysis.interval import student_squared
 
 STUDIES = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
 CASES, DRAWS = 40, 400
@@ -54,7 +56,10 @@ def ways(d: np.ndarray, rng) -> dict[str, tuple[float, float]]:
         "one t for both (seeds - 1)": t(s - 1) * np.sqrt(total / (s * c)),
         "Banerjee": np.sqrt((t(s - 1) ** 2 * seed + t(c - 1) ** 2 * np.maximum(0, case - rest)) / (s * c)),
     }
+    less = np.maximum(0, case - rest)
+    half["squares (this project)"] = np.sqrt((seed + less) * student_squared(seed, less, s, c) / (s * c))
     found = {k: (float((np.abs(mean) <= h).mean()), float(np.median(h))) for k, h in half.items()}
+    if sys.argv[2:] == ["quick"]: return found
     part = d[: max(200, STUDIES // 5)]
     return found | {
         "re-drawn cases": (redrawn(part, rng, False).mean(), np.nan),

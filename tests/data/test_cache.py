@@ -10,7 +10,8 @@ import rich.console
 
 import vfm_notes.data.load
 from made_cases import CARD, GLAND, GRID, boxes, message, nifti, picture_of
-from vfm_notes.data.cache import track_progress, publish, read_cohort
+from vfm_notes.data.cache import publish, read_cohort
+from vfm_notes.foundation.progress import track_progress
 from vfm_notes.data.cohort import cohort_problems
 from vfm_notes.data.load import manifest_cohort
 from vfm_notes.data.manifest import Manifest, text_table, read_manifest, write_manifest

@@ -101,12 +101,9 @@ def test_what_cannot_be_read_is_told(tmp_path, kind):
 @pytest.mark.parametrize("text", ["id,MTT map\na,a.nii\nb,b.nii\n", "Study ID;Pfad: Bild\na;a.nii\nb;b.nii\n",
     "nr,age,it's here\na,61,a.nii\nb,62,b.nii\n"])
 def test_advice_works_when_it_is_typed(tmp_path, text):
-    "Case first, then the image; the second proposal keeps what the first one said."
+    "The case is asked for; a column of images is a sequence under its own name."
     written(scans(tmp_path, "a.nii", "b.nii"), text)
-    first = options(message(table, tmp_path))
-    second = options(message(table, tmp_path, **first))
-    assert first["columns"].items() <= second["columns"].items()
-    manifest = table(tmp_path, **second)
+    manifest = table(tmp_path, **options(message(table, tmp_path)))
     assert manifest.table["case"].tolist() == ["a",
         "b"] and len(manifest.card.sequences) == 1 and manifest_problems(manifest) == []
 
@@ -114,7 +111,17 @@ def test_advice_works_when_it_is_typed(tmp_path, text):
 def test_advice_knows_a_folder_of_slices(tmp_path):
     (tmp_path/"S1").mkdir()
     written(tmp_path, "case,series\na,S1\n")
-    assert options(message(table, tmp_path)) == {"columns": {"series": "series"}}
+    assert "S1 is a folder without files; expected the slices" in message(table, tmp_path)  # taken for a sequence
+
+
+def test_a_column_of_images_that_sounds_like_a_mask_is_asked_for(tmp_path):
+    written(scans(tmp_path, "a.nii", "m.nii"), "case,CT,Tumour seg\na,a.nii,m.nii\n")
+    said = message(table, tmp_path)
+    assert "'Tumour seg' holds images and sounds like a mask" in said
+    as_mask = table(tmp_path, columns={"mask_tumour": "Tumour seg"})
+    assert as_mask.card.sequences == ("ct",) and as_mask.card.classes == ("background", "tumour")
+    as_note = table(tmp_path, columns={"note_seg": "Tumour seg"})
+    assert as_note.card.sequences == ("ct",) and as_note.table["note_seg"].tolist() == ["m.nii"]
 
 
 @pytest.mark.parametrize("given, words", [({"columns": "id"}, "columns is 'id'"),
@@ -130,9 +137,10 @@ def test_options_of_the_table_are_checked(tmp_path, given, words):
 
 
 def test_any_sequence_may_have_a_name(tmp_path):
-    written(scans(tmp_path, "a.nii", "b.nii"), "case,CT,Tmax\na,a.nii,b.nii\n")
-    assert table(tmp_path).card.sequences == ("ct",)
-    assert table(tmp_path, columns={"tmax": "Tmax"}).card.sequences == ("ct", "tmax")
+    written(scans(tmp_path, "a.nii", "b.nii", "c.nii"), "case,CT,Tmax,CT portal phase\na,a.nii,b.nii,c.nii\n")
+    assert table(tmp_path).card.sequences == ("ct", "tmax", "ct_portal_phase")
+    assert table(tmp_path, columns={"perfusion": "Tmax", "note_x": "CT portal phase"}).card.sequences == (
+        "ct", "perfusion")
 
 
 # the Decathlon's index

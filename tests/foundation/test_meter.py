@@ -12,7 +12,7 @@ from torch import nn
 
 from vfm_notes.analysis.tables import cost_columns, runs_table
 from vfm_notes.foundation import meter as meters
-from vfm_notes.foundation.meter import Meter, PeakMemory, epoch_seconds, convert_old_cost, combine_costs
+from vfm_notes.foundation.meter import Meter, PeakMemory, epoch_seconds, combine_costs
 from vfm_notes.foundation.registry import backbones
 from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.nets.files import forward_flops
@@ -219,7 +219,7 @@ def test_counting_changes_nothing():
 
 # --- records and tables ---
 
-def test_a_row_of_costs_from_new_and_older_records():
+def test_a_row_of_costs_states_what_was_not_measured():
     new = new_record(
         RunSpec(), "s",
         cost={
@@ -228,12 +228,10 @@ def test_a_row_of_costs_from_new_and_older_records():
             "parameters": {"trainable": 1, "total": 2},
         },
     )
-    old = new_record(RunSpec(), "s") | {
-        "cost": convert_old_cost({
-            "seconds": {"total": 4.0}, "peak_memory_mib": 310.0, "device": "cuda (H200)", "parameters": {"total": 5},
-        })
-    }
-    a, b = runs_table([new, old]).to_dict("records")
+    little = new_record(
+        RunSpec(), "s", cost={"seconds": {"total": 4.0}, "memory_mib": {"device": 310.0}, "parameters": {"total": 5}}
+    )
+    a, b = runs_table([new, little]).to_dict("records")
     assert (a["seconds_epoch"], a["peak_memory_mib"], a["host_memory_mib"], a["gpu_hours"]) == (
         2.0, 900.0, 70.0, 0.0025,
     ) and a["energy_j"] != a["energy_j"]

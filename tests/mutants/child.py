@@ -91,11 +91,11 @@ if __name__ == "__main__":
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            os.write(REPORT, f"pid {os.getpid()}\n".encode())  # first, and when the group can be ended
             out, none = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_RDONLY)
             os.dup2(none, 0), os.dup2(out, 1), os.dup2(out, 2)
             os.environ["HOME"] = task["home"]
             code = look(**task["look"]) if "look" in task else judge(task["judge"])
             sys.stdout.flush()
             os._exit(code)
-        os.write(REPORT, f"pid {pid}\n".encode())
         os.write(REPORT, f"end {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())

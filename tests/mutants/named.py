@@ -19,7 +19,7 @@ NAMED = [
     ),
     (
         "tune",
-        "(good := score * METRICS[self.task.primary].direction)",
+        "(good := score * metric_card(self.task.primary).direction)",
         "(good := score)",
         "best epoch without its sign",
     ),
@@ -66,8 +66,8 @@ NAMED = [
     ),
     (
         "tune",
-        'for k in ("train", "val"))).to_dict',
-        'for k in ("train", "test"))).to_dict',
+        'for k in ("train", "val")), names',
+        'for k in ("train", "test")), names',
         "scores look at test cases",
     ),
     (
@@ -78,8 +78,8 @@ NAMED = [
     ),
     (
         "tune",
-        'task.evaluate(watch.answer("test"), data["test"])',
-        'task.evaluate(watch.answer("val"), data["val"])',
+        'cases = task.evaluate(output, data["test"])',
+        'cases = task.evaluate(watch.answer("val"), data["val"])',
         "tested on validation cases",
     ),
     (
@@ -96,8 +96,8 @@ NAMED = [
     ),
     (
         "tune",
-        "distance_to_pretraining(watch.before, watch.after",
-        "distance_to_pretraining(watch.after, watch.before",
+        "distance_to_pretraining(watch.before, features",
+        "distance_to_pretraining(features, watch.before",
         "distance standardised by the tuned features",
     ),
     ("tune", "spec.batch_size, spec.seed, last", "spec.batch_size, 0, last", "order of batches not seeded"),
@@ -121,8 +121,8 @@ NAMED = [
     ),
     (
         "tune",
-        "fit_statistics(train, train.target.numpy()), test",
-        "fit_statistics(test, test.target.numpy()), test",
+        "fit_statistics(train, train.target.numpy(), features)",
+        "fit_statistics(test, test.target.numpy(), features)",
         "the trivial control reads test labels",
     ),
     (
@@ -339,15 +339,15 @@ NAMED = [
     # --- words and colours ---
     (
         "analysis",
-        '(-1, "Largest loss", known[known.high < 0])',
-        '(-1, "Largest loss", known[known.low < 0])',
+        '(-1, "Largest loss", sure[sure.rpg < 0])',
+        '(-1, "Largest loss", known[known.rpg < 0])',
         "an undecided cell is named as the largest loss",
     ),
     ("analysis", "format_p(row.p_holm, of)", "format_p(row.p, of)", "an uncorrected p called corrected"),
     (
         "analysis",
-        "up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)",
-        "up, down, n = int((known.rpg > 0).sum()), int((known.rpg < 0).sum()), len(known)",
+        "clear = is_clear(known) up, down",
+        "clear = known.rpg == known.rpg; up, down",
         "every gain is counted as clear",
     ),
     (
@@ -405,7 +405,30 @@ NAMED = [
         "up, down, n, kept = (int((known.difference > 0).sum())",
         "every contrast above 0 is clear",
     ),
-    ("report", "bool(ok and (a > 0 or b < 0)) for a, b", "bool(ok and a > 0) for a, b", "a clear loss is not bold"),
+    (
+        "analysis",
+        "outside = (gains.low > 0) | (gains.high < 0)",
+        "outside = gains.low > 0",
+        "a loss is never clear",
+    ),
+    (
+        "analysis",
+        "& outside & (gains.p_holm < CLEAR)",
+        "& outside",
+        "a cell is clear by the interval alone",
+    ),
+    (
+        "analysis",
+        "& outside & (gains.p_holm < CLEAR)",
+        "& (gains.p_holm < CLEAR)",
+        "a cell is clear by the test alone",
+    ),
+    (
+        "report",
+        'out["clear"] = is_clear(out)',
+        'out["clear"] = is_clear(out) & (out.rpg > 0)',
+        "a clear loss is not bold",
+    ),
     (
         "report",
         '["gain", "loss"], "none")',
@@ -430,11 +453,11 @@ NAMED = [
         'transform_filter("!datum.clear")',
         "bold where nothing is clear",
     ),
-    ("report", "zip(out.p_holm, of)", "zip(out.p, of)", "the matrix tells the uncorrected p"),
+    ("report", 'format_value(r.p_holm, "p"', 'format_value(r.p, "p"', "the matrix tells the uncorrected p"),
     (
         "report",
-        "clear = int((known.low > 0).sum())",
-        "clear = int((known.rpg > 0).sum())",
+        "int((is_clear(known) & (way * known.rpg > 0)).sum())",
+        "int((way * known.rpg > 0).sum())",
         "every gain of the title is clear",
     ),
     (
@@ -499,10 +522,7 @@ EQUIVALENT = {
     ("analysis", "product(*[(0.6, 1.0, 4.0, 16.0, 64.0)]"): "another start of the search climbs to the same top",
     ("analysis", "product(*[(0.3, 1.0, 8.0, 16.0, 64.0)]"): "another start of the search climbs to the same top",
     ("analysis", "np.where(there, confidence, np.inf)"): "what is no candidate weighs nothing, wherever it stands",
-    (
-        "runs",
-        "lost = helpers.lost(10.0)",
-    ): "a longer wait for helpers that are lost; what is done with them is the same",
+    ("analysis", "value = 100 / direction * (m - m_ref)"): "the direction is 1 or −1, so it is its own inverse",
     ("tune", "not 0 < counter <= int(share))"): "the counter stays at 0, as released, and nothing is frozen",
     (
         "tune",
@@ -510,15 +530,11 @@ EQUIVALENT = {
     ): "the mean image is spread over the cases with or without the axis of length 1",
     (
         "tune",
-        "test, len(self.card.grades)).softmax(1)",
+        "len(self.card.grades), features).softmax(1)",
     ): "of two axes the last is the second",
     (
         "report",
-        "range=[0.06, 1.24]",
+        "range=[0.06, 0.9]",
     ): "how strong the colour of a tile can be; its order and sign are tested, its looks are not",
-    (
-        "report",
-        "(8 + 12.4 * max(map(len, data.interval)))",
-    ): "room for words on a narrow screen, a matter of looks",
-    ("report", 'study: str = "", every: float = 4.0'): "live_training always says how often",
+    ("report", "every: float = 4.0"): "live_training always says how often",
 }

@@ -90,30 +90,42 @@ class Worker:
         self.process = subprocess.Popen(
             [str(self.tree / ".venv" / "bin" / "python"), str(self.tree / "tests" / "mutants" / "child.py")],
             cwd=self.tree,
-            text=True,
+            bufsize=0,  # a line that waits in a buffer is not seen by select
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        self.read = b""
+
+    def answer(self, timeout: float | None) -> tuple[str, str] | None:
+        "The next word and value of the warm process; None where it takes longer than it may."
+        end = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self.read:
+            if not select.select([self.process.stdout], [], [], end and max(end - time.monotonic(), 0))[0]:
+                return None
+            if not (more := os.read(self.process.stdout.fileno(), 4096)):
+                raise SystemExit("The process that judges the mutants has ended; call it again, what is judged is kept.")
+            self.read += more
+        line, _, self.read = self.read.partition(b"\n")
+        word, value = line.decode().split()
+        return word, value
 
     def run(self, allowed: float, **task) -> int | None:
         "Let a fork do a task: its exit status, or None where it took longer than it may."
         task |= {"log": str(self.folder / "log"), "home": str(self.folder / "home")}
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        pid, late, end = 0, False, time.monotonic() + allowed
+        self.process.stdin.write(json.dumps(task).encode() + b"\n")
+        _, pid = self.answer(None)  # it may still import its libraries; the time counts from the fork
+        late, end = False, time.monotonic() + allowed
         while True:
-            if not late and not select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0))[0]:
+            found = self.answer(None if late else max(end - time.monotonic(), 0))
+            if found is None:
                 with suppress(ProcessLookupError):  # it has just ended
-                    os.killpg(pid, signal.SIGKILL)
+                    os.killpg(int(pid), signal.SIGKILL)
                 late = True
-            word, value = self.process.stdout.readline().split()
-            if word == "pid":
-                pid = int(value)
-            elif word == "group":
-                end = time.monotonic() + float(value)
+            elif found[0] == "group":
+                end = time.monotonic() + float(found[1])
             else:
-                return None if late else int(value)
+                return None if late else int(found[1])
 
     def log(self) -> str:
         "What the last task printed."

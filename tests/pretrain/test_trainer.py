@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.pretrain.trainer import (
-    Diverged, Checkpointer, TrainConfig, Stopped, Trainer, microbatches, lr_factor, train,
+    Diverged, Checkpointer, TrainConfig, Stopped, Trainer, is_out_of_memory, microbatches, lr_factor, train,
 )
 
 TOY = '''
@@ -144,6 +145,34 @@ def test_memory_that_really_runs_out(tmp_path):
     done = run(code)
     assert done.returncode == 0, done.stderr[-800:]
     assert "out of memory in epoch 1: batches of 4 are computed" in done.stdout
+
+
+def test_a_failed_pass_is_freed_before_the_memory_is_given_back(monkeypatch):
+    "Inside the handler the error would keep the frames of the failed pass, and their tensors; and random numbers."
+    trainer, seen = toy(), {}
+    def hungry(module, batch):
+        large = module(batch["inputs"])
+        if len(batch["inputs"]) > 2:
+            seen["held"] = weakref.ref(large)
+            torch.rand(7)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return (large - batch["target"]).square().mean(), {}
+    def look():
+        seen.update(alive=seen["held"]() is not None, handling=sys.exc_info()[0])
+        halve()
+    trainer.step.loss, halve = hungry, trainer.halve_microbatches
+    trainer.halve_microbatches = look
+    before = torch.get_rng_state()
+    monkeypatch.setattr("vfm_notes.pretrain.trainer.set_random_states",
+                        lambda device, states: seen.update(back=torch.equal(states[0], before)))
+    trainer.compute_gradients(next(iter(trainer.loader.epoch(1))))
+    assert seen["alive"] is False and seen["handling"] is None and seen["back"]
+
+
+@pytest.mark.parametrize("said, counts", [
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", True),
+    ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", True), ("shapes do not match", False)])
+def test_what_counts_as_out_of_memory(said, counts): assert is_out_of_memory(RuntimeError(said)) is counts
 
 
 def test_objectives_that_compare_cases_are_refused_instead_of_cut():

@@ -156,7 +156,7 @@ def test_what_a_reader_sees_twice_is_the_same(heard):
         heard, r"Fine-tuned runs reach the target (.*?) on average", "convergence"
     )
     gains = [
-        set(re.findall(r'"value": "([+−]\S+ %)".*?"interval": "(\[\S+, \S+\])"', heard["texts"][place]))
+        set(re.findall(r'"value": "([+−][\d.]+)".*?"interval": "(\[\S+, \S+\])"', heard["texts"][place]))
         for place in ("index", "tour")
     ]
     assert gains[0] == gains[1] and len(gains[0]) > 4, gains

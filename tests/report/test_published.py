@@ -36,7 +36,7 @@ STUDY = {
     "tasks": {"classification": {}, "segmentation": {}}, "strategies": ["scratch", "full"], "seeds": [0],
     "budget": {"epochs": 2},
 }
-OWN = ("index", "data", "runs", "cost", "convergence", "pretraining", "guide_reader")
+OWN = ("index", "data", "runs", "convergence", "pretraining", "guide_reader")
 
 
 def layers(data: bytes, depth: int = 0):

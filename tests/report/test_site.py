@@ -38,14 +38,16 @@ STUDY = {
     "budget": {"epochs": 4},
     "external": {"cohort": "prostate_cases", "task": "segmentation"},
 }
-STILL = ["guide_reader", "guide_researcher", "guide_cohort", "guide_batch", "changelog"]  # no numbers, no charts
+STILL = [  # no numbers, no charts
+    "guide_reader", "guide_researcher", "guide_cohort", "guide_predict", "guide_batch", "guide_prostate",
+]
 OWN = [
-    "index", "alignment", "convergence", "prediction", "strategies", "pretraining", "cost", "backbones", "data", "runs",
+    "index", "alignment", "convergence", "prediction", "pretraining", "backbones", "data", "runs",
     "phantom", "methods", "log", *STILL,
 ]
 # drawn charts of each page
 CHARTS = {
-    "index": 1, "alignment": 6, "convergence": 4, "prediction": 2, "strategies": 1, "pretraining": 2, "cost": 1,
+    "index": 1, "alignment": 6, "convergence": 5, "prediction": 1, "pretraining": 2,
     "phantom": 1,
 }
 silent = lambda line: None
@@ -404,6 +406,17 @@ def test_equations_are_drawn_without_a_script(browser, server):
     )
     assert len(boxes) >= 5 and all(w > 80 and h > 15 for w, h in boxes)
     assert browser.execute_script("return document.querySelectorAll('p math').length") > 10
+
+
+def test_the_search_knows_the_rows_of_tables(project):
+    "Each leads to the heading above its table; pages of runs are found as a whole."
+    site = project["root"] / "_site"
+    rows = [e for e in json.loads((site / "search.json").read_text(encoding="utf-8")) if " row " in e["objectID"]]
+    said = "task segmentation; backbone provicnet_toy.contrast"
+    assert any(e["href"] == "runs.html" and said in e["text"] for e in rows)
+    assert len({e["objectID"] for e in rows}) == len(rows) > 60 and not any(e["href"].startswith("run-") for e in rows)
+    for page, _, anchor in {e["href"].partition("#") for e in rows}:
+        assert not anchor or f'id="{anchor}"' in (site / page).read_text(encoding="utf-8"), (page, anchor)
 
 
 @pytest.mark.parametrize("kind", ["http", "file"])

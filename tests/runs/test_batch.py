@@ -197,6 +197,27 @@ def test_nothing_starts_without_what_it_needs_or_late(toy):
     assert late.ready(job)
 
 
+def test_when_the_time_is_over_what_waits_in_the_queue_is_taken_back_and_what_runs_is_not(toy):
+    keep(toy.jobs[0].specs[0])
+    asked, taken = [], []
+    class Queue:
+        jobs = 1
+        def submit(self, function, job, *rest, **more):
+            asked.append(job.name)
+            return SimpleNamespace(done=lambda: False, cancel=lambda: taken.append(job.name), process=None)
+    job = next(j for j in toy.jobs if j.needs)
+    later = [job, replace(job, name="second"), replace(job, name="third")]
+    made, said = Batch("toy", toy.jobs, list(later), Queue(), until=time.monotonic() + 1e6), []
+    show = SimpleNamespace(say=said.append)
+    made.start_ready(show)
+    assert asked == [j.name for j in later] and not made.pending and not said  # all wait in the executor's queue
+    with job_lock("toy", later[0].name):  # the first is at work
+        made.until = time.monotonic() - 1
+        made.start_ready(show)
+    assert taken == [j.name for j in later[1:]] and list(made.running) == [later[0].name]
+    assert said == [f"the time is over: {len(later) - 1} notebooks are not started; running ones finish"]
+
+
 # --- how a notebook ends
 
 

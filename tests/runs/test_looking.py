@@ -89,8 +89,10 @@ def test_a_trajectory_joins_the_two_means_of_an_epoch():
         == [[0, 0.15, 2.0, 2], [1, 0.4, 3.0, 2]]
         and len(rows) == 4
     )
-    assert list(dict.fromkeys(rows.panel)) == ["seg, a", "seg, b"] == chart.to_dict()["facet"]["sort"]
+    assert rows.groupby("cell").backbone.unique().explode().tolist() == ["net.a", "net.b"]
+    assert chart.to_dict()["facet"]["field"] == "task"
     line, dots = chart.to_dict()["spec"]["layer"]
+    assert line["encoding"]["detail"]["field"] == "cell"
     assert line["encoding"]["order"]["field"] == "epoch" and (line["mark"]["type"], dots["mark"]["type"]) == (
         "line", "point",
     )
@@ -130,56 +132,25 @@ def test_distances_at_moments_are_means_over_seeds():
     assert (found.low < found.value).all() and (found.value < found.high).all()
     assert evidence.distances_at(d2p, early[:0]).value.tolist() == pytest.approx([0.2])
     chart = evidence.moment_panels(found.reset_index(), "t", "s").to_dict()
-    assert chart["spec"]["layer"][0]["encoding"]["y"]["sort"] == [
+    assert chart["concat"][0]["layer"][0]["encoding"]["color"]["scale"]["domain"] == [
         "after 5 % of training",
         "at the end",
     ]  # in the order of training
 
 
-def test_gains_stand_above_their_tasks_mean_and_regrets_in_order():
-    points = pd.DataFrame(
-        [
-            dict(
-                predictor="knn",
-                task="seg",
-                backbone=f"net.{b}",
-                strategy="full",
-                n_train=8,
-                layer="embed",
-                value=1.0,
-                place=p,
-                rpg=g,
-                low=g - 3,
-                high=g + 2,
-                n_seeds=2,
-                n_cases=9,
-            )
-            for b, p, g in (("a", -1.0, 4.0), ("b", 1.0, 10.0))
-        ]
-    )
-    rows = drawn(evidence.score_panels(points, "t", "s"))
-    assert rows[["more", "low", "high"]].values.tolist() == [[-3, -6, -1], [3, 0, 5]]
-    table = pd.DataFrame(
-        dict(predictor=["knn", "logme", "none"], regret=[3.0, 1.0, np.nan])
-        | {
-            c: 1.0
-            for c in (
-                "regret_low",
-                "regret_high",
-                "random",
-                "saved",
-                "saved_low",
-                "saved_high",
-                "right",
-                "p",
-                "p_holm",
-                "tasks",
-                "backbones",
-                "pairs",
-            )
-        }
-    )
-    assert drawn(evidence.regret_chart(table, "t", "s")).regret.tolist() == [1.0, 3.0]
+def test_hits_are_shares_of_pairs_best_first_and_a_control_is_marked():
+    each = (("knn", 8, 0.25, False), ("logme", 8, 0.75, False), ("none", 0, 1.0, False), ("size", 8, 0.5, True))
+    table = pd.DataFrame([
+        dict(predictor=n, pairs=k, right=r, right_low=r / 2, right_high=1.0, tasks=2, backbones=3, control=c)
+        for n, k, r, c in each
+    ])
+    rows = drawn(evidence.hits_chart(table, "t", "s"))
+    ends = [[75, 37.5, 100], [50, 25, 100], [25, 12.5, 100]]
+    assert rows[["right", "right_low", "right_high"]].values.tolist() == ends
+    assert rows.words.tolist() == ["6 of 8", "4 of 8", "2 of 8"] and rows.kind.tolist() == ["score", "control", "score"]
+
+
+def test_seeds_without_distance_or_gain_are_not_drawn():
     runs = pd.DataFrame(
         [
             dict(task="seg", backbone="net.a", strategy="full", seed=s, d2p=d, rpg=g)
@@ -198,7 +169,7 @@ def test_marks_and_lines_of_strategies():
         and not legend(["scratch", "full"])
         and not legend(["scratch", "full", "lora"], False)
     )
-    lines = lambda *names: figures.with_lines(pd.DataFrame({"backbone": "net.a", "strategy": names})).line.tolist()
+    lines = lambda *names: curves.with_lines(pd.DataFrame({"backbone": "net.a", "strategy": names})).line.tolist()
     assert lines("scratch", "full") == ["net.a"] * 2 and lines("scratch", "full", "lora") == [
         "net.a scratch",
         "net.a full",
@@ -219,7 +190,7 @@ def test_layers_and_costs_are_means_over_seeds():
     rows = pd.concat(map(pd.DataFrame, chart["datasets"].values())).set_index(["backbone", "layer"])
     assert rows.mmd2.to_dict() == pytest.approx(
         {("net.a", "l1"): 0.02, ("net.a", "l0"): 0.03, ("net.b", "l1"): 0.2, ("net.b", "l0"): 0.3}
-    ) and set(rows.seeds) == {2}
+    ) and set(rows.runs) == {2}
     tiles = [p["layer"][0]["encoding"] for p in chart["concat"]]
     assert all(
         t["x"]["sort"] == ["l1", "l0"] and t["opacity"]["scale"]["domain"] == pytest.approx([0, 0.3]) for t in tiles
@@ -238,7 +209,7 @@ def test_layers_and_costs_are_means_over_seeds():
             for t in (10.0, 30.0)
         ]
     )
-    chart = figures.cost_chart(runs, "t", "s").to_dict()
+    chart = curves.cost_chart(runs, "t", "s").to_dict()
     values = (
         {p["layer"][0]["encoding"]["x"]["field"] for p in chart["concat"]},
         sorted({r["value"] for rows in chart["datasets"].values() for r in rows}),
@@ -251,7 +222,7 @@ def test_layers_and_costs_are_means_over_seeds():
         and full["mark"]["filled"]
         and full["transform"] == [{"filter": "datum.strategy != 'scratch'"}]
     )
-    bars = figures.dot_chart(
+    bars = curves.dot_chart(
         pd.DataFrame([dict(task="seg", backbone="net.a", strategy="full", value=2.0, low=1.0, high=4.0)]), "x"
     ).to_dict()["layer"][0]["encoding"]
     assert (bars["x"]["field"], bars["x2"]["field"]) == ("low", "high")
@@ -424,7 +395,7 @@ def test_trainings_at_work_are_read_and_told(tmp_path, monkeypatch):
         and one.last("val_") == ("val_dice", 0.5)
         and one.last("none") is None
     )
-    assert one.curves.name.tolist() == ["loss", "val_dice"] * 2 and live.Training("n", 5, [], 0.0).left is None
+    assert one.curves.name.tolist() == ["loss", "val_dice"] * 2 and live.RunningTraining("n", 5, [], 0.0).left is None
     told = live.training_rows(found[:2], 260.0)
     assert (
         "2 of 5" in told
@@ -435,7 +406,7 @@ def test_trainings_at_work_are_read_and_told(tmp_path, monkeypatch):
         and told.index("new") < told.index("old")
     )
     assert ">done<" in live.training_rows(
-        [live.Training("n", 2, rows, 0.0)], 0.0
+        [live.RunningTraining("n", 2, rows, 0.0)], 0.0
     ) and "No training" in live.training_rows([], 0.0)
     assert (
         live.training_chart(found).to_dict()["title"]

@@ -28,9 +28,9 @@ from vfm_notes.runs.locks import repair, remove_stale
 SPEC = RunSpec(size=(4, 8, 8))
 KEYS = {
     "schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p",
-    "d2p_moments", "scores", "cost", "n", "train_cases", "head", "normalisation", "device", "threads", "versions",
-    "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes", "notebook",
-    "template_hash", "created", "error",
+    "d2p_moments", "scores", "cost", "n", "train_cases", "head", "shown", "hand_made", "normalisation", "device",
+    "threads", "versions", "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes",
+    "notebook", "template_hash", "created", "error", "input",
 }
 
 

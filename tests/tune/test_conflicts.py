@@ -15,12 +15,14 @@ import yaml
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
 from vfm_notes.report.cli import main
-from vfm_notes.foundation.spec import RunSpec, StudySpec, pretrain_specs, run_specs
+from vfm_notes.data.manifest import write_manifest
+from vfm_notes.foundation.spec import PretrainSpec, RunSpec, StudySpec, pretrain_specs, run_id, run_specs
 from vfm_notes.runs.notebook import known_conflicts as of_jobs
 from vfm_notes.runs.notebook import preflight
 from vfm_notes.runs.grid import jobs_of
 from vfm_notes.tune.conflicts import (
-    cohort_facts, conflicts, empty_network, next_size, read_without_weights, size_conflicts, strategy_conflicts,
+    cohort_facts, conflicts, empty_network, next_size, read_without_weights, size_conflicts, step_memory,
+    strategy_conflicts,
 )
 from vfm_notes.tune.strategy import apply_strategy
 from vfm_notes.tune.task import build_task
@@ -56,7 +58,8 @@ UNET = {"backbones": ["unet_toy.mae"], "pretrain": {"mae": {"backbone": "unet_to
 KNOWN = {
     "size": (
         {"size": [6, 32, 32]},
-        ["size [6, 32, 32] does not suit backbone 'profound_toy'", "4 x 16 x 16", "write size: [8, 32, 32]"],
+        ["size [6, 32, 32] does not suit the pretraining of backbone 'profound_toy'", "4 x 16 x 16",
+         "write size: [8, 32, 32]"],
     ),
     "size for all": (
         {
@@ -64,10 +67,6 @@ KNOWN = {
             "pretrain": {"mae": {"backbone": ["profound_toy", "unet_toy"]}},
         },
         ["'unet_toy'", "write size: [8, 32, 48]"],
-    ),
-    "window": (
-        {"window": [4, 24, 32]},
-        ["window [4, 24, 32] does not suit backbone 'profound_toy'", "write window: [4, 32, 32]"],
     ),
     "large window": ({"window": [16, 32, 32]}, ["larger than size", "write window: [8, 32, 32]"]),
     "window of a case": (
@@ -83,7 +82,7 @@ KNOWN = {
     "class weights": (
         {"tasks": {"segmentation": {"class_weights": [1, 2]}}}, ["class_weights has 2 values", "3 classes"],
     ),
-    "lora": (UNET | {"strategies": ["lora"]}, ["targets=linear matches no layer", "write targets=conv"]),
+    "lora": (UNET | {"strategies": ["lora targets=linear"]}, ["targets=linear matches no layer", "write targets=conv"]),
     "top": ({"strategies": ["top k=9"]}, ["k=9 does not fit", "5 blocks"]),
     "knn": ({"strategies": ["knn"]}, ["'knn' needs one class per case", "use probe or decoder"]),
     "strategy option": ({"strategies": ["lora rank=four"]}, ["option 'rank'", "a whole number"]),
@@ -136,8 +135,12 @@ KNOWN = {
     "few cases": ({"cases": CASES | {"pretrain": 2}}, ["batches of 4", "2 cases", "cases.pretrain to 4"]),
     "no validation": ({"cases": CASES | {"val": 0}}, ["split 'val'", "set cases.val to 1"]),
     "specialist": ({"specialists": {"segmentation": "unet_3"}}, ["Unknown backbone 'unet_3'", "'unet_3d'"]),
-    "specialist's size": (
-        {"specialists": {"segmentation": "densenet121_3d"}}, ["'densenet121_3d'", "write size: [32, 32, 32]"],
+    "memory": (
+        {"device_memory": 0.01, "budget": {"batch_size": 8}},
+        ["'profound_toy' needs at least", "device_memory is 0.01", "write budget.accumulate: "],
+    ),
+    "memory that nothing helps": (
+        {"device_memory": 0.001}, ["device_memory is 0.001", "choose a smaller size, or leave the backbone out"],
     ),
     "augmentation": ({"budget": {"augment": {"flip": {"axes": [3]}}}}, ["option 'axes' of augmentation 'flip'"]),
     "task name": ({"tasks": {"segmantation": {}}}, ["Did you mean 'segmentation'"]),
@@ -215,17 +218,58 @@ def test_strategies_on_shapes_alone_are_judged_as_on_numbers(name):
         else: assert told == [], (name, line, told)
 
 
-def test_what_is_told_is_what_would_have_happened():
-    "A run that conflicts fails in truth, with the size proposed it does not."
+def test_a_size_that_a_network_does_not_divide_is_a_conflict_of_pretraining_alone():
+    "A fine-tuning reads on the backbone's own grid, and its record states what was added."
     spec = RunSpec(
-        size=(6, 32, 32), spacing=(8.0, 2.25, 2.25), cases=CASES, n_train=4, epochs=1, strategy="random",
-        task="classification",
+        size=(6, 30, 32), spacing=(8.0, 2.25, 2.25), cases=CASES, n_train=4, epochs=1, strategy="random",
+        task="segmentation",
     )
     card, _ = facts()
-    assert list(size_conflicts([spec], card))
-    with pytest.raises(VfmError, match="divisible"): transfer(spec)
-    again = replace(spec, size=(8, 32, 32))
-    assert not list(size_conflicts([again], card)) and transfer(again).summary["metrics"]
+    assert not list(size_conflicts([spec], card))
+    assert list(size_conflicts([PretrainSpec(size=spec.size, spacing=spec.spacing, backbone=spec.backbone)], card))
+    result = transfer(spec)
+    assert result.summary["metrics"]
+    assert any("zeros fill 6 x 30 x 32 voxels up to 8 x 32 x 32" in n for n in result.summary["notes"])
+    whole = replace(spec, grid="published", spacing=(4.0, 2.25, 2.25), size=(4, 24, 24))
+    assert not list(size_conflicts([whole], card)) and run_id(whole) != run_id(replace(whole, grid="pad"))
+    assert any("resampled linearly" in n for n in transfer(whole).summary["notes"])
+
+
+@pytest.mark.parametrize("name", ["profound_toy", "provicnet_toy", "unet_toy"])
+def test_memory_of_a_step_is_what_torch_keeps(name):
+    "On numbers: the bytes of what autograd saves, counted while a real step is taken, and weights times four."
+    card = facts()[0]
+    spec = RunSpec(size=(8, 32, 32), spacing=(6, 2.25, 2.25), cases=CASES, task="segmentation", strategy="scratch",
+                   backbone=f"{name}.random", batch_size=2)
+    model = build_model(spec, build_task("segmentation", card, {}), 3).train()
+    own, seen = {p.data_ptr() for p in model.parameters()}, {}
+    def see(t):
+        if t.data_ptr() not in own: seen[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t): model(torch.randn(2, 3, 8, 32, 32))
+    kept, weights = sum(n for n, _ in seen.values()), sum(p.numel() for p in model.parameters())
+    assert step_memory(spec, card) * 2**30 == pytest.approx(kept + 16 * weights, rel=0.1)
+    assert step_memory(replace(spec, accumulate=2), card) < step_memory(spec, card)
+    assert step_memory(replace(spec, strategy="decoder"), card) < 0.5 * step_memory(spec, card)
+
+
+def test_ungraded_cases_are_told_before_a_classification(tmp_path):
+    "In the words of the cohort's table: which cases, in which split."
+    from made_cases import boxes
+    grades = ["low", "high", "unknown", "low", "high", "unknown"]
+    split = ["train", "train", "train", "val", "test", "test"]
+    folder = tmp_path / "boxes"
+    folder.mkdir()
+    write_manifest(boxes(folder, grade=grades, split=split), folder)
+    few = dict(cohort=str(folder), size=[4, 12, 12], spacing=[3.0, 1.0, 1.0], pretrain={},
+               backbones=["unet_toy.random"], strategies=["scratch"],
+               cases={"pretrain": 0, "train": 3, "val": 1, "test": 2})
+    found = said(**few, tasks={"classification": {}, "segmentation": {}})
+    assert found == [f for f in found if "task 'classification' needs a grade" in f] and len(found) == 1, found
+    assert "train: 1 (c2), test: 1 (c5)" in found[0] and "leave out the task" in found[0]
+    assert said(**few, tasks={"segmentation": {}}) == []
+    assert any("'regression' needs a grade" in f for f in said(**few, tasks={"regression": {"of": "grade"}}))
+
 
 
 def test_objectives_without_conflict_take_a_step():

@@ -162,8 +162,9 @@ def test_one_strategy_has_one_text_name_and_choice():
         replace(spec, strategy="lora rank=8 targets=conv")
     )
     assert run_id(spec).rpartition("-")[0] == "segmentation-profound_toy.mae_phantom-lora_rank=8_targets=conv-n24-s0"
+    shipped = load_study("learning_rate")
     study = StudySpec(**{
-        **vars(load_study("learning_rate")),
+        **vars(shipped), "leave_out": [], "backbones": [b for b in shipped.backbones if not b.endswith("random")],
         "strategies": ["scratch", "top   k=2", "lora targets=conv rank=8", "scratch drop=2"],
     })
     assert study.strategies == ["scratch", "top k=2", "lora rank=8 targets=conv", "scratch drop=2"]
@@ -206,7 +207,7 @@ def test_a_wrong_line_is_told_in_one_sentence(line, told):
 
 def test_a_study_is_told_of_wrong_and_doubled_strategies():
     study = load_study("learning_rate")
-    def check(*lines): study_names.check_names(replace(study, strategies=list(lines)))
+    def check(*lines): study_names.check_names(replace(study, strategies=list(lines), leave_out=[]))
     check(*EVERY)
     for lines, told in (
         (("full", "full decay=1"), "are the same"), (("top", "top k=one"), "expected a whole number"),
@@ -365,3 +366,19 @@ def test_a_whole_run_and_its_stored_network(problems, line, task_name, backbone)
 
 def test_text_of_every_entry_survives_reading():
     for line in EVERY: assert canonical_strategy(line) == line and parse_strategy(line)[0] in strategies
+
+
+@pytest.mark.parametrize("name,kinds", [("profound_toy", {"Linear"}), ("provicnet_toy", {"Linear"}),
+                                        ("unet_toy", {"Conv3d"}), ("resnet18_3d", {"Conv3d"}),
+                                        ("segresnet", {"Conv3d"})])
+def test_lora_goes_where_the_weights_are(name, kinds):
+    "By default: linear layers, convolutions, or both; and something of the encoder is trained."
+    from vfm_notes.backbones.keys import build_tiny
+    from vfm_notes.tune.strategy import lora_layers
+    net = build_tiny(name, 3)
+    chosen = lora_layers(net)["auto"]
+    assert chosen and {type(net.get_submodule(k)).__name__ for k in chosen} == kinds
+    model = Network(net, ClassificationHead(net, 2))
+    tuning = apply_strategy("lora", model)
+    assert 0 < sum(p.numel() for k, p in model.backbone.named_parameters() if p.requires_grad)
+    assert all(".lora_" in k for k, p in model.backbone.named_parameters() if p.requires_grad) and not tuning.frozen

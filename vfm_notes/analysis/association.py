@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 # %% ../../nbs/8_analysis/07_association.ipynb #fd359851
 from .gain import has_learned, of_learned, run_gains
 from .tables import CELL, Tables
+from ..foundation.overlap import check_overlap
 from ..foundation.quantity import DRAWS, EXACT, SEED, format_value, format_p
 from ..foundation.registry import VfmError, suggest_name
 
@@ -44,8 +45,8 @@ def correlation(
 # %% ../../nbs/8_analysis/07_association.ipynb #fdd4a51d
 def block_permutations(
     blocks: np.ndarray,  # (n,) sorted numbers of blocks
-    draws: int,
-    seed: int,
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> tuple[np.ndarray, bool]:  # (orders, n) indices, the first is 0 1 2 …; are these all?
     "Return re-orderings within blocks: all, or many random ones."
     sizes = np.unique(blocks, return_counts=True)[1]
@@ -63,8 +64,8 @@ def bootstrap_rho(
     x: np.ndarray,  # (n,)
     y: np.ndarray,  # (n,)
     blocks: np.ndarray | None,  # (n,) or None
-    draws: int,
-    seed: int,
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws,) rho, NaN where a draw does not vary
     "Return the bootstrap values of rho."
     rng, n = np.random.default_rng(seed), len(x)
@@ -83,16 +84,16 @@ FEWEST_CELLS = 4
 @dataclass(frozen=True)
 class Association:
     "A rank correlation with all that is needed to judge it."
-    rho: float
+    rho: float  # rank correlation, −1 to 1
     low: float  # 95 % bootstrap interval
-    high: float
+    high: float  # upper end of the interval
     p: float  # two-sided permutation p, NaN where not tested
     n: int  # cells (or runs)
     blocks: int  # 0: none
     exact: bool  # all orders were counted
     orders: int  # how many were counted
     visible: float  # smallest |rho| with p ≤ 0.05, NaN where there is none
-    tested: bool
+    tested: bool  # whether there was enough for a test
     why: str = ""  # why not tested
 
 # %% ../../nbs/8_analysis/07_association.ipynb #6ea7a6ee
@@ -100,11 +101,12 @@ def detectable_rho(
     null: np.ndarray,  # rho of every order
 ) -> float:  # NaN where even the strongest is reached too often
     "Return the smallest |rho| that at most 5 % of the orders reach."
-    values = np.unique(np.round(np.abs(null), 12))
+    values, size = np.unique(np.round(np.abs(null), 12)), np.sort(np.abs(null))
+    reached = len(size) - np.searchsorted(size, values - 1e-9)  # orders that reach each value
     rare = (
-        values[np.array([(np.abs(null) >= v - 1e-9).mean() for v in values]) <= 0.05]
+        values[reached / len(size) <= 0.05]
         if len(values) < 2000
-        else values[values > np.quantile(np.abs(null), 0.95)]
+        else values[values > np.quantile(size, 0.95)]
     )
     return float(rare[0]) if len(rare) else float("nan")
 
@@ -122,7 +124,7 @@ def associate(
     y: np.ndarray,  # (n,) e.g. RPG
     blocks: np.ndarray | None = None,  # (n,) any labels: look inside these blocks only
     draws: int = DRAWS,  # of bootstrap and permutation
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> Association:
     "Compute Spearman's rho with a bootstrap interval and a permutation p-value."
     x, y = np.asarray(x, float), np.asarray(y, float)
@@ -148,9 +150,9 @@ def associate(
 
 # %% ../../nbs/8_analysis/07_association.ipynb #439bf65f
 def association_words(
-    a: Association,
-    first: str = "distance to pretraining",
-    second: str = "gain",
+    a: Association,  # of two numbers over cells
+    first: str = "distance to pretraining",  # what the first number is
+    second: str = "gain",  # what the second number is
     unit: str = "cells (task x backbone x strategy)",  # what was counted
     block: str = "blocks",  # what a block was
 ) -> str:
@@ -193,8 +195,8 @@ def _layer(tables: Tables, layer: str, distance: str) -> pd.DataFrame:
 
 # %% ../../nbs/8_analysis/07_association.ipynb #4c20a130
 def run_points(
-    tables: Tables,
-    layer: str = "embed",
+    tables: Tables,  # of the study
+    layer: str = "embed",  # name of a layer
     distance: str = "mmd2",  # column of the d2p table
     gained: pd.DataFrame | None = None,  # from run_gains; default: against scratch
 ) -> pd.DataFrame:  # a row per tuned run with a reference: cell, seed, rpg, d2p
@@ -210,16 +212,18 @@ def run_points(
 
 # %% ../../nbs/8_analysis/07_association.ipynb #b41c2ff8
 def cell_points(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
-    layer: str = "embed",
+    layer: str = "embed",  # name of a layer
     distance: str = "mmd2",  # column of the d2p table
-) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer
+    leave_out: tuple[str, ...] = (),  # of foundation.overlap: cells whose weights have, or may have, seen the cohort
+) -> pd.DataFrame:  # a row per cell: rpg, low, high, d2p (mean over seeds), d2p_sd, d2p_seeds, layer, overlap
     """Return gain and distance of every cell that has learned in one fixed order, so that draws agree; missing ones
     are NaN."""
     runs = tables.done().merge(_layer(tables, layer, distance), on="id")
     moved = runs.groupby(CELL)["d2p"].agg(d2p="mean", d2p_sd="std", d2p_seeds="count").reset_index()
-    kept = of_learned(gains)[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases"]]
+    kept = of_learned(gains)[[*CELL, "metric", "rpg", "low", "high", "n_seeds", "n_cases", "overlap"]]
+    kept = kept[~kept.overlap.isin(check_overlap(leave_out))]
     return (
         kept
         .merge(moved.astype({"n_train": kept["n_train"].dtype}), on=CELL, how="left")

@@ -19,7 +19,7 @@ from ..foundation.quantity import format_count, metric_card, format_value
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #9424efdf
 def runs_of(
-    tables: Tables,
+    tables: Tables,  # of the study
     values: Mapping,  # column → value, of task, backbone, strategy, n_train
 ) -> pd.DataFrame:  # finished runs
     "Return the runs of one cell."
@@ -29,7 +29,7 @@ def runs_of(
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #0b5ad8a5
 def cell_scores(
-    tables: Tables,
+    tables: Tables,  # of the study
     metric: str = "primary",  # of each task, or the name of one; tasks without it are left out
 ) -> pd.DataFrame:  # a row per cell: score, low, high, seed_sd, control, n_seeds, n_cases, metric, direction, unit
     "Return a metric of every cell, with an interval over seeds and patients: the one that every page shows."
@@ -68,7 +68,7 @@ CONTRAST_COLUMNS = [
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #65c4c2f7
 def contrast_row(
-    tables: Tables,
+    tables: Tables,  # of the study
     cases: dict[str, pd.DataFrame],  # run id → its rows
     first: Mapping, second: Mapping,  # columns of two cells
     metric: str = "primary",  # or the name of one
@@ -100,7 +100,7 @@ def contrast_row(
 
 # %% ../../nbs/8_analysis/05_contrasts.ipynb #4af34f72
 def contrast_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     contrasts: Mapping[str, tuple[Mapping, Mapping]],  # name → two choices
     metric: str = "primary",  # of each task, or the name of one
 ) -> pd.DataFrame:  # a row per contrast and values of what it leaves open; positive: the first is better
@@ -145,5 +145,9 @@ def contrast_words(
     said += f"{format_count([n], 'cell', 'cells')} ({says(d.min(), 'smallest')} to {says(d.max(), 'largest')}); "
     said += f"{up} {'is' if up == 1 else 'are'} better and {down} worse with a 95 % interval that excludes 0 ({runs})"
     said += f", {kept} with p ≤ 0.05 after Holm's correction over all contrasts"
+    open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
+    if len(open_):
+        least = " to ".join(dict.fromkeys(says(v, "could be seen") for v in (open_.min(), open_.max())))
+        said += f"; in the others differences from {least} on would have been seen in 80 of 100 such studies"
     missing = f" {len(table) - n} of {len(table)} pairs are missing." if n < len(table) else ""
     return said + "." + missing

@@ -37,8 +37,8 @@ CENSORED_COLUMNS = ["at", "share", "low", "high", "waiting", "reached"]
 
 def resample_blocks(
     blocks: np.ndarray,  # (n,) labels
-    draws: int,
-    seed: int,
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws, n) how often each run was drawn with its block
     "Draw blocks with replacement."
     label = np.unique(np.asarray(blocks, str), return_inverse=True)[1]
@@ -49,8 +49,8 @@ def reached_by(
     time: np.ndarray,  # (n,) when each run reached its target, or its budget if censored
     censored: np.ndarray,  # (n,)
     blocks: np.ndarray | None = None,  # (n,) runs that belong together; default: each by itself
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # at, share that has arrived, its 95 % interval, runs on the way before, how many arrived then
     "Return the share of runs that have reached their target by a time."
     time, censored = np.asarray(time, float), np.asarray(censored, bool)
@@ -68,8 +68,8 @@ def half_time(
     time: np.ndarray,  # (n,)
     censored: np.ndarray,  # (n,)
     blocks: np.ndarray | None = None,  # (n,) runs that belong together
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[float, float, float]:  # median and its 95 % interval; infinity: later than the budget, NaN: no runs
     "Return the time by which half of the runs have reached their target."
     time, censored = np.asarray(time, float), np.asarray(censored, bool)
@@ -99,9 +99,9 @@ def excess_arrivals(
 
 # %% ../../nbs/8_analysis/06_convergence.ipynb #53688f03
 def pair_swaps(
-    pairs: int,
-    draws: int,
-    seed: int,
+    pairs: int,  # runs on each side
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (ways, pairs) bool; the first swaps nothing
     "Return all ways to swap pairs, up to 12 of them, or many random ones."
     if pairs <= 12: return np.array(list(product([False, True], repeat=pairs)), bool).reshape(2**pairs, pairs)
@@ -111,8 +111,8 @@ def log_rank(
     time: np.ndarray,  # (pairs, 2) of the first and of the second of each pair
     censored: np.ndarray,  # (pairs, 2)
     strata: np.ndarray,  # (pairs,) labels
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[float, float]:  # z (positive: the first is sooner), two-sided p; NaN without pairs or arrivals
     "Test paired runs by a stratified log-rank test."
     time, censored, strata = (
@@ -147,7 +147,7 @@ def best_score(
 def target_score(
     top: float,  # best score
     start: float | None,  # score at epoch 0 for 'rise', None for a share of the best itself
-    direction: int,
+    direction: int,  # +1 when more is better, −1 when less is
 ) -> tuple[float, str]:  # the score to reach, or NaN and the reason
     "Return 95 % of a best score, or of the rise to it."
     if not np.isfinite(top): return float("nan"), "no validation score"
@@ -161,7 +161,7 @@ def target_score(
 def first_reached(
     curve: pd.DataFrame,  # epoch, seconds, value of one run, in the order of epochs, without NaN
     target: float,  # score to reach
-    direction: int,
+    direction: int,  # +1 when more is better, −1 when less is
 ) -> tuple[float, float, bool]:  # epochs, seconds of training, censored
     "Return the first epoch at which the target is reached, or the whole budget and True."
     there = direction * (curve["value"].to_numpy() - target) >= -1e-12 * abs(target)
@@ -206,7 +206,7 @@ REACHED_COLUMNS = [
 ]
 
 def run_convergence(
-    tables: Tables,
+    tables: Tables,  # of the study
     reference: str = "scratch",  # a strategy
 ) -> pd.DataFrame:  # a row per run (the reference's own included) and rule
     "Return epochs and seconds of training until each run reached its targets."
@@ -258,7 +258,7 @@ TIME_UNITS = ("epochs", "seconds", "gpu_hours")
 MEASURES = (*TIME_UNITS, "area", "sooner", "seconds_sooner", "area_more")
 
 def convergence_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     reference: str = "scratch",  # a strategy
 ) -> pd.DataFrame:  # a row per (task, backbone, strategy, n_train) and rule; <measure>, _low, _high over seeds
     "Return the convergence of every cell: mean over seeds, interval, difference, number censored."
@@ -345,7 +345,7 @@ def _blocks(runs: pd.DataFrame) -> tuple[np.ndarray | None, str]:
 # %% ../../nbs/8_analysis/06_convergence.ipynb #a267c050
 def reached_curves(
     runs: pd.DataFrame,  # from run_convergence
-    rule: str = "rise",
+    rule: str = "rise",  # when a curve has arrived
     unit: str = "epochs",  # or seconds, gpu_hours
 ) -> pd.DataFrame:  # task (or "all tasks"), strategy, at, share, low, high, waiting, n_runs;
     # from 0 to the longest budget
@@ -370,9 +370,9 @@ def reached_curves(
 # %% ../../nbs/8_analysis/06_convergence.ipynb #3a678b08
 def paired_times(
     runs: pd.DataFrame,  # of one rule, with the column cell
-    strategy: str,
-    reference: str,
-    unit: str,
+    strategy: str,  # with its options, e.g. "lora rank=8"
+    reference: str,  # strategy to compare with
+    unit: str,  # epochs or seconds
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (pairs, 2) times, censored; (pairs,) strata
     "Return runs of a strategy beside those of the reference with the same seed."
     a, b = (
@@ -390,7 +390,7 @@ def paired_times(
 def reached_table(
     runs: pd.DataFrame,  # from run_convergence
     reference: str = "scratch",  # a strategy
-    unit: str = "epochs",
+    unit: str = "epochs",  # epochs or seconds
 ) -> pd.DataFrame:  # a row per rule, task (or "all tasks") and strategy: half, low, high, n_runs, censored, drawn, z,
     # p, pairs
     "Return when half of the runs had reached their target, and whether that is sooner than the reference."

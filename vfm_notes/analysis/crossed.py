@@ -15,6 +15,7 @@ from math import factorial
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #1a2a5d90
 from vfm_notes.analysis.association import (
@@ -28,7 +29,10 @@ from ..foundation.quantity import DRAWS, SEED, round_value, format_value, format
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #67beac7c
 # labels as 0, 1, 2 ...
-def label_codes(labels) -> np.ndarray: return np.unique(np.asarray(labels, str), return_inverse=True)[1]
+def label_codes(
+    labels,  # one a row
+) -> np.ndarray:
+    return np.unique(np.asarray(labels, str), return_inverse=True)[1]
 
 def weighted_rho(
     x: np.ndarray,  # (n,)
@@ -48,8 +52,8 @@ def two_way(
     y: np.ndarray,  # (n,)
     rows: np.ndarray,  # (n,) labels, e.g. tasks
     columns: np.ndarray,  # (n,) labels, e.g. backbones
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[float, float]:  # 95 % interval of rho; NaN where there is one row or one column only
     "Compute an interval by re-drawing rows and columns."
     rng, weight = np.random.default_rng(seed), 1
@@ -61,7 +65,11 @@ def two_way(
     return tuple(map(float, np.nanpercentile(drawn, [2.5, 97.5]))) if np.isfinite(drawn).any() else (np.nan, np.nan)
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #a34376a9
-def two_way_permutations(sizes: tuple[int, int], draws: int, seed: int) -> list:
+def two_way_permutations(
+    sizes: tuple[int, int],  # tasks, backbones
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
+) -> list:
     "Return exchanges of rows and of columns: all, or many random ones; nothing exchanged comes first."
     if factorial(sizes[0]) * factorial(sizes[1]) <= draws:
         return list(product(*(map(np.array, permutations(range(k))) for k in sizes)))
@@ -74,8 +82,8 @@ def two_way_test(
     rows: np.ndarray,  # (n,) labels
     columns: np.ndarray,  # (n,) labels
     layers: np.ndarray,  # (n,) labels that stay where they are, e.g. strategies
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[
     float, int, float
 ]:  # two-sided p; ways counted; smallest |rho| that would have had p ≤ 0.05, NaN where there is none
@@ -99,9 +107,7 @@ def weighted_rho_of(
     "Return Spearman's rho of each re-ordering over the pairs that exist."
     u = []
     for v in (x, np.broadcast_to(y, x.shape)):
-        less = (v[:, None, :] < v[:, :, None]) & there[:, None, :]
-        same = (v[:, None, :] == v[:, :, None]) & there[:, None, :]
-        rank = np.where(there, less.sum(2) + (same.sum(2) + 1) / 2, 0)
+        rank = np.where(there, rankdata(np.where(there, v, np.inf), axis=1), 0)  # what is not there comes last
         u.append(np.where(there, rank - rank.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1), 0))
     return correlation(*(np.where(np.abs(v) < 1e-9, 0, v) for v in u))
 
@@ -124,15 +130,15 @@ class CrossedAssociation:
     "An association of cells that share tasks and backbones."
     simple: Association  # as if cells were independent
     low: float  # two-way 95 % interval of rho
-    high: float
+    high: float  # upper end of the interval
     p: float  # two-way test
     ways: int  # exchanges counted
     visible: float  # smallest |rho| that would have had p ≤ 0.05 in the two-way test
     line: MixedModel  # second variable per standard deviation of the first
-    tasks: int
-    backbones: int
+    tasks: int  # how many
+    backbones: int  # how many
     without_task: dict  # rho without each
-    without_backbone: dict
+    without_backbone: dict  # backbone → rho without it
     of: str = ""  # what is associated with what, e.g. "d2p and rpg, layer embed, end"
 
     @property
@@ -143,10 +149,10 @@ class CrossedAssociation:
 # %% ../../nbs/8_analysis/09_crossed.ipynb #5a400df0
 def crossed_association(
     points: pd.DataFrame,  # task, backbone, strategy, n_train and the two columns below
-    first: str = "d2p",
-    second: str = "rpg",
-    draws: int = DRAWS,
-    seed: int = SEED,
+    first: str = "d2p",  # what the first number is
+    second: str = "rpg",  # what the second number is
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> CrossedAssociation:
     "Return every view of one association."
     t = points[points[first].notna() & points[second].notna()].sort_values(CELL).drop_duplicates(CELL)
@@ -173,15 +179,17 @@ def crossed_association(
     )
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #73bad709
-def format_range(values: dict) -> str:
+def format_range(
+    values: dict,  # name → number
+) -> str:
     "Return the smallest and largest, as words."
     known = sorted(v for v in values.values() if np.isfinite(v))
     return " to ".join(dict.fromkeys(format_value(v, "rho") for v in known[:1] + known[-1:]))
 
 def crossed_words(
-    c: CrossedAssociation,
-    first: str = "distance to pretraining",
-    second: str = "gain",
+    c: CrossedAssociation,  # over tasks and backbones
+    first: str = "distance to pretraining",  # what the first number is
+    second: str = "gain",  # what the second number is
     unit: str = " %",  # of the second variable
 ) -> str:
     "State what the data can and cannot show, given what the cells share."
@@ -213,7 +221,9 @@ def crossed_words(
     return said + " " + crossed_verdict(c)
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #aabab9bc
-def crossed_verdict(c: CrossedAssociation) -> str:
+def crossed_verdict(
+    c: CrossedAssociation,  # over tasks and backbones
+) -> str:
     "Return the last sentence: shown or not, and for whom."
     if c.shown: said = "The ranks show an association, but not a cause"
     else:
@@ -239,10 +249,10 @@ MOMENT_TITLES = {
 }
 
 def moment_distances(
-    tables: Tables,
-    layer: str = "embed",
+    tables: Tables,  # of the study
+    layer: str = "embed",  # name of a layer
     when: str = "end",  # end, or a moment: early, best, random weights
-    distance: str = "mmd2",
+    distance: str = "mmd2",  # column of the distance
 ) -> pd.DataFrame:  # task, backbone, strategy, n_train, d2p: mean over seeds
     "Return the distance of every cell at one moment."
     t = tables.d2p if when == "end" else tables.moments[tables.moments["when"] == when]
@@ -251,7 +261,7 @@ def moment_distances(
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #83b0a09f
 def outcomes(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # the cells with rpg, sooner, seconds
     "Return what each cell that has learned brought, how soon and for how much."
@@ -264,10 +274,11 @@ def outcomes(
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #d983435e
 def crossed_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
-    layer: str = "embed",
-    draws: int = DRAWS,
+    layer: str = "embed",  # name of a layer
+    draws: int = DRAWS,  # how many times the data are drawn again
+    which: tuple[str, ...] = tuple(OUTCOME_TITLES),  # outcomes
 ) -> pd.DataFrame:  # a row per distance and outcome; `says`: the finding as a sentence
     "Return every distance against every outcome."
     cells, rows = outcomes(tables, gains), []
@@ -275,7 +286,7 @@ def crossed_table(
         own = moment_distances(tables, layer, when)
         if own.empty: continue
         points = cells.merge(own.astype({"n_train": cells.n_train.dtype}), on=CELL, how="left")
-        for column, (second, unit) in OUTCOME_TITLES.items():
+        for column, (second, unit) in ((k, OUTCOME_TITLES[k]) for k in which):
             c = crossed_association(points, "d2p", column, draws)
             rows.append(
                 dict(
@@ -296,10 +307,10 @@ def crossed_table(
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #5d7f87ca
 def association_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
     distance: str = "mmd2",  # column of the d2p table
-    draws: int = DRAWS,
+    draws: int = DRAWS,  # how many times the data are drawn again
 ) -> pd.DataFrame:  # a row per layer and view (cells; cells inside tasks; runs inside cells)
     "Return the association of distance and gain, layer by layer, in three views."
     rows, gained = [], run_gains(tables) if len(tables.d2p) else None
@@ -324,10 +335,10 @@ def association_table(
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #3175f4ec
 def divergence_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
-    layer: str = "embed",
-    draws: int = DRAWS,
+    layer: str = "embed",  # name of a layer
+    draws: int = DRAWS,  # how many times the data are drawn again
 ) -> pd.DataFrame:  # a row per divergence, MMD² first: divergence, rho, low, high, p, n, shown, tested, of
     "Compute how the gain of all cells goes with each divergence that was measured."
     rows = []
@@ -375,5 +386,7 @@ def divergence_words(
 
 # %% ../../nbs/8_analysis/09_crossed.ipynb #d6278f48
 # "12", "9 to 12"
-def span_of(counts: pd.Series) -> str:
+def span_of(
+    counts: pd.Series,  # whole numbers
+) -> str:
     return " to ".join(dict.fromkeys(str(int(v)) for v in (counts.min(), counts.max())))

@@ -18,8 +18,8 @@ from ..foundation.quantity import DRAWS, SEED
 # %% ../../nbs/8_analysis/17_elsewhere.ipynb #1a0ad4b9
 def outcome_matrix(
     end: dict,  # from cell_outcomes
-    strategy: str,
-    n_train: int,
+    strategy: str,  # with its options, e.g. "lora rank=8"
+    n_train: int,  # training cases
 ) -> pd.DataFrame:  # backbones by tasks, the higher the better; NaN where nothing is known
     "Return what each backbone brought on each task."
     found = {key[0]: {b: float(v[0]) for b, v in brought.items()} for key, brought in end.items()
@@ -44,7 +44,7 @@ def elsewhere_known(
 
 # %% ../../nbs/8_analysis/17_elsewhere.ipynb #d04d9139
 def size_known(
-    tables: Tables,
+    tables: Tables,  # of the study
     end: dict,  # from cell_outcomes
 ) -> pd.DataFrame:  # as `predictors` gives it
     "Return the parameters of each backbone, as its largest run counted them."
@@ -57,11 +57,11 @@ def size_known(
     ])
 
 def control_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "gain",  # or "score"
     reference: str = "scratch",  # a strategy
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # a row per control, as `prediction_table` has them
     "Judge picks by size and by other tasks."
     end, rows = cell_outcomes(tables, outcome, reference, draws, seed), []

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cell_words', 'gain_words', 'gain_findings', 'pretrained_cells', 'name_extremes', 'sooner_interval', 'sooner_words',
            'soonest_words', 'convergence_finding', 'findings', 'read_evidence', 'probe_gains', 'join_words',
-           'gain_text', 'backbone_verdict', 'objective_verdict', 'count_helpful', 'count_by_probe', 'rounding_words']
+           'gain_text', 'could_see', 'backbone_verdict', 'objective_verdict', 'count_helpful', 'count_by_probe',
+           'rounding_words']
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #aa277898
 import json
@@ -18,7 +19,7 @@ import pandas as pd
 from .association import cell_points
 from .convergence import convergence_table, mean_interval
 from .crossed import crossed_association, crossed_words
-from .gain import gain_table, holm, of_learned, unlearned_words
+from .gain import gain_table, holm, is_clear, of_learned, unlearned_words
 from .interval import smallest_shift
 from .prediction import prediction_finding, prediction_table
 from .tables import CELL, load_tables, Tables
@@ -41,17 +42,17 @@ def cell_words(
 def gain_words(
     row: pd.Series,  # of gain_table
     lead: str,  # first words, e.g. "Largest gain"
-    many: bool = False,
+    many: bool = False,  # whether there are several cells
 ) -> str:
     "Return a gain as a sentence."
     of = describe_value("rpg", row)
     n = f"{format_count([row.n_seeds], 'seed', 'seeds')}, {format_count([row.n_cases], 'test case', 'test cases')}"
-    said = (
-        f"{lead}: {cell_words(row, many)}, {format_value(row.rpg, 'gain', of, unit=True)} "
-        f"{metric_card(row.metric).title} against {row.versus}"
-    )
+    change, card = describe_value("change", row), metric_card(row.metric)
+    unit = f" {card.unit}" * bool(card.unit)
+    ends = format_interval(row.change_low, row.change_high, "difference", change, row.metric)
     return (
-        f"{said} (95 % interval {format_interval(row.low, row.high, 'gain', of, unit=True)}; {n}; "
+        f"{lead}: {cell_words(row, many)}, {format_value(row.change, 'difference', change, row.metric)}{unit} "
+        f"{card.title} against {row.versus} (95 % interval {ends}{unit}; {format_value(row.rpg, 'gain', of, unit=True)}; {n}; "
         f"{format_p(row.p_holm, of)} over seeds and cases, corrected)."
     )
 
@@ -70,7 +71,8 @@ def gain_findings(
             "result yet."
         ]
     many = gains.strategy.nunique() > 1
-    up, down, n = int((known.low > 0).sum()), int((known.high < 0).sum()), len(known)
+    clear = is_clear(known)
+    up, down, n = int((clear & (known.rpg > 0)).sum()), int((clear & (known.rpg < 0)).sum()), len(known)
     said = [gain_words(row, first, many) for row, first in name_extremes(known)]
     none = "" if said else "None is named as the largest, because that can change with the seed or the processor."
     missing = (
@@ -80,9 +82,11 @@ def gain_findings(
         else ""
     )
     rest = n - up - down
-    clear = f"{up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} with an interval that excludes 0"
-    counts = f"Of {format_count([n], 'cell', 'cells')}, {clear}; {rest} {'is' if rest == 1 else 'are'} undecided."
-    open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
+    counts = (
+        f"Of {format_count([n], 'cell', 'cells')}, {up} gain{'s' * (up == 1)} and {down} lose{'s' * (down == 1)} "
+        f"clearly (after correction); {rest} {'is' if rest == 1 else 'are'} undecided."
+    )
+    open_ = known.smallest[~clear].dropna()
     could = (
         f" There, gains from {format_value(open_.min(), 'gain', unit=True)} (cell with the narrowest interval) to "
         f"{format_value(open_.max(), 'gain', unit=True)} on would have been seen in 80 of 100 such studies."
@@ -100,10 +104,10 @@ def pretrained_cells(
 
 def name_extremes(
     known: pd.DataFrame,  # cells with a gain
-) -> list[tuple[pd.Series, str]]:  # the largest gain and the largest loss, of those whose interval excludes 0
+) -> list[tuple[pd.Series, str]]:  # the largest gain and the largest loss, of those that are clear
     "Name what is clear; cells that are equal are counted."
-    found = []
-    for way, lead, clear in ((1, "Largest gain", known[known.low > 0]), (-1, "Largest loss", known[known.high < 0])):
+    found, sure = [], known[is_clear(known)]
+    for way, lead, clear in ((1, "Largest gain", sure[sure.rpg > 0]), (-1, "Largest loss", sure[sure.rpg < 0])):
         if clear.empty: continue
         first = find_leaders((way * clear.rpg).to_dict())
         found.append((clear.loc[first[0]], lead + f", shared by {len(first)} cells" * (len(first) > 1)))
@@ -117,13 +121,18 @@ def sooner_interval(
     most = float(t.budget.max())
     return mean_interval(t.sooner.to_numpy(), -most, most)
 
-def sooner_words(mean: float, of: str = "") -> str:
+def sooner_words(
+    mean: float,  # the estimate
+    of: str = "",  # what the number is of
+) -> str:
     "State epochs sooner, later, or neither."
     text = format_value(mean, "sooner", of)
     return f"{text[1:]} epochs {'later' if text[0] == '−' else 'sooner'}" if float(text[1:]) else "as soon"
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #a0792f1b
-def soonest_words(t: pd.DataFrame) -> str:  # t: rows of convergence_table of one rule
+def soonest_words(
+    t: pd.DataFrame,  # rows of convergence_table of one rule
+) -> str:
     "Name the cell that got there soonest, of those whose interval excludes 0."
     clear = t[t.sooner_low > 0]
     if clear.empty: return ""
@@ -134,7 +143,7 @@ def soonest_words(t: pd.DataFrame) -> str:  # t: rows of convergence_table of on
 
 def convergence_finding(
     table: pd.DataFrame,  # from convergence_table
-    reference: str = "scratch",
+    reference: str = "scratch",  # strategy to compare with
 ) -> str:
     "Return how much sooner tuned runs get there."
     t = table[(table.rule == "rise") & (table.strategy != reference) & table.sooner.notna()]
@@ -219,7 +228,7 @@ def probe_gains(
         p = float(ttest_1samp(g.gain, 0).pvalue) if n > 1 and g.gain.std() > 0 else np.nan
         return pd.Series({
             "random": g.random.mean(), "value": g.value.mean(), "gain": mean, "low": low, "high": high, "n": n,
-            "seconds": g.seconds.mean(), "p": p,
+            "seconds": g.seconds.mean(), "p": p, "smallest": smallest_shift(float(g.gain.std()), n),
         })
     by = [k for k in ("backbone", "objective", "probe") if k in frame]
     table = (
@@ -235,17 +244,31 @@ def probe_gains(
     return table.assign(verdict=np.where((table.value == 0) & (table.random == 0), "reads nothing", sure))
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #b5be71ca
-def join_words(parts: list[str]) -> str:  # "a", "a and b", "a, b and c"
+def join_words(
+    parts: list[str],  # joined by commas and "and"
+) -> str:  # "a", "a and b", "a, b and c"
     "Return a list in a sentence."
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
-def gain_text(row) -> str:  # of `probe_gains`
+def gain_text(
+    row,  # of a table of gains
+) -> str:  # of `probe_gains`
     "Return a gain with its interval."
     of = describe_value("gain of a probe", row, row.probe, row.objective)
     return (
         f"{format_value(row.gain, 'difference', of)} "
         f"[{', '.join(format_value(v, 'difference', f'{of}, {k}') for k, v in (('low', row.low), ('high', row.high)))}]"
     )
+
+def could_see(
+    open_: pd.DataFrame,  # undecided rows of `probe_gains`
+) -> str:
+    "State which gains undecided probes would have shown."
+    least = open_.smallest.dropna() if "smallest" in open_ else []
+    if not len(least): return ""
+    span = dict.fromkeys(format_value(float(v), "difference", "gain of a probe, could be seen")
+                         for v in (min(least), max(least)))
+    return f" (gains from {' to '.join(span)} on would have been seen in 80 of 100 such measurements)"
 
 def backbone_verdict(
     rows: pd.DataFrame,  # of `probe_gains`, one objective and one backbone
@@ -258,7 +281,7 @@ def backbone_verdict(
     up, down = open_[open_.low > 0], open_[open_.high < 0]
     said = those(sure[sure.verdict == "raises"], "raises") + those(sure[sure.verdict == "lowers"], "lowers")
     weak = those(up, "a rise of") + those(down, "a fall of")
-    parts = [join_words(said) if said else f"shows no gain in {int(rows.n.max())} seeds"]
+    parts = [join_words(said) if said else f"shows no gain in {int(rows.n.max())} seeds{could_see(open_)}"]
     if weak: parts.append(f"uncorrected intervals alone would suggest {join_words(weak)}")
     return ", ".join(
         parts + those(rows[rows.verdict == "reads nothing"], "the probe finds nothing before or after:", False)

@@ -42,7 +42,7 @@ def value_at(
 
 # %% ../../nbs/8_analysis/18_halving.ipynb #b1ab33f0
 def early_values(
-    tables: Tables,
+    tables: Tables,  # of the study
     what: str,  # of EARLY
     share: float,  # of the epochs
 ) -> pd.DataFrame:  # task, strategy, n_train, backbone, seed, value: the higher the better
@@ -67,11 +67,11 @@ def as_known(
 
 # %% ../../nbs/8_analysis/18_halving.ipynb #7928e8ab
 def early_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "score",  # or "gain"
     reference: str = "scratch",  # a strategy
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # a row per curve and share, as `pool_answers` has them
     "Judge the pick of each curve after each share of the budget."
     end, rows = cell_outcomes(tables, outcome, reference, draws, seed), []
@@ -89,7 +89,7 @@ ROUNDS = (0.1, 0.25, 0.5)  # of the epochs: after each the worse half is stopped
 def halve(
     curves: dict[str, pd.Series],  # backbone → epoch → mean value over seeds, the higher the better
     epochs: float,  # of the budget
-    rounds: tuple = ROUNDS,
+    rounds: tuple = ROUNDS,  # shares of the budget after which runs are dropped
 ) -> tuple[dict[str, float], float]:  # backbone → rank, the higher the longer it stayed; share of epochs not run
     "Replay successive halving on one question."
     left, rank, run = list(curves), {}, dict.fromkeys(curves, epochs)
@@ -105,9 +105,9 @@ def halve(
 
 # %% ../../nbs/8_analysis/18_halving.ipynb #6d11f05b
 def mean_curves(
-    tables: Tables,
+    tables: Tables,  # of the study
     key: tuple,  # task, strategy, n_train
-    backbones: list[str],
+    backbones: list[str],  # names
 ) -> tuple[dict[str, pd.Series], float]:  # backbone → epoch → mean validation score with its sign; epochs
     "Average the validation curves of each backbone over seeds."
     runs = tables.done()
@@ -122,12 +122,12 @@ def mean_curves(
     return found, longest
 
 def halving_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "score",  # or "gain"
     reference: str = "scratch",  # a strategy
-    rounds: tuple = ROUNDS,
-    draws: int = DRAWS,
-    seed: int = SEED,
+    rounds: tuple = ROUNDS,  # shares of the budget after which runs are dropped
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[dict, float]:  # as `pool_answers` has it; mean share of epochs that would not have been run
     "Replay successive halving on every question of a finished study."
     end, rows, spared = cell_outcomes(tables, outcome, reference, draws, seed), [], []
@@ -158,7 +158,9 @@ def halving_words(
         said += f" (95 % interval {ends})"
     return f"{said}, a random choice {format_value(row['random'], 'spread', 'halving, random')}."
 
-def early_words(table: pd.DataFrame) -> list[str]:  # table: from early_table
+def early_words(
+    table: pd.DataFrame,  # from early_table
+) -> list[str]:
     "State how well each curve tells the winner early, at the first share where it is known."
     said = []
     for what, own in table[table.pairs > 0].groupby("curve", sort=False) if len(table) else ():

@@ -73,13 +73,13 @@ def fit_variance_ratios(
 @dataclass(frozen=True)
 class MixedModel:
     "A line with random intercepts."
-    slope: float
+    slope: float  # of the fixed effect
     low: float  # 95 % interval, NaN without degrees of freedom
-    high: float
+    high: float  # upper end of the interval
     p: float  # of no slope
     sd: dict  # group → standard deviation of its intercepts; "rest": of what is left
     free: int  # degrees of freedom
-    n: int
+    n: int  # rows
     left_out: tuple = ()  # groups with one level
     why: str = ""  # why there is no slope, or no interval
 

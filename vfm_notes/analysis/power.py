@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIED', 'BOTH', 'SEEDS', 'CASES', 'Variances', 'study_variances', 'smallest_rho', 'unit_of', 'fewest', 'gains_seen',
-           'study_hours', 'variances_of', 'Plan', 'plan', 'plan_lines']
+           'study_hours', 'hours_with_seeds', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'hours_words',
+           'plan_lines']
 
 # %% ../../nbs/8_analysis/13_power.ipynb #a1ab83a7
 from collections.abc import Mapping
@@ -18,8 +19,9 @@ from .convergence import run_convergence
 from .gain import difference_interval, study_cells
 from .interval import Squares, smallest_effect, smallest_shift
 from .tables import CELL, Tables, reference_runs
-from ..foundation.quantity import metric_card, round_value
-from ..foundation.spec import StudySpec
+from ..foundation.quantity import format_count, metric_card, round_value
+from ..foundation.registry import starts_random
+from ..foundation.spec import run_specs, StudySpec
 from ..runs.watch import Speeds, format_duration, run_time
 from ..runs.grid import jobs_of
 
@@ -27,7 +29,7 @@ from ..runs.grid import jobs_of
 @dataclass(frozen=True)
 class Variances:
     "How much the difference of a tuned network and its reference varies, as standard deviations in the metric's unit."
-    metric: str
+    metric: str  # name of a metric
     seed: float  # between trainings
     case: float  # between test cases
     rest: float  # of a case in a training
@@ -57,11 +59,12 @@ def study_variances(
         if isinstance(cell.pair, str) or len(cell.pair.seeds) < 2: continue
         squares = difference_interval(cell.pair, cell.metric).squares
         if squares: found.setdefault((cell.key["task"], cell.metric), []).append(squares)
-    root = lambda values: float(np.sqrt(np.mean(values)))
+    root = lambda values: float(np.sqrt(max(0.0, np.mean(values))))
     return {
         task: Variances(
-            metric, root([s.seed_variance for s in each]), root([s.case_variance for s in each]),
-            root([s.rest for s in each]), saved.get(task, np.nan), len(each),
+            metric, root([(s.seed - s.rest) / s.cases for s in each]),
+            root([(s.case - s.rest) / s.seeds for s in each]), root([s.rest for s in each]), saved.get(task, np.nan),
+            len(each),
         )
         for (task, metric), each in found.items()
     }
@@ -82,22 +85,25 @@ def _epochs_saved(tables: Tables, reference: str) -> dict[str, float]:
 BOTH = 3.6  # test and interval of an association, see above
 
 def smallest_rho(
-    tasks: int,
-    backbones: int,
+    tasks: int,  # how many
+    backbones: int,  # how many
+    share: float = 1.0,  # of the table of tasks and backbones that is run
 ) -> float:  # NaN where there are too few to see any
     "Compute the smallest rank correlation of distance and gain that is seen with power .8."
-    n = (tasks - 1) * (backbones - 1) + 1
+    n = share * tasks * backbones - tasks - backbones + 2
     return float(np.tanh(BOTH * np.sqrt(1.06 / (n - 3)))) if min(tasks, backbones) > 2 and n > 4 else float("nan")
 
 # %% ../../nbs/8_analysis/13_power.ipynb #4a02ffd6
-def unit_of(metric: str) -> tuple[str, float]:  # e.g. ("Dice points", 0.01) or ("dB", 1)
+def unit_of(
+    metric: str,  # name of a metric
+) -> tuple[str, float]:  # e.g. ("Dice points", 0.01) or ("dB", 1)
     "Return in what gains of a metric are counted: hundredths of what ends at 1."
     card = metric_card(metric)
     return (f"{card.title} points", 0.01) if card.high == 1 else (card.unit or card.title, 1.0)
 
 def fewest(
     seen: list[tuple[int, float]],  # number → smallest effect, in the order of numbers
-    wanted: float,
+    wanted: float,  # gain, in the metric's unit
 ) -> int | None:
     "Return the first number with which the effect wanted is seen."
     return next((n for n, smallest in seen if smallest <= wanted), None)
@@ -106,7 +112,11 @@ SEEDS, CASES = (
     (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50), (10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000),
 )
 
-def gains_seen(v: Variances, seeds: int, cases: int) -> pd.DataFrame:  # more, n, smallest (in units of unit_of)
+def gains_seen(
+    v: Variances,  # of a metric
+    seeds: int,  # how many repetitions
+    cases: int,  # how many
+) -> pd.DataFrame:  # more, n, smallest (in units of unit_of)
     "Compute the smallest gain along both ways of taking more."
     _, unit = unit_of(v.metric)
     rows = [("seeds", s, smallest_effect(v.squares(s, cases)) / unit) for s in sorted({*SEEDS, max(2, seeds)})]
@@ -115,17 +125,40 @@ def gains_seen(v: Variances, seeds: int, cases: int) -> pd.DataFrame:  # more, n
 
 # %% ../../nbs/8_analysis/13_power.ipynb #e3c3baaa
 def study_hours(
-    study: StudySpec,
+    study: StudySpec,  # the study
     known: Speeds,  # from runs.estimate.speeds
 ) -> float:
     "Compute how long all runs of a study take, one after the other."
     return sum(run_time(job.kind, vars(s), known).seconds for job in jobs_of(study) for s in job.specs) / 3600
 
+def hours_with_seeds(
+    study: StudySpec,  # the study
+    known: Speeds,  # from runs.estimate.speeds
+    seeds: int,  # how many repetitions
+) -> float:
+    "Compute how long a study takes with another number of seeds: what is pretrained is pretrained once."
+    jobs = [j for j in jobs_of(study) if j.kind == "pretrain"]
+    once = sum(run_time(j.kind, vars(s), known).seconds for j in jobs for s in j.specs) / 3600
+    return once + (study_hours(study, known) - once) * seeds / len(study.seeds)
+
+def crossed_cells(
+    study: StudySpec,  # the study
+) -> tuple[int, int, float]:  # tasks, backbones with weights, share of their table that is run
+    "Count what an association of distance and gain is made of."
+    cells = {(r.task, r.backbone) for r in run_specs(study) if not starts_random(r.backbone, r.strategy)}
+    cells = {c for c in cells if c[1] in study.backbones}
+    tasks, backbones = len({t for t, _ in cells}), len({b for _, b in cells})
+    return tasks, backbones, len(cells) / max(1, tasks * backbones)
+
 def variances_of(
-    task: str, options: Mapping, own: Mapping[str, Variances], metric: str
+    task: str,  # name of a task
+    options: Mapping,  # of the task
+    own: Mapping[str, Variances],  # task → variances
+    metric: str,  # name of a metric
 ) -> tuple[Variances | None, str]:
     "Return the variances of a task, and where they are from."
-    if task in own: return own[task], "this study"
+    if task in own:
+        return own[task], f"finished runs of this study ({format_count([own[task].cells], 'cell', 'cells')} a task)"
     return TRIED.get(
         metric
     ), "tried on the phantom" if metric in TRIED else f"no variances of {metric or 'its metric'} are known"
@@ -134,12 +167,13 @@ def variances_of(
 @dataclass(frozen=True)
 class Plan:
     "What a study can see, and what more would take."
-    study: str
-    seeds: int
-    cases: int
-    tasks: int
-    backbones: int
-    hours: float
+    study: str  # name of a study
+    seeds: int  # how many repetitions
+    cases: int  # how many
+    tasks: int  # how many
+    backbones: int  # how many
+    hours: float  # of all runs one by one
+    hours_from: str  # what they are judged by
     rho: float  # smallest that is seen; NaN: none
     needs: dict  # tasks, backbones: the first number with which rho is seen; hours of each
     rows: list  # a dict per task
@@ -162,7 +196,7 @@ class Plan:
 
 # %% ../../nbs/8_analysis/13_power.ipynb #5beb1381
 def plan(
-    study: StudySpec,
+    study: StudySpec,  # the study
     metrics: Mapping[str, str],  # task → its primary metric
     own: Mapping[str, Variances] | None = None,  # from study_variances
     known: Speeds | None = None,  # from runs.estimate.speeds
@@ -171,8 +205,7 @@ def plan(
 ) -> Plan:
     "Compute what a study can see."
     gains, known, seeds, cases = gains or {}, known or {}, len(study.seeds), study.cases["test"]
-    again = lambda **more: study_hours(replace(study, **more), known)
-    rows, curves, hours = [], [], {seeds: study_hours(study, known)}
+    rows, curves, hours = [], [], study_hours(study, known)
     for task, options in study.tasks.items():
         v, source = variances_of(task, options, own or {}, metrics.get(task, ""))
         row = {"task": task, "metric": metrics.get(task, ""), "variances": source}
@@ -181,26 +214,34 @@ def plan(
             wanted = next((gains[k] for k in (task, v.metric, "") if k in gains), None)
             row |= _task_row(v, seen, seeds, cases, wanted)
             if row.get("seeds_needed"):
-                row["seeds_hours"] = hours.setdefault(
-                    row["seeds_needed"], again(seeds=list(range(row["seeds_needed"])))
+                row["seeds_hours"] = hours_with_seeds(study, known, row["seeds_needed"])
+            if row.get("cases_needed"):
+                row["cases_hours"] = study_hours(
+                    replace(study, cases=study.cases | {"test": row["cases_needed"]}), known
                 )
-            if row.get("cases_needed"): row["cases_hours"] = again(cases=study.cases | {"test": row["cases_needed"]})
             curves.append(seen.assign(task=task, unit=row["unit"]))
         rows.append(row)
-    t, b = len(study.tasks), len(study.backbones)
-    needs = {
-        "rho": rho, "backbones": fewest([(k, smallest_rho(t, k)) for k in range(2, 41)], rho),
-        "tasks": fewest([(k, smallest_rho(k, b)) for k in range(2, 41)], rho),
-    }
-    needs |= {f"{n}_hours": hours[seeds] * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n]}
+    t, b, share = crossed_cells(study)
     return Plan(
-        study.name, seeds, cases, t, b, hours[seeds], smallest_rho(t, b), needs, rows,
+        study.name, seeds, cases, t, b, hours,
+        "runs recorded here" if known else "measured costs of one processor core", smallest_rho(t, b, share),
+        _rho_needs(t, b, share, rho, hours), rows,
         pd.concat(curves, ignore_index=True)
         if curves
         else pd.DataFrame(columns=["more", "n", "smallest", "task", "unit"]),
     )
 
 # %% ../../nbs/8_analysis/13_power.ipynb #863f0a3a
+def _rho_needs(t: int, b: int, share: float, rho: float, hours: float) -> dict:
+    "What it takes to see a rank correlation."
+    needs = {
+        "rho": rho, "backbones": fewest([(k, smallest_rho(t, k, share)) for k in range(2, 41)], rho),
+        "tasks": fewest([(k, smallest_rho(k, b, share)) for k in range(2, 41)], rho),
+    }
+    return needs | {
+        f"{n}_hours": hours * needs[n] / now for n, now in (("backbones", b), ("tasks", t)) if needs[n] and now
+    }
+
 def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: float | None) -> dict:
     "What one task can see."
     along = lambda more: list(seen.loc[seen.more == more, ["n", "smallest"]].itertuples(index=False, name=None))
@@ -215,13 +256,23 @@ def _task_row(v: Variances, seen: pd.DataFrame, seeds: int, cases: int, wanted: 
     )
 
 # %% ../../nbs/8_analysis/13_power.ipynb #6e0a3467
-def plan_lines(made: Plan) -> list[str]:  # within 100 columns
+# e.g. "12 min 27 s", "2,291 h"
+def hours_words(
+    h: float,  # hours
+) -> str:
+    return f"{h:,.0f} h" if h >= 100 else format_duration(3600 * h)
+
+# %% ../../nbs/8_analysis/13_power.ipynb #fd35d819
+def plan_lines(
+    made: Plan,  # from plan
+) -> list[str]:  # within 100 columns
     "Return a plan for the terminal."
     number = lambda v, places=1: "-" if v is None or v != v else round_value(v, places)
-    time = lambda h: "" if h is None or h != h else f" ({format_duration(3600 * h)})"
+    time = lambda h: "" if h is None or h != h else f" ({hours_words(h)})"
     said = [
-        f"Study {made.study}: {made.backbones} backbones, {made.tasks} tasks, {made.seeds} seeds, {made.cases} test "
-        f"cases; runs one by one:{time(made.hours)}."
+        f"Study {made.study}: {format_count([made.backbones], 'backbone', 'backbones')} with weights, "
+        f"{format_count([made.tasks], 'task', 'tasks')}, {format_count([made.seeds], 'seed', 'seeds')}, {made.cases} "
+        "test cases.", f"All runs one after the other: {hours_words(made.hours)}, by {made.hours_from}."
     ]
     said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>18}{'or cases':>18}")
     for r in made.rows:
@@ -249,7 +300,7 @@ def plan_lines(made: Plan) -> list[str]:  # within 100 columns
     sources = dict.fromkeys(r["variances"] for r in made.rows if "smallest" in r)
     said += [
         "Smallest: seen in 80 of 100 such studies, in one cell, without correction.",
-        f"Variances: {', '.join(sources) or 'none'}. “none”: no number up to {SEEDS[-1]} seeds or {CASES[-1]} cases "
-        "is enough.",
+        f"Variances: {', '.join(sources) or 'none'}.",
+        f"“none”: no number up to {SEEDS[-1]} seeds or {CASES[-1]} cases is enough.",
     ]
     return said

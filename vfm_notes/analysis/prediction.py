@@ -54,7 +54,7 @@ def task_rights(
     value: np.ndarray,  # (questions, k) of one task: the same backbones in all
     outcome: np.ndarray,  # (questions, k)
     draws: int = DRAWS,  # where there are more than EXACT orders
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (orders,) twice the right pairs under each order of the backbones, the observed first
     "Return how many pairs are right under every order, or many."
     k = value.shape[1]
@@ -86,7 +86,7 @@ TITLES = {
 QUESTION = ["task", "strategy", "n_train"]
 
 def predictors(
-    tables: Tables,
+    tables: Tables,  # of the study
     distance: str = "mmd2",  # column of the distance
 ) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy (None: any), n_train, value (NaN: not defined),
     # direction, reason
@@ -121,11 +121,11 @@ def predictors(
 OUTCOMES = ("gain", "score")
 
 def cell_outcomes(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "gain",  # over the reference, or "score": of the tuned model, in its unit, the higher the better
     reference: str = "scratch",  # a strategy
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> dict[tuple, np.ndarray]:  # (task, strategy, n_train) → backbone → (1 + draws,) outcome, the estimate first
     "Return what each tuned cell that has learned brought."
     if outcome not in OUTCOMES:
@@ -150,21 +150,31 @@ def cell_outcomes(
 # %% ../../nbs/8_analysis/10_prediction.ipynb #81804514
 def case_weights(
     patients: np.ndarray,  # (cases,) number of the patient, from 0
-    draws: int,
-    rng: np.random.Generator,
+    draws: int,  # how many times the data are drawn again
+    rng: np.random.Generator,  # where random numbers come from
 ) -> np.ndarray:  # (draws, cases): how often each case was drawn with its patient
     "Draw patients with replacement."
     n = int(patients.max()) + 1
     return rng.multinomial(n, np.full(n, 1 / n), size=draws)[:, patients].astype(float)
 
-def over_seeds(pair: Pair, w: np.ndarray, ws: np.ndarray) -> np.ndarray:
+def over_seeds(
+    pair: Pair,  # two sides, the same cases and seeds
+    w: np.ndarray,  # (draws, n) weights of the rows
+    ws: np.ndarray,  # (draws, n) weights of the cases
+) -> np.ndarray:
     "Return RPG (draws,) of the means over seeds, weighted by ws (draws, seeds)."
     t, r = ((ws * s.weighted(w).T).sum(1) / ws.sum(1) for s in (pair.tuned, pair.reference))
     return rpg(t, r, pair.direction)
 
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #90c66276
-def outcome_draws(pair: Pair, outcome: str, draws: int, seed: int, cell: int) -> np.ndarray:
+def outcome_draws(
+    pair: Pair,  # two sides, the same cases and seeds
+    outcome: str,  # gain or score
+    draws: int,  # how many times the data are drawn again
+    seed: int,  # of the random numbers; the same seed gives the same result
+    cell: int,  # number of the cell
+) -> np.ndarray:
     "Return the outcome of a cell and its bootstrap values (1 + draws,)."
     s = len(pair.seeds)
     w = np.concatenate([
@@ -181,7 +191,7 @@ def outcome_draws(pair: Pair, outcome: str, draws: int, seed: int, cell: int) ->
 class Question:
     "One task, strategy and number of training cases: what a predictor said and what came out."
     key: tuple  # task, strategy, n_train
-    backbones: tuple
+    backbones: tuple  # names, in the order of the values
     value: np.ndarray  # (k,) the higher the better
     outcome: np.ndarray  # (1 + draws, k)
     missing: dict = field(default_factory=dict)  # backbone → why it is not compared
@@ -222,7 +232,9 @@ ROW = [
     "random", "missing", "why",
 ]
 
-def score_answer(q: Question) -> dict:
+def score_answer(
+    q: Question,  # a choice between backbones
+) -> dict:
     "Measure how good one pick was, with intervals over seeds and cases."
     k, row = (
         len(q.backbones),
@@ -250,7 +262,7 @@ def score_answer(q: Question) -> dict:
 # %% ../../nbs/8_analysis/10_prediction.ipynb #21d04ef4
 def pool_questions(
     use: list[Question],  # each with two backbones or more
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> dict:  # right, regret, random, saved with _low and _high; pairs
     "Average over questions how right the picks were, with intervals over tasks, seeds and cases."
     pairs = np.array([len(q.backbones) * (len(q.backbones) - 1) // 2 for q in use])
@@ -278,9 +290,9 @@ def pool_questions(
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #05e8c0d4
 def pool_answers(
-    asked: list[Question], seed: int = SEED
+    asked: list[Question],  # one per task, strategy and size
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> dict:  # tasks, questions, backbones, pairs, right, tau, regret, random, saved with _low and _high; p, least_p,
-    # tested, why
     "Measure how good the picks of one predictor were over all questions."
     use = [q for q in asked if len(q.backbones) > 1]
     row = {
@@ -306,11 +318,11 @@ def pool_answers(
 NUMBER_COLUMNS = [f"{n}{e}" for n in ("right", "regret", "random", "saved") for e in ("", "_low", "_high")]
 
 def prediction_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "gain",  # or "score"
     reference: str = "scratch",  # a strategy
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # a row per predictor and layer; `counts`: the layer fixed beforehand,
     # "" as layer: that of each task
     "Return how well each early number would have picked the best backbone."
@@ -334,11 +346,11 @@ def prediction_table(
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #4457c1f7
 def answers(
-    tables: Tables,
+    tables: Tables,  # of the study
     outcome: str = "gain",  # or "score"
     reference: str = "scratch",  # a strategy
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # a row per predictor, layer and question
     "Return every pick by itself."
     end = cell_outcomes(tables, outcome, reference, draws, seed)
@@ -351,7 +363,7 @@ def answers(
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #bb0995bf
 def prediction_points(
-    tables: Tables,
+    tables: Tables,  # of the study
     gains: pd.DataFrame,  # from gain_table
 ) -> pd.DataFrame:  # predictor, layer, task, backbone, strategy, n_train, value, place, rpg, low, high: for a figure
     "Return what was known beside what came out; `place` is the standardised value within its question."
@@ -383,7 +395,9 @@ def prediction_points(
 # outcome → kinds of its regret and of what was saved
 REGRETS = {"gain": ("regret", "saved"), "score": ("spread", "difference")}
 
-def describe_predictor(row: pd.Series) -> str:  # row: of prediction_table
+def describe_predictor(
+    row: pd.Series,  # of prediction_table
+) -> str:
     "Return what the numbers of a predictor are of."
     return f"picks by {row.predictor}, layer {row.layer or 'that counts'}, outcome {row.outcome}"
 
@@ -395,7 +409,11 @@ def best_predictors(
     return t[t.index.isin(find_leaders(t.saved.to_dict()))]
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #c6b53825
-def score_title(name: str) -> str: return TITLES.get(name, name.replace("_", " "))  # a score as readers know it
+# a score as readers know it
+def score_title(
+    name: str,  # of the predictor
+) -> str:
+    return TITLES.get(name, name.replace("_", " "))
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #930342e3
 def prediction_words(
@@ -457,11 +475,15 @@ def prediction_verdict(
     return f"{start}of {len(t)} early measures, used to pick the best of {asked}, {verdict}.{few}"
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #f3f58387
-def judged_rows(table: pd.DataFrame) -> pd.DataFrame:
+def judged_rows(
+    table: pd.DataFrame,  # rows to be judged
+) -> pd.DataFrame:
     "Return the rows that count and have two backbones to choose from."
     return table[table.counts.astype(bool) & (table.pairs > 0)] if len(table) else table
 
-def beats_chance(t: pd.DataFrame) -> pd.Series:  # t: rows that are judged
+def beats_chance(
+    t: pd.DataFrame,  # rows that are judged
+) -> pd.Series:
     "Return which rows picked better than chance, by interval and by corrected test."
     return (t.saved_low > 0) & (t.p_holm <= 0.05) if len(t) else pd.Series(dtype=bool)
 

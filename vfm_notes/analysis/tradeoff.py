@@ -30,16 +30,23 @@ from ..foundation.spec import SEARCHABLE
 # %% ../../nbs/8_analysis/12_tradeoff.ipynb #c599102d
 GROUP = ["task", "strategy", "n_train"]  # backbones are ranked within these
 CHOSEN_FOR_EACH = "chosen for each"  # the setting that validation chose for each backbone
-def searched_fields(tables: Tables) -> list[str]:
+def searched_fields(
+    tables: Tables,  # of the study
+) -> list[str]:
     "Return the fields that were searched."
     return [k for k in SEARCHABLE if k in tables.search]
 
-def setting_of(row: dict, names: list[str]) -> str:  # row: of the table of runs or of the search
+def setting_of(
+    row: dict,  # of the table of runs or of the search
+    names: list[str],  # fields of the search
+) -> str:
     "Return a setting in words, e.g. lr 0.002."
     return ", ".join(f"{k} {row[k]:g}" if isinstance(row[k], (int, float)) else f"{k} {row[k]}" for k in names)
 
 # group, backbone, setting, seed, value, direction; finished runs at every setting, the chosen ones once more as OWN
-def run_scores(tables: Tables) -> pd.DataFrame:
+def run_scores(
+    tables: Tables,  # of the study
+) -> pd.DataFrame:
     "Return the score of every run on the test cases."
     # those rank no weights
     runs = tables.runs[
@@ -79,8 +86,8 @@ def same_first(
 # %% ../../nbs/8_analysis/12_tradeoff.ipynb #de9e6193
 def compare_settings(
     scores: pd.DataFrame,  # from scored
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # group, setting, tau, low, high, same_best, stays (share of draws), backbones, seeds
     "Compare each fixed setting with the chosen ones."
     rows, rng = [], np.random.default_rng(seed)
@@ -152,14 +159,16 @@ GRID = ["task", "n_train", "network", "pretraining", "tuning"]
 
 def grid_place(
     backbone: str,  # architecture.weights
-    strategy: str,
+    strategy: str,  # with its options, e.g. "lora rank=8"
 ) -> dict[str, str]:  # network, pretraining, tuning
     "Return where a run stands in the grid."
     network, _, weights = backbone.partition(".")
     none = starts_random(backbone, strategy)
     return {"network": network, "pretraining": "none" if none else weights, "tuning": TUNING_OF.get(strategy, strategy)}
 
-def grid_runs(tables: Tables) -> pd.DataFrame:
+def grid_runs(
+    tables: Tables,  # of the study
+) -> pd.DataFrame:
     "Return the finished runs with their place; specialists stand outside."
     runs = tables.done()
     runs = runs[runs.strategy != "specialist"].reset_index(drop=True)
@@ -173,7 +182,9 @@ COST_TITLES = {
     "seconds_training": "training, s", "seconds_epoch": "an epoch, s", "peak_memory_mib": "peak memory, MiB",
     "parameters_trainable": "trainable parameters",
 }
-def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy, id, what, value, direction
+def long_runs(
+    tables: Tables,  # of the study
+) -> pd.DataFrame:  # GRID, seed, backbone, strategy, id, what, value, direction
     "Return a row for each run and each thing that was measured of it."
     runs = grid_runs(tables)
     keys = [*GRID, "seed", "backbone", "strategy", "id"]
@@ -194,7 +205,7 @@ def long_runs(tables: Tables) -> pd.DataFrame:  # GRID, seed, backbone, strategy
 
 # %% ../../nbs/8_analysis/12_tradeoff.ipynb #60c0600e
 def tradeoff_table(
-    tables: Tables,
+    tables: Tables,  # of the study
 ) -> pd.DataFrame:  # GRID, what, direction, unit, value, low, high, n
     "Return the mean and interval of everything in every cell of the grid, the missing ones included."
     rows = long_runs(tables)
@@ -240,12 +251,12 @@ def pareto_front(
 
 # %% ../../nbs/8_analysis/12_tradeoff.ipynb #3952f5a2
 def front_table(
-    tables: Tables,
+    tables: Tables,  # of the study
     score: str,  # a metric
     cost: str,  # of COSTS
     task: str | None = None,  # default: the first
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> pd.DataFrame:  # network, pretraining, tuning, score, cost, n, front, share (of draws on the front)
     "Score, cost and place of every cell."
     rows = long_runs(tables)
@@ -289,7 +300,7 @@ def axis_pairs(
 
 # %% ../../nbs/8_analysis/12_tradeoff.ipynb #b099a79a
 def axis_contrasts(
-    tables: Tables,
+    tables: Tables,  # of the study
     axis: str,  # pretraining or tuning
     metric: str = "primary",  # that of the first task, and of all tasks that share it
 ) -> pd.DataFrame:  # rows of contrast_table with network, pretraining, tuning
@@ -335,6 +346,13 @@ def axis_words(
     )
     name = metric_card(metric).title
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
+    open_ = known.smallest[~known.index.isin(clear.index)].dropna() if "smallest" in known else pd.Series(dtype=float)
+    if len(open_):
+        least = dict.fromkeys(says("any", v, "could be seen") for v in (open_.min(), open_.max()))
+        missing = (
+            f" In the others differences from {' to '.join(least)} on would have been seen in 80 of 100 such studies, "
+            f"before correction.{missing}"
+        )
     return [
         f"{lead}: of {len(known)} comparisons of {name}, {up} {'is' if up == 1 else 'are'} better and {down} worse "
         "with p ≤ 0.05 after Holm's correction and a 95 % interval over seeds and cases that excludes 0 "
@@ -368,7 +386,7 @@ def front_words(
 
 # %% ../../nbs/8_analysis/12_tradeoff.ipynb #9db3988b
 def tradeoff_findings(
-    tables: Tables,
+    tables: Tables,  # of the study
     fronts: Mapping[str, pd.DataFrame],  # cost → front_table of the primary metric
     families: Mapping[str, pd.DataFrame],  # axis → compared
     table: pd.DataFrame | None = None,  # from tradeoff_table, if it is there already

@@ -68,8 +68,8 @@ def outputs_agree(
     architecture: str,  # registered backbone
     state: dict[str, Tensor],  # for n channels
     fewer: dict[str, Tensor],  # for the chosen ones
-    n: int,
-    chosen: list[int],
+    n: int,  # channels
+    chosen: list[int],  # channels
 ) -> bool:  # do both networks see the same?
     "Compare two networks on noise."
     with torch.random.fork_rng(devices=[]):
@@ -85,7 +85,7 @@ def outputs_agree(
 def pick_channels(
     architecture: str,  # registered backbone
     state: dict[str, Tensor],  # for n channels
-    n: int,
+    n: int,  # channels wanted
     chosen: list[int],  # channels to keep, in their new order
 ) -> dict[str, Tensor] | None:  # None: this network cannot be taken apart so
     "Return the weights for some of the input channels, or for another order."
@@ -105,14 +105,18 @@ class InitialWeights:
     notes: list[str] = field(default_factory=list)  # how it was adapted
     licences: list[str] = field(default_factory=list)  # that come with it
     patients: dict[str, list[str]] = field(default_factory=dict)  # id of a site key → fingerprints, as far as known
+    overlap: tuple[str, str] = field(default=("", ""), compare=False)  # of foundation.overlap, and why
 
 def adapt_channels(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
     state: dict[str, Tensor],  # by the plan
     sequences: tuple[str, ...],  # of the run
 ) -> tuple[dict[str, Tensor], list[str]]:  # for these, and what was done
     "Choose input channels in the run's order."
     if tuple(sequences) == plan.sequences: return state, []
+    if set(plan.sequences) == {"any"} and len(plan.sequences) == len(sequences):
+        return state, [f"input channels: weights '{plan.name}' state no names of theirs, and take "
+                       f"{', '.join(sequences)} in this order"]
     told = (
         f"weights '{plan.name}' were made from {', '.join(plan.sequences)}, in this order, and this cohort has "
         f"{', '.join(sequences)}"
@@ -132,7 +136,7 @@ def adapt_channels(
 
 # %% ../../nbs/3_backbones/05_adaptation.ipynb #23330acf
 def describe_scales(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
     size: tuple,  # of the run, voxels
     spacing: tuple,  # of the run, mm
 ) -> list[str]:  # what differs
@@ -153,7 +157,7 @@ def describe_scales(
 
 # %% ../../nbs/3_backbones/05_adaptation.ipynb #a48c0a2c
 def adapt_weights(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
     state: dict[str, Tensor],  # by the plan
     name: str,  # architecture.weights of the run
     sequences: tuple[str, ...],  # of the run, in its order
@@ -170,10 +174,8 @@ def adapt_weights(
             f"name {plan.architecture}.{name.partition('.')[2]} as its backbone."
         )
     if other := {k: v for k, v in plan.arguments.items() if k != "in_channels"}:
-        raise VfmError(
-            f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can request: "
-            "register that network under a name of its own."
-        )
+        raise VfmError(f"Weights '{plan.name}' are of '{plan.architecture}' built with {other}, which no run can "
+                       "request: register that network under a name of its own.")
     if normalisation != plan.normalisation.get("how"):
         raise VfmError(
             f"Weights '{plan.name}' were made from volumes normalised by '{plan.normalisation.get('how')}', and the "
@@ -191,4 +193,5 @@ def adapt_weights(
         notes.append(f"overlap of patients unknown: weights '{plan.name}' {why}, "
                      "so whether a patient of this run was in their pretraining cannot be checked")
     notes = notes + describe_scales(plan, tuple(size), tuple(spacing))
-    return InitialWeights(fitted, notes, list(plan.licences), dict(plan.data.get("patients") or {}))
+    patients = dict(plan.data.get("patients") or {})
+    return InitialWeights(fitted, notes, list(plan.licences), patients, (overlap, "by fingerprints of patients"))

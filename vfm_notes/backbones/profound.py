@@ -143,7 +143,9 @@ BY_HAND = dict(licence="Apache-2.0", source="github.com/pipiwang/ProFound (branc
     "profound_tiny.finetuned", title="ProFound, encoder of a fine-tuned checkpoint", file="profound_finetuned.pth",
     **BY_HAND,
 )
-def profound_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def profound_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return the encoder's part of any ProFound checkpoint."
     return {f"encoder.{k}": v for k, v in dense_state(state).items()}
 
@@ -248,6 +250,8 @@ def profound_convmae(
 # %% ../../nbs/3_backbones/06_profound.ipynb #5724c6ef
 @weights("profound_vit.alpha", title="ProFound-ViT, pretrained", file="profound_vit_alpha.pth", **BY_HAND)
 @weights("profound_convmae.alpha", title="ProFound-ConvMAE, pretrained", file="profound_convmae_alpha.pth", **BY_HAND)
-def profound_mae_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def profound_mae_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return a masked auto-encoder's checkpoint; its decoder is reported as unexpected."
     return {f"net.{k}": v for k, v in state.items()}

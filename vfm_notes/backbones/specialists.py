@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # %% ../../nbs/3_backbones/11_specialists.ipynb #6187a833
 from .protocol import Backbone
 from ..foundation.registry import backbones
-from ..nets.decoder import depth_to_space, resize, space_to_depth
+from ..nets.decoder import answer, depth_to_space, space_to_depth
 
 # %% ../../nbs/3_backbones/11_specialists.ipynb #5495777b
 def conv_level(
@@ -69,11 +69,17 @@ SPECIALIST_CARD = dict(
     "cnn_3d", title="Small 3D CNN (specialist)", note="the way down of unet_3d; no published weights", **SPECIALIST_CARD
 )
 # a plain 3D network for classification
-def cnn_3d(in_channels: int = 1, tiny: bool = False) -> ConvLevels:
+def cnn_3d(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> ConvLevels:
     return ConvLevels("cnn_3d", in_channels, level_widths(tiny), VOLUME)
 
 # channels of each level
-def level_widths(tiny: bool) -> list[int]: return [4, 8, 8, 16] if tiny else [32, 64, 128, 256]
+def level_widths(
+    tiny: bool,  # a small one of the same kind, for tests
+) -> list[int]:
+    return [4, 8, 8, 16] if tiny else [32, 64, 128, 256]
 
 # %% ../../nbs/3_backbones/11_specialists.ipynb #23a3efc5
 class LastMap(nn.Module):
@@ -91,13 +97,18 @@ class LastMap(nn.Module):
         if residual is not None: nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
 
     def forward(self, maps: list[Tensor], x: Tensor) -> Tensor:  # maps fine to coarse, b c d h w
-        y = resize(depth_to_space(self.last(maps[0]), self.cell), x)
-        return y if self.residual is None else y + x[:, self.residual, None]
+        return answer(depth_to_space(self.last(maps[0]), self.cell), x, self.residual)
 
 # %% ../../nbs/3_backbones/11_specialists.ipynb #b7827401
 class UNet(ConvLevels):
     "A U-Net; its pyramid is the way up."
-    def __init__(self, name: str, in_channels: int, widths: list[int], steps: list[tuple[int, int, int]]):
+    def __init__(
+        self,
+        name: str,  # registered backbone
+        in_channels: int,  # input sequences
+        widths: list[int],  # channels of the levels
+        steps: list[tuple[int, int, int]],  # strides, (d, h, w)
+    ):
         super().__init__(name, in_channels, widths, steps)
         back = list(zip(widths, widths[1:], steps[1:]))
         self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, s, s) for a, b, s in back)
@@ -121,7 +132,10 @@ class UNet(ConvLevels):
     **SPECIALIST_CARD,
 )
 # a 3D U-Net
-def unet_3d(in_channels: int = 1, tiny: bool = False) -> UNet:
+def unet_3d(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> UNet:
     return UNet("unet_3d", in_channels, level_widths(tiny), VOLUME)
 
 @backbones(
@@ -130,13 +144,19 @@ def unet_3d(in_channels: int = 1, tiny: bool = False) -> UNet:
     **SPECIALIST_CARD,
 )
 # a U-Net for pictures
-def unet_2d(in_channels: int = 1, tiny: bool = False) -> UNet:
+def unet_2d(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> UNet:
     return UNet("unet_2d", in_channels, level_widths(tiny), PLANE)
 
 # %% ../../nbs/3_backbones/11_specialists.ipynb #0db4aa23
 class SRBlock(nn.Module):
     "Convolution, ReLU, convolution, added to the input."
-    def __init__(self, width: int):
+    def __init__(
+        self,
+        width: int,  # channels
+    ):
         super().__init__()
         self.inner = nn.Sequential(
             nn.Conv3d(width, width, 3, padding=1), nn.ReLU(), nn.Conv3d(width, width, 3, padding=1)
@@ -147,7 +167,13 @@ class SRBlock(nn.Module):
 class SRResNet(Backbone):
     "Residual blocks on one grid."
     CELL = (1, 2, 2)
-    def __init__(self, name: str, in_channels: int, width: int, depth: int):
+    def __init__(
+        self,
+        name: str,  # registered backbone
+        in_channels: int,  # input sequences
+        width: int,  # channels
+        depth: int,  # residual blocks
+    ):
         super().__init__()
         self.name, self.in_channels, self.embed_dim, self.widths, self.strides = (
             name, in_channels, width, [width], [self.CELL],
@@ -180,5 +206,8 @@ class SRResNet(Backbone):
     **SPECIALIST_CARD | dict(source="arXiv 1609.04802"),
 )
 # a 3D SRResNet, for image to image
-def srresnet_3d(in_channels: int = 1, tiny: bool = False) -> SRResNet:
+def srresnet_3d(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> SRResNet:
     return SRResNet("srresnet_3d", in_channels, *((8, 2) if tiny else (32, 8)))

@@ -33,10 +33,17 @@ def conv_stages(
     )
 
 # what each stage gives, one after the other
-def run_stages(stages: nn.ModuleList, x: Tensor) -> list[Tensor]: return [x := stage(x) for stage in stages]
+def run_stages(
+    stages: nn.ModuleList,  # of the network
+    x: Tensor,  # (n, c, d, h, w) map
+) -> list[Tensor]:
+    return [x := stage(x) for stage in stages]
 
 # channels of each level
-def trunk_widths(tiny: bool) -> list[int]: return [4, 4, 8, 16] if tiny else [64, 64, 128, 256]
+def trunk_widths(
+    tiny: bool,  # a small one of the same kind, for tests
+) -> list[int]:
+    return [4, 4, 8, 16] if tiny else [64, 64, 128, 256]
 
 # %% ../../nbs/3_backbones/12_sulcal.ipynb #d9192094
 class HeadedNetwork(MapReader):
@@ -226,7 +233,10 @@ def diffusion_unet(
     )
 
 # %% ../../nbs/3_backbones/12_sulcal.ipynb #33708606
-def swin_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+def swin_maps(
+    model: nn.Module,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+) -> list[Tensor]:
     "Return the normalised maps of a Swin encoder without its last level, or its last levels."
     x, maps = model.pos_drop(model.patch_embed(x)), []
     for level in (None, *(getattr(model, n) for n in ("layers1", "layers2", "layers3") if hasattr(model, n))):
@@ -267,7 +277,10 @@ TOY = FULL | dict(size=(24, 24, 16), spacing=(2.0, 2.0, 3.0), toy=True)
     note="32 to 256 channels; embedding: mean of the coarsest map; no published weights", **FULL,
 )
 # the study's U-Net encoder
-def sulcus_unet(in_channels: int = 1, tiny: bool = False) -> ConvLevels:
+def sulcus_unet(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> ConvLevels:
     return ConvLevels(
         "sulcus_unet", in_channels, [4, 8, 8] if tiny else [32, 64, 128, 256],
         [(1, 1, 1)] + [HALVING] * (2 if tiny else 3),
@@ -278,7 +291,10 @@ def sulcus_unet(in_channels: int = 1, tiny: bool = False) -> ConvLevels:
     **TOY,
 )
 # the same in small
-def unet_toy(in_channels: int = 1, tiny: bool = False) -> ConvLevels:
+def unet_toy(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> ConvLevels:
     return ConvLevels("unet_toy", in_channels, [8, 16, 32], [HALVING] * 3)
 
 # %% ../../nbs/3_backbones/12_sulcal.ipynb #1dd6ed8e
@@ -300,7 +316,10 @@ def swin_toy(
 
 # %% ../../nbs/3_backbones/12_sulcal.ipynb #d2062c80
 # maps of a diffusion network on half the grid
-def folded_maps(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
+def folded_maps(
+    model: torch.nn.Module,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+) -> list[Tensor]:
     return diffusion_maps(model, space_to_depth(x, HALVING))
 
 @backbones(

@@ -73,7 +73,10 @@ NOTE = (
     "the mean"
 )
 
-def dense_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+def dense_maps(
+    model: nn.Module,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+) -> list[Tensor]:
     "Return DenseNet's map before every transition, and the last."
     maps = []
     for name, layer in model.named_children():
@@ -82,7 +85,10 @@ def dense_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
     return maps + [F.relu(x)]
 
 # %% ../../nbs/3_backbones/10_volumetric.ipynb #4f2a1c8b
-def resnet_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+def resnet_maps(
+    model: nn.Module,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+) -> list[Tensor]:
     "Return ResNet's map after every stage."
     x, maps = model.maxpool(model.act(model.bn1(model.conv1(x)))), []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4): maps.append(x := stage(x))
@@ -191,11 +197,19 @@ MEDICAL = dict(
 
 @backbones("resnet18_3d", title="MedicalNet ResNet-18 3D", **MEDICAL)
 # a 3D ResNet of 18 layers
-def resnet18_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(18, in_channels, tiny)
+def resnet18_3d(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> Volumetric:
+    return resnet_3d(18, in_channels, tiny)
 
 @backbones("resnet50_3d", title="MedicalNet ResNet-50 3D", **MEDICAL)
 # a 3D ResNet of 50 layers
-def resnet50_3d(in_channels: int = 1, tiny: bool = False) -> Volumetric: return resnet_3d(50, in_channels, tiny)
+def resnet50_3d(
+    in_channels: int = 1,  # input sequences
+    tiny: bool = False,  # a small one of the same kind, for tests
+) -> Volumetric:
+    return resnet_3d(50, in_channels, tiny)
 
 # %% ../../nbs/3_backbones/10_volumetric.ipynb #3d002fef
 def swin(
@@ -313,7 +327,10 @@ weights(
 
 # %% ../../nbs/3_backbones/10_volumetric.ipynb #a5d81eb3
 # the keys of MONAI's network, in ours
-def as_model(state: dict[str, Tensor]) -> dict[str, Tensor]: return {f"encoder.model.{k}": v for k, v in state.items()}
+def as_model(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
+    return {f"encoder.model.{k}": v for k, v in state.items()}
 
 for depth in (18, 50):
     weights(
@@ -340,7 +357,9 @@ weights(
     sha256="1e39be9d19f6f71810cb0931a7fe895441cfd318d6002730c918ee99b9d79b91",
     note="T2w; the encoder of a whole network",
 )
-def taps_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def taps_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return TAPS's ONNX tensors with SegResNetDS's names, the encoder's below `encoder.model.`."
     named = {k: v for k, v in state.items() if not k.endswith((".Mul", ".Add"))}
     norms = [re.sub(r"conv(\d)\.weight$", r"norm\1", k) for k in named if re.search(r"\.conv\d\.weight$", k)]
@@ -380,7 +399,9 @@ def lite_medsam(
     sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
     note="the image encoder; prompt encoder and mask decoder stay out",
 )
-def lite_medsam_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def lite_medsam_keys(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> dict[str, Tensor]:
     "Return LiteMedSAM's file, the image encoder's part below `encoder.`."
     return {k.replace("image_encoder.", "encoder."): v for k, v in state.items()}
 

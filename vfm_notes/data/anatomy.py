@@ -72,7 +72,7 @@ def make_grid(
 def spline_axis(
     lattice: np.ndarray,  # values at the lattice's nodes
     where: np.ndarray,  # positions in units of the pitch
-    axis: int,
+    axis: int,  # 0, 1 or 2
 ) -> np.ndarray:  # `axis` now has as many entries as `where`
     "Return cubic B-spline along one axis; beyond the lattice its edge goes on."
     node = np.floor(where).astype(int)
@@ -83,8 +83,8 @@ def spline_axis(
     return sum(pick(k) * w.astype(np.float32).reshape(column) for k, w in enumerate(weights))
 
 def smooth_field(
-    rng: np.random.Generator,
-    grid: Grid,
+    rng: np.random.Generator,  # where random numbers come from
+    grid: Grid,  # sample points
     pitch: float,  # mm between the nodes of the lattice
 ) -> np.ndarray:  # (d, h, w) of the fine grid, mean 0, sd 1
     "Draw a smooth random field in millimetres: the same on every grid."
@@ -120,7 +120,7 @@ def draw_body(
 
 # %% ../../nbs/1_data/01_anatomy.ipynb #fa898aa7
 def ellipsoid(
-    grid: Grid,
+    grid: Grid,  # sample points
     centre: tuple[float, float, float],  # (z, y, x) mm
     half: tuple[float, float, float],  # half axes (z, y, x) mm
     turn: float = 0.0,  # angle in the axial plane, radians
@@ -133,7 +133,11 @@ def ellipsoid(
     return box, (z / np.float32(half[0]))**2 + (y / np.float32(half[1]))**2 + (x / np.float32(half[2]))**2
 
 # %% ../../nbs/1_data/01_anatomy.ipynb #01b35427
-def paint_pelvis(tissue: np.ndarray, grid: Grid, body: dict) -> None:
+def paint_pelvis(
+    tissue: np.ndarray,  # (d, h, w), changed in place
+    grid: Grid,  # sample points
+    body: dict,  # one patient's measures
+) -> None:
     "Paint fat, muscles, bones, bladder, seminal vesicles: all that lies around the gland."
     a, b, c = body["a"], body["b"], body["c"]
     side = np.abs(grid.x)
@@ -154,7 +158,11 @@ def paint_pelvis(tissue: np.ndarray, grid: Grid, body: dict) -> None:
     tissue[box][r2 < 0.85] = IDS["bladder"]
 
 # %% ../../nbs/1_data/01_anatomy.ipynb #109b41ce
-def paint_rectum(tissue: np.ndarray, grid: Grid, body: dict) -> None:
+def paint_rectum(
+    tissue: np.ndarray,  # (d, h, w), changed in place
+    grid: Grid,  # sample points
+    body: dict,  # one patient's measures
+) -> None:
     "Paint a tube behind the gland; a pocket of gas lies at its front wall since the patient lies on the back."
     t = grid.z / body["c"]
     radius = body["rectum"] * (1 - 0.4*np.clip(-t - 0.5, 0, 1))
@@ -168,7 +176,9 @@ def paint_rectum(tissue: np.ndarray, grid: Grid, body: dict) -> None:
 
 # %% ../../nbs/1_data/01_anatomy.ipynb #31a97df5
 def paint_gland(
-    tissue: np.ndarray, grid: Grid, body: dict,
+    tissue: np.ndarray,  # (d, h, w), changed in place
+    grid: Grid,  # sample points
+    body: dict,  # one patient's measures
     texture: np.ndarray,  # (d, h, w) smooth field that scatters veins around the gland
 ) -> np.ndarray:  # (d, h, w) zones: 0 outside, 1 peripheral, 2 transition with stroma
     "Paint the prostate and return its zones."
@@ -199,9 +209,11 @@ def paint_gland(
 
 # %% ../../nbs/1_data/01_anatomy.ipynb #84ffe1a2
 def paint_nodules(
-    tissue: np.ndarray, grid: Grid, body: dict,
+    tissue: np.ndarray,  # (d, h, w), changed in place
+    grid: Grid,  # sample points
+    body: dict,  # one patient's measures
     table: list,  # tissue rows, extended by one row per nodule
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
 ) -> None:
     "Add BPH nodules to the transition zone."
     a, b, c = body["a"] * body["ta"], body["b"] * body["tb"], body["c"] * body["tc"]

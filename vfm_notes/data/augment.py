@@ -30,7 +30,7 @@ def to_tensors(
 
 def map_spatial(
     change: Callable[[Tensor], Tensor],  # of a tensor b c d h w
-    batch: TensorBatch,
+    batch: TensorBatch,  # name → (n, ...)
 ) -> TensorBatch:
     "Apply a change to everything that has three axes of space."
     def apply(v: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def map_spatial(
 # %% ../../nbs/1_data/15_augment.ipynb #a9d42def
 def map_images(
     change: Callable[[Tensor], Tensor],  # of a tensor b c d h w
-    batch: TensorBatch,
+    batch: TensorBatch,  # name → (n, ...)
 ) -> TensorBatch:
     "Apply a change to the images that go in."
     return {k: change(v) if k in IMAGES else v for k, v in batch.items()}
@@ -54,12 +54,16 @@ def draw_parameter(
     t = torch.as_tensor(values, dtype=torch.bool if values.dtype == bool else torch.float32, device=like.device)
     return t.reshape(*t.shape, *[1] * (like.dim() - t.dim()))
 
-def batch_length(batch: TensorBatch) -> int: return len(next(iter(batch.values())))  # how many cases a batch has
+# how many cases a batch has
+def batch_length(
+    batch: TensorBatch,  # name → (n, ...)
+) -> int:
+    return len(next(iter(batch.values())))
 
 # %% ../../nbs/1_data/15_augment.ipynb #6aae6aef
 def flip(
-    batch: TensorBatch,
-    rng: np.random.Generator,
+    batch: TensorBatch,  # name → (n, ...)
+    rng: np.random.Generator,  # where random numbers come from
     axes: tuple[Literal[-3, -2, -1], ...] = (-1,),  # of d h w: -3, -2, -1
     p: Share = 0.5,  # chance of each axis
 ) -> TensorBatch:
@@ -71,8 +75,8 @@ def flip(
 
 # %% ../../nbs/1_data/15_augment.ipynb #162cdb88
 def quarter_turns(
-    batch: TensorBatch,
-    rng: np.random.Generator,
+    batch: TensorBatch,  # name → (n, ...)
+    rng: np.random.Generator,  # where random numbers come from
 ) -> TensorBatch:
     "Turn every sample by 0, 90, 180 or 270 degrees in the plane of h and w."
     k = rng.integers(0, 4, batch_length(batch))
@@ -82,15 +86,13 @@ def quarter_turns(
                 f"Quarter turns need slices as high as wide, found {v.shape[-2]} x {v.shape[-1]}: leave "
                 "'quarter_turns' out or crop to a square."
             )
-        out = v.clone()
-        for i in (1, 2, 3): out[k == i] = v[k == i].rot90(i, (-2, -1))
-        return out
+        return torch.stack([sample.rot90(int(turns), (-2, -1)) for sample, turns in zip(v, k)])
     return map_spatial(turn, batch)
 
 # %% ../../nbs/1_data/15_augment.ipynb #caf25c3e
 def intensity(
-    batch: TensorBatch,
-    rng: np.random.Generator,
+    batch: TensorBatch,  # name → (n, ...)
+    rng: np.random.Generator,  # where random numbers come from
     scale: float = 0.1,  # ± share
     shift: float = 0.1,  # ± units of the normalised image
 ) -> TensorBatch:
@@ -102,8 +104,8 @@ def intensity(
 
 # %% ../../nbs/1_data/15_augment.ipynb #b049f793
 def gamma(
-    batch: TensorBatch,
-    rng: np.random.Generator,
+    batch: TensorBatch,  # name → (n, ...)
+    rng: np.random.Generator,  # where random numbers come from
     low: float = 0.7, high: float = 1.5,  # range of the power
 ) -> TensorBatch:
     "Raise each channel to a power within its own range."
@@ -115,8 +117,8 @@ def gamma(
 
 # %% ../../nbs/1_data/15_augment.ipynb #fe68a113
 def noise(
-    batch: TensorBatch,
-    rng: np.random.Generator,
+    batch: TensorBatch,  # name → (n, ...)
+    rng: np.random.Generator,  # where random numbers come from
     sd: float = 0.1,  # largest standard deviation
 ) -> TensorBatch:
     "Add Gaussian noise of a random strength."
@@ -129,7 +131,7 @@ def noise(
 
 # %% ../../nbs/1_data/15_augment.ipynb #6e56a309
 def affine_matrices(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
     n: int,  # samples
     degrees: float,  # ± of the turn
     scale: float,  # ± share of the size
@@ -161,8 +163,8 @@ def warp(
     return F.grid_sample(v.float(), grid, mode="nearest", align_corners=False).round().to(v.dtype)
 
 def affine(
-    batch: TensorBatch,
-    rng: np.random.Generator,
+    batch: TensorBatch,  # name → (n, ...)
+    rng: np.random.Generator,  # where random numbers come from
     degrees: float = 10, scale: float = 0.1, shift: float = 2,  # ± turn, ± share, ± voxels
 ) -> TensorBatch:
     "Turn, scale and shift every sample a little, images and masks alike."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'CaseSource', 'DecodePlan', 'assign_splits', 'code_hash', 'file_stats', 'case_key', 'case_hashes',
-           'write_cohort_json', 'write_cohort', 'open_cohort', 'read_cohort', 'publish', 'track_progress',
-           'DecodedCases', 'check_decoded', 'decode_into', 'decode_cohort', 'plan_problems']
+           'write_cohort_json', 'write_cohort', 'open_cohort', 'read_cohort', 'publish', 'DecodedCases',
+           'check_decoded', 'decode_into', 'decode_cohort', 'plan_problems']
 
 # %% ../../nbs/1_data/10_cache.ipynb #603827e8
 import hashlib
@@ -13,14 +13,14 @@ import importlib.util
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from ..foundation.places import fsync
+from ..foundation.progress import track_progress
 from ..foundation.registry import VfmError, error_line
 from ..foundation.spec import SPLITS
 from vfm_notes.data.cohort import (
@@ -32,30 +32,32 @@ from vfm_notes.data.cohort import (
 @dataclass(frozen=True)
 class CaseSource:
     "A case before it is decoded."
-    name: str
-    patient: str
+    name: str  # of the case
+    patient: str  # name of the patient
     decode: Callable[[], tuple]  # gives volume (c, d, h, w), label (d, h, w) and zones (or None)
     files: tuple[Path, ...] = ()  # files and folders that it is decoded from
     recipe: tuple = ()  # what else decides its voxels
     split: str = ""  # "" to be dealt
-    grade: int = -1
+    grade: int = -1  # index of a grade
     target: tuple[int, ...] = ()  # 0 or 1 for each of card.targets
 
 @dataclass(frozen=True)
 class DecodePlan:
     "A cohort before it is decoded."
-    card: CohortCard
-    sources: list[CaseSource]
+    card: CohortCard  # of the cohort
+    sources: list[CaseSource]  # one a case
     size: tuple[int, int, int]  # (d, h, w) voxels
     n: dict[str, int]  # split → cases; {} is all
-    seed: int
+    seed: int  # of the random numbers; the same seed gives the same result
     bad: dict[str, str]  # case → what is wrong with it, as far as it is known without decoding
     zones: bool = False  # whether there are masks of zones
     modules: tuple[str, ...] = ()  # whose source code decides the voxels
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures
 
 # %% ../../nbs/1_data/10_cache.ipynb #1a7991ad
 def assign_splits(
-    plan: DecodePlan,
+    plan: DecodePlan,  # how the cases are read
     out: dict[str, str],  # bad cases that are left out
 ) -> list[tuple[CaseSource, str]]:  # case and its split
     "Return the cases that are used, sorted by split."
@@ -102,8 +104,8 @@ def file_stats(
 
 # %% ../../nbs/1_data/10_cache.ipynb #c244cb64
 def case_key(
-    plan: DecodePlan,
-    source: CaseSource,
+    plan: DecodePlan,  # how the cases are read
+    source: CaseSource,  # files of a case
     code: str,  # hash of the code that decodes
 ) -> str:
     "Return the key under which the voxels of a case are found again."
@@ -114,15 +116,18 @@ def case_key(
 
 # %% ../../nbs/1_data/10_cache.ipynb #4069d133
 ARRAYS = ("volumes", "labels", "zones")
-def case_hashes(cohort: Cohort, i: int) -> list[str]:  # sequences, label, zones
+def case_hashes(
+    cohort: Cohort,  # cases in memory
+    i: int,  # number of the case
+) -> list[str]:  # sequences, label, zones
     "Return fingerprints of the voxels of one case."
     return voxel_fingerprints([
         *cohort.volumes[i], cohort.labels[i], *([] if cohort.zones is None else [cohort.zones[i]]),
     ])
 
 def write_cohort_json(
-    cohort: Cohort,
-    folder: Path,
+    cohort: Cohort,  # cases in memory
+    folder: Path,  # a folder
     keys: list[str],  # of the cases; [] for a cohort that was made as a whole
     marks: list[list[str]],  # of the cases
 ) -> None:
@@ -136,8 +141,8 @@ def write_cohort_json(
 
 # %% ../../nbs/1_data/10_cache.ipynb #0362f922
 def write_cohort(
-    cohort: Cohort,
-    folder: Path,
+    cohort: Cohort,  # cases in memory
+    folder: Path,  # a folder
 ) -> None:
     "Write a cohort that was made as a whole."
     for k in ARRAYS:
@@ -146,7 +151,7 @@ def write_cohort(
 
 # %% ../../nbs/1_data/10_cache.ipynb #3097426f
 def open_cohort(
-    folder: Path,
+    folder: Path,  # a folder
 ) -> tuple[Cohort, list[str], list[list[str]]]:  # the cohort, keys and marks of its cases
     "Map a folder, without looking at the voxels."
     text = json.loads((folder/"cohort.json").read_text(encoding="utf-8"))
@@ -170,7 +175,7 @@ def open_cohort(
 
 # %% ../../nbs/1_data/10_cache.ipynb #9fa1cf55
 def read_cohort(
-    folder: Path,
+    folder: Path,  # a folder
 ) -> Cohort | None:  # None where there is none, or a damaged one that must be made again
     "Map a cohort, after looking at all of its voxels."
     try: cohort, _, marks = open_cohort(folder)
@@ -202,35 +207,13 @@ def publish(
         "delete."
     )
 
-# %% ../../nbs/1_data/10_cache.ipynb #3c7bf1de
-def track_progress(
-    items: list,
-    what: str,  # the work, for people
-    patience: float = 2.0,  # seconds before a bar appears
-) -> Iterator:
-    "Go through items; a bar with the time left when it takes long."
-    start, bar = time.monotonic(), None
-    try:
-        for i, item in enumerate(items):
-            if bar is None and time.monotonic() - start > patience:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-                console = Console(stderr=True)
-                bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    console=console, transient=True, disable=not console.is_terminal,
-                )
-                bar.start()
-                row = bar.add_task(what, total=len(items))
-            if bar: bar.update(row, completed=i)
-            yield item
-    finally:
-        if bar: bar.stop()
-
 # %% ../../nbs/1_data/10_cache.ipynb #2cc95421
 class DecodedCases:
     "Cases that were decoded already."
-    def __init__(self, folders: list[Path]):
+    def __init__(
+        self,
+        folders: list[Path],  # one a case
+    ):
         self.at = {}
         for folder in folders:
             try: self.add(*open_cohort(folder))
@@ -248,8 +231,8 @@ class DecodedCases:
 
 # %% ../../nbs/1_data/10_cache.ipynb #6caa855c
 def check_decoded(
-    plan: DecodePlan,
-    source: CaseSource,
+    plan: DecodePlan,  # how the cases are read
+    source: CaseSource,  # files of a case
     parts: tuple | None,  # volume, label, zones of a known case; None to decode it
 ) -> tuple[tuple | None, str]:  # volume, label, zones; what is wrong
     "Return a decoded case, or what is wrong with it."
@@ -261,7 +244,7 @@ def check_decoded(
 
 # %% ../../nbs/1_data/10_cache.ipynb #a3dd4186
 def decode_into(
-    plan: DecodePlan,
+    plan: DecodePlan,  # how the cases are read
     used: list[tuple[CaseSource, str]],  # from `assign_splits`
     folder: Path,  # empty
     known: DecodedCases,  # grows by what is decoded here
@@ -279,7 +262,8 @@ def decode_into(
     targets = np.array([s.target for s in sources], np.uint8) if plan.card.targets else None
     cohort = Cohort(
         plan.card, **arrays, grade=np.array([s.grade for s in sources], np.int64), names=[s.name for s in sources],
-        patients=[s.patient for s in sources], split=list(homes), targets=targets,
+        patients=[s.patient for s in sources], split=list(homes), targets=targets, crop=plan.crop,
+        pictures=plan.pictures,
     )
     bad, marks = {}, []
     for i, source in enumerate(track_progress(sources, f"decoding {plan.card.name}")):
@@ -297,9 +281,9 @@ def decode_into(
 
 # %% ../../nbs/1_data/10_cache.ipynb #c4bfff3b
 def decode_cohort(
-    plan: DecodePlan,
+    plan: DecodePlan,  # how the cases are read
     work: Path,  # an empty folder
-    known: DecodedCases,
+    known: DecodedCases,  # cases that are decoded already
     code: str,  # hash of the code that decodes
     exclude: bool,  # leave bad cases out
 ) -> Path:  # a complete folder in `work`
@@ -332,7 +316,7 @@ def decode_cohort(
 
 # %% ../../nbs/1_data/10_cache.ipynb #33c44464
 def plan_problems(
-    plan: DecodePlan,
+    plan: DecodePlan,  # how the cases are read
 ) -> list[str]:  # one sentence each, that begins with the case
     "List everything that is wrong with the cases of a plan."
     bad, marks = {k: [v] for k, v in plan.bad.items()}, []

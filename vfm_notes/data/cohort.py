@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Numbers', 'stratified_order', 'split_by_patient', 'check_classes', 'CohortCard', 'Cohort', 'content_hash',
-           'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints', 'identical_cases', 'duplicates',
-           'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
+           'deal_folds', 'fold_cohort', 'describe_cohort', 'case_problems', 'invalid_cases', 'voxel_fingerprints',
+           'identical_cases', 'duplicates', 'cohort_problems', 'validate_cohort', 'check_arguments', 'phantom_cohort']
 
 # %% ../../nbs/1_data/08_cohort.ipynb #d8fc96ea
 from fastcore.basics import patch
@@ -15,11 +15,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from msgspec import Meta
+from ..foundation.overlap import MADE_HERE
+from ..foundation.progress import map_items
 from ..foundation.registry import short_yaml
 from ..foundation.registry import VfmError, cohorts, suggest_name
 from ..foundation.schema import Line, Name, Positive, Word, check_distinct
@@ -29,7 +32,7 @@ from .phantom import GRADES, phantom_case
 # %% ../../nbs/1_data/08_cohort.ipynb #f4ba093f
 def stratified_order(
     grade: Iterable[int],  # (n,) stratum of each item
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (n,) permutation of 0..n-1
     "Draw a random order whose every prefix has nearly the strata's proportions."
     grade, rng = np.asarray(grade), np.random.default_rng(np.random.SeedSequence((seed, 11)))
@@ -44,7 +47,7 @@ def split_by_patient(
     patients: Iterable[str],  # (n,) patient of each case
     grade: Iterable[int],  # (n,) grade of each case
     n: dict[str, int],  # split → number of cases
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> list[str]:  # (n,) split of each case, "" where it is not used
     "Deal whole patients to splits, stratified by their highest grade."
     patients, grade = np.asarray(patients, str), np.asarray(grade)
@@ -66,7 +69,7 @@ def split_by_patient(
 
 # %% ../../nbs/1_data/08_cohort.ipynb #bcc0a91e
 def check_classes(
-    names: tuple,
+    names: tuple,  # of the classes
     what: str,  # the field
 ) -> None:
     "Refuse names of classes of which the first is not the background."
@@ -83,38 +86,42 @@ Numbers = Annotated[tuple[float, ...], Meta(description="one number per sequence
 @dataclass(frozen=True)
 class CohortCard:
     "What one must know before using or publishing a cohort."
-    name: Name
-    title: Line
-    licence: Line
-    source: Line
-    citation: Line
+    name: Name  # becomes a file or folder
+    title: Line  # what readers see
+    licence: Line  # as its owner states it
+    source: Line  # where the cases come from
+    citation: Line  # what to cite
     sequences: Annotated[Words, Meta(min_length=1)]  # one name per channel
     classes: Annotated[Words, check_classes]  # label value i means classes[i]; 0 is background
     grades: Words  # grade i means grades[i]; empty when cases have none
+    # mm, (d, h, w)
     spacing: Annotated[tuple[Positive, Positive, Positive], Meta(description="three numbers of mm [d, h, w]")]
-    note: str = ""
-    non_commercial: bool = False
+    note: str = ""  # what users should know
+    non_commercial: bool = False  # whether commercial use is forbidden
     targets: Words = ()  # names of 0/1 labels of a whole case, where it may have several
     # published mean of every channel, for backbones that normalise by the cohort; () for that of the training cases
     mean: Numbers = ()
     sd: Numbers = ()  # published standard deviation of every channel, where mean is given
     empty_labels: bool = False  # whether a case may be background everywhere
+    datasets: Words = ()  # public data sets that the cases are from, as foundation.overlap names them
 
 # %% ../../nbs/1_data/08_cohort.ipynb #6e8db070
 @dataclass
 class Cohort:
     "Aligned volumes with labels, grades, patients and splits."
-    card: CohortCard
+    card: CohortCard  # of the cohort
     volumes: np.ndarray  # (n, c, d, h, w) float32, raw intensities
     labels: np.ndarray  # (n, d, h, w) uint8
     grade: np.ndarray  # (n,) int64, -1 unknown
-    names: list[str]
-    patients: list[str]
-    split: list[str]
+    names: list[str]  # of the cases, (n,)
+    patients: list[str]  # of the cases, (n,)
+    split: list[str]  # of the cases, (n,)
     zones: np.ndarray | None = None  # (n, d, h, w) uint8, e.g. 1 peripheral, 2 transition; 0 outside or unknown
     targets: np.ndarray | None = None  # (n, k) uint8, 0 or 1 for each of card.targets
     excluded: list[dict] = field(default_factory=list)  # bad cases that were left out: {case, reason}
     known_hash: str = field(default="", repr=False)  # of a cohort that cannot change, because it is read from the cache
+    crop: str = "volume"  # what the grid of each case is centred on, see data.manifest
+    pictures: bool = False  # whether the cases are pictures, brought to the grid by resizing
 
     def __len__(self) -> int: return len(self.names)
 
@@ -185,9 +192,49 @@ def content_hash(
         else: total.update(json.dumps(part, sort_keys=True, default=str).encode())
     return total.hexdigest()
 
+# %% ../../nbs/1_data/08_cohort.ipynb #fc919ba0
+def deal_folds(
+    patients: Iterable[str],  # (n,) patient of each case
+    grade: Iterable[int],  # (n,) grade of each case
+    k: int,  # parts
+    seed: int,  # of the random numbers; the same seed gives the same result
+) -> list[int]:  # (n,) part of each case
+    "Deal whole patients to parts of nearly the same size, stratified by their highest grade."
+    patients, grade = np.asarray(patients, str), np.asarray(grade)
+    who, of = np.unique(patients, return_inverse=True)
+    if len(who) < k: raise VfmError(f"{k} folds are requested and there are {len(who)} patients; request fewer.")
+    cases, worst = np.bincount(of), np.array([grade[of == i].max() for i in range(len(who))])
+    home, filled, strata = [0] * len(who), np.zeros(k), {g: np.zeros(k) for g in np.unique(worst)}
+    for i in sorted(np.random.default_rng((seed, 23)).permutation(len(who)), key=lambda i: (worst[i], -cases[i])):
+        part = min(range(k), key=lambda p: (strata[worst[i]][p], filled[p], p))
+        home[i] = part
+        filled[part] += cases[i]
+        strata[worst[i]][part] += cases[i]
+    return [home[i] for i in of]
+
+def fold_cohort(
+    cohort: Cohort,  # cases in memory
+    folds: int,  # parts
+    fold: int,  # that is tested, from 0
+    share: float,  # of the other cases that validate, 0 to 1
+) -> Cohort:  # the same cases in other splits
+    "Return a cohort in the splits of one fold; cases to pretrain on stay."
+    if not 0 <= fold < folds: raise VfmError(f"fold is {fold}, expected 0 to {folds - 1} (folds is {folds}).")
+    pool = [i for i, s in enumerate(cohort.split) if s != "pretrain"]
+    pick = lambda index: ([cohort.patients[i] for i in index], cohort.grade[index])
+    part = dict(zip(pool, deal_folds(*pick(pool), folds, 0)))
+    rest = [i for i in pool if part[i] != fold]
+    parts = max(2, round(1 / share)) if share > 0 else 2
+    inner = dict(zip(rest, deal_folds(*pick(rest), parts, fold + 1)))
+    split = [s if i not in part else "test" if part[i] == fold else "val" if inner[i] == 0 else "train"
+             for i, s in enumerate(cohort.split)]
+    order = sorted(range(len(split)), key=lambda i: SPLITS.index(split[i]))
+    known = content_hash([cohort.hash(), split])
+    return replace(cohort.pick(order), split=[split[i] for i in order], known_hash=known)
+
 # %% ../../nbs/1_data/08_cohort.ipynb #6c216980
 def describe_cohort(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
 ) -> pd.DataFrame:  # one row per split
     "Count cases, patients and grades, and average the volume of each class, by split."
     ml = float(np.prod(cohort.card.spacing)) / 1000
@@ -207,10 +254,10 @@ def describe_cohort(
 
 # %% ../../nbs/1_data/08_cohort.ipynb #377529ae
 def case_problems(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     volume: np.ndarray,  # (c, d, h, w)
     label: np.ndarray,  # (d, h, w)
-    grade: int,
+    grade: int,  # index of a grade
 ) -> list[str]:  # one sentence each
     "Describe what is wrong inside one case."
     found = []
@@ -230,7 +277,7 @@ def case_problems(
 
 # %% ../../nbs/1_data/08_cohort.ipynb #0cf4ed2d
 def invalid_cases(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
 ) -> list[str]:  # one sentence each
     "Describe what is wrong inside single cases."
     found = [
@@ -264,7 +311,7 @@ def identical_cases(
 
 # %% ../../nbs/1_data/08_cohort.ipynb #4051b8c2
 def duplicates(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
 ) -> list[str]:  # one sentence each
     "Find names, patients or image content that occur where they must not."
     names, split = cohort.names, cohort.split
@@ -281,7 +328,7 @@ def duplicates(
 
 # %% ../../nbs/1_data/08_cohort.ipynb #3a443d05
 def cohort_problems(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
 ) -> list[str]:  # one sentence each, empty when all is well
     "List everything that is wrong with a cohort."
     n, c, *grid = cohort.volumes.shape if cohort.volumes.ndim == 5 else (-1, -1)
@@ -317,7 +364,7 @@ def cohort_problems(
 
 # %% ../../nbs/1_data/08_cohort.ipynb #79220172
 def validate_cohort(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
 ) -> Cohort:  # the same
     "Raise one error that lists all problems, or hand the cohort back."
     found = cohort_problems(cohort)
@@ -355,7 +402,7 @@ def phantom_cohort(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
     n: dict[str, int],  # split → cases
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> Cohort:
     "Build the synthetic prostate mpMRI cohort."
     if not n:
@@ -363,14 +410,17 @@ def phantom_cohort(
             f"The phantom cohort needs a number of cases in n, e.g. {{'train': 24}}; splits: {', '.join(SPLITS)}."
         )
     index = [(s, i) for s in n for i in range(n[s])]
-    cases = [phantom_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
+    cases = map_items(
+        partial(phantom_case, seed, size=size, spacing=spacing), [SPLITS.index(s) * 1_000_000 + i for s, i in index],
+        "drawing phantom cases",
+    )
     names = [f"phantom-{s}-{i:03d}" for s, i in index]
     card = CohortCard(
         "phantom", "Synthetic prostate mpMRI", "Apache-2.0", "vfm_notes.data.phantom",
         "none: simulated, no patient behind it", ("t2w", "dwi", "adc"), ("background", "gland", "lesion"), GRADES,
         spacing,
         "Simulated from published tissue values; T2w in a.u., DWI at b = 1400 s/mm2 in a.u., fitted ADC in 1e-6 "
-        "mm2/s; DWI without geometric distortion; half of the cases clinically significant.",
+        "mm2/s; DWI without geometric distortion; half of the cases clinically significant.", datasets=(MADE_HERE,),
     )
     stack = lambda key: np.stack([getattr(c, key) for c in cases])
     return Cohort(

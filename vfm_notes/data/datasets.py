@@ -50,7 +50,7 @@ HIPPOCAMPUS = "msd_hippocampus_100"  # sub-folder of VFM_DATA
 
 # %% ../../nbs/1_data/19_datasets.ipynb #6b7e14f3
 def list_cases(
-    folder: Path,
+    folder: Path,  # a folder
 ) -> list[str]:  # case names
     "List the names in cases.csv, each with its image and its label file."
     path = folder/"cases.csv"
@@ -64,8 +64,8 @@ def list_cases(
 DATASET_MODULES = tuple(f"vfm_notes.data.{m}" for m in ("datasets", "volume", "dicom", "nifti"))
 
 def place_on_grid(
-    image: Path,
-    label: Path,
+    image: Path,  # volume of the case
+    label: Path,  # mask of the case
     values: range,  # that the label may have
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
@@ -84,7 +84,7 @@ def hippocampus_cohort(
     size: tuple[int, int, int],  # (d, h, w) voxels; the study's is (32, 48, 32)
     spacing: tuple[float, float, float],  # (d, h, w) mm; the files have 1
     n: dict[str, int],  # split → cases; {} is all of them, to test
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> DecodePlan:
     "Build the cohort of T1-weighted MRI crops with the anterior and the posterior hippocampus."
     folder, = cohort_folder(HIPPOCAMPUS)
@@ -95,6 +95,7 @@ def hippocampus_cohort(
         ("background", "anterior", "posterior"), (), spacing,
         f"Crops of 31-42 x 40-57 x 26-45 mm at 1 mm, cut or padded to {' x '.join(map(str, size))} voxels around the "
         "volume's centre; at (32, 48, 32) and 1 mm this loses 0.03 % of the label voxels.",
+        datasets=("MSD Task04 Hippocampus",),
     )
     def source(name: str) -> CaseSource:
         files = folder/"images"/f"{name}.nii.gz", folder/"labels"/f"{name}.nii.gz"
@@ -112,7 +113,7 @@ PROSTATES = {  # folder: files of T2w, high-b DWI, ADC, gland, zones, lesion; gr
 }
 
 def read_prostate(
-    folder: Path,
+    folder: Path,  # a folder
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # volume (3, d, h, w), label and zones (d, h, w) uint8
@@ -140,7 +141,7 @@ def prostate_cohort(
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
     n: dict[str, int],  # {} or {"test": 1 to 3}
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> DecodePlan:
     "Build the cohort of three real prostate mpMRI cases with gland and lesion masks."
     card = CohortCard(
@@ -155,7 +156,7 @@ def prostate_cohort(
         spacing,
         "DWI is calculated at b = 1000 s/mm2 (PROSTATEx) or as shipped (PI-CAI); gland and zone masks are made by "
         "AI; the grade comes from the ISUP grade of the public label.",
-        non_commercial=True,
+        non_commercial=True, datasets=("PROSTATEx", "PI-CAI"),
     )
     sources = [
         CaseSource(
@@ -163,4 +164,4 @@ def prostate_cohort(
         )
         for f in cohort_folder(*PROSTATES)
     ]
-    return DecodePlan(card, sources, size, n, seed, {}, zones=True, modules=DATASET_MODULES)
+    return DecodePlan(card, sources, size, n, seed, {}, zones=True, modules=DATASET_MODULES, crop="mask_gland")

@@ -52,7 +52,7 @@ def kspace_downsample(
 
 # %% ../../nbs/1_data/03_degrade.ipynb #239791a3
 def case_rng(
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
     name: str,  # of the case
 ) -> np.random.Generator:
     "Make random numbers that belong to a case, whichever subset it is in."
@@ -86,7 +86,7 @@ def taper(
 def epi_field(
     shape: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
     amplitude: float = 3.0,  # typical largest shift, voxels along h; a case has 0.7 to 1.3 of it
     roughness: float = 0.12,  # sd of the random part over the dipole's strength
 ) -> np.ndarray:  # (d, h, w) float32: shift along h in voxels, positive to higher index
@@ -107,7 +107,7 @@ def epi_fields(
     shape: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),  # (d, h, w) mm
     amplitude: float = 3.0,  # typical largest shift, voxels along h
-    seed: int = 0,
+    seed: int = 0,  # of the random numbers; the same seed gives the same result
     roughness: float = 0.12,  # sd of the random part over the dipole's strength
 ) -> np.ndarray:  # (n, d, h, w) float32, voxels along h
     "Draw one field per case, which depends on nothing but the seed, the grid and the case's name."

@@ -34,7 +34,7 @@ def split_address(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #c0f6e6ed
 def check_wrap(
-    path: Path,
+    path: Path,  # a file
     values: np.ndarray,  # as stored in 16 bits without sign
 ) -> None:
     "Refuse negative numbers that were wrapped around to the top of 16 bits."
@@ -61,7 +61,9 @@ TAGS = dict(
     siemens_b="0019|100c", sequence="0018|0024",
 )
 
-def dicom_reader(path: Path) -> sitk.ImageFileReader:
+def dicom_reader(
+    path: Path,  # a file
+) -> sitk.ImageFileReader:
     "Make a reader of one file that takes it for DICOM and nothing else."
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
@@ -92,7 +94,7 @@ def read_header(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #a4e7e8fe
 def b_value(
-    header: dict[str, str],
+    header: dict[str, str],  # DICOM keyword → text
 ) -> str:  # s/mm2, "" where the file does not say
     "Return the diffusion weighting of a slice."
     named = re.search(r"_b(\d+)", header["sequence"])
@@ -100,7 +102,7 @@ def b_value(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #73c4b4c2
 def read_headers(
-    folder: Path,
+    folder: Path,  # a folder
 ) -> dict[Path, dict[str, str]]:  # file → header
     "Read the headers of all files of a folder; one that is not a slice is an error."
     if not folder.is_dir(): raise VfmError(f"{folder} is not a folder; expected one with the files of a DICOM series.")
@@ -135,12 +137,12 @@ def read_headers(
 @keeping_locale()
 def write_series(
     image: sitk.Image,  # int16 or uint16
-    folder: Path,
+    folder: Path,  # a folder
     description: str = "t2_tse_tra",  # of the series
     number: int = 1,  # of the series
     b: int | None = None,  # s/mm2
     slope: float = 1,  # value = slope * stored + intercept
-    intercept: float = 0,
+    intercept: float = 0,  # of stored values
 ) -> str:  # the series' UID
     "Write a volume as one file per slice, named in no particular order."
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ def write_series(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #8671c4bd
 def list_series(
-    folder: Path | str,
+    folder: Path | str,  # a folder
 ) -> pd.DataFrame:  # one row per series
     "List what a folder of DICOM files holds: series, description, b-values, files, size and spacing."
     headers = read_headers(Path(folder))
@@ -183,7 +185,7 @@ def list_series(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #c5c67e70
 def select_series(
-    folder: Path,
+    folder: Path,  # a folder
     uid: str,  # "" where the folder holds one series only
 ) -> dict[Path, dict[str, str]]:  # file → header
     "Return the files of one series."
@@ -201,8 +203,8 @@ def select_series(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #8c375cdc
 def check_slices(
-    folder: Path,
-    headers: dict[Path, dict[str, str]],
+    folder: Path,  # a folder
+    headers: dict[Path, dict[str, str]],  # file → keyword → text
 ) -> None:
     "Refuse slices that cannot belong to one volume."
     for path, h in headers.items():
@@ -238,7 +240,7 @@ def check_slices(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #dd5dccdb
 def slice_axes(
-    header: dict[str, str],
+    header: dict[str, str],  # DICOM keyword → text
 ) -> np.ndarray:  # (3, 3) columns: along a row, along a column, along the normal
     "Return orthonormal directions of a slice."
     r, c = np.reshape([float(v) for v in header["axes"].split("\\")], (2, 3))
@@ -248,8 +250,8 @@ def slice_axes(
 
 # %% ../../nbs/1_data/05_dicom.ipynb #4d39eb24
 def sorted_slices(
-    folder: Path,
-    headers: dict[Path, dict[str, str]],
+    folder: Path,  # a folder
+    headers: dict[Path, dict[str, str]],  # file → keyword → text
 ) -> tuple[list[Path], np.ndarray]:  # files from low to high, their positions (n, 3) mm
     "Sort slices by their height, or raise what is wrong with their places."
     axes = slice_axes(next(iter(headers.values())))

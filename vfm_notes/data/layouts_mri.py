@@ -32,7 +32,7 @@ from ..foundation.schema import from_values
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #824f205f
 def try_step(
     found: list[str],  # problems so far; grows
-    function: Callable,
+    function: Callable,  # what is tried
     *args,  # of the function
 ):
     "Call a function; return its value, or None after noting the problem."
@@ -40,7 +40,7 @@ def try_step(
     except VfmError as e: found.append(str(e).rstrip("."))
 
 def rows_by_name(
-    rows: list[dict[str, str]],
+    rows: list[dict[str, str]],  # column → text, one a case
     key: Callable[[dict], str],  # name of a row
     what: str,  # the sheet, for messages
     found: list[str],  # problems so far; grows
@@ -55,7 +55,7 @@ def rows_by_name(
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #60bf8acf
 def check_choice(
     what: str,  # name of the option
-    value: str,
+    value: str,  # of the option
     known: dict | tuple,  # what it may be
 ) -> str:
     "Check that the value of an option is known."
@@ -67,9 +67,9 @@ def build_manifest(
     layout: str,  # its name
     src: Path,  # absolute
     rows: list[dict],  # of the manifest; paths absolute
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     found: list[str],  # problems so far
-    crop: str = "volume",
+    crop: str = "volume",  # what the volumes are cut to
     threshold: float | None = None,  # of masks that hold no whole numbers
 ) -> Manifest:
     "Build the manifest of a source, or raise one error that lists everything wrong with it."
@@ -92,7 +92,7 @@ def build_manifest(
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #1e11f144
 def parse_names(
     what: str,  # name of the option
-    value: Iterable[str | int | float],
+    value: Iterable[str | int | float],  # names, or a text with commas
 ) -> tuple[str, ...]:
     "Read an option that is a list of names; numbers are names too."
     fine = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool) and v != ""
@@ -113,8 +113,8 @@ def native_spacing(
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #240f36a9
 def toy_case(
-    seed: int,
-    lesion: bool,
+    seed: int,  # of the random numbers; the same seed gives the same result
+    lesion: bool,  # whether there is one
 ) -> dict[str, sitk.Image]:  # t2w, dwi, adc, gland, zones, lesion
     "Draw eight slices of something like a prostate."
     rng = np.random.default_rng(seed)
@@ -137,8 +137,8 @@ def toy_case(
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #6613356c
 def write_image(
-    image: sitk.Image,
-    path: Path,
+    image: sitk.Image,  # a volume with its grid
+    path: Path,  # a file
 ) -> None:
     "Write an image, making its folder."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ PICAI_NAME = re.compile(r"(?P<case>(?P<patient>[^_]+)_[^_]+)_(?P<sequence>t2w|ad
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #1b10051c
 def picai_images(
-    src: Path,
+    src: Path,  # where it was downloaded to
     found: list[str],  # problems so far; grows
 ) -> dict[str, dict[str, Path]]:  # case → sequence → file
     "Return the images of all archives; a case in two of them is a problem, and so is an image of another name."
@@ -208,7 +208,9 @@ def fold_splits(
     return {c: split(k) for k, cases in enumerate(parts) for c in cases}
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #20039073
-def picai_example(folder: Path) -> None:
+def picai_example(
+    folder: Path,  # a folder
+) -> None:
     "Write five cases of four patients in two archives, and their labels."
     rows = []
     for i, (patient, isup) in enumerate(((10000, 0), (10001, 3), (10002, ""), (10003, 1), (10003, 2))):
@@ -231,9 +233,9 @@ def picai_example(folder: Path) -> None:
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #a44b55f5
 def picai_lesion(
-    labels: Path,
+    labels: Path,  # mask of the case
     sources: list[str],  # keys of PICAI_LESIONS, the preferred one first
-    case: str,
+    case: str,  # name of the case
 ) -> tuple[str, Path | None]:  # whose, and the file; None where none has delineated it
     "Return the lesion mask of a case."
     return next(((s, p) for s in sources if (p := labels/PICAI_LESIONS[s]/f"{case}.nii.gz").is_file()), ("", None))
@@ -247,12 +249,12 @@ PICAI_CARD = CohortCard(
     ("background", "gland", "lesion"),
     GRADES,
     (3.0, 0.5, 0.5),
-    non_commercial=True,
+    non_commercial=True, datasets=("PI-CAI",),
 )
 
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #3c190bd8
 def picai_row(
-    case: str,
+    case: str,  # name of the case
     of: dict[str, Path],  # sequence → file
     mark: dict[str, str] | None,  # row of the marksheet
     found: list[str],  # problems so far; grows
@@ -357,7 +359,9 @@ def picai(
 # %% ../../nbs/1_data/16_layouts_mri.ipynb #8219f314
 PROSTATE158 = {"train.csv": "train", "valid.csv": "val", "test.csv": "test"}
 
-def prostate158_example(folder: Path) -> None:
+def prostate158_example(
+    folder: Path,  # a folder
+) -> None:
     "Write four cases: two to train on, one to validate, one to test."
     for sheet, numbers in (("train", (20, 21)), ("valid", (22,)), ("test", (1,))):
         rows = []
@@ -410,9 +414,8 @@ def prostate158(
         "Adams et al., Prostate158 - An expert-annotated 3T MRI dataset and algorithm for prostate cancer detection, "
         "Computers in Biology and Medicine 2022",
         ("t2w", "dwi", "adc"),
-        classes,
-        ("no tumour", "tumour"),
-        (3.0, 0.4, 0.4),
+        classes, ("no tumour", "tumour"), (3.0, 0.4, 0.4),
         "Masks by the first reader; tumours were delineated on ADC; splits of the authors' sheets.",
+        datasets=("Prostate158",),
     )
     return build_manifest("prostate158", src, rows, card, found, "label" if zones else "mask_gland")

@@ -29,14 +29,14 @@ from ..foundation.registry import VfmError, suggest_name
 
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #d22ed1b6
 def read_columns(
-    path: Path,
+    path: Path,  # a file
     columns: Sequence[str],  # that are needed
 ) -> pd.DataFrame:  # text, these columns
     "Read a table of the published folder."
     return pd.DataFrame(read_sheet(path, tuple(columns)), columns=list(columns))
 
 def picture_file(
-    src: Path,
+    src: Path,  # where it was downloaded to
     name: str,  # relative path as published
 ) -> str:  # relative path of what is there
     "Return a converted .png where there is one."
@@ -44,7 +44,7 @@ def picture_file(
     return png if png != name and (src/png).is_file() else name
 
 def colour_columns(
-    cell: str,
+    cell: str,  # name of the column
     mark: str = "#",  # "/" where the cell has a "#" already
 ) -> dict[str, str]:  # column → cell
     "Return the three columns of a colour picture."
@@ -52,17 +52,17 @@ def colour_columns(
 
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #70559cf1
 def picture_card(
-    name: str,
-    title: str,
-    licence: str,
-    source: str,
-    citation: str,
-    note: str,
+    name: str,  # of the cohort
+    title: str,  # what readers see
+    licence: str,  # as its owner states it
+    source: str,  # where the cases come from
+    citation: str,  # what to cite
+    note: str,  # what users should know
     *,
-    grades: Sequence[str] = (),
-    targets: tuple[str, ...] = (),
-    colour: bool = False,
-    non_commercial: bool = False,
+    grades: Sequence[str] = (),  # in their order
+    targets: tuple[str, ...] = (),  # names of the numbers to predict
+    colour: bool = False,  # whether pictures have three channels
+    non_commercial: bool = False,  # whether commercial use is forbidden
 ) -> CohortCard:
     "Make the card of a set of pictures: one or three channels, no masks, a pixel counted as a millimetre."
     mean, sd = STATISTICS.get(name, ((), ()))
@@ -155,7 +155,9 @@ def medmnist_rows(
     return rows, pictures, bad
 
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #cbf82391
-def medmnist_example(folder: Path) -> None:
+def medmnist_example(
+    folder: Path,  # a folder
+) -> None:
     "Write twelve pictures under the name of BreastMNIST."
     rng = np.random.default_rng(0)
     parts = {
@@ -205,8 +207,8 @@ def medmnist(
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #6a8f69cf
 def write_noise(
     path: Path,  # .png or .jpg
-    rng: np.random.Generator,
-    colour: bool,
+    rng: np.random.Generator,  # where random numbers come from
+    colour: bool,  # whether pictures have three channels
 ) -> None:
     "Write a small picture of noise, for examples."
     values = rng.integers(0, 256, (20, 24, 3) if colour else (20, 24), dtype=np.uint8)
@@ -215,7 +217,9 @@ def write_noise(
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #3cd81e81
 APTOS = ("no DR", "mild", "moderate", "severe", "proliferative DR")
 
-def aptos_example(folder: Path) -> None:
+def aptos_example(
+    folder: Path,  # a folder
+) -> None:
     "Write twenty pictures of noise in the layout of APTOS 2019."
     rng = np.random.default_rng(0)
     for i in range(20): write_noise(folder/"train_images"/f"eye{i:02d}.png", rng, colour=True)
@@ -246,7 +250,9 @@ def aptos2019(
     return build_manifest("aptos2019", src, rows, card, [], "middle")
 
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #a69db1eb
-def isic_example(folder: Path) -> None:
+def isic_example(
+    folder: Path,  # a folder
+) -> None:
     "Write twenty pictures of noise in the layout of ISIC 2019."
     rng, names = np.random.default_rng(0), [f"ISIC_{i:07d}" for i in range(20)]
     for name in names: write_noise(folder/"train"/f"{name}.jpg", rng, colour=True)
@@ -299,7 +305,9 @@ def isic2019(
 VIEW = r"^(.+?)[._-]*(?:LEFT|RIGHT)[._-]"  # of a file's name; the group is the patient
 DDSM_WORDS, DDSM_TWO = ("normal", "benign", "cancer"), ("normal", "abnormal")
 
-def ddsm_example(folder: Path) -> None:
+def ddsm_example(
+    folder: Path,  # a folder
+) -> None:
     "Write twelve mammograms of noise in the layout of the DDSM lists."
     rng = np.random.default_rng(0)
     for split, of in (("train", range(3)), ("val", range(3, 4)), ("test", range(4, 6))):
@@ -378,7 +386,9 @@ def cbis_ddsm(
     )
 
 # %% ../../nbs/1_data/21_layouts_pictures.ipynb #1b9b02be
-def chexpert_example(folder: Path) -> None:
+def chexpert_example(
+    folder: Path,  # a folder
+) -> None:
     "Write forty X-rays of noise in the layout of CheXpert."
     rng, rows = np.random.default_rng(0), []
     for i in range(40):

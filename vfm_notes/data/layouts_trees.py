@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #24824a49
-from .cache import track_progress
+from ..foundation.progress import track_progress
 from .cohort import CohortCard
 from .dicom import read_header, write_series
 from vfm_notes.data.layouts_mri import (
@@ -39,7 +39,7 @@ PROSTATEX_GRADES = ("no clinically significant finding", "clinically significant
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #9062b7b0
 def find_near_top(
-    src: Path,
+    src: Path,  # where it was downloaded to
     pattern: str,  # of a name
 ) -> list[Path]:
     "Find what has such a name at most two folders down: the tree has 300 000 files."
@@ -47,7 +47,7 @@ def find_near_top(
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #4ba05014
 def series_folders(
-    patient: Path,
+    patient: Path,  # folder of the patient
     found: list[str],  # problems so far; grows
 ) -> list[tuple[Path, str, int]]:  # folder, description, number of each series
     "Return the series of a patient, by the header of one file of each folder."
@@ -62,7 +62,7 @@ def series_folders(
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #9de58095
 def pick_series(
     who: str,  # patient or examination, for the message
-    sequence: str,
+    sequence: str,  # e.g. t2w
     fits: list[tuple[Path, str, int]],  # series that fit
     have: list[str],  # descriptions of all
     repeat: str,  # "refuse", "first" or "last"
@@ -83,7 +83,7 @@ def pick_series(
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #df59886e
 def prostatex_findings(
-    src: Path,
+    src: Path,  # where it was downloaded to
     found: list[str],  # problems so far; grows
 ) -> dict[str, str]:  # patient → grade
     "Return whether a patient has a clinically significant finding; unknown for the patients of the test sheet."
@@ -104,7 +104,9 @@ def prostatex_findings(
     return {who: PROSTATEX_GRADES[k] if k >= 0 else "unknown" for who, k in grade.items()}
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #4400ae7d
-def prostatex_example(folder: Path) -> None:
+def prostatex_example(
+    folder: Path,  # a folder
+) -> None:
     "Write three patients, four series each, and the sheets of findings."
     for i in range(3):
         case = toy_case(i, i == 1)
@@ -179,13 +181,13 @@ def prostatex(
         (3.6, 0.5, 0.5),
         "DWI is the calculated high-b image; the grade states whether any finding of the patient is clinically "
         f"significant, and is unknown for the challenge's test patients. {len(absent)} patients of the sheets have "
-        "no folder here.",
+        "no folder here.", datasets=("PROSTATEx",),
     )
     return build_manifest("prostatex", src, rows, card, found, "mask_gland" if gland else "volume")
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #28470192
 def find_mask(
-    folder: Path,
+    folder: Path,  # a folder
     name: str,  # of the patient
 ) -> Path:
     "Return the one mask whose file name holds a patient's."
@@ -234,7 +236,9 @@ def highest_b(
     return f"#{int(np.argmax(b))}"
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #1223fe81
-def bids_example(folder: Path) -> None:
+def bids_example(
+    folder: Path,  # a folder
+) -> None:
     "Write three participants, one of them with two sessions."
     for i, (sub, ses) in enumerate((("01", ""), ("02", "1"), ("02", "2"), ("03", ""))):
         case, below, name = (
@@ -280,7 +284,7 @@ def bids(
     sequences: dict[str, str] = BIDS_SEQUENCES,  # sequence → pattern below sub-XX[/ses-YY]
     masks: dict[str, str] = BIDS_MASKS,  # class → pattern below derivatives/*/sub-XX[/ses-YY]; {} for none
     grade: str = "",  # column of participants.tsv; "" for none
-    licence: str = "not stated",
+    licence: str = "not stated",  # as its owner states it
     empty_labels: bool = False,  # whether a case may have nothing in any mask
     threshold: float | None = None,  # of masks that are no whole numbers: from here on it is the structure
 ) -> Manifest:
@@ -354,7 +358,9 @@ def sequential_split(
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #fe5dc91e
 ANALYSIS = "t1mri/default_acquisition/default_analysis/segmentation"
 
-def brainvisa_example(folder: Path) -> None:
+def brainvisa_example(
+    folder: Path,  # a folder
+) -> None:
     "Write ten subjects of the sulcus phantom in BrainVISA's tree."
     lines = []
     for i in range(10):
@@ -379,7 +385,7 @@ def mask_file(
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #117cd176
 def list_subjects(
-    src: Path,
+    src: Path,  # where it was downloaded to
     subjects: str,  # folder of the subjects' folders, in src
 ) -> list[str]:  # sorted
     "List the subjects of a BrainVISA tree."
@@ -390,17 +396,17 @@ def list_subjects(
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #fea35e76
 @layouts("brainvisa", title="BrainVISA subjects with sulcus labels", example=brainvisa_example)
 def brainvisa(
-    src: Path,
+    src: Path,  # where it was downloaded to
     subjects: str = "subjects",  # folder of the subjects' folders, in src
     hemisphere: str = "L",  # or R
     prefix: str = "skeleton_", suffix: str = "",  # around the subject's name; the hemisphere comes before the prefix
     masks: str = "labels",  # folder of voxel labels in src; "" when there are none
-    mask_prefix: str = "", mask_suffix: str = "",
+    mask_prefix: str = "", mask_suffix: str = "",  # of the mask's file name
     labels: str = "labels.csv", column: int = 2, classes: int = 3,  # label file in src, see `sulcus_labels`
     key_drop: int = 3,  # characters at the end of a folder's name that the label file does not have
     split: str = "study",  # or sequential
     crop: str = "volume",  # the file's middle; top, benemin: the published centre of that cohort; or "voxel x y z"
-    licence: str = "not stated: ask the owner of the cohort",
+    licence: str = "not stated: ask the owner of the cohort",  # as its owner states it
 ) -> Manifest:
     "Build the manifest of sulcal skeletons, PCS masks and labels of one hemisphere."
     src = Path(src).resolve()

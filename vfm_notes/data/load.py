@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VOXEL_MODULES', 'DECODE_MODULES', 'ENTRIES', 'BAD_CASES', 'is_picture', 'times', 'check_plane', 'case_grid',
            'allowed_values', 'read_masks', 'voxel_point', 'crop_centre', 'decode_row', 'merge_masks', 'picture_masks',
-           'resize_mask', 'decode_pictures', 'manifest_plan', 'default_grid', 'check_manifest', 'load_entries',
-           'manifest_folder', 'layout_folder', 'manifest_of', 'cohort_maker', 'cohort_key', 'cache_folder',
-           'caching_allowed', 'cached_cohort', 'load_cohort', 'manifest_cohort']
+           'resize_mask', 'uncut_size', 'picture_channels', 'decode_pictures', 'manifest_plan', 'default_grid',
+           'check_manifest', 'load_entries', 'manifest_folder', 'layout_folder', 'manifest_of', 'cohort_maker',
+           'cohort_key', 'cache_folder', 'caching_allowed', 'cached_cohort', 'load_cohort', 'manifest_cohort']
 
 # %% ../../nbs/1_data/13_load.ipynb #08249be5
 import importlib
@@ -40,17 +40,23 @@ from ..foundation.places import cache_root, part_folder
 from ..foundation.registry import cohorts, suggest_name, VfmError
 
 # %% ../../nbs/1_data/13_load.ipynb #eef58fd0
-def is_picture(address: str) -> bool:
+def is_picture(
+    address: str,  # path, or archive#array
+) -> bool:
     "Return whether an address names a picture, in contrast to a volume."
     path, _ = split_address(address)
     return path.suffix.lower() in PICTURE_ENDINGS and not path.is_dir()
 
-def times(values) -> str: return "x".join(f"{v:g}" for v in values)  # numbers as 3x1x1
+# numbers as 3x1x1
+def times(
+    values,  # field → value
+) -> str:
+    return "x".join(f"{v:g}" for v in values)
 
 def check_plane(
     what: str,  # the image's file
-    image: sitk.Image,
-    grid: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
+    grid: sitk.Image,  # with the wanted grid
     ratio: float = 1.8,  # of the largest spacing to the next, from which on an axis is that of the slices
 ) -> None:
     "Refuse an image whose slices lie in another plane than those of the grid."
@@ -81,7 +87,7 @@ def case_grid(
 
 # %% ../../nbs/1_data/13_load.ipynb #b3e5915b
 def allowed_values(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
     column: str,  # of a mask
 ) -> tuple[range | None, float | None]:  # values that may occur (None: one structure), threshold
     "Return the values of a mask that the card allows."
@@ -90,8 +96,8 @@ def allowed_values(
 
 # %% ../../nbs/1_data/13_load.ipynb #548bac7a
 def read_masks(
-    manifest: Manifest,
-    row: dict[str, str],
+    manifest: Manifest,  # cases and card
+    row: dict[str, str],  # column → text
     images: dict[str, sitk.Image],  # sequence → image
 ) -> dict[str, tuple[str, sitk.Image]]:  # column → file, mask
     "Read the masks of a row that has some, and check them."
@@ -118,8 +124,8 @@ def voxel_point(
     return tuple((affine[:3, :3] @ (np.array(index) - 0.5) + affine[:3, 3]).tolist())
 
 def crop_centre(
-    manifest: Manifest,
-    row: dict[str, str],
+    manifest: Manifest,  # cases and card
+    row: dict[str, str],  # column → text
     masks: dict[str, tuple[str, sitk.Image]],  # column → file, mask
     first: sitk.Image,  # of the case
 ) -> tuple[float, float, float]:  # physical point (x, y, z) mm
@@ -136,8 +142,8 @@ def crop_centre(
 
 # %% ../../nbs/1_data/13_load.ipynb #55c15742
 def decode_row(
-    manifest: Manifest,
-    row: dict[str, str],
+    manifest: Manifest,  # cases and card
+    row: dict[str, str],  # column → text
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # volume (c, d, h, w), label and zones (d, h, w)
@@ -157,7 +163,7 @@ def decode_row(
 
 # %% ../../nbs/1_data/13_load.ipynb #b29cb8a6
 def merge_masks(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
     masks: dict[str, np.ndarray],  # column → (d, h, w)
     size: tuple[int, int, int],  # (d, h, w) voxels
 ) -> np.ndarray:  # (d, h, w) uint8
@@ -168,8 +174,8 @@ def merge_masks(
 
 # %% ../../nbs/1_data/13_load.ipynb #c68383eb
 def picture_masks(
-    manifest: Manifest,
-    row: dict[str, str],
+    manifest: Manifest,  # cases and card
+    row: dict[str, str],  # column → text
     shapes: dict[str, tuple[int, int]],  # sequence → (h, w) of its picture
 ) -> dict[str, np.ndarray]:  # column → (h, w) uint8
     "Return the masks of a case of pictures, checked as those of volumes are."
@@ -194,31 +200,46 @@ def resize_mask(
     rows, columns = (((np.arange(k) + 0.5) * m / k).astype(int) for k, m in zip(size, mask.shape))
     return mask[rows][:, columns][None]
 
+# %% ../../nbs/1_data/13_load.ipynb #3af142f7
+# (h, w)
+def uncut_size(
+    size: tuple[int, int],  # h, w
+) -> tuple[int, int]:
+    return tuple(round(s * 256 / 224) for s in size)
+
+def picture_channels(
+    places: dict[str, str],  # sequence → address of a picture of one channel
+    size: tuple[int, int, int],  # (1, h, w) pixels
+    middle: bool = False,  # keep the middle of a larger one, in contrast to all
+) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:  # volume (c, 1, h, w); sequence → (h, w) of its picture
+    "Read the pictures of a case, resized."
+    if size[0] != 1:
+        raise VfmError(f"{next(iter(places.values()))} is a picture, the study's size is {list(size)}; expected [1, h, "
+            f"w].")
+    parts, shapes = [], {}
+    for c, place in places.items():
+        picture = read_picture(place)
+        if len(picture) != 1:
+            name = Path(place).name
+            raise VfmError(f"{place} has {len(picture)} channels, '{c}' is one: write {name}#grey, or three columns "
+                f"red, green and blue with {name}#red and so on.")
+        shapes[c] = picture.shape[2:]
+        parts.append(
+            resize_crop(picture, uncut_size(size[1:]), size[1:]) if middle else resize_picture(picture, size[1:])
+        )
+    return np.concatenate(parts), shapes
+
 # %% ../../nbs/1_data/13_load.ipynb #f373fd2a
 def decode_pictures(
-    manifest: Manifest,
-    row: dict[str, str],
+    manifest: Manifest,  # cases and card
+    row: dict[str, str],  # column → text
     size: tuple[int, int, int],  # (1, h, w) pixels
 ) -> tuple[np.ndarray, np.ndarray, None]:  # volume (c, 1, h, w), label (1, h, w), no zones
     "Decode the pictures of a case, resized."
-    place = lambda column: resolve_cell(manifest.root, row[column])
-    if size[0] != 1:
-        raise VfmError(
-            f"{place(manifest.card.sequences[0])} is a picture, the study's size is {list(size)}; expected [1, h, w]."
-        )
-    whole = tuple(round(s * 256 / 224) for s in size[1:])
-    parts, shapes = [], {}
-    for c in manifest.card.sequences:
-        picture = read_picture(place(c))
-        if len(picture) != 1:
-            raise VfmError(f"{place(c)} has {len(picture)} channels, column '{c}' is one: write {row[c]}#grey, or "
-                f"three columns red, green and blue with {row[c]}#red and so on.")
-        shapes[c] = picture.shape[2:]
-        parts.append(
-            resize_crop(picture, whole, size[1:]) if manifest.crop == "middle" else resize_picture(picture, size[1:])
-        )
+    places = {c: resolve_cell(manifest.root, row[c]) for c in manifest.card.sequences}
+    volume, shapes = picture_channels(places, size, manifest.crop == "middle")
     masks = {c: resize_mask(m, size[1:]) for c, m in picture_masks(manifest, row, shapes).items()}
-    return np.concatenate(parts), merge_masks(manifest, masks, size), None
+    return volume, merge_masks(manifest, masks, size), None
 
 # %% ../../nbs/1_data/13_load.ipynb #0eab5445
 # what the voxels depend on
@@ -226,11 +247,11 @@ VOXEL_MODULES = ("load", "manifest", "volume", "nifti", "dicom", "picture")
 DECODE_MODULES = tuple(f"vfm_notes.data.{m}" for m in VOXEL_MODULES)
 
 def manifest_plan(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
     n: dict[str, int],  # split → cases; {} is all
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
     strict: bool = True,  # refuse a table that is wrong as a whole
 ) -> DecodePlan:
     "Plan how to decode the cases of a manifest."
@@ -255,12 +276,12 @@ def manifest_plan(
     card = replace(card, spacing=spacing, targets=manifest.targets, empty_labels=card.empty_labels or none)
     return DecodePlan(
         card, [source(i, row) for i, row in enumerate(rows)], size, n, seed, bad, "zones" in manifest.table,
-        DECODE_MODULES,
+        DECODE_MODULES, manifest.crop, is_picture(resolve_cell(manifest.root, rows[0].get(card.sequences[0], ""))),
     )
 
 # %% ../../nbs/1_data/13_load.ipynb #51d2d27b
 def default_grid(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> tuple[tuple, tuple]:  # size (d, h, w) voxels, spacing (d, h, w) mm
     "Return a grid like that of the first image that can be read."
     for row in manifest.table.to_dict("records"):
@@ -273,7 +294,7 @@ def default_grid(
     return (16, 64, 64), manifest.card.spacing
 
 def check_manifest(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[str]:  # one sentence each, empty when all is well
     "List everything that is wrong with a table and its files."
     found = [f"{c}: {p}" if c else p for c, p in find_problems(manifest)]
@@ -326,7 +347,7 @@ def manifest_of(
 
 # %% ../../nbs/1_data/13_load.ipynb #400ce0c2
 def cohort_maker(
-    name: str,
+    name: str,  # registered cohort, or a folder with a manifest
 ) -> tuple[Callable, dict]:  # (size, spacing, n, seed) → Cohort or Plan; its card in the registry
     "Return the function that makes a cohort."
     if name not in cohorts: load_entries()
@@ -341,10 +362,10 @@ def cohort_maker(
 
 # %% ../../nbs/1_data/13_load.ipynb #9e3908dc
 def cohort_key(
-    name: str,
+    name: str,  # registered cohort, or a folder with a manifest
     made: DecodePlan | tuple[Callable, dict],  # a plan, or maker and registry card of a cohort that is made as a whole
     arguments: dict,  # size, spacing, n, seed
-    exclude: bool,
+    exclude: bool,  # whether bad cases are left out
 ) -> str | None:  # None where the code that makes it has no file
     "Return a key of all that decides the content."
     own = ("vfm_notes.data.cohort", "vfm_notes.data.cache", "vfm_notes.data.load")
@@ -356,7 +377,10 @@ def cohort_key(
     return code and content_hash([name, arguments, code, asdict(made.card), cases, made.bad, exclude])
 
 # where prepared cases of a cohort lie
-def cache_folder(name: str, key: str) -> Path:
+def cache_folder(
+    name: str,  # of the cohort
+    key: str,  # hash of the inputs
+) -> Path:
     return cache_root()/f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(name).name)}-{key[:20]}"
 
 # %% ../../nbs/1_data/13_load.ipynb #0780de97
@@ -367,7 +391,7 @@ def caching_allowed() -> bool:
     return not os.environ.get("VFM_LOOKING") and os.access(there, os.W_OK | os.X_OK)
 
 def cached_cohort(
-    name: str,
+    name: str,  # registered cohort, or a folder with a manifest
     maker: tuple[Callable, dict],  # from `cohort_maker`
     arguments: dict,  # size, spacing, n, seed
     exclude: bool,  # leave bad cases out
@@ -415,11 +439,11 @@ def load_cohort(
 
 # %% ../../nbs/1_data/13_load.ipynb #c26b9bff
 def manifest_cohort(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
     n: dict[str, int],  # split → cases; {} is all
-    seed: int = 0,
+    seed: int = 0,  # of the random numbers; the same seed gives the same result
     exclude_bad: bool = False,  # leave bad cases out and list them in `excluded`
 ) -> Cohort:  # validated
     "Make the cohort of a manifest, from the cache where it is known."

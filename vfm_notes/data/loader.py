@@ -49,9 +49,11 @@ def standardise(
 # %% ../../nbs/1_data/14_loader.ipynb #05e747e7
 def to_unit_range(
     volumes: np.ndarray,  # (n, c, d, h, w)
+    like: np.ndarray | None = None,  # (n, c, d, h, w) that the percentiles are taken from; None: the volumes
 ) -> np.ndarray:  # (n, c, d, h, w) float32 in 0..1
     "Map the 1st to the 99th percentile of each channel to 0..1 and clip."
-    low, high = np.percentile(volumes, (1, 99), axis=(-3, -2, -1), keepdims=True)
+    of = volumes if like is None else like
+    low, high = np.percentile(of, (1, 99), axis=(-3, -2, -1), keepdims=True)
     return np.clip((volumes - low) / np.maximum(high - low, 1e-6), 0, 1).astype(np.float32)
 
 # %% ../../nbs/1_data/14_loader.ipynb #823e1df6
@@ -67,13 +69,13 @@ def cohort_moments(
     return mean.tolist(), np.where(sd > 0, sd, 1).tolist()
 
 # %% ../../nbs/1_data/14_loader.ipynb #e0397f71
-NORMALISATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "zscore_nonzero": lambda v: standardise(v, *moments(v)),
-    "zscore": lambda v: standardise(v, *moments(v, nonzero=False), nonzero=False), "unit_range": to_unit_range,
-    "cohort": lambda v, mean, sd: standardise(
+NORMALISATIONS: dict[str, Callable[..., np.ndarray]] = {  # of volumes, and of those that the numbers are taken from
+    "zscore_nonzero": lambda v, like: standardise(v, *moments(like)),
+    "zscore": lambda v, like: standardise(v, *moments(like, nonzero=False), nonzero=False), "unit_range": to_unit_range,
+    "cohort": lambda v, like, mean, sd: standardise(
         v, *(np.reshape(np.float32(m), (1, -1, 1, 1, 1)) for m in (mean, sd)), nonzero=False
     ),
-    "none": lambda v: v.astype(np.float32),
+    "none": lambda v, like: v.astype(np.float32),
 }
 
 # %% ../../nbs/1_data/14_loader.ipynb #c4302934
@@ -82,6 +84,7 @@ def normalise(
     how: str = "zscore_nonzero",  # a name in RULES
     # for `cohort`: mean and sd per channel, as `cohort_moments` gives them
     moments: tuple[list[float], list[float]] | None = None,
+    like: np.ndarray | None = None,  # (n, c, d, h, w) that a case's own numbers are taken from; None: the volumes
 ) -> np.ndarray:  # (n, c, d, h, w) float32
     "Normalise each case and channel by a named rule."
     if how not in NORMALISATIONS:
@@ -89,7 +92,8 @@ def normalise(
             f"Unknown normalisation '{how}'.{suggest_name(how, NORMALISATIONS)} Known: {', '.join(NORMALISATIONS)}."
         )
     if volumes.ndim != 5: raise VfmError(f"normalise expects volumes of shape (n, c, d, h, w), found {volumes.shape}.")
-    if how != "cohort": return NORMALISATIONS[how](volumes)
+    like = volumes if like is None else like
+    if how != "cohort": return NORMALISATIONS[how](volumes, like)
     if moments is None:
         raise VfmError(
             "The rule 'cohort' needs mean and sd of the training cases: pass moments=cohort_moments(training volumes)."
@@ -99,15 +103,15 @@ def normalise(
             f"The rule 'cohort' was given moments of {len(moments[0])} channels, the volumes have "
             f"{volumes.shape[1]}: give one mean and one sd per channel."
         )
-    return NORMALISATIONS[how](volumes, *moments)
+    return NORMALISATIONS[how](volumes, like, *moments)
 
 # %% ../../nbs/1_data/14_loader.ipynb #ad4f7022
 LAST = ("fill", "drop", "short")  # what becomes of a last batch that is not full
 
 def batches(
     n: int,  # cases
-    batch_size: int,
-    seed: int,
+    batch_size: int,  # cases at a time
+    seed: int,  # of the random numbers; the same seed gives the same result
     epoch: int,  # another order in every epoch
     last: str = "short",  # one of LAST
 ) -> list[np.ndarray]:  # index arrays
@@ -128,8 +132,8 @@ def batches(
 class Loader:
     "Epochs of batches out of arrays that hold one case per row."
     arrays: dict  # name → (n, …): array, memory map or tensor
-    batch_size: int
-    seed: int = 0
+    batch_size: int  # cases at a time
+    seed: int = 0  # of the random numbers; the same seed gives the same result
     last: str = "fill"  # one of LAST
     # of a batch, before it is handed out
     change: Callable[[dict, np.random.Generator], dict] = lambda batch, rng: batch

@@ -36,7 +36,7 @@ from ..foundation.schema import dump_yaml, read_yaml
 class Manifest:
     "A table of cases, their card, and where their files are."
     table: pd.DataFrame  # one row per case, all columns text, "" where a value is missing
-    card: CohortCard
+    card: CohortCard  # of the cohort
     root: Path  # the paths of the table are relative to it
     crop: str = "volume"  # or what the grid is centred on: a mask column, "voxel x y z", "middle" of pictures
     targets: tuple[str, ...] = ()  # names of 0/1 columns
@@ -54,7 +54,7 @@ layouts = Registry("layout")  # how others keep their data: (src: Path, **option
 
 # %% ../../nbs/1_data/12_manifest.ipynb #a9bb857e
 def text_table(
-    table: pd.DataFrame,
+    table: pd.DataFrame,  # of any types
 ) -> pd.DataFrame:  # every cell text, "" where there was no value
     "Write a table as a CSV file would have it: 1.0 is written 1."
     def word(v) -> str:
@@ -88,7 +88,7 @@ def read_card(
 LONGEST_CELL = 100  # bytes of a cell of text in memory
 
 def read_parquet(
-    path: Path,
+    path: Path,  # a file
 ) -> pd.DataFrame:
     "Read a Parquet table; a kilobyte of it may declare a billion rows."
     from pyarrow.parquet import read_metadata
@@ -130,7 +130,7 @@ def read_manifest(
 
 # %% ../../nbs/1_data/12_manifest.ipynb #13351ca7
 def write_manifest(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
     dest: str | Path,  # a folder; made where there is none
 ) -> Path:  # the folder
     "Write manifest.csv and card.yaml; the card comes last, so a folder with a card is complete."
@@ -176,13 +176,15 @@ def claim_files(
 OPTIONAL_COLUMNS = ("site", "scanner", "age")  # columns for people, like note_*
 
 def mask_columns(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[str]:  # those that the table has or should have
     "Return the columns of masks: `label`, or one per class."
     classes = manifest.card.classes[1:]
     return [] if not classes else ["label"] if "label" in manifest.table else [f"mask_{c}" for c in classes]
 
-def known_columns(manifest: Manifest) -> tuple[list[str], list[str]]:  # needed, optional
+def known_columns(
+    manifest: Manifest,  # cases and card
+) -> tuple[list[str], list[str]]:  # needed, optional
     "Return the columns that a table must have, and those that it may have."
     needed = [
         "case", "patient", *manifest.card.sequences, *mask_columns(manifest), *["grade"] * bool(manifest.card.grades),
@@ -194,7 +196,7 @@ def known_columns(manifest: Manifest) -> tuple[list[str], list[str]]:  # needed,
 VOXEL_MESSAGE = re.compile(r"voxel (\d+) (\d+) (\d+)")
 
 def crop_problem(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> str:  # "" when all is well
     "Describe what is wrong with the card's crop."
     masks = mask_columns(manifest)
@@ -207,7 +209,7 @@ def crop_problem(
 
 # %% ../../nbs/1_data/12_manifest.ipynb #a20f638e
 def mask_problems(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[str]:  # one sentence each
     "Describe what is wrong with the card where it speaks of masks."
     masks, classes, found = mask_columns(manifest), manifest.card.classes[1:], []
@@ -222,7 +224,7 @@ def mask_problems(
     return found
 
 def table_problems(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[str]:  # one sentence each
     "Describe what is wrong with the table as a whole."
     table, (needed, optional) = manifest.table, known_columns(manifest)
@@ -248,13 +250,17 @@ def table_problems(
 
 # %% ../../nbs/1_data/12_manifest.ipynb #2034f141
 def resolve_cell(
-    root: Path,
+    root: Path,  # a folder
     cell: str,  # path, or path#part
 ) -> str:  # the same from the root on
     "Find where a cell of the table points to, without following links."
     return os.path.normpath(root/cell)
 
-def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when all is well
+def file_problem(
+    manifest: Manifest,  # cases and card
+    column: str,  # name of the column
+    cell: str,  # text of the cell: a path
+) -> str:  # "" when all is well
     "Describe what is wrong with one path, without opening the file."
     if not cell:
         return (
@@ -272,7 +278,7 @@ def file_problem(manifest: Manifest, column: str, cell: str) -> str:  # "" when 
 
 # %% ../../nbs/1_data/12_manifest.ipynb #218fac3e
 def parse_number(
-    text: str,
+    text: str,  # of a cell
 ) -> float | None:  # None where it is no number
     "Read a cell as a number; 1 and 1.0 are the same."
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+", text) else None
@@ -287,7 +293,7 @@ def grade_order(
     return tuple(sorted(short, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)]))
 
 def grade_index(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     cell: str,  # a name of card.grades, or unknown
 ) -> int | None:  # -1 unknown, None where it is neither
     "Return the index of a grade: the cell is its name, never the index itself."
@@ -299,7 +305,7 @@ def grade_index(
 
 # %% ../../nbs/1_data/12_manifest.ipynb #ddde0ddc
 def row_problems(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
     row: dict[str, str],  # one row of the table
 ) -> list[str]:
     "Describe what is wrong with one row."
@@ -320,7 +326,7 @@ def row_problems(
 
 # %% ../../nbs/1_data/12_manifest.ipynb #aad52ebe
 def duplicate_images(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[tuple[str, str]]:  # later case, sentence
     "Find images that stand in two rows."
     seen, found = {}, []
@@ -332,7 +338,7 @@ def duplicate_images(
     return found
 
 def find_problems(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[tuple[str, str]]:  # case ("" for the table as a whole), sentence
     "Find everything that can be reported without decoding an image."
     rows = manifest.table.to_dict("records")
@@ -343,14 +349,14 @@ def find_problems(
 
 # %% ../../nbs/1_data/12_manifest.ipynb #97dc14ca
 def manifest_problems(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> list[str]:  # one sentence each, empty when all is well
     "Describe the same in sentences that name the case."
     return [f"{case}: {p}" if case else p for case, p in find_problems(manifest)]
 
 # %% ../../nbs/1_data/12_manifest.ipynb #aeaafcd0
 def count_cases(
-    manifest: Manifest,
+    manifest: Manifest,  # cases and card
 ) -> pd.DataFrame:  # one row per split
     "Count cases, patients and grades by split, in the table."
     table, card = manifest.table, manifest.card

@@ -49,7 +49,7 @@ def open_nifti(
 CHUNK = 1 << 22  # bytes
 
 def skip_bytes(
-    f: BinaryIO,
+    f: BinaryIO,  # an open file
     n: int,  # bytes
 ) -> int:  # those that were there
     "Read on without keeping anything."
@@ -79,7 +79,10 @@ def header_problem(
     return ""
 
 # as a header begins
-def element_count(n: int) -> tuple[bytes, bytes]: return n.to_bytes(4, "little"), n.to_bytes(4, "big")
+def element_count(
+    n: int,  # bytes of one number
+) -> tuple[bytes, bytes]:
+    return n.to_bytes(4, "little"), n.to_bytes(4, "big")
 
 # %% ../../nbs/1_data/04_nifti.ipynb #9d52015c
 def read_nifti_header(
@@ -101,7 +104,7 @@ def read_nifti_header(
 # %% ../../nbs/1_data/04_nifti.ipynb #4fc1a367
 def volume_shape(
     path: Path,  # for messages
-    header: nib.Nifti1Header,
+    header: nib.Nifti1Header,  # of the file
 ) -> tuple[int, ...]:  # (x, y, z) or (x, y, z, n) voxels
     "Return the size that a header declares, without empty dimensions behind the third."
     shape, code = [int(n) for n in header.get_data_shape()], int(header["intent_code"])
@@ -124,7 +127,7 @@ def volume_shape(
 # %% ../../nbs/1_data/04_nifti.ipynb #42bb4dd0
 def number_type(
     path: Path,  # for messages
-    header: nib.Nifti1Header,
+    header: nib.Nifti1Header,  # of the file
 ) -> np.dtype:
     "Return the type of the stored numbers; refuse colours and complex values."
     try: kind = header.get_data_dtype()
@@ -143,7 +146,7 @@ LENGTH_UNITS = {1: "metres", 3: "micrometres"}  # codes of xyzt_units that are n
 
 def best_affine(
     path: Path,  # for messages
-    header: nib.Nifti1Header,
+    header: nib.Nifti1Header,  # of the file
 ) -> np.ndarray:  # (4, 4) float64: voxel (x, y, z) to mm towards right, front and head
     "Return the geometry of a file: the sform if it is set, else the qform, else the spacing."
     try: affine = np.asarray(header.get_best_affine(), float)
@@ -170,7 +173,7 @@ MAX_DEFLATE_RATIO = 1032  # the most that deflate can spare
 MAX_TRAILING_BYTES = 1 << 20  # bytes that may follow the voxels
 
 def check_room(
-    path: Path,
+    path: Path,  # a file
     shape: tuple[int, ...],  # (x, y, z) or (x, y, z, n)
     need: int,  # bytes of content that the header declares
     item: int,  # bytes per voxel
@@ -186,7 +189,7 @@ def check_room(
 
 # %% ../../nbs/1_data/04_nifti.ipynb #8fb5c64f
 def volume_number(
-    path: Path,
+    path: Path,  # a file
     part: str,  # of the address: number of the volume, or ""
     shape: tuple[int, ...],  # (x, y, z) or (x, y, z, n)
 ) -> int:
@@ -203,7 +206,7 @@ def volume_number(
 def read_voxels(
     path: Path,  # for messages
     f: BinaryIO,  # behind the header
-    header: nib.Nifti1Header,
+    header: nib.Nifti1Header,  # of the file
     shape: tuple[int, ...],  # (x, y, z) or (x, y, z, n)
     which: int,  # volume, from 0
 ) -> np.ndarray:  # (z, y, x) as stored
@@ -235,7 +238,7 @@ def read_voxels(
 def scaled_values(
     path: Path,  # for messages
     values: np.ndarray,  # as stored
-    header: nib.Nifti1Header,
+    header: nib.Nifti1Header,  # of the file
 ) -> np.ndarray:  # the same, or float32 where a slope or an intercept is given
     "Scale stored numbers to what they mean, in this machine's byte order."
     try: slope, intercept = header.get_slope_inter()
@@ -285,9 +288,9 @@ def format_values(
     return ", ".join(map(plain, values[:5])) + more
 
 def distinct_values(
-    values: np.ndarray,
+    values: np.ndarray,  # of a volume
     file: str | Path,  # for messages
-    advice: str,
+    advice: str,  # what to do, for the message
 ) -> np.ndarray:  # the whole numbers that occur, sorted
     "Return the values of a mask, which must be whole."
     found = np.unique(values)

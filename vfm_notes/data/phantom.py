@@ -38,7 +38,7 @@ def diffusion_weighting(
 def rician(
     signal: np.ndarray,  # noiseless magnitude, any shape
     sigma: float | np.ndarray,  # noise of the real and of the imaginary part
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
 ) -> np.ndarray:  # noisy magnitude, float32
     "Compute the magnitude of the signal plus complex Gaussian noise."
     real, imaginary = rng.standard_normal((2, *signal.shape), dtype=np.float32)
@@ -62,8 +62,8 @@ class Focus(NamedTuple):
     kind: int  # 0 benign, 1 indolent, 2 clinically significant
 
 def draw_focus(
-    rng: np.random.Generator,
-    body: dict,
+    rng: np.random.Generator,  # where random numbers come from
+    body: dict,  # one patient's measures
     kind: int,  # 0 benign mimic, 1 indolent, 2 clinically significant
 ) -> Focus:
     "Place one lesion or mimic and draw its tissue."
@@ -87,8 +87,8 @@ def draw_focus(
 def infiltrate(
     t2: np.ndarray,  # (d, h, w) ms, changed
     adc: np.ndarray,  # (d, h, w) 1e-6 mm2/s, changed
-    grid: Grid,
-    focus: Focus,
+    grid: Grid,  # sample points
+    focus: Focus,  # a lesion
     where: np.ndarray,  # (d, h, w) bool: where it may grow
     texture: np.ndarray,  # (d, h, w) smooth field that makes its border irregular
 ) -> tuple[tuple, np.ndarray]:  # slices of its box, bool mask there
@@ -108,7 +108,7 @@ class Patient(NamedTuple):
     "A patient before any scanner."
     pd: np.ndarray; t2: np.ndarray; adc: np.ndarray; seen: np.ndarray  # (d, h, w) of the fine grid
     zones: np.ndarray; lesion: np.ndarray; tissue: np.ndarray  # (d, h, w): 0..2, bool, tissue ids
-    grid: Grid; body: dict; foci: list
+    grid: Grid; body: dict; foci: list  # lesions of the patient  # one patient's measures  # sample points
 
 def tissue_maps(
     tissue: np.ndarray,  # (d, h, w) tissue ids
@@ -194,9 +194,9 @@ def average_voxels(
 
 # %% ../../nbs/1_data/02_phantom.ipynb #6ba1ae38
 def scan_patient(
-    patient: Patient,
+    patient: Patient,  # anatomy and lesions
     scanner: dict,  # a row of SCANNERS
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
     spacing: tuple[float, float, float],  # (d, h, w) mm of the voxels
     bend: Callable[[np.ndarray], np.ndarray] | None = None,  # what the readout does to the noiseless DWI (b, d, h, w)
 ) -> np.ndarray:  # (3, d, h, w): T2w a.u., high-b DWI a.u., ADC 1e-6 mm2/s

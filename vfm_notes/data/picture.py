@@ -30,7 +30,9 @@ from ..foundation.registry import VfmError, error_line, suggest_name
 # %% ../../nbs/1_data/07_picture.ipynb #7f38816b
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".npz")
 
-def png_problem(data: bytes) -> str:  # "" when all is well
+def png_problem(
+    data: bytes,  # of the file
+) -> str:  # "" when all is well
     "Describe what is wrong with the bytes of a PNG."
     if data[:8] != b"\x89PNG\r\n\x1a\n": return "is not a PNG picture (its first bytes are another format's)"
     at = 8
@@ -45,7 +47,9 @@ def png_problem(data: bytes) -> str:  # "" when all is well
     return "is cut off or damaged (a chunk is incomplete or its checksum is wrong); copy it again"
 
 # %% ../../nbs/1_data/07_picture.ipynb #9287d0b3
-def jpeg_problem(data: bytes) -> str:  # "" when all is well
+def jpeg_problem(
+    data: bytes,  # of the file
+) -> str:  # "" when all is well
     "Describe what is wrong with the bytes of a JPEG."
     if data[:2] != b"\xff\xd8": return "is not a JPEG picture (its first bytes are another format's)"
     at = 2
@@ -99,7 +103,9 @@ def apply_orientation(
     return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 # %% ../../nbs/1_data/07_picture.ipynb #6a8f0187
-def tiff_problem(data: bytes) -> str:  # "" when all is well
+def tiff_problem(
+    data: bytes,  # of the file
+) -> str:  # "" when all is well
     "Describe what is wrong with the bytes of a TIFF; whether it is cut off is seen when it is decoded."
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "is not a TIFF picture (its first bytes are another format's)"
@@ -133,7 +139,7 @@ def check_pixels(
 
 # %% ../../nbs/1_data/07_picture.ipynb #35e82753
 def check_picture(
-    path: Path,
+    path: Path,  # a file
 ) -> None:
     "Refuse what is not there, is empty, is cut off, or is no picture format we read."
     check_fetched(path)
@@ -180,7 +186,7 @@ def decode_file(
 # %% ../../nbs/1_data/07_picture.ipynb #3532fb4d
 def without_alpha(
     values: np.ndarray,  # (h, w, c)
-    path: Path,
+    path: Path,  # a file
 ) -> np.ndarray:  # (h, w, 1 or 3)
     "Drop an alpha channel that shows nothing; refuse what is neither grey nor RGB."
     if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or values.shape[-1] == 4 and path.suffix.lower() != ".png":
@@ -235,15 +241,15 @@ def npz_array(
 
 # %% ../../nbs/1_data/07_picture.ipynb #c5d4d337
 def npz_array_of(
-    path: Path,
-    name: str,
+    path: Path,  # a file
+    name: str,  # of the array in the archive
 ) -> np.ndarray:
     "Read one array of an archive, from memory where it was read before."
     check_picture(path)
     return npz_array(str(path), (path.stat().st_mtime_ns, path.stat().st_size), name)
 
 def decode_npz(
-    path: Path,
+    path: Path,  # a file
     part: str,  # array/index
 ) -> np.ndarray:  # (h, w, c)
     "Decode one picture of an archive."
@@ -323,7 +329,7 @@ def pick_channel(
 
 # %% ../../nbs/1_data/07_picture.ipynb #58e5c568
 def decode_raw(
-    where: Path,
+    where: Path,  # for messages
     part: str,  # array/index of an archive
 ) -> np.ndarray:  # (h, w, 1 or 3) of the file's type
     "Decode one picture, checked as a file."

@@ -62,7 +62,7 @@ ISIC = dict(
 
 def one_hot_grades(
     table: pd.DataFrame,  # text; one column of 0 and 1 per name
-    names: Sequence[str],
+    names: Sequence[str],  # of the grades
     key: str,  # column that names a row
 ) -> tuple[list[int], list[str]]:  # index of the one that is 1 (-1 where there is none), problems
     "Return grades of a table with one column per class."

@@ -199,7 +199,7 @@ def write_measures(
 
 # %% ../../nbs/1_data/22_realism.ipynb #500ad645
 def write_phantom_measures(
-    cases: int = 40,
+    cases: int = 40,  # how many
 ) -> Path:
     "Measure the phantom anew, on both grids; about a minute."
     from rich.progress import track

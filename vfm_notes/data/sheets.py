@@ -21,7 +21,7 @@ NOT_TEXT = {b"PK\x03\x04": "a workbook of Excel or LibreOffice", b"\xd0\xcf\x11\
 SAVE_AS = "open it in a spreadsheet program and save it as 'CSV UTF-8'"
 
 def sheet_text(
-    path: Path,
+    path: Path,  # a file
 ) -> str:
     "Read the text of a sheet; refuse what is not text, or not Unicode."
     check_fetched(path)
@@ -43,15 +43,15 @@ def sheet_text(
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 def split_rows(
-    text: str,
-    separator: str,
+    text: str,  # content of a sheet
+    separator: str,  # of the columns
 ) -> list[tuple[int, list[str]]]:  # number of the line (the last, where a cell has several), cells
     "Cut a text into rows of cells, without spaces around them."
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     return [(reader.line_num, cells) for row in reader if any(cells := [c.strip() for c in row])]
 
 def sheet_rows(
-    path: Path,
+    path: Path,  # a file
 ) -> list[tuple[int, list[str]]]:  # number of the line, cells; without empty rows
     "Read all rows of a sheet, cut by the separator that it has."
     text, given = sheet_text(path), ""
@@ -81,7 +81,7 @@ def named_columns(
     return names
 
 def read_cells(
-    path: Path,
+    path: Path,  # a file
 ) -> tuple[list[str], list[dict[str, str]]]:  # headings, rows
     "Read a sheet with a heading, all cells as text."
     rows = sheet_rows(path)
@@ -94,7 +94,7 @@ def read_cells(
 
 # %% ../../nbs/1_data/11_sheets.ipynb #e13f4da0
 def read_sheet(
-    path: Path,
+    path: Path,  # a file
     needed: tuple[str, ...] = (),  # columns
 ) -> list[dict[str, str]]:  # one per row
     "Read the rows of a sheet that must have some, or state in one sentence why not."

@@ -7,6 +7,7 @@ __all__ = ['PCS_CLASSES', 'LENGTHS', 'BUDGET', 'ENDS', 'ARCH', 'PCS_CYCLE', 'Fol
            'draw_folds', 'unroll', 'SulcusCase', 'draw_sheets', 'sulcus_case', 'sulcus_cohort']
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #0f7accec
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 # %% ../../nbs/1_data/09_sulcus.ipynb #2aa273f4
 from .anatomy import Grid, smooth_field
 from .cohort import Cohort, CohortCard
+from ..foundation.overlap import MADE_HERE
+from ..foundation.progress import map_items
 from ..foundation.registry import cohorts, VfmError
 from ..foundation.spec import SPLITS
 
@@ -22,13 +25,13 @@ class Fold(NamedTuple):
     "One fold of the sheet; all in mm but the angle."
     s: float; q: float  # its middle
     turn: float  # angle with the arch, radians: 0 runs parallel to the cingulate sulcus
-    length: float; depth: float
+    length: float; depth: float  # mm  # mm
     bow: float = 0.0; tilt: float = 0.0  # sideways swing along the fold; sideways mm per mm of depth
     gaps: tuple = ()  # interruptions (place along the fold, width)
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #7581cb8e
 def fold_distance(
-    fold: Fold,
+    fold: Fold,  # of the sheet
     s: np.ndarray, q: np.ndarray, x: np.ndarray,  # unrolled places (d, h, w), mm
 ) -> np.ndarray:  # (d, h, w) mm, zero on the sheet
     "Return the distance from the sheet of a fold, up to its bending."
@@ -47,13 +50,15 @@ LENGTHS = ((0, 14), (40, 56), (20, 36))  # mm of fold by grade, interruptions no
 # mm of small folds, the same for all grades; what two ends, drawn a voxel wide, add to each
 BUDGET, ENDS = (76.0, 102.0), 4.0
 
-def fold_cost(fold: Fold) -> float:  # mm
+def fold_cost(
+    fold: Fold,  # of the sheet
+) -> float:  # mm
     "Return what a fold takes from the budget: its length without interruptions, and its ends."
     return fold.length - sum(w for _, w in fold.gaps) + ENDS*(1 + len(fold.gaps))
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #d52bd2a3
 def draw_pcs(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
     grade: int,  # index into GRADES
 ) -> Fold | None:
     "Draw the paracingulate sulcus, or the fragment that is too short to be one."
@@ -70,7 +75,7 @@ def draw_pcs(
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #12e17a66
 def draw_folds(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
     grade: int,  # index into GRADES
 ) -> tuple[list[Fold], Fold | None]:  # all folds but the PCS; the PCS
     "Draw the folds of one brain."
@@ -102,7 +107,7 @@ ARCH = 22.0  # mm, mean radius of the cingulate sulcus around the genu
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #ab9a8035
 def unroll(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
     size: tuple[int, int, int],  # (d, h, w) voxels
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Grid]:  # s, q, x, each (d, h, w) mm; the grid
@@ -132,7 +137,7 @@ class SulcusCase(NamedTuple):
 
 # %% ../../nbs/1_data/09_sulcus.ipynb #c268cd68
 def draw_sheets(
-    folds: list[Fold],
+    folds: list[Fold],  # of the sheet
     place: tuple,  # s, q, x of every voxel
     spacing: tuple[float, float, float],  # (d, h, w) mm
 ) -> np.ndarray:  # (d, h, w) float32, 0 to 1: share of the voxel that the sheets fill
@@ -175,7 +180,7 @@ def sulcus_cohort(
     size: tuple[int, int, int],  # (d, h, w) voxels, e.g. (32, 32, 32)
     spacing: tuple[float, float, float],  # (d, h, w) mm, e.g. 2.0 each; at most 4
     n: dict[str, int],  # split → cases
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> Cohort:
     "Build the synthetic cohort of sulcal skeletons with or without a paracingulate sulcus."
     if not n:
@@ -190,13 +195,16 @@ def sulcus_cohort(
             "size [32, 32, 32] at spacing [2, 2, 2]."
         )
     index = [(s, i) for s in n for i in range(n[s])]
-    cases = [sulcus_case(seed, SPLITS.index(s) * 1_000_000 + i, size, spacing) for s, i in index]
+    cases = map_items(
+        partial(sulcus_case, seed, size=size, spacing=spacing), [SPLITS.index(s) * 1_000_000 + i for s, i in index],
+        "drawing sulci",
+    )
     names = [f"sulcus-{s}-{i:03d}" for s, i in index]
     card = CohortCard(
         "sulcus_phantom", "Synthetic sulcal skeletons", "Apache-2.0", "vfm_notes.data.sulcus",
         "none: simulated, no patient behind it", ("skeleton",), ("background", "skeleton", "PCS"), PCS_CLASSES, spacing,
         "Left hemispheres, medial wall; half without a paracingulate sulcus (PCS), 30 % prominent (40 mm and more), "
-        "20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.",
+        "20 % present (20 to 36 mm); the amount of small folds does not depend on the grade.", datasets=(MADE_HERE,),
     )
     return Cohort(
         card, np.stack([c.volume for c in cases]), np.stack([c.label for c in cases]),

@@ -40,7 +40,7 @@ FOREIGN = {  # ending: what it is, what to do
 }
 
 def check_volume_file(
-    path: Path,
+    path: Path,  # a file
 ) -> None:
     "Refuse what is not there, is a pointer, is empty, or is no format we read."
     check_fetched(path)
@@ -55,8 +55,8 @@ def check_volume_file(
 
 # %% ../../nbs/1_data/06_volume.ipynb #eac66cb7
 def check_header(
-    path: Path,
-    image: sitk.Image,
+    path: Path,  # a file
+    image: sitk.Image,  # a volume with its grid
 ) -> None:
     "Refuse images that are not one 3D volume of believable spacing."
     n, size = image.GetDimension(), "x".join(map(str, image.GetSize()))
@@ -76,8 +76,8 @@ def check_header(
 
 # %% ../../nbs/1_data/06_volume.ipynb #3285a568
 def check_values(
-    path: Path,
-    values: np.ndarray,
+    path: Path,  # a file
+    values: np.ndarray,  # of a volume
     constant: bool,  # whether a single value is fine (an empty mask)
 ) -> None:
     "Refuse voxels that are not numbers, and images without content."
@@ -107,7 +107,7 @@ def check_declared_size(
 
 # %% ../../nbs/1_data/06_volume.ipynb #27aeef43
 def one_volume(
-    path: Path,
+    path: Path,  # a file
     image: sitk.Image,  # 3D, or 4D with the volumes last, or 3D with several values per voxel
     part: str,  # of the address: number of the volume, or ""
 ) -> sitk.Image:
@@ -143,7 +143,7 @@ def read_file(
 SHEAR = 0.25  # of the smallest spacing: how far straightening may move a corner
 
 def affine_of(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
 ) -> np.ndarray:  # (4, 4) voxel (x, y, z) to mm (left, back, head)
     "Return where the voxels lie."
     affine = np.eye(4)
@@ -190,7 +190,9 @@ def stored_geometry(
     affine, size = json.loads(image.GetMetaData(STORED))
     return np.array(affine), tuple(size)
 
-def naming_file(read: Callable) -> Callable:
+def naming_file(
+    read: Callable,  # reads the file
+) -> Callable:
     "Make a reader whose every failure names the file."
     @wraps(read)
     def reader(path, *args, **kwargs):
@@ -219,7 +221,7 @@ def read_image(
 
 # %% ../../nbs/1_data/06_volume.ipynb #933dfd61
 def read_mask(
-    path: str | Path,
+    path: str | Path,  # a file
     values: Iterable[int] | None = None,  # that may occur; None: a mask of one structure
     threshold: float | None = None,  # from here on a value belongs to the structure
 ) -> sitk.Image:  # float32 with whole numbers (0 and 1 of one structure), axes L, P, S
@@ -233,13 +235,13 @@ def read_mask(
 
 # %% ../../nbs/1_data/06_volume.ipynb #4d6c0e35
 def to_array(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
 ) -> np.ndarray:  # (d, h, w) float32
     "Return the voxels as an array."
     return sitk.GetArrayFromImage(image).astype(np.float32)
 
 def spacing_of(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
 ) -> tuple[float, float, float]:  # (d, h, w) mm
     "Return the spacing in the order of the array's axes."
     return tuple(image.GetSpacing()[::-1])
@@ -261,7 +263,7 @@ def grid_around(
 
 # %% ../../nbs/1_data/06_volume.ipynb #5415426f
 def centre_of(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
     mask: bool = False,  # of the box around the voxels that are not zero, instead of the whole volume
 ) -> tuple[float, float, float]:  # physical point (x, y, z) mm
     "Return the centre of a volume, or of what a mask marks."
@@ -275,7 +277,7 @@ def centre_of(
 
 # %% ../../nbs/1_data/06_volume.ipynb #496d15ba
 def resample(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
     grid: sitk.Image,  # where to
     mask: bool = False,  # nearest voxel instead of linear
     what: str = "the volume",  # for the error message
@@ -318,14 +320,18 @@ GRID_MM = 0.2  # how far a corner of a mask may lie from that of its image
 SIDES = (("right", "left"), ("front", "back"), ("feet", "head"))  # of the patient, where coordinates fall and rise
 
 def displacement(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
     other: sitk.Image,  # of the same size, both from `read_image`
 ) -> float:  # mm
     "Return how far a corner voxel lies from its counterpart."
     a, b = (corner_points(affine_of(i), i.GetSize()) for i in (image, other))
     return float(np.linalg.norm(a - b, axis=1).max())
 
-def tolerance(image: sitk.Image) -> float: return min(GRID_MM, min(image.GetSpacing()) / 2)  # mm
+# mm
+def tolerance(
+    image: sitk.Image,  # a volume with its grid
+) -> float:
+    return min(GRID_MM, min(image.GetSpacing()) / 2)
 
 # %% ../../nbs/1_data/06_volume.ipynb #899df8fb
 def axis_differences(
@@ -343,7 +349,7 @@ def axis_differences(
 
 # %% ../../nbs/1_data/06_volume.ipynb #76197b99
 def grid_differences(
-    image: sitk.Image,
+    image: sitk.Image,  # a volume with its grid
     mask: sitk.Image,  # of the same size, both from `read_image`
 ) -> list[str]:  # e.g. "its spacing is 1x1x1 mm instead of 1.5x1.5x3"
     "Return what is different in the geometry of two files."
@@ -361,7 +367,7 @@ def grid_differences(
 # %% ../../nbs/1_data/06_volume.ipynb #60cf424a
 def check_fit(
     what: str,  # the mask's file
-    mask: sitk.Image,
+    mask: sitk.Image,  # a mask with its grid
     images: dict[str, sitk.Image],  # sequence → image
 ) -> None:
     "Refuse a mask that lies on no image of its case."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FONT', 'INK', 'VEGALITE_MIME', 'CHART_WIDTH', 'chart_theme', 'json_safe', 'title_mapping', 'wrap_title',
            'fit_notebook', 'chart_bundle', 'use_charts', 'chart_html', 'Block', 'text', 'lead', 'note', 'empty',
-           'findings_list', 'facts', 'link', 'links', 'coloured_name', 'stacked', 'is_missing', 'format_digits',
-           'format_estimate', 'table_cell', 'table', 'plain_text', 'filter_menus']
+           'findings_list', 'facts', 'link', 'fold', 'links', 'coloured_name', 'stacked', 'is_missing', 'format_digits',
+           'format_estimate', 'table_cell', 'without_empty', 'table', 'plain_text', 'filter_menus']
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #42284d8e
 import html
@@ -67,7 +67,9 @@ def json_safe(
 # %% ../../nbs/0_foundation/07_blocks.ipynb #d589921d
 CHART_WIDTH = 640  # pixels: width in a notebook of a chart that takes all there is in the site
 
-def title_mapping(spec: dict) -> dict:  # spec: Vega-Lite specification
+def title_mapping(
+    spec: dict,  # Vega-Lite specification
+) -> dict:
     "Return the title of a chart as a mapping, however it was written; empty when there is none."
     title = spec.get("title") or {}
     return dict(title) if isinstance(title, dict) else {"text": title}
@@ -135,7 +137,7 @@ def chart_html(
 @dataclass(frozen=True)
 class Block:
     "A piece of HTML that a notebook shows when it is a cell's value."
-    html: str
+    html: str  # as a page shows it
 
     def _repr_html_(self) -> str: return self.html
     def __add__(self, other: "Block") -> "Block": return Block(self.html + other.html)
@@ -171,10 +173,16 @@ def empty(
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #2da12965
 def findings_list(
-    sentences: Iterable[str],  # one finding each
+    sentences: Iterable[str],  # one finding each; of several sentences the first one says what was found
+    fold: bool = False,  # hide all but the first sentence of each until somebody asks
 ) -> Block:
     "Number the findings."
-    return Block('<ol class="vfm-findings">' + "".join(f"<li><div>{text(s)}</div></li>" for s in sentences) + "</ol>")
+    def item(said: str) -> str:
+        "Write one finding."
+        first, stop, more = said.partition(". ")
+        if not (fold and more): return text(said)
+        return f"{text(first + stop.strip())} <details><summary>details</summary>{text(more)}</details>"
+    return Block('<ol class="vfm-findings">' + "".join(f"<li><div>{item(s)}</div></li>" for s in sentences) + "</ol>")
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #1d13abc6
 def facts(
@@ -196,6 +204,13 @@ def link(
     return Block(f'<a href="{html.escape(to, quote=True)}">{text(words)}</a>')
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #dd7de923
+def fold(
+    title: str,  # what is inside
+    inner: Block,  # what is folded
+) -> Block:
+    "Hide a long block behind its title."
+    return Block(f'<details class="vfm-fold"><summary>{text(title)}</summary>{inner.html}</details>')
+
 def links(
     pages: Mapping[str, tuple[str, str]],  # address within the site → what it is called, the question it answers
 ) -> Block:
@@ -227,7 +242,9 @@ def stacked(
     return Block(f'{text(first)}<span class="vfm-under">{text(second)}</span>' if second else text(first))
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #66086dbb
-def is_missing(value: object) -> bool:
+def is_missing(
+    value: object,  # anything
+) -> bool:
     "Return whether a value is not there."
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -272,6 +289,14 @@ def table_cell(
         return f'<td class="n" data-value="{value!r}">{format_digits(value, places)}</td>'
     return f"<td>{text(value)}</td>"
 
+# %% ../../nbs/0_foundation/07_blocks.ipynb #9076067e
+def without_empty(
+    rows: list[Mapping[str, object]],  # column heading → value
+) -> list[dict]:  # the same columns but those without a value in any row; all of them where there is no value at all
+    "Drop the columns that are empty in every row."
+    full = [h for h in rows[0] if any(not is_missing(r.get(h)) and r.get(h) != "" for r in rows)]
+    return [{h: r.get(h) for h in full or rows[0]} for r in rows]
+
 # %% ../../nbs/0_foundation/07_blocks.ipynb #e728cb89
 def table(
     rows: Iterable[Mapping[str, object]],  # column heading → value, the same headings in each row
@@ -284,10 +309,12 @@ def table(
     "Show rows as a table."
     rows = [{k: v.item() if hasattr(v, "item") else v for k, v in r.items()} for r in rows]
     if not rows: return empty("No rows.")
+    rows = without_empty(rows)
     heads, places, filters = (
         list(rows[0]), dict(places or {}),
         dict(filters) if isinstance(filters, Mapping) else dict.fromkeys(filters, ""),
     )
+    filters = {h: v for h, v in filters.items() if h in heads}
     right = {
         h for h in heads if any(isinstance(r.get(h), (int, float)) and not isinstance(r.get(h), bool) for r in rows)
     }
@@ -304,7 +331,9 @@ def table(
     )
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #27a245f5
-def plain_text(value: object) -> str:
+def plain_text(
+    value: object,  # anything
+) -> str:
     "Strip a Block of its tags, as a browser's text content would."
     import re
     return html.unescape(re.sub(r"<[^>]+>", "", value.html)) if isinstance(value, Block) else str(value)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUP_FILES', 'GRANTED', 'PACKAGES', 'process_memory', 'reset_peak', 'loaded_cuda', 'PeakMemory', 'cgroup_memory',
            'free_memory', 'format_bytes', 'check_allocation', 'count_gpus', 'energy_counter', 'Meter', 'combine_known',
-           'combine_costs', 'epoch_seconds', 'convert_old_cost', 'package_versions', 'git_commit', 'cpu_name',
-           'device_name', 'count_threads', 'provenance']
+           'combine_costs', 'epoch_seconds', 'package_versions', 'git_commit', 'cpu_name', 'device_name',
+           'count_threads', 'provenance']
 
 # %% ../../nbs/0_foundation/08_meter.ipynb #8adb4475
 import gc
@@ -91,7 +91,7 @@ class PeakMemory:
 GROUP_FILES = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
 def cgroup_memory(
     own: Path = Path("/proc/self/cgroup"),  # the groups of this process
-    root: Path = Path("/sys/fs/cgroup"),
+    root: Path = Path("/sys/fs/cgroup"),  # a folder
 ) -> int | None:  # bytes; None where no group sets a limit
     "Return what the control groups of this process leave free."
     found = []
@@ -120,7 +120,9 @@ def free_memory() -> int:  # bytes
 # %% ../../nbs/0_foundation/08_meter.ipynb #de6d4a27
 GRANTED = 1 << 26  # bytes that are granted without asking the system
 
-def format_bytes(n: float) -> str:  # n: bytes
+def format_bytes(
+    n: float,  # bytes
+) -> str:
     "Write a number of bytes for people."
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if n < 999.5 or unit == "PB": return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.1e} {unit}"
@@ -214,7 +216,10 @@ def cost(
     )
 
 # %% ../../nbs/0_foundation/08_meter.ipynb #56e06d95
-def combine_known(values: list, how: Callable = sum) -> float | None:  # how: sum or max
+def combine_known(
+    values: list,  # numbers, or None
+    how: Callable = sum,  # sum or max
+) -> float | None:
     "Combine the values that are known; None where none is."
     seen = [v for v in values if v is not None]
     return how(seen) if seen else None
@@ -246,15 +251,6 @@ def epoch_seconds(
     "Return the seconds of each epoch from the curves."
     ends = sorted(dict(zip(epochs, seconds)).items())
     return [float(b - a) for (_, a), (_, b) in zip(ends, ends[1:])]
-
-# %% ../../nbs/0_foundation/08_meter.ipynb #78c40d81
-def convert_old_cost(record: dict) -> dict:  # record: without the field cost
-    "Convert the cost of a record of an older form."
-    where = "device" if str(record.get("device", "")).startswith("cuda") else "host"
-    return {
-        "seconds": record.get("seconds") or {}, "memory_mib": {where: record.get("peak_memory_mib")},
-        "parameters": record.get("parameters") or {},
-    }
 
 # %% ../../nbs/0_foundation/08_meter.ipynb #ff78d9b3
 PACKAGES = (

@@ -60,7 +60,7 @@ def site_key() -> bytes:  # 32
 # %% ../../nbs/0_foundation/10_people.ipynb #133f0919
 def keyed_hash(
     purpose: str,  # gets a key of its own
-    *values: str,
+    *values: str,  # what is hashed
 ) -> bytes:  # 32
     "Hash some texts by HMAC-SHA256."
     own = hmac.digest(site_key(), purpose.encode(), "sha256")

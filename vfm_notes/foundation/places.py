@@ -6,14 +6,16 @@
 __all__ = ['LFS', 'ANNEX', 'DVC', 'package_root', 'working_tree', 'project_root', 'shipped_studies', 'local_studies',
            'study_file', 'template_file', 'report_notebooks', 'library_notebooks', 'data_root', 'weights_root',
            'path_below', 'runs_root', 'cache_root', 'study_root', 'run_folder', 'notebook_file', 'log_file',
-           'checkpoint_file', 'weights_file', 'pages_root', 'site_root', 'pid_alive', 'part_name', 'abandoned',
-           'drop_parts', 'fsync', 'atomic_file', 'write_atomic', 'write_rows', 'part_folder', 'swap_folder', 'DiskFull',
-           'detect_full_disk', 'DamagedFile', 'file_hash', 'damage', 'check_companion', 'fetch_command',
-           'pointer_problem', 'check_fetched']
+           'checkpoint_file', 'plugin_copies', 'weights_file', 'pages_root', 'site_root', 'pid_alive', 'part_name',
+           'abandoned', 'drop_parts', 'fsync', 'atomic_file', 'write_atomic', 'write_rows', 'part_folder',
+           'swap_folder', 'DiskFull', 'detect_full_disk', 'DamagedFile', 'file_hash', 'damage', 'check_companion',
+           'plugin_place', 'plugin_name', 'plugin_hash', 'plugin_hashes', 'fetch_command', 'pointer_problem',
+           'check_fetched']
 
 # %% ../../nbs/0_foundation/03_places.ipynb #9c076718
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +24,8 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 # %% ../../nbs/0_foundation/03_places.ipynb #6cde81d3
@@ -109,7 +113,7 @@ def weights_root() -> Path:
 
 # %% ../../nbs/0_foundation/03_places.ipynb #1d84fbba
 def path_below(
-    root: Path,
+    root: Path,  # a folder
     *parts: str,  # one name for each level
 ) -> Path:
     "Return a place below a folder, whatever the names are."
@@ -139,21 +143,47 @@ def study_root(
     return path_below(runs_root(), study)
 
 # what one run left behind
-def run_folder(study: str, run_id: str) -> Path: return path_below(study_root(study), run_id)
+def run_folder(
+    study: str,  # name of a study
+    run_id: str,  # name of a run
+) -> Path:
+    return path_below(study_root(study), run_id)
 # executed
-def notebook_file(study: str, job: str) -> Path: return path_below(study_root(study), "notebooks", f"{job}.ipynb")
+def notebook_file(
+    study: str,  # name of a study
+    job: str,  # name of a job
+) -> Path:
+    return path_below(study_root(study), "notebooks", f"{job}.ipynb")
 # what its process printed
-def log_file(study: str, job: str) -> Path: return path_below(study_root(study), "logs", f"{job}.log")
+def log_file(
+    study: str,  # name of a study
+    job: str,  # name of a job
+) -> Path:
+    return path_below(study_root(study), "logs", f"{job}.log")
 # while it trains
-def checkpoint_file(study: str, run_id: str) -> Path:
+def checkpoint_file(
+    study: str,  # name of a study
+    run_id: str,  # name of a run
+) -> Path:
     return path_below(study_root(study), "checkpoints", f"{run_id}.pt")
 # of carried weights
-def weights_file(name: str, ending: str = "safetensors") -> Path: return path_below(weights_root(), f"{name}.{ending}")
+# own code as it was run
+def plugin_copies(
+    study: str,  # name of a study
+) -> Path:
+    return path_below(study_root(study), "plugins")
+def weights_file(
+    name: str,  # architecture.weights
+    ending: str = "safetensors",  # of the file, with its dot
+) -> Path:
+    return path_below(weights_root(), f"{name}.{ending}")
 def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
 def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open
 
 # %% ../../nbs/0_foundation/03_places.ipynb #c2342fb6
-def pid_alive(pid: int) -> bool:  # pid: process number
+def pid_alive(
+    pid: int,  # process number
+) -> bool:
     "Return whether a process runs (and is not just waiting to be reaped)."
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError: pass  # it is gone, or hidden, or this system has no /proc
@@ -162,7 +192,9 @@ def pid_alive(pid: int) -> bool:  # pid: process number
     except PermissionError: pass  # somebody else's
     return True
 
-def part_name(path: Path) -> Path:  # beside it
+def part_name(
+    path: Path,  # a file
+) -> Path:  # beside it
     "Name what is not complete yet after its file or folder, its machine and its process."
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.part")
 
@@ -175,12 +207,16 @@ def abandoned(
     found = [(p, m) for p in sorted(folder.glob(".*.part")) if (m := here.fullmatch(p.name))]
     return [(p, m[1]) for p, m in found if not pid_alive(int(m[2]))]
 
-def drop_parts(path: Path) -> None:
+def drop_parts(
+    path: Path,  # a file
+) -> None:
     "Remove the parts of a file that killed processes left."
     for part, _ in abandoned(path.parent, path.name): part.unlink(missing_ok=True)
 
 # %% ../../nbs/0_foundation/03_places.ipynb #disk0007
-def fsync(path: Path) -> None:
+def fsync(
+    path: Path,  # a file or folder
+) -> None:
     "Wait until a file or folder has reached the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -208,8 +244,8 @@ def atomic_file(
 # %% ../../nbs/0_foundation/03_places.ipynb #b9945f62
 def write_atomic(
     path: Path,  # as in `atomic_file`, like the options
-    text: str,
-    **options,
+    text: str,  # content of the file
+    **options,  # of the file
 ) -> None:
     "Write a text, whole or not at all."
     with atomic_file(path, **options) as part: part.write_text(text, encoding="utf-8")
@@ -255,7 +291,9 @@ class DiskFull(VfmError):
     "There is no space left for records."
 
 @contextmanager
-def detect_full_disk(folder: Path) -> Iterator[None]:  # folder: where the block writes
+def detect_full_disk(
+    folder: Path,  # where the block writes
+) -> Iterator[None]:
     "Distinguish a full disk from all other errors."
     try: yield
     except Exception as error:
@@ -269,7 +307,9 @@ def detect_full_disk(folder: Path) -> Iterator[None]:  # folder: where the block
 class DamagedFile(VfmError):
     "A file is not what was written."
 
-def file_hash(path: Path | str) -> str:  # sha256, hex
+def file_hash(
+    path: Path | str,  # a file
+) -> str:  # sha256, hex
     "Return the checksum of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -287,6 +327,71 @@ def check_companion(
     try: written = json.loads((path.parent/"record.json").read_bytes())["files"][path.name]["sha256"]
     except (OSError, ValueError, KeyError, TypeError): written = ""
     if file_hash(path) != written: raise damage(path)
+
+# %% ../../nbs/0_foundation/03_places.ipynb #ede2c6a4
+def plugin_place(
+    name: str,  # as the study file has it
+    beside: Path,  # the folder of the study file
+) -> list[str]:  # absolute paths of files or folders, or names of modules
+    "Find the code that a study names."
+    path = (beside/Path(name).expanduser()).resolve()
+    if path.is_file() or (path/"__init__.py").is_file(): return [str(path)]
+    if name.endswith(".py") or "/" in name:
+        raise VfmError(
+            f"plugins names {name}, and {path} does not exist; expected a .py file or a folder with __init__.py, by "
+            "its path from the study file."
+        )
+    try: found = importlib.util.find_spec(name)
+    except (ImportError, ValueError): found = None
+    if found and found.origin: return [name]
+    group = [point.value.partition(":")[0] for point in metadata.entry_points(group=name)]
+    if group: return list(dict.fromkeys(group))
+    raise VfmError(
+        f"plugins names '{name}', which is no installed module and no group of entry points; for a file beside the "
+        f"study write {name}.py."
+    )
+
+# %% ../../nbs/0_foundation/03_places.ipynb #2c83cb06
+def plugin_name(
+    place: str,  # where it is, for messages
+) -> str:  # of its module
+    "Return the name under which a plugin is imported."
+    return Path(place).stem if os.sep in place or place.endswith(".py") else place
+
+def plugin_hash(
+    place: str,  # from `plugin_place`
+) -> str:  # sha256, hex
+    "Return the checksum of the code of a plugin: of its file, or of all Python files of its package."
+    file = Path(place) if os.sep in place else Path(importlib.util.find_spec(place).origin)
+    folder = file.parent if file.name == "__init__.py" else file
+    if folder.is_file(): return file_hash(folder)
+    files = {p.relative_to(folder).as_posix(): file_hash(p) for p in folder.rglob("*.py")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+# %% ../../nbs/0_foundation/03_places.ipynb #f66b2658
+def plugin_hashes(
+    names,  # as the study file has them
+    file: Path,  # the study file
+) -> dict[str, str]:  # place → checksum
+    "Find the code that a study names and hash it, strictly."
+    if isinstance(names, dict): names = list(names)  # of a study that was written from one that was read
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise VfmError(
+            f"{file}: plugins is {short_yaml(names)}, expected a list of files or modules, e.g. [my_code.py]."
+        )
+    try: places = [place for name in names for place in plugin_place(name, file.resolve().parent)]
+    except VfmError as error: raise VfmError(f"{file}: {error}") from None
+    for place in places:
+        name = plugin_name(place)
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise VfmError(f"{file}: plugins names {place}, and '{name}' cannot be the name of a module: letters, "
+                           "digits and _, beginning with a letter.")
+        if [plugin_name(p) for p in places].count(name) > 1:
+            raise VfmError(f"{file}: plugins names two modules '{name}'; rename one.")
+        other = PathFinder.find_spec(name) if os.sep in place else None  # of what is installed
+        if other and not (other.origin or "").startswith(place):
+            raise VfmError(f"{file}: plugins names {place}, and '{name}' is also an installed module; rename the file.")
+    return {place: plugin_hash(place) for place in places}
 
 # %% ../../nbs/0_foundation/03_places.ipynb #611cadb6
 LFS, ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/objects/"  # how their texts begin

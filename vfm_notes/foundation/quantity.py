@@ -28,7 +28,7 @@ class Metric:
     name: str  # short name used in records, e.g. "hd95"
     title: str  # for readers
     direction: int  # 1: higher is better, −1: lower is better
-    unit: str = ""
+    unit: str = ""  # of the values
     low: float = -math.inf  # least possible value
     high: float = math.inf  # greatest possible value
     places: int = 3  # decimals
@@ -64,9 +64,9 @@ class NumberKind:
     places: int | None = None  # decimals; None: significant digits
     digits: int = 3  # significant digits, where there are no decimals
     sign: bool = False  # written with a plus
-    unit: str = ""
-    low: float = -math.inf
-    high: float = math.inf
+    unit: str = ""  # of the values
+    low: float = -math.inf  # smallest possible value
+    high: float = math.inf  # largest possible value
 
 KINDS = {
     "gain": NumberKind(1, sign=True, unit=" %"), "score": NumberKind(3), "difference": NumberKind(3, sign=True),
@@ -95,7 +95,7 @@ def number_kind(
 
 # %% ../../nbs/0_foundation/06_quantity.ipynb #bbf48af1
 def round_value(
-    value: float,
+    value: float,  # a number
     places: int | None = None,  # decimals; None: significant digits
     digits: int = 3,  # significant digits
     sign: bool = False,  # with a plus
@@ -109,7 +109,7 @@ def round_value(
 
 # %% ../../nbs/0_foundation/06_quantity.ipynb #e7151492
 def format_value(
-    value: float,
+    value: float,  # a number
     kind: str,  # of KINDS
     # what the number is of, e.g. "rpg, segmentation, a.x, full, 40"; "": of nothing that is written twice
     of: str = "",
@@ -136,16 +136,20 @@ def format_value(
 
 # %% ../../nbs/0_foundation/06_quantity.ipynb #31d72eaa
 # "p = 0.03"
-def format_p(value: float, of: str = "") -> str:
+def format_p(
+    value: float,  # p, 0 to 1
+    of: str = "",  # what the number is of, e.g. "rpg, layer embed"
+) -> str:
     return f"p {p}" if (p := format_value(value, "p", of)).startswith("<") else f"p = {p}"
 
 # %% ../../nbs/0_foundation/06_quantity.ipynb #cd88a617
 def format_interval(
-    low: float, high: float,
+    low: float,  # lower end of the interval
+    high: float,  # upper end of the interval
     kind: str,  # of KINDS
     of: str = "",  # of the estimate
-    metric: str = "",
-    unit: bool = False,
+    metric: str = "",  # name of a metric
+    unit: bool = False,  # whether the unit is written
 ) -> str:  # "−1.0 to +3.0"
     "Write the ends of an interval."
     return (
@@ -156,7 +160,7 @@ def format_interval(
 def describe_value(
     what: str,  # e.g. "rpg"
     row: Mapping | object = (),  # of a table: task, backbone, strategy and so on, those that it has
-    *more: str,
+    *more: str,  # what else the number is of
 ) -> str:
     "Describe in words what a number is of."
     have = row.get if hasattr(row, "get") else lambda k: getattr(row, k, None)

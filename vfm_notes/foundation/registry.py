@@ -39,11 +39,14 @@ def suggest_name(
 # %% ../../nbs/0_foundation/01_registry.ipynb #7217a186
 class Registry:
     "Names to objects of one kind, strict about what it does not know."
+    made = []  # all registries of this process
+
     def __init__(
         self,
         kind: str,  # one word for an entry, used in messages
     ):
         self.kind, self._entries, self._cards = kind, {}, {}
+        self.made.append(self)
 
     def __call__(self, name: str, **card):
         "Decorator: register the object below under `name` with `card`."
@@ -91,6 +94,7 @@ NAME_RULE = f"letters, digits and _ . + = -, beginning with a letter or a digit,
 # folders of our own in runs/, in a study's folder and in pages/
 RESERVED_NAMES = {
     "cache", "notebooks", "logs", "progress", "locks", "checkpoints", "records", "reference", "pages", "runs",
+    "plugins",
 }
 DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}  # of Windows
 
@@ -155,18 +159,21 @@ def parse_value(
 
 def parse_strategy(
     text: str,  # e.g. "lora rank=8 targets=linear"
+    kind: str = "strategy",  # what is named: a strategy or a divergence
+    example: str = "top k=2",  # one with an option
 ) -> tuple[str, dict[str, int | float | str]]:  # name, option → value
-    "Read a strategy's line; options come in alphabetical order."
+    "Read the line of a strategy or a divergence; options come in alphabetical order."
     name, *rest = str(text).split() or [""]
     if not re.fullmatch(r"\w+", name, re.ASCII):
-        raise VfmError(f"Strategy '{text}' does not begin with a name: write it as name option=value, e.g. top k=2.")
+        raise VfmError(f"{kind.title()} '{text}' does not begin with a name: write it as name option=value, e.g. "
+                       f"{example}.")
     options = {}
     for part in rest:
         found = re.fullmatch(r"([a-z]\w*)=([\w.+-]+)", part, re.ASCII)
         if not found:
-            raise VfmError(f"Strategy '{text}': '{part}' is not of the form option=value, without spaces around the "
-                           f"equals sign, e.g. top k=2.")
-        if found[1] in options: raise VfmError(f"Strategy '{text}' gives option '{found[1]}' twice; leave one.")
+            raise VfmError(f"{kind.title()} '{text}': '{part}' is not of the form option=value, without spaces around "
+                           f"the equals sign, e.g. {example}.")
+        if found[1] in options: raise VfmError(f"{kind.title()} '{text}' has option '{found[1]}' twice; leave one.")
         options[found[1]] = parse_value(found[2])
     return name, dict(sorted(options.items()))
 
@@ -175,7 +182,7 @@ def parse_strategy(
 def canonical_strategy(
     text: str,  # as somebody wrote it
 ) -> str:  # as records have it
-    "Write a strategy in the one way that is used everywhere."
+    "Write a strategy or a divergence in the one way that is used everywhere."
     name, options = parse_strategy(text)
     short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
     return " ".join([name, *(f"{k}={v}" for k, v in short.items())])
@@ -186,16 +193,18 @@ LONGEST_LINE = 80  # characters
 def check_strategy(
     text: str,  # as somebody wrote it
     what: str,  # the field
+    kind: str = "strategy",  # what is named: a strategy or a divergence
+    example: str = "top k=2",  # one with an option
 ) -> None:
-    "Raise when a strategy's line cannot be read."
+    "Raise when the line of a strategy or a divergence cannot be read."
     if len(text) > LONGEST_LINE:
-        raise VfmError(f"{what} has {len(text)} characters, expected a strategy of at most {LONGEST_LINE}, e.g. top "
-                       f"k=2.")
-    try: options = parse_strategy(text)[1]
+        raise VfmError(f"{what} has {len(text)} characters, expected a {kind} of at most {LONGEST_LINE}, e.g. "
+                       f"{example}.")
+    try: options = parse_strategy(text, kind, example)[1]
     except VfmError as error: raise VfmError(f"{what}: {error}") from None
     for key, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise VfmError(f"{what}: option '{key}' of strategy '{text}' is no finite number.")
+            raise VfmError(f"{what}: option '{key}' of {kind} '{text}' is no finite number.")
 
 # %% ../../nbs/0_foundation/01_registry.ipynb #58f28293
 RANDOM_START = ("scratch", "random")  # strategies that begin with random weights

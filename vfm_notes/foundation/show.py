@@ -238,7 +238,7 @@ def svg_text(
     size: float = 12,  # font size, drawing units
     faint: bool = False,  # secondary information
     anchor: str = "start",  # start, middle or end
-    bold: bool = False,
+    bold: bool = False,  # whether it is printed bold
 ) -> str:  # an SVG text element
     "Write words in the colour of the text around the figure."
     more = (

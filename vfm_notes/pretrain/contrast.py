@@ -146,7 +146,11 @@ class Projection(nn.Module):
 
 class FixedProjection(Projection):
     "A random projection that is never trained."
-    def __init__(self, dim: int, widths: tuple[int, int, int, int]):
+    def __init__(
+        self,
+        dim: int,  # features
+        widths: tuple[int, int, int, int],  # features of the layers
+    ):
         super().__init__(dim, widths)
         self.last.weight.data = F.normalize(self.last.weight.data, dim=1)
         self.requires_grad_(False)

@@ -155,7 +155,7 @@ def sample_volume(
 # %% ../../nbs/4_pretrain/06_diffusion.ipynb #cb2cb67d
 @torch.no_grad()
 def denoising_pictures(
-    objective: Diffusion,
+    objective: Diffusion,  # with its network
     x: Tensor,  # 1 c d h w
 ) -> dict[str, np.ndarray]:  # name → (d, h, w), first channel
     "Return the volume, noised, denoised in one go, and one that was drawn from noise."

@@ -40,20 +40,32 @@ def choose_tokens(
     return torch.cat([tokens[:, :first], gather_tokens(tokens[:, first:], index)], 1)
 
 # %% ../../nbs/4_pretrain/05_distillation.ipynb #474ede90
-def encode_provicnet(backbone: ProViCNet, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, (b d) k → (b d) k e
+def encode_provicnet(
+    backbone: ProViCNet,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+    index: Tensor,  # (n,) numbers of the slices
+) -> Tensor:  # b c d h w, (b d) k → (b d) k e
     "Encode ProViCNet's visible patches: slices with their two slice tokens."
     vit, (images, place) = backbone.backbone, backbone.images(x)
     tokens = choose_tokens(vit.tokens(images, place), index, images.shape[2] * images.shape[3] // vit.patch ** 2)
     for block in vit.blocks: tokens = block(tokens)
     return vit.norm(tokens)[:, -index.shape[1]:]
 
-def encode_mae(backbone: MAEBackbone, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, b k → b k e
+def encode_mae(
+    backbone: MAEBackbone,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+    index: Tensor,  # (n,) numbers of the slices
+) -> Tensor:  # b c d h w, b k → b k e
     "Encode the visible patches of ProFound's ViT and ConvMAE, which are made for it."
     tokens = backbone.net.encode(backbone.check_input(x), index)
     return (tokens[1] if backbone.convolutional else tokens)[-1][:, 1:]
 
 # %% ../../nbs/4_pretrain/05_distillation.ipynb #eacc9e37
-def encode_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, (b d) k → (b d) k e
+def encode_lifted(
+    backbone: Lifted,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+    index: Tensor,  # (n,) numbers of the slices
+) -> Tensor:  # b c d h w, (b d) k → (b d) k e
     "Encode the visible patches of a 2D transformer of transformers: they are chosen as they leave its embeddings."
     encoder, images = backbone.encoder, backbone.images(x)
     patches = images.shape[2] * images.shape[3] // encoder.patch ** 2
@@ -62,7 +74,11 @@ def encode_lifted(backbone: Lifted, x: Tensor, index: Tensor) -> Tensor:  # b c 
     try: return encoder.model(pixel_values=images, **encoder.options).last_hidden_state[:, -index.shape[1]:]
     finally: hook.remove()
 
-def encode_volumetric(backbone: Volumetric, x: Tensor, index: Tensor) -> Tensor:  # b c d h w, b k → b k e
+def encode_volumetric(
+    backbone: Volumetric,  # a network
+    x: Tensor,  # (n, c, d, h, w) volumes
+    index: Tensor,  # (n,) numbers of the slices
+) -> Tensor:  # b c d h w, b k → b k e
     "Encode the visible patches of MONAI's ViT, whose axes run the other way."
     net = backbone.encoder
     d, h, w = (s // net.strides[0] for s in x.shape[2:])

@@ -45,11 +45,11 @@ class EvidencePlan:
     backbone: str = "provicnet_toy"  # a transformer, which every objective fits
     size: tuple[int, int, int] = (4, 32, 32)  # voxels (d, h, w)
     spacing: tuple[float, float, float] = (12.0, 3.0, 3.0)  # mm (d, h, w)
-    cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 40, "test": 64})
-    epochs: int = 12
-    batch_size: int = 8
-    lr: float = 1e-3
-    cohort_seed: int = 0
+    cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 40, "test": 64})  # split → number of cases
+    epochs: int = 12  # passes over the training cases
+    batch_size: int = 8  # cases at a time
+    lr: float = 1e-3  # peak learning rate
+    cohort_seed: int = 0  # of the cohort
 
     def cohort(self) -> Cohort: return phantom_cohort(self.size, self.spacing, self.cases, self.cohort_seed)
     def spec(self, objective: str, seed: int) -> PretrainSpec:
@@ -150,8 +150,8 @@ def probe_encoder(
 # %% ../../nbs/4_pretrain/08_evidence.ipynb #d57e2f2f
 def probe_pretrained(
     objective: str,  # registered name
-    seed: int,
-    plan: EvidencePlan,
+    seed: int,  # of the random numbers; the same seed gives the same result
+    plan: EvidencePlan,  # settings of the experiment
     cohort: Cohort,  # the plan's
 ) -> tuple[dict[str, float], float]:  # values of the pretrained encoder, and seconds of pretraining
     "Pretrain once and probe."
@@ -162,7 +162,11 @@ def probe_pretrained(
     )
     return probe_encoder(result.backbone, cohort), result.cost["seconds"]["training"]
 
-def probe_random_weights(seed: int, plan: EvidencePlan, cohort: Cohort) -> dict[str, float]:
+def probe_random_weights(
+    seed: int,  # of the random numbers; the same seed gives the same result
+    plan: EvidencePlan,  # settings of the experiment
+    cohort: Cohort,  # cases in memory
+) -> dict[str, float]:
     "Probe the encoder that every pretraining of this seed begins with."
     torch.manual_seed(seed)
     return probe_encoder(build_backbone(plan.backbone, cohort.volumes.shape[1]), cohort)
@@ -170,8 +174,8 @@ def probe_random_weights(seed: int, plan: EvidencePlan, cohort: Cohort) -> dict[
 # %% ../../nbs/4_pretrain/08_evidence.ipynb #f29ca26c
 def probe_gain(
     names: Iterable[str],  # registered objectives
-    seeds: Iterable[int],
-    plan: EvidencePlan = EvidencePlan(),
+    seeds: Iterable[int],  # one for each repetition
+    plan: EvidencePlan = EvidencePlan(),  # settings of the experiment
     progress: bool = False,  # a bar with the time left
 ) -> pd.DataFrame:  # objective, seed, probe, value, random, gain, seconds;
     # objectives that refuse the backbone have a reason instead
@@ -199,8 +203,8 @@ OLDER_KERNELS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
 
 def probe_in_subprocess(
     names: Iterable[str],  # registered objectives
-    seeds: Iterable[int],
-    plan: EvidencePlan = EvidencePlan(),
+    seeds: Iterable[int],  # one for each repetition
+    plan: EvidencePlan = EvidencePlan(),  # settings of the experiment
 ) -> pd.DataFrame:  # as of `probe_gain`
     "Measure cells in a process with the kernels of an older processor."
     from concurrent.futures import ProcessPoolExecutor
@@ -219,7 +223,7 @@ def evidence_file() -> Path: return report_notebooks()[0].parent/"pretraining_ev
 # %% ../../nbs/4_pretrain/08_evidence.ipynb #2b83d32b
 def write_evidence(
     backbones: Iterable[str] = ("provicnet_toy", "profound_toy"),  # toys
-    seeds: Iterable[int] = range(5),
+    seeds: Iterable[int] = range(5),  # one for each repetition
     path: Path | None = None,  # None is the one that the report reads
 ) -> Path:  # what was written
     "Measure all objectives and write the rows, one a line."
@@ -256,7 +260,7 @@ def write_objectives(
 # %% ../../nbs/4_pretrain/08_evidence.ipynb #36864c7c
 def class_weights(
     labels: Tensor,  # n d h w, class numbers
-    classes: int,
+    classes: int,  # how many, with background
 ) -> Tensor:  # k, of sum 1; 0 for a class that is never seen
     "Return inverse square roots of the classes' shares."
     count = torch.bincount(labels.flatten().long(), minlength=classes)[:classes].double()
@@ -265,7 +269,7 @@ def class_weights(
 
 # %% ../../nbs/4_pretrain/08_evidence.ipynb #2180293f
 def batched_features(
-    backbone: Backbone,
+    backbone: Backbone,  # a network
     volumes: Tensor,  # n c d h w
     level: int,  # of the pyramid
     size: int = 4,  # cases at a time

@@ -246,11 +246,11 @@ def pretrain(
 RECIPE = sorted({f.name for c in (Training, AveragedSteps) for f in fields(c)} | {"seed"})
 
 def weights_manifest(
-    spec: PretrainSpec,
+    spec: PretrainSpec,  # what the pretraining is
     study: str,  # that the run belongs to
     seen: Cohort,  # the cases of the pretraining
     scale: dict,  # how they were normalised: arguments of data.loader.normalise
-    result: PretrainResult,
+    result: PretrainResult,  # network and curves
     begin: InitialWeights = InitialWeights(),  # what it began with
 ) -> WeightsManifest:
     "Return the plan of a pretraining's weights."

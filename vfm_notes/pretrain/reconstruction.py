@@ -25,7 +25,7 @@ def random_keep(
     batch: int,  # cases
     grid: tuple[int, int, int],  # patches along d, h, w
     ratio: float,  # share of patches hidden, 0 < ratio < 1
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where the mask is made
 ) -> Tensor:  # b 1 d h w: 1 kept, 0 hidden
     "Hide a random share of the patches of every case, rounded to whole patches."
     n = grid[0] * grid[1] * grid[2]

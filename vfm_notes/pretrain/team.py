@@ -19,7 +19,10 @@ from ..foundation.registry import VfmError
 # %% ../../nbs/4_pretrain/01_team.ipynb #ef659078
 class DistributedContext:
     "The processes of a training, as one of them sees them."
-    def __init__(self, accelerator):  # accelerate's Accelerator
+    def __init__(
+        self,
+        accelerator,  # accelerate's Accelerator
+    ):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
         self.main, self.seed = self.rank == 0, torch.initial_seed()  # the first looks, writes and decides
 
@@ -59,7 +62,7 @@ def share(self: DistributedContext, batch: dict[str, Tensor]) -> tuple[dict[str,
     "Deal out a batch."
     device, n = self.accelerator.device, len(next(iter(batch.values())))
     mine = {k: v[self.rank::self.size] for k, v in batch.items()} if self.size > 1 else batch
-    if device.type != "cpu": mine = {k: v.to(device) for k, v in mine.items()}
+    if device.type != "cpu": mine = {k: v.to(device, non_blocking=True) for k, v in mine.items()}
     return mine, len(next(iter(mine.values()))) / n
 
 # %% ../../nbs/4_pretrain/01_team.ipynb #2b5b42ca

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'parameter_groups', 'microbatches', 'is_out_of_memory', 'Diverged', 'LossModule',
-           'use_deterministic', 'check_accumulation', 'make_accelerator', 'average_weights', 'Trainer', 'Checkpointer',
-           'make_checkpointer', 'load_progress', 'train', 'run_guarded_epoch']
+           'use_deterministic', 'random_states', 'set_random_states', 'check_accumulation', 'make_accelerator',
+           'average_weights', 'Trainer', 'Checkpointer', 'make_checkpointer', 'load_progress', 'train',
+           'run_guarded_epoch']
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #f554443c
 import json
@@ -78,10 +79,12 @@ def microbatches(
     n = len(next(iter(batch.values())))
     for i in range(0, n, size): yield {k: v[i:i + size] for k, v in batch.items()}, min(size, n - i) / n
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(
+    error: BaseException,  # what was raised
+) -> bool:
     "Return whether an error is what torch raises when a device, or this machine, has no memory left."
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(s in str(error) for s in ("can't allocate memory", "ALLOC_FAILED"))
     )
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #db3cfa05
@@ -91,18 +94,39 @@ class Diverged(VfmError):
 
 class LossModule(nn.Module):
     "A module and its loss as one forward pass, which is what accelerate prepares."
-    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]]):
+    def __init__(
+        self,
+        module: nn.Module,  # a network
+        loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]],  # network, batch → loss, parts of it
+    ):
         super().__init__()
         self.module, self.loss = module, loss
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]: return self.loss(self.module, batch)
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #52c71afb
-def use_deterministic(on: bool) -> None:
+def use_deterministic(
+    on: bool,  # whether to be deterministic
+) -> None:
     "Switch kernels that give the same every time on or off."
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.backends.cudnn.deterministic = on
+
+# %% ../../nbs/4_pretrain/02_trainer.ipynb #045543de
+def random_states(
+    device: torch.device,  # of the training
+) -> list[Tensor]:  # of the CPU's generator, and of the device's
+    "Return where the random numbers stand."
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+def set_random_states(
+    device: torch.device,  # of the training
+    states: list[Tensor],  # of random_states
+) -> None:
+    "Go back to where the random numbers stood."
+    torch.set_rng_state(states[0])
+    if device.type == "cuda": torch.cuda.set_rng_state(states[1], device)
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #fd384f2b
 def check_accumulation(
@@ -129,7 +153,7 @@ def make_accelerator(
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #f21e9e0c
 def average_weights(
-    module: nn.Module,
+    module: nn.Module,  # a network
     ema: float,  # decay of the average per step, 0 to 1
 ) -> torch.optim.swa_utils.AveragedModel:  # a copy
     "Average a module's weights exponentially over the steps."
@@ -144,8 +168,8 @@ class Trainer:
         module: nn.Module,  # trained in place
         # (module, batch) → loss, parts for the curves
         loss: Callable[[nn.Module, dict], tuple[Tensor, dict[str, float]]],
-        loader: Loader,
-        recipe: TrainConfig,
+        loader: Loader,  # of the training cases
+        recipe: TrainConfig,  # optimiser and schedule
         groups: list[dict] | None = None,  # parameter groups; None: see `parameter_groups`
     ):
         check_accumulation(module, recipe.accumulate)
@@ -157,7 +181,7 @@ class Trainer:
         self.team = DistributedContext(self.accelerator)
         optimiser = torch.optim.AdamW(
             parameter_groups(module, recipe.weight_decay) if groups is None else groups, lr=recipe.lr,
-            betas=recipe.betas,
+            betas=recipe.betas, fused=True,
         )
         steps = recipe.epochs * len(loader)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -183,7 +207,7 @@ def compute_gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, floa
     "Compute loss and gradients of one batch, in parts; in smaller parts when memory runs out."
     mine, own = self.team.share(batch)
     self.team.reseed(self.epoch, self.done)
-    state = torch.get_rng_state()
+    states = random_states(self.accelerator.device)
     while True:
         try:
             self.optimiser.zero_grad(set_to_none=True)
@@ -195,19 +219,25 @@ def compute_gradients(self: Trainer, batch: dict[str, Tensor]) -> dict[str, floa
             return self.team.reduce_gradients(self.module.parameters(), total, own)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self.micro == 1: raise
-            loss = None
-            self.halve_microbatches(error)
-            torch.set_rng_state(state)
+            self.check_halving(error)
+        # here, not in the handler: while it runs, the error keeps the frames of the failed pass, and so its tensors
+        loss = part = None
+        self.halve_microbatches()
+        set_random_states(self.accelerator.device, states)
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #ed1a5f7b
 @patch
-def halve_microbatches(self: Trainer, error: BaseException) -> None:
-    "Cut batches into parts half as large from now on."
+def check_halving(self: Trainer, error: BaseException) -> None:
+    "Raise where a batch cannot be cut."
     if getattr(self.module, "whole_batches", False):
         raise VfmError(
             f"Out of memory with a batch of {self.loader.batch_size}, and {type(self.module).__name__} compares the "
             "cases of a batch, so it cannot be cut: lower batch_size."
         ) from error
+
+@patch
+def halve_microbatches(self: Trainer) -> None:
+    "Cut batches into parts half as large from now on."
     self.optimiser.zero_grad(set_to_none=True)
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     self.micro = -(-self.micro // 2)
@@ -323,7 +353,7 @@ class Checkpointer:
     key: str = ""  # run id
     minutes: float = 10.0  # between two checkpoints
     stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
-    last: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)  # when it was last done, seconds
     hurried: bool = False  # is there a checkpoint since the stop was requested?
     told: float = -math.inf  # when the curves were written
 
@@ -346,7 +376,11 @@ class Checkpointer:
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #71ffd600
 # spec: of the run; minutes: between two checkpoints
-def make_checkpointer(study: str, spec, minutes: float = 10.0) -> Checkpointer:
+def make_checkpointer(
+    study: str,  # name of a study
+    spec,  # what a run is
+    minutes: float = 10.0,  # wall time
+) -> Checkpointer:
     "Make the checkpoint writer of a run of a study; in a batch it reacts to SIGTERM."
     if os.environ.get("VFM_JOB"): install_handlers()
     return Checkpointer(
@@ -368,7 +402,7 @@ def load_progress(
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #47c4155a
 def train(
-    trainer: Trainer,
+    trainer: Trainer,  # network, data and optimiser
     look: Callable[[int, dict[str, float]], dict[str, float]],  # (epoch, its losses) → more values for the curves
     rows: list,  # curves before training, changed in place: (epoch, seconds, name, value)
     keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
@@ -409,7 +443,11 @@ def train(
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #8fb98f75
 # losses
-def run_guarded_epoch(trainer: Trainer, between: Callable[[], None], keeper: Checkpointer) -> dict[str, float]:
+def run_guarded_epoch(
+    trainer: Trainer,  # network, data and optimiser
+    between: Callable[[], None],  # called after every step
+    keeper: Checkpointer,  # saves on the way
+) -> dict[str, float]:
     "Run an epoch; write the last good weights when it ends in no number."
     try: return trainer.run_epoch(between)
     except Diverged as error:

@@ -24,7 +24,11 @@ from ..foundation.show import Figure, apply_window, encode_png, svg_text
 from .feature_maps import colour_map
 
 # %% ../../nbs/9_report/16_before.ipynb #4bf5e2c4
-def png_text(pixels: np.ndarray) -> str: return base64.b64encode(encode_png(pixels)).decode()  # for a JSON file
+# for a JSON file
+def png_text(
+    pixels: np.ndarray,  # (h, w) or (h, w, 3), 0 to 255
+) -> str:
+    return base64.b64encode(encode_png(pixels)).decode()
 
 def feature_pictures(
     images: list[np.ndarray],  # (h, w) slices of the cases
@@ -99,7 +103,9 @@ def ranking_figure(
     )
 
 # %% ../../nbs/9_report/16_before.ipynb #cc38b358
-def ranking_rows(ranking: dict) -> list[dict]:  # column heading → value
+def ranking_rows(
+    ranking: dict,  # as it was written
+) -> list[dict]:  # column heading → value
     "Return the rows of the page's table."
     out = []
     for r in ranking["rows"]:
@@ -123,7 +129,9 @@ def ranking_rows(ranking: dict) -> list[dict]:  # column heading → value
     return out
 
 # %% ../../nbs/9_report/16_before.ipynb #e56f7279
-def score_rows_of(ranking: dict) -> list[dict]:  # column heading → value
+def score_rows_of(
+    ranking: dict,  # as it was written
+) -> list[dict]:  # column heading → value
     "Return all other scores, each with the sign of its card."
     known = {k for r in rows_of(ranking) for k, v in r.items() if v is not None}
     names = [s for s in ranking["scores"] if s != ranking["by"] and f"score_{s}" in known]
@@ -135,7 +143,9 @@ def score_rows_of(ranking: dict) -> list[dict]:  # column heading → value
     ]
 
 # %% ../../nbs/9_report/16_before.ipynb #3cd6eaeb
-def ranking_note(ranking: dict) -> str:
+def ranking_note(
+    ranking: dict,  # as it was written
+) -> str:
     "State what limits the claim of a ranking."
     rows = "cells of the finest feature map, drawn evenly over classes" if ranking["cells"] else "one row for each case"
     return (
@@ -148,7 +158,9 @@ def ranking_note(ranking: dict) -> str:
     )
 
 # %% ../../nbs/9_report/16_before.ipynb #bdee8a84
-def before_you_train(ranking: dict) -> Block:  # HTML
+def before_you_train(
+    ranking: dict,  # as it was written
+) -> Block:  # HTML
     "Show a ranking as a page does."
     titles = CONTROL_TITLES | {ranking["reference"]: ranking["reference"]}
     parts = [lead(ranking_verdict(ranking))]
@@ -167,7 +179,9 @@ def before_you_train(ranking: dict) -> Block:  # HTML
     return sum(parts[1:], parts[0])
 
 # %% ../../nbs/9_report/16_before.ipynb #c5e5a1b6
-def page_of_its_own(ranking: dict) -> str:  # HTML
+def page_of_its_own(
+    ranking: dict,  # as it was written
+) -> str:  # HTML
     "Write a ranking as a file that needs nothing else."
     about = f"{ranking['task']} on {ranking['title']}"
     style = (project_root()/"nbs"/"report"/"style.css").read_text(encoding="utf-8")
@@ -181,7 +195,9 @@ def page_of_its_own(ranking: dict) -> str:  # HTML
     )
 
 # %% ../../nbs/9_report/16_before.ipynb #8a23504c
-def pictured(ranking) -> dict:  # ranking: of tune.rank
+def pictured(
+    ranking,  # of tune.rank
+) -> dict:
     "Paint the features of the two best weights and of the hand-made control."
     own = [n for n in ranking.order if ranking.candidates[n].kind == "weights"][:2]
     shown = [n for n in [*own, "hand_made"] if n in ranking.features and len(ranking.features[n].maps)]

@@ -102,7 +102,7 @@ def try_study(
 
 # %% ../../nbs/9_report/14_builder.ipynb #b49f80ab
 def plan_rows(
-    study: StudySpec,
+    study: StudySpec,  # the study
     records: list[dict],  # of runs like these
 ) -> tuple[list[tuple[str, int, int, str]], str]:  # kind, notebooks, runs, time; the sum in a sentence
     "List what a study would run."
@@ -116,7 +116,9 @@ def plan_rows(
     return rows, f"{len(jobs)} notebooks, {runs} runs; {whole} one after the other, {whole.basis}."
 
 # %% ../../nbs/9_report/14_builder.ipynb #8285e27a
-def plural_name(name: str) -> widgets.HTML:
+def plural_name(
+    name: str,  # of a field, in the singular
+) -> widgets.HTML:
     "Return the name of a field that has several values, in front of them."
     return widgets.HTML(f'<b style="display:inline-block;width:82px;text-align:right">{escaped(name)}</b>')
 
@@ -124,7 +126,11 @@ def plural_name(name: str) -> widgets.HTML:
 class StudyBuilder(Shown):
     "A form for a study; see `study_builder`."
 
-    def __init__(self, start: str, path: str):
+    def __init__(
+        self,
+        start: str,  # how the widget begins
+        path: str,  # a file
+    ):
         import vfm_notes.tune.catalog  # names to offer
         self.make_fields(start)
         self.make_file_fields(path)

@@ -49,6 +49,7 @@ budget: {{epochs: 4, batch_size: 4, lr: 0.002, weight_decay: 0.05, warmup: 0.1}}
 # licences: []               # non-commercial licences that you have read and accept, by name
 # pages: []                  # optional pages of the report
 # divergences: [cka_linear, frechet, energy]   # other distances beside D2P: does the answer depend on the choice?
+# plugins: [my_code.py]      # strategies, tasks, backbones ... of your own, see CONTRIBUTING.md
 # bad_cases: exclude         # instead of refusing to run, leave out cases that cannot be used, and list them
 # time_limit: 60             # minutes that one run may take
 '''
@@ -120,7 +121,7 @@ def look_notebook(
 
 # %% ../../nbs/9_report/15_doctor.ipynb #68165d71
 def study_name(
-    folder: Path,
+    folder: Path,  # a folder
 ) -> str:  # letters, digits, _ and -
     "Name a study after its folder."
     return make_name(folder.resolve().name)
@@ -150,7 +151,7 @@ def init_folder(
 @dataclass(frozen=True)
 class Check:
     "One thing that was looked at."
-    name: str
+    name: str  # what is looked at
     state: str  # ok, note or missing
     found: str  # what is there
     do: str = ""  # what to do about it
@@ -340,7 +341,7 @@ def check_programs() -> Iterator[Check]:
 
 # %% ../../nbs/9_report/15_doctor.ipynb #96fba0b2
 def examine_study(
-    spec: StudySpec,
+    spec: StudySpec,  # the study
 ) -> Iterator[Check]:
     "Check everything that a study needs, as `vfm run` would."
     from vfm_notes.runs.notebook import known_conflicts

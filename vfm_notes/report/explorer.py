@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPLORER_COLUMNS', 'MENUS', 'ANY', 'NO_CURVES', 'explored', 'filter_rows', 'file_link', 'shown_value', 'run_rows',
-           'curve_words', 'curve_chart', 'RunExplorer', 'set_options', 'html_output', 'run_explorer', 'Training',
+           'curve_words', 'curve_chart', 'RunExplorer', 'set_options', 'html_output', 'run_explorer', 'RunningTraining',
            'trainings', 'training_rows', 'training_chart', 'LiveTraining', 'study_line', 'live_training']
 
 # %% ../../nbs/9_report/13_explorer.ipynb #59768d7f
@@ -92,7 +92,10 @@ def file_link(
     "Make a link to a file, as JupyterLab opens it."
     return f'<a href="{escaped(os.path.relpath(path))}" target="_blank">{text}</a>' if path.exists() else ""
 
-def shown_value(column: str, value: object) -> str:
+def shown_value(
+    column: str,  # name of the column
+    value: object,  # anything
+) -> str:
     "Write one cell, as HTML."
     if pd.isna(value): return ""
     if column == "seconds_total": return f"{value:.0f} s"
@@ -137,7 +140,9 @@ def run_rows(
     return "".join(out) + "</tbody></table>" + more
 
 # %% ../../nbs/9_report/13_explorer.ipynb #4e98a548
-def curve_words(name: str) -> str:
+def curve_words(
+    name: str,  # of the curve, e.g. val_dice
+) -> str:
     "Write a curve's name for readers: val_dice is the validation Dice, d2p_embed the distance of the embedding."
     if name.startswith("d2p_"): return f"distance of {readable_name(name.removeprefix('d2p_'))}"
     return f"validation {metric_words(name.removeprefix('val_'))}" if name.startswith("val_") else readable_name(name)
@@ -174,7 +179,11 @@ def curve_chart(
 class RunExplorer(Shown):
     "Looks through the runs of a study; see `run_explorer`."
 
-    def __init__(self, study: str, most: int = 40):
+    def __init__(
+        self,
+        study: str,  # name of a study
+        most: int = 40,  # runs that are listed
+    ):
         self.name, self.study, self.most, self.kept = load_study(study).name, study, most, {}
         self.text = widgets.Text(
             placeholder="words, e.g. segmentation failed", description="find", continuous_update=True
@@ -225,7 +234,11 @@ def figure(self: RunExplorer) -> alt.TopLevelMixin:
     return curve_chart(self.curves(), self.curve.value or "loss")
 
 # %% ../../nbs/9_report/13_explorer.ipynb #635bbc0b
-def set_options(menu: widgets.Dropdown, options: list, value: str | None) -> None:
+def set_options(
+    menu: widgets.Dropdown,  # gets the options
+    options: list,  # of the menu
+    value: str | None,  # chosen at first
+) -> None:
     "Set a menu's options and the chosen one in one message: between two messages the browser would answer with none."
     with menu.hold_sync(): menu.options, menu.value = options, value
 
@@ -272,7 +285,9 @@ def draw(self: RunExplorer) -> None:
     )
 
 # %% ../../nbs/9_report/13_explorer.ipynb #4bcd4498
-def html_output(text: str) -> dict:
+def html_output(
+    text: str,  # what is shown
+) -> dict:
     "Make an output of a cell from HTML."
     return {"output_type": "display_data", "metadata": {}, "data": {"text/html": text, "text/plain": ""}}
 
@@ -285,7 +300,7 @@ def run_explorer(
 
 # %% ../../nbs/9_report/13_explorer.ipynb #a30ac235
 @dataclass(frozen=True)
-class Training:
+class RunningTraining:
     "A training at work."
     name: str  # run id, or what the caller calls it
     epochs: int  # wanted
@@ -312,19 +327,20 @@ class Training:
 def trainings(
     study: str,  # name of the study
     known: dict,  # run id → record; a run that has one is over
-) -> list[Training]:  # the one that spoke last comes first
+) -> list[RunningTraining]:  # the one that spoke last comes first
     "List the trainings of a study that are at work, or were interrupted and wait for the next start."
     found = []
     for path in checkpoint_file(study, "any").parent.glob("*.curves.json"):
         try: said, told = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime  # dated by the disk
         except (OSError, ValueError): continue  # it has just ended
         name = path.name.removesuffix(".curves.json")
-        if known.get(name, {}).get("status") != "done": found.append(Training(name, said["epochs"], said["rows"], told))
+        if known.get(name, {}).get("status") == "done": continue
+        found.append(RunningTraining(name, said["epochs"], said["rows"], told))
     return sorted(found, key=lambda t: -t.told)
 
 # %% ../../nbs/9_report/13_explorer.ipynb #cfbcefe5
 def training_rows(
-    found: list[Training],
+    found: list[RunningTraining],  # runs under way
     now: float,  # seconds since 1970
 ) -> str:  # HTML
     "Return a line for each training."
@@ -353,7 +369,7 @@ def training_rows(
 
 # %% ../../nbs/9_report/13_explorer.ipynb #b9f1bf71
 def training_chart(
-    found: list[Training],  # at least one
+    found: list[RunningTraining],  # at least one
 ) -> alt.TopLevelMixin:
     "Draw loss and validation scores of trainings, each curve in its own panel."
     data = pd.concat([t.curves for t in found], ignore_index=True)
@@ -387,7 +403,11 @@ def training_chart(
 class LiveTraining(Shown):
     "Looks on; see `live_training`."
 
-    def __init__(self, study: str = "", every: float = 2.0):
+    def __init__(
+        self,
+        study: str = "",  # name of a study
+        every: float = 2.0,  # seconds between two looks
+    ):
         self.spec, self.every, self.told, self.found = load_study(study) if study else None, every, {}, []
         self.known, self.changed = {}, 0
         self.head, self.table, self.chart = widgets.HTML(), widgets.HTML(), widgets.Output()
@@ -405,7 +425,7 @@ class LiveTraining(Shown):
         rows = rows + [
             (epoch, values.get("seconds", 0.0), k, v) for k, v in values.items() if k not in ("seconds", "left")
         ]
-        self.told[name] = Training(name, epochs, rows, time.time())
+        self.told[name] = RunningTraining(name, epochs, rows, time.time())
         self.refresh()
 
     def follow(self) -> None:

@@ -71,7 +71,13 @@ class FeatureScene(Scene):
 class FeatureViewer(VolumeViewer):
     "Looks at a pyramid; see `feature_viewer`."
 
-    def __init__(self, scene: FeatureScene, labels: list[str], title: str, width: int):
+    def __init__(
+        self,
+        scene: FeatureScene,  # what is shown
+        labels: list[str],  # of the layers
+        title: str,  # what readers see
+        width: int,  # pixels
+    ):
         super().__init__(scene, title, width)
         self.labels = labels
         self.level = widgets.Dropdown(
@@ -97,7 +103,7 @@ class FeatureViewer(VolumeViewer):
 
 # %% ../../nbs/9_report/12_feature_maps.ipynb #d1f573c3
 def pyramid_figure(
-    scene: FeatureScene,
+    scene: FeatureScene,  # what is shown
     labels: list[str],  # what each level is
     title: str,  # one line above
     width: float = 116,  # of one slice, drawing units

@@ -31,7 +31,9 @@ from .sweep import NameReplacer, replace_everywhere, spellings, is_distinctive, 
 # %% ../../nbs/9_report/06_published.ipynb #7665abde
 MARK = re.compile(r"(?:\u2068|(\\u2068))(.*?)(?:\u2069|\\u2069)", re.S)  # also as JSON writes it for HTML
 
-def marked_name(match: re.Match) -> str:
+def marked_name(
+    match: re.Match,  # of a mark
+) -> str:
     "Return the name in a mark, as it was before it was written into JSON or HTML."
     name = match[2]
     if match[1]:
@@ -40,7 +42,7 @@ def marked_name(match: re.Match) -> str:
     return html.unescape(name)
 
 def cohort_folders(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> dict[str, Path]:  # cohort as the study names it → its folder; those that are registered have none
     "Find the cohorts of a study that lie in folders."
     from vfm_notes.data.load import manifest_folder
@@ -49,7 +51,7 @@ def cohort_folders(
 
 # %% ../../nbs/9_report/06_published.ipynb #d9f6b0c5
 def cohort_people(
-    study: StudySpec,
+    study: StudySpec,  # the study
     load: bool,  # also cohorts that are made by code, which may take as long as their first run took
 ) -> tuple[set[str], set[str]]:  # cases, patients
     "Collect the names in a study's cohorts, where they are here."
@@ -68,8 +70,8 @@ def cohort_people(
 
 # %% ../../nbs/9_report/06_published.ipynb #973138bb
 def people_of(
-    study: StudySpec,
-    records: Iterable[dict],
+    study: StudySpec,  # the study
+    records: Iterable[dict],  # of the study
     notebooks: Iterable[Path] = (),  # executed
     load: bool = False,  # see `cohort_people`
 ) -> dict[str, str]:  # name → case or patient
@@ -99,7 +101,7 @@ def shipped_text() -> str:
     return "\n".join(f.read_text(encoding="utf-8") for f in files)
 
 def message_parts(
-    records: Iterable[dict],
+    records: Iterable[dict],  # of the study
 ) -> list[str]:  # the longest first
     "Split error messages as pages write them, whole and by line; a line of our own pages identifies nobody."
     texts = {str((r.get("error") or {}).get("message") or "").strip() for r in records}
@@ -116,9 +118,9 @@ class Publication:
     "Changes what goes into one site, and counts what in it identifies people."
     study: str  # name
     people: dict[str, str]  # name → case or patient
-    relative: PathShortener
-    machines: NameReplacer
-    pseudonyms: bool = False
+    relative: PathShortener  # for paths
+    machines: NameReplacer  # for names of machines
+    pseudonyms: bool = False  # whether cases and folders go by other names
     messages: list[str] = field(default_factory=list)  # to leave out
     # names, pictures, free texts since the last `count_published`
     shown: list = field(default_factory=lambda: [set(), 0, 0])
@@ -159,10 +161,10 @@ def prepared(self: Publication, text: str) -> str:
 
 # %% ../../nbs/9_report/06_published.ipynb #e9a34df8
 def publication(
-    study: StudySpec,
+    study: StudySpec,  # the study
     records: Iterable[dict] = (),  # of the study
     notebooks: Iterable[Path] = (),  # executed
-    pseudonyms: bool = False,
+    pseudonyms: bool = False,  # whether cases and folders go by other names
 ) -> Publication:
     "Collect what a study's publication has to know."
     from vfm_notes.data.manifest import read_card
@@ -183,7 +185,9 @@ def publication(
     return Publication(study.name, people, relative, NameReplacer(machines), pseudonyms, messages)
 
 # %% ../../nbs/9_report/06_published.ipynb #16eee45e
-def publication_fingerprint(by: Publication) -> str:
+def publication_fingerprint(
+    by: Publication,  # what is published, and under which names
+) -> str:
     "Hash all that decides how texts are changed."
     return repr((by.study, key_id(), sorted(by.people)) if by.pseudonyms else "names as they are")
 
@@ -194,8 +198,8 @@ RECORD = ("schema", "id", "kind", "status", "study", "spec", "metrics", "primary
           "threads", "created", "files")
 
 def published_record(
-    by: Publication,
-    record: dict,
+    by: Publication,  # what is published, and under which names
+    record: dict,  # of a run
 ) -> dict:
     "Keep of a record what readers need."
     def reason(e: dict) -> str:
@@ -213,7 +217,7 @@ DRAWINGS = ("image/png", "image/svg+xml")
 OUTPUT_KINDS = (*DRAWINGS, "text/plain", "text/html", "text/markdown", "text/latex", "application/vnd.vegalite")
 
 def published_output(
-    by: Publication,
+    by: Publication,  # what is published, and under which names
     out: dict,  # of a cell
 ) -> dict | None:  # None: nothing of it is published
     "Keep of an output what readers need."
@@ -240,7 +244,7 @@ METADATA = {"kernelspec": ("name", "language", "display_name"), "language_info":
             "papermill": ("version", "start_time", "end_time", "duration", "exception")}
 
 def published_notebook(
-    by: Publication,
+    by: Publication,  # what is published, and under which names
     nb: dict,  # executed
 ) -> dict:
     "Keep of a notebook what readers need."
@@ -259,7 +263,9 @@ def published_notebook(
     return out | {"cells": [cell(c) for c in nb["cells"]], "metadata": kept}
 
 # %% ../../nbs/9_report/06_published.ipynb #208d4843
-def count_published(by: Publication) -> dict:  # plain values
+def count_published(
+    by: Publication,  # what is published, and under which names
+) -> dict:  # plain values
     "Count what was published since the last call: names, pictures and free texts."
     (names, pictures, texts), by.shown = by.shown, [set(), 0, 0]
     kind = lambda name: by.people.get(name, "case")
@@ -268,7 +274,7 @@ def count_published(by: Publication) -> dict:  # plain values
 
 def people_line(
     tallies: Iterable[dict],  # of a site's pages
-    pseudonyms: bool,
+    pseudonyms: bool,  # whether cases and folders go by other names
 ) -> str:
     "State what in a site identifies people."
     tallies = list(tallies)

@@ -31,6 +31,7 @@ from vfm_notes.foundation.places import (
 )
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import StudySpec, load_study
+from .citation import citation_cff
 from .convert import read_notebook, to_page, write_notebook
 from vfm_notes.report.pages import (
     Page, code_fingerprint, execute_pages, hash_values, records_fingerprint, report_pages, run_page, run_pages,
@@ -41,12 +42,14 @@ from vfm_notes.report.published import (
     count_published,
 )
 from .pages import footer_mark, quarto_version, render_project
-from .reference import addresses, index_page, read_library, reference_page, search_entries
+from vfm_notes.report.reference import (
+    addresses, index_page, read_library, reference_page, row_entries, search_entries,
+)
 from ..runs.grid import jobs_of
 from ..runs.record import SMALL_FILE, damage_lines, scan_records
 from vfm_notes.report.stamp import (
-    close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder, read_stamp, replacing,
-    write_json,
+    script_values, close_folder, drop_files, drop_pages, finish_replacement, with_site_lock, open_folder,
+    read_stamp, replacing, write_json,
 )
 
 # %% ../../nbs/9_report/10_site.ipynb #1a271c8a
@@ -58,8 +61,8 @@ def project_config() -> dict:  # the project's _quarto.yml
 
 # %% ../../nbs/9_report/10_site.ipynb #dd0f03e1
 def site_config(
-    study: StudySpec,
-    pages: list[Page],
+    study: StudySpec,  # the study
+    pages: list[Page],  # of the site
     made_from: str,  # footer
 ) -> dict:  # _quarto.yml of the generated folder
     "Add the study's run pages and the footer to the project's settings."
@@ -94,8 +97,8 @@ def site_config(
 
 # %% ../../nbs/9_report/10_site.ipynb #62a8fc29
 def made_from(
-    study: StudySpec,
-    records: list[dict],
+    study: StudySpec,  # the study
+    records: list[dict],  # of the study
 ) -> str:
     "State what the site was made from."
     commits = sorted({
@@ -114,16 +117,17 @@ def made_from(
 def write_assets(
     folder: Path,  # assets folder of the generated pages
     charts: bool = True,  # the chart library too
+    told: dict | None = None,  # what the script has to know of the site: name → plain value
 ) -> None:
     "Write style, script and the chart library (once)."
     folder.mkdir(parents=True, exist_ok=True)
     own = report_notebooks()[0].parent
     for name in ("style.css", "light.scss", "dark.scss", "head.html", "icon.svg"):
         shutil.copy(own / name, folder / name)
-    themes = json.dumps({mode: chart_theme(mode) for mode in ("light", "dark")})
-    (folder / "site.js").write_text(
-        f"window.vfmThemes = {themes};\n" + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8"
-    )
+    (folder / "CITATION.cff").write_text(citation_cff(), encoding="utf-8")
+    values = {"vfmThemes": {mode: chart_theme(mode) for mode in ("light", "dark")}} | (told or {})
+    said = "".join(f"window.{k} = {json.dumps(v, ensure_ascii=False)};\n" for k, v in values.items())
+    (folder / "site.js").write_text(said + (own / "site.js").read_text(encoding="utf-8"), encoding="utf-8")
     if not charts: return
     import vl_convert
     bundle, mark = folder / "vega.js", folder / "vega.version"
@@ -179,7 +183,8 @@ def render(
             shutil.copytree(folder / "notebooks", site / "notebooks", dirs_exist_ok=True)
     if (index := site / "search.json").exists():
         own = [e for e in json.loads(index.read_text(encoding="utf-8")) if not e["href"].startswith("reference/")]
-        entries = json.dumps(own + (more or []), ensure_ascii=False)
+        rows = [] if more is None else [e for p in sorted(folder.glob("*.ipynb")) for e in row_entries(p)]
+        entries = json.dumps(own + rows + (more or []), ensure_ascii=False)
         write_atomic(index, entries, synced=False)
         write_atomic(site / "assets" / "search.js", f"window.vfmSearch = {entries};\n", synced=False)
     return told
@@ -206,7 +211,9 @@ class SiteResult:
     seconds: float = 0.0  # wall time
 
 # %% ../../nbs/9_report/10_site.ipynb #refprint
-def reference_fingerprint(renderer: tuple[str, str]) -> str:  # renderer: quarto or smalldocs, and its version
+def reference_fingerprint(
+    renderer: tuple[str, str],  # quarto or smalldocs, and its version
+) -> str:
     "Hash all that the library's pages are made from."
     code = [package_root() / "report" / n for n in ("reference.py", "convert.py", "pages.py")]
     return hash_values(*library_notebooks(), *code, *style_files(), renderer)
@@ -225,7 +232,7 @@ def write_config(
 def report_warnings(
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
     told: list[str],  # its warnings
-    say: Callable[[str], None],
+    say: Callable[[str], None],  # takes a line of progress
 ) -> None:
     "Count the warnings and name the first."
     if told: say(f"  {renderer[0]} warned {len(told)} time{'s' * (len(told) > 1)}; the first: {told[0]}")
@@ -253,7 +260,7 @@ def reference_config(
 # %% ../../nbs/9_report/10_site.ipynb #refbuild
 def build_reference(
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
-    say: Callable[[str], None],
+    say: Callable[[str], None],  # takes a line of progress
 ) -> Path:  # generated pages with their `_site`
     "Make the library's pages, once for all studies, again when a notebook changed."
     folder, made, begun = pages_root() / "_reference", reference_fingerprint(renderer), time.monotonic()
@@ -284,12 +291,12 @@ def study_findings(
 # %% ../../nbs/9_report/10_site.ipynb #4ed4e1fa
 def make_pages(
     study: str,  # name or path
-    spec: StudySpec,
+    spec: StudySpec,  # the study
     pages: list[Page],  # those to make again
-    records: list[dict],
+    records: list[dict],  # of the study
     folder: Path,  # generated pages
-    say: Callable[[str], None],
-    by: Publication,
+    say: Callable[[str], None],  # takes a line of progress
+    by: Publication,  # what is published, and under which names
 ) -> tuple[list[str], dict[str, dict]]:  # problems, one sentence each; page → what in it identifies people
     "Execute or convert pages into the generated folder, as they may be published."
     problems, by_id, begun, people = [], {r["id"]: r for r in records}, time.monotonic(), {}
@@ -322,7 +329,7 @@ def make_pages(
 # %% ../../nbs/9_report/10_site.ipynb #b75ee3aa
 def place_reference(
     folder: Path,  # generated pages
-    pages: list[Page],
+    pages: list[Page],  # of the site
     reference: Path,  # generated pages of the library with their `_site`
 ) -> str:  # fingerprint of the library that lies there
     "Put the library beside the pages, and remove what was made for other pages."
@@ -337,9 +344,9 @@ def place_reference(
 
 # %% ../../nbs/9_report/10_site.ipynb #sitepages
 def site_pages(
-    study: StudySpec,
+    study: StudySpec,  # the study
     records: list[dict],  # of the study
-    pseudonyms: bool,
+    pseudonyms: bool,  # whether cases and folders go by other names
 ) -> tuple[Publication, list[Page]]:
     "List the pages of a site, and collect what their publication has to know."
     jobs = jobs_of(study)
@@ -351,11 +358,11 @@ def site_pages(
 # %% ../../nbs/9_report/10_site.ipynb #sitedone
 def site_result(
     target: Path,  # the site
-    pages: list[Page],
+    pages: list[Page],  # of the site
     stamp: dict,  # findings, problems, people
-    pseudonyms: bool,
+    pseudonyms: bool,  # whether cases and folders go by other names
     begun: float,  # time.monotonic
-    up_to_date: bool = False,
+    up_to_date: bool = False,  # whether nothing was to be done
     made: tuple[str, ...] = (),  # pages that were made again
 ) -> SiteResult:
     "State what a site holds."
@@ -370,7 +377,7 @@ def finish_site(
     wanted: dict[str, str],  # page → fingerprint
     renderer: tuple[str, str],  # quarto or smalldocs, and its version
     reference: Path,  # generated pages of the library
-    say: Callable[[str], None],
+    say: Callable[[str], None],  # takes a line of progress
 ) -> None:
     "Render the pages and put the site in its place."
     more = json.loads((reference / "search_entries.json").read_text(encoding="utf-8"))
@@ -382,7 +389,7 @@ def finish_site(
 
 # %% ../../nbs/9_report/10_site.ipynb #318e95b2
 def outdated_pages(
-    pages: list[Page],
+    pages: list[Page],  # of the site
     stamp: dict,  # what the generated pages were made from
     folder: Path,  # generated pages
 ) -> list[Page]:
@@ -394,10 +401,10 @@ def outdated_pages(
 @with_site_lock
 def make_site(
     study: str,  # name or path
-    spec: StudySpec,
+    spec: StudySpec,  # the study
     chosen: tuple[str, str],  # quarto or smalldocs, and its version
-    say: Callable[[str], None],
-    pseudonyms: bool,
+    say: Callable[[str], None],  # takes a line of progress
+    pseudonyms: bool,  # whether cases and folders go by other names
 ) -> SiteResult:
     "Make what has changed of a site."
     begun = time.monotonic()
@@ -416,7 +423,7 @@ def make_site(
         return site_result(target, pages, stamp, pseudonyms, begun, up_to_date=True)
     open_folder(folder, [p.name for p in todo], target)
     say(f"Site of study {spec.name}: {len(todo)} of {len(pages)} pages to make, {len(records)} records.")
-    write_assets(folder / "assets")
+    write_assets(folder / "assets", told=script_values(spec, pages, records, by.text))
     with ThreadPoolExecutor(1) as beside:  # the sentences are computed here while the kernel executes the pages
         stale = stamp.get("known") != known or not stamp.get("findings")
         sentences = beside.submit(study_findings, study) if stale else None

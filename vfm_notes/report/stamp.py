@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MADE_BY', 'RENDERER_FOLDERS', 'read_stamp', 'write_json', 'files_of', 'stamp_folder', 'changed_files', 'check_ours',
            'open_folder', 'close_folder', 'drop_pages', 'drop_files', 'replacing', 'replacement_names', 'delete_folder',
-           'finish_replacement', 'site_lock', 'with_site_lock']
+           'finish_replacement', 'site_lock', 'with_site_lock', 'cell_pages', 'bibtex', 'script_values']
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp003
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,28 +21,35 @@ from pathlib import Path
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp004
 from ..foundation.places import file_hash, swap_folder, write_atomic
+from ..foundation.meter import git_commit, package_versions
 from ..foundation.places import pages_root
 from ..foundation.registry import VfmError
+from ..foundation.spec import StudySpec
+from .pages import Page
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp007
 MADE_BY = "vfm site"  # who made a folder
 RENDERER_FOLDERS = ("_site", ".quarto")  # folders of a renderer inside generated pages: it makes them anew itself
 
 # %% ../../nbs/9_report/09_stamp.ipynb #e3f7d0b5
-def read_stamp(path: Path) -> dict:
+def read_stamp(
+    path: Path,  # a file
+) -> dict:
     "Read what was made from what; empty when unknown, or when the folder is not ours."
     try: stamp = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
     return stamp if isinstance(stamp, dict) and stamp.get("by") == MADE_BY else {}
 
 def write_json(
-    path: Path,
+    path: Path,  # a file
     content: dict | list,  # JSON
 ) -> None:
     "Write a file whole or not at all."
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False))
 
-def files_of(folder: Path) -> list[str]:  # paths inside it; without the stamp and what a renderer makes
+def files_of(
+    folder: Path,  # a folder
+) -> list[str]:  # paths inside it; without the stamp and what a renderer makes
     "List all files of a folder."
     found = []
     for root, folders, names in os.walk(folder):
@@ -52,7 +60,7 @@ def files_of(folder: Path) -> list[str]:  # paths inside it; without the stamp a
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp008
 def stamp_folder(
-    folder: Path,
+    folder: Path,  # a folder
     stamp: dict,  # what else to remember
     theirs: Iterable[str] = (),  # files of others
 ) -> None:
@@ -63,7 +71,10 @@ def stamp_folder(
         made[name] = {"bytes": found.st_size, "mtime": found.st_mtime_ns, "sha256": file_hash(folder/name)}
     write_json(folder/"stamp.json", stamp | {"by": MADE_BY, "making": False, "files": made, "theirs": sorted(theirs)})
 
-def changed_files(folder: Path, made: dict) -> list[str]:  # made: of a stamp
+def changed_files(
+    folder: Path,  # a folder
+    made: dict,  # of a stamp
+) -> list[str]:
     "Find files that somebody changed since they were made."
     def other(name: str, then: dict) -> bool:
         try: now = (folder/name).stat()
@@ -74,7 +85,7 @@ def changed_files(folder: Path, made: dict) -> list[str]:  # made: of a stamp
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp009
 def check_ours(
-    folder: Path,
+    folder: Path,  # a folder
     adds: tuple = (),  # endings of files that would get into the site if they were left in the folder
 ) -> tuple[dict, list[str]]:  # its stamp, files of others
     "Raise when a folder is not ours to replace."
@@ -97,7 +108,7 @@ def check_ours(
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp011
 def open_folder(
-    folder: Path,
+    folder: Path,  # a folder
     again: Iterable[str] = (),  # pages that are made now
     target: Path | None = None,  # the site that will be replaced by them
 ) -> dict:  # its stamp
@@ -112,20 +123,26 @@ def open_folder(
     write_json(folder/"stamp.json", stamp)
     return stamp
 
-def close_folder(folder: Path, stamp: dict) -> None:  # stamp: what to remember
+def close_folder(
+    folder: Path,  # a folder
+    stamp: dict,  # what to remember
+) -> None:
     "Stamp the pages; those that are wanted no more, and were made here, are gone."
     theirs = read_stamp(folder/"stamp.json").get("theirs", [])
     names = sorted(Path(n).stem for n in set(files_of(folder)) - set(theirs) if n.endswith(".ipynb") and "/" not in n)
     stamp_folder(folder, stamp | {"names": names}, theirs)
 
 # %% ../../nbs/9_report/09_stamp.ipynb #57c043a9
-def drop_pages(folder: Path, wanted: Iterable[str]) -> None:  # wanted: names of pages
+def drop_pages(
+    folder: Path,  # a folder
+    wanted: Iterable[str],  # names of pages
+) -> None:
     "Remove pages that were made here and are wanted no more."
     made = set(read_stamp(folder/"stamp.json").get("names", []))
     for name in made - set(wanted): (folder/f"{name}.ipynb").unlink(missing_ok=True)
 
 def drop_files(
-    folder: Path,
+    folder: Path,  # a folder
     part: str,  # a folder inside it
     wanted: Iterable[str],  # names without ending that stay
 ) -> None:
@@ -137,7 +154,7 @@ def drop_files(
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp014
 @contextmanager
 def replacing(
-    target: Path,
+    target: Path,  # a file or folder
     stamp: dict,  # what to remember
 ) -> Iterator[Path]:  # an empty folder to fill
     "Make a folder that takes the place of one that was made here before; files of others go along."
@@ -158,11 +175,15 @@ def replacing(
     delete_folder(old)
 
 # %% ../../nbs/9_report/09_stamp.ipynb #stamp015
-def replacement_names(target: Path) -> tuple[Path, Path]:  # of the new one, of the old one
+def replacement_names(
+    target: Path,  # a file or folder
+) -> tuple[Path, Path]:  # of the new one, of the old one
     "Return the names that a folder has while it is replaced."
     return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
 
-def delete_folder(folder: Path) -> None:
+def delete_folder(
+    folder: Path,  # a folder
+) -> None:
     "Delete a folder with a stamp, the stamp last."
     if not folder.exists(): return
     unfinished = {p.name for p in folder.glob(".stamp.json.*.part")}  # of a stamp whose writing was killed
@@ -174,7 +195,9 @@ def delete_folder(folder: Path) -> None:
     (folder/"stamp.json").unlink(missing_ok=True)
     folder.rmdir()
 
-def finish_replacement(target: Path) -> None:
+def finish_replacement(
+    target: Path,  # a file or folder
+) -> None:
     "Tidy up after a replacement that was killed."
     new, old = replacement_names(target)
     if old.exists() and not target.exists(): os.rename(old, target)
@@ -199,9 +222,49 @@ def site_lock() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
-def with_site_lock(function: Callable) -> Callable:
+def with_site_lock(
+    function: Callable,  # changes the site
+) -> Callable:
     "Make a function hold the site's lock."
     @wraps(function)
     def held(*args, **options):
         with site_lock(): return function(*args, **options)
     return held
+
+# %% ../../nbs/9_report/09_stamp.ipynb #22720726
+def cell_pages(
+    pages: list[Page],  # of the site
+    text: Callable[[str], str] = str,  # what becomes of a text, e.g. pseudonyms
+) -> dict:  # notebooks: "task|backbone" → training cases → address; tasks and backbones: their names
+    "State which page leads to the runs of a task and a backbone."
+    notebooks: dict[str, dict[str, str]] = {}
+    for job in (p.job for p in pages if p.job and p.job.kind != "external"):
+        first, task = job.specs[0], "" if job.kind == "pretrain" else job.specs[0].task.replace("_", " ")
+        own = notebooks.setdefault(text(f"{task}|{first.backbone}"), {})
+        own.setdefault(str(getattr(first, "n_train", "")), f"run-{text(job.name)}.html")
+    names = [key.split("|") for key in notebooks]
+    tasks, backbones = (sorted({part for part in parts if part}) for parts in zip(*names)) if names else ([], [])
+    return {"notebooks": notebooks, "tasks": tasks, "backbones": backbones}
+
+def bibtex(
+    study: StudySpec,  # the study
+    records: list[dict],  # of the study
+) -> str:
+    "Write how a report is cited."
+    commit, version = (git_commit() or "unknown")[:7], package_versions().get("vfm_notes", "")
+    runs = sum(r["status"] == "done" for r in records)
+    year = max((r["created"][:4] for r in records if r.get("created")), default="")
+    title = re.sub(r"[{}\\\\]", "", study.title)
+    lines = {"title": title, "author": "{the vfm\\_notes authors}", "year": year,
+             "note": f"Study {study.name}, {runs} runs; vfm\\_notes {version}, commit {commit}"}
+    return f"@misc{{vfm_notes_{study.name},\n" + "".join(f"  {k} = {{{v}}},\n" for k, v in lines.items()) + "}\n"
+
+# %% ../../nbs/9_report/09_stamp.ipynb #3a624aac
+def script_values(
+    study: StudySpec,  # the study
+    pages: list[Page],  # of the site
+    records: list[dict],  # of the study
+    text: Callable[[str], str] = str,  # what becomes of a text, e.g. pseudonyms
+) -> dict:  # name in the script → plain value
+    "Collect what the script of a site has to know."
+    return {"vfmCells": cell_pages(pages, text), "vfmCite": text(bibtex(study, records))}

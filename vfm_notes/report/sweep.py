@@ -29,7 +29,7 @@ from ..foundation.places import report_notebooks, template_file
 
 # %% ../../nbs/9_report/05_sweep.ipynb #6b67cb91
 def spellings(
-    name: str,
+    name: str,  # as people write it
 ) -> set[str]:
     "List every way in which notebooks, pages and addresses write a name."
     plain = {unicodedata.normalize(form, n) for form in ("NFC", "NFD") for n in (name, name.replace("_", " "))}
@@ -47,7 +47,9 @@ def vocabulary() -> frozenset[str]:  # in small letters
     files = [*report_notebooks(), *map(template_file, ("pretrain", "transfer", "external"))]
     return frozenset(w for f in files for w in re.findall(r"[^\W\d_]{3,}", f.read_text(encoding="utf-8").lower()))
 
-def is_distinctive(name: str) -> bool:
+def is_distinctive(
+    name: str,  # as people write it
+) -> bool:
     "Return whether a name can be distinguished from other text wherever it stands."
     if name.isdigit(): return len(name) >= 6
     if re.fullmatch(r"[a-z]\d+", name, re.I): return len(name) >= 5  # n24 and s0 are parts of a run's id
@@ -78,7 +80,9 @@ def alternation(
     return written(trie)
 
 # %% ../../nbs/9_report/05_sweep.ipynb #89a4fc2a
-def name_pattern(words: Iterable[str]) -> re.Pattern:
+def name_pattern(
+    words: Iterable[str],  # names to be replaced
+) -> re.Pattern:
     "Find any of some words, in capital or small letters."
     kinds: dict[str, list] = {}
     for word in words:
@@ -111,7 +115,9 @@ class NameReplacer:
 # %% ../../nbs/9_report/05_sweep.ipynb #374fab66
 PNG, CRITICAL = b"\x89PNG\r\n\x1a\n", (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
-def bare_png(data: bytes) -> bytes:  # a PNG file
+def bare_png(
+    data: bytes,  # of the file
+) -> bytes:  # a PNG file
     "Keep of a PNG what its picture is made of."
     out, at = PNG, len(PNG)
     while at + 12 <= len(data):
@@ -124,8 +130,8 @@ def bare_png(data: bytes) -> bytes:  # a PNG file
 LONG_BASE64 = re.compile(r"(?<=base64,)[A-Za-z0-9+/]+={0,2}|[A-Za-z0-9+/]{512,}={0,2}")
 SHORT = re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{16,511}={0,2}(?![A-Za-z0-9+/=])")
 def change_bytes(
-    data: bytes,
-    change: Callable[[str], str],
+    data: bytes,  # of the file
+    change: Callable[[str], str],  # rewrites a text
 ) -> bytes:
     "Change what bytes hold, where it is text."
     if data.startswith(PNG): return bare_png(data)
@@ -139,8 +145,8 @@ def change_bytes(
 
 # %% ../../nbs/9_report/05_sweep.ipynb #12288286
 def change_text(
-    text: str,
-    change: Callable[[str], str],
+    text: str,  # with names in it
+    change: Callable[[str], str],  # rewrites a text
 ) -> str:
     "Change a text, and what is packed in it."
     def packed(match: re.Match) -> str:
@@ -186,7 +192,9 @@ def absolute_paths() -> re.Pattern:
              rf"%2F(?:{tops})(?:%2F[\w.%+~-]+)+", r"[A-Za-z]:\\{1,2}Users\\[^\s\"'<>|]+")
     return re.compile("|".join(kinds))
 
-def file_kind(path: str) -> str:  # e.g. ….nii.gz
+def file_kind(
+    path: str,  # a file
+) -> str:  # e.g. ….nii.gz
     "Leave of a path the kind of its file."
     ending = re.search(rf"\.{PATH_ENDINGS}$", path.rstrip(".:,"), re.I)
     return "…" + (ending[0] if ending else "") + path[len(path.rstrip(".:,")):]
@@ -217,7 +225,9 @@ class PathShortener:
         return name + (rest if self.below or not rest.strip("/") else f"/{file_kind(rest)}")
 
 # %% ../../nbs/9_report/05_sweep.ipynb #395f7278
-def published_device(device: str) -> str:  # as a record has it
+def published_device(
+    device: str,  # as the record has it
+) -> str:  # as a record has it
     "Name the kind of a device."
     return "CPU" if device.startswith("cpu") else device
 

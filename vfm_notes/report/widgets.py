@@ -156,7 +156,12 @@ def range_slider(
 class VolumeViewer(Shown):
     "Looks at a scene; see `volume_viewer`."
 
-    def __init__(self, scene: Scene, title: str = "", width: int = 260):
+    def __init__(
+        self,
+        scene: Scene,  # what is shown
+        title: str = "",  # what readers see
+        width: int = 260,  # pixels
+    ):
         self.scene, self.title, self.width = scene, title, width
         names, compared = list(scene.rows), list(scene.after)
         self.slice = {p: slice_slider(p, n) for p, n in zip(PLANES, scene.shape)}
@@ -215,7 +220,9 @@ def figure(self: VolumeViewer) -> Figure:
 
 # %% ../../nbs/9_report/11_widgets.ipynb #87dbaa19
 FLOW = dict(flex_flow="row wrap", align_items="center")
-def escaped(text: str) -> str:
+def escaped(
+    text: str,  # what is shown
+) -> str:
     "Escape a text for HTML."
     import html
     return html.escape(str(text))
@@ -240,7 +247,7 @@ def swatch(
 
 # %% ../../nbs/9_report/11_widgets.ipynb #81154694
 def scene_figure(
-    scene: Scene,
+    scene: Scene,  # what is shown
     title: str,  # one line above
 ) -> Figure:
     "Draw a scene without controls: slices of every volume, before and after below each other."
@@ -258,7 +265,7 @@ def scene_figure(
 
 # %% ../../nbs/9_report/11_widgets.ipynb #cadec19f
 def picture(
-    viewer: VolumeViewer,
+    viewer: VolumeViewer,  # that is shown
     name: str,  # of a volume
     plane: str,  # one of PLANES
 ) -> widgets.VBox:
@@ -315,7 +322,7 @@ def draw(self: VolumeViewer, planes: Iterable[str] = PLANES) -> None:
 
 # %% ../../nbs/9_report/11_widgets.ipynb #e195f8d4
 def caption(
-    scene: Scene,
+    scene: Scene,  # what is shown
     name: str,  # of a volume
     plane: str,  # one of PLANES
     at: int,  # slice number from 0

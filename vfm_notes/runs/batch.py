@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from ..foundation.places import DiskFull, detect_full_disk, write_atomic
 from ..foundation.shutdown import stop_requested, handling_signals
 from ..foundation.places import log_file, run_folder, runs_root
+from ..foundation.plugins import keep_plugins, plugin_lines
 from ..foundation.spec import StudySpec, load_study, run_id
 from .watch import measure_speeds, time_left
 from .executors import Cancelled, Died, Lost, executors
@@ -36,8 +37,8 @@ from .watch import Display, format_duration, job_status
 
 # %% ../../nbs/7_runs/11_batch.ipynb #116dc40e
 def record_failures(
-    study: str,
-    job: Job,
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
     error: dict,  # type, message, cell, traceback
 ) -> None:
     "Write failed records for the runs that an error concerns."
@@ -46,14 +47,22 @@ def record_failures(
     for spec in [s for s in left if run_id(s) == current] or left:
         write_record(run_folder(study, run_id(spec)), failed_record(spec, study, error, notebook=job.name))
 
-def drop_failures(study: str, job: Job) -> None:
+def drop_failures(
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
+) -> None:
     "Drop the failed records of a job, so that its runs count as missing."
     for id in job.runs:
         record = read_record(run_folder(study, id))
         if record and record["status"] == "failed": drop_record(run_folder(study, id))
 
 # %% ../../nbs/7_runs/11_batch.ipynb #15bc1e72
-def write_outcome(study: str, job: Job, error: dict | None, seconds: float) -> None:
+def write_outcome(
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
+    error: dict | None,  # of the notebook; None: it worked
+    seconds: float,  # wall time
+) -> None:
     "Note which runs a notebook showed, how long it took, from which template, and the error it ended with."
     note = {
         "ended": time.time(), "seconds": seconds, "template": str(job.template), "runs": list(job.runs),
@@ -61,20 +70,27 @@ def write_outcome(study: str, job: Job, error: dict | None, seconds: float) -> N
     }
     write_atomic(progress_file(study, job.name), json.dumps(note))
 
-def read_outcome(study: str, job: Job) -> dict | None:  # {ended, runs, error}
+def read_outcome(
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
+) -> dict | None:  # {ended, runs, error}
     "Read how the job's notebook ended; None if it never did with all of the job's runs."
     try: note = json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     return note if set(job.runs) <= set(note.get("runs", [])) else None
 
-def is_complete(study: str, job: Job, retry: bool = False) -> bool:  # retry: failures do not count
+def is_complete(
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
+    retry: bool = False,  # failures do not count
+) -> bool:
     "Return whether there is nothing to compute."
     note = read_outcome(study, job)
     return bool(note) and not missing_specs(study, job.specs, failed=retry) and not (retry and note["error"])
 
 # %% ../../nbs/7_runs/11_batch.ipynb #7ceaa03e
 def run_job(
-    job: Job,
+    job: Job,  # a notebook with its parameters
     study: str,  # name of the study
     engine: str | None = "forked",  # papermill engine
     retry: bool = False,  # compute failed runs again
@@ -108,13 +124,13 @@ def run_job(
 @dataclass
 class Summary:
     "How a study stands after a batch."
-    study: str
+    study: str  # name of a study
     done: int = 0  # finished runs
     failed: dict = field(default_factory=dict)  # run id → what went wrong
     missing: list = field(default_factory=list)  # run ids without a record
     skipped: dict = field(default_factory=dict)  # job → why it cannot run here
     problems: dict = field(default_factory=dict)  # job → why its notebook stopped although its runs are done
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time
     others: int = 0  # records that belong to no run of the study file as it is now
     stale: dict = field(default_factory=dict)  # template → how many records another version of it has made
     stopped: str = ""  # why the batch ended early
@@ -126,7 +142,11 @@ class Summary:
 
 # %% ../../nbs/7_runs/11_batch.ipynb #ac476b36
 def count_records(
-    study: str, jobs: list[Job], seconds: float = 0.0, ran: int = 0, records: dict | None = None
+    study: str,  # name of a study
+    jobs: list[Job],  # notebooks of a study
+    seconds: float = 0.0,  # wall time
+    ran: int = 0,  # notebooks executed now
+    records: dict | None = None,  # run id → record; None: they are read
 ) -> Summary:
     "Count the records of a plan."
     records, summary = known_records(study) if records is None else records, Summary(study, seconds=seconds, ran=ran)
@@ -148,7 +168,11 @@ def count_records(
 
 # %% ../../nbs/7_runs/11_batch.ipynb #b1085b06
 # template → records of another version
-def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
+def stale_records(
+    study: str,  # name of a study
+    jobs: list[Job],  # notebooks of a study
+    records: dict,  # run id → record
+) -> dict[str, int]:
     "Find templates that were edited after some of the records were made."
     found, now = {}, {}
     for job in jobs:
@@ -162,8 +186,8 @@ def stale_records(study: str, jobs: list[Job], records: dict) -> dict[str, int]:
 
 # %% ../../nbs/7_runs/11_batch.ipynb #c346bddb
 def pending_jobs(
-    study: str,
-    jobs: list[Job],
+    study: str,  # name of a study
+    jobs: list[Job],  # notebooks of a study
     retry: bool = False,  # failed runs, too
 ) -> list[Job]:
     "List the jobs that have something to compute."
@@ -174,7 +198,11 @@ def pending_jobs(
     ]
 
 # %% ../../nbs/7_runs/11_batch.ipynb #768b8931
-def startable_jobs(study: str, jobs: list[Job], todo: list[Job]) -> list[Job]:
+def startable_jobs(
+    study: str,  # name of a study
+    jobs: list[Job],  # notebooks of a study
+    todo: list[Job],  # not done yet
+) -> list[Job]:
     "Return those of the jobs to do whose needs are done, or are to be done before."
     names = {j.name for j in jobs if set(job_states(j, study).values()) == {"done"}}
     found = []
@@ -191,12 +219,12 @@ class Batch:
     study: str  # name
     jobs: list  # the whole plan
     pending: list  # jobs to do
-    executor: object
-    engine: str | None = "forked"
+    executor: object  # runs the notebooks
+    engine: str | None = "forked"  # of papermill; None: its own
     retry: bool = False  # compute failed runs again
     running: dict = field(default_factory=dict)  # job name → (job, future)
     deaths: dict = field(default_factory=dict)  # job name → how often its worker died
-    ran: int = 0
+    ran: int = 0  # notebooks executed now
     until: float = float("inf")  # no notebook is started after this (time.monotonic)
     limit: float = 0.0  # minutes that a run may take, 0: any
     stopped: str = ""  # why it ends early
@@ -215,9 +243,7 @@ class Batch:
 @patch
 def start_ready(self: Batch, show: Display) -> None:
     "Hand the jobs to the executor whose time has come."
-    if self.pending and time.monotonic() > self.until:
-        show.say(f"the time is over: {len(self.pending)} notebooks are not started; running ones finish")
-        self.pending.clear()
+    if time.monotonic() > self.until: self.end_of_time(show)
     for job in [j for j in self.pending if self.ready(j)]:
         self.pending.remove(job)
         if not self.possible(job): show.say(f"blocked {job.name}: what it needs ({', '.join(job.needs)}) is not done")
@@ -227,6 +253,17 @@ def start_ready(self: Batch, show: Display) -> None:
             self.running[job.name] = (
                 job, self.executor.submit(run_job, job, self.study, self.engine, self.retry, self.limit, log=log),
             )
+
+# %% ../../nbs/7_runs/11_batch.ipynb #d15f8001
+@patch
+def end_of_time(self: Batch, show: Display) -> None:
+    "Start nothing more: neither what waits here nor what waits in the executor's queue."
+    queued = [n for n, (job, future) in self.running.items()
+              if not future.done() and running_since(self.study, job.name) is None]
+    if self.pending or queued:
+        show.say(f"the time is over: {len(self.pending) + len(queued)} notebooks are not started; running ones finish")
+    self.pending.clear()
+    for name in queued: self.running.pop(name)[1].cancel()
 
 # %% ../../nbs/7_runs/11_batch.ipynb #67d001af
 @patch
@@ -318,7 +355,9 @@ def show_progress(self: Batch, show: Display) -> None:
     show.update(sum(list(run_states(j, records).values()).count("done") for j in self.jobs), at_work, str(left))
 
 # %% ../../nbs/7_runs/11_batch.ipynb #47c1a813
-def describe_gpus(pool) -> str:  # pool: an executor
+def describe_gpus(
+    pool,  # an executor
+) -> str:
     "Describe an executor's GPUs."
     gpus = getattr(pool, "gpus", [])
     return f" on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else ""
@@ -326,7 +365,7 @@ def describe_gpus(pool) -> str:  # pool: an executor
 # %% ../../nbs/7_runs/11_batch.ipynb #db05add1
 def make_executor(
     executor: str,  # local or slurm
-    study: StudySpec,
+    study: StudySpec,  # the study
     profile: Path | None = None,  # a file with what its jobs ask for
 ):  # makes the executor
     "Make an executor with the study's settings for it."
@@ -336,7 +375,7 @@ def make_executor(
 
 # %% ../../nbs/7_runs/11_batch.ipynb #a1107dea
 def planned_jobs(
-    study: StudySpec,
+    study: StudySpec,  # the study
     only: str | list[str] | None,  # a part of the study, see `run_study`
     seeds: str | None,  # e.g. "0-4,7"
     part: str | None,  # "i/n"
@@ -348,13 +387,13 @@ def planned_jobs(
 
 # %% ../../nbs/7_runs/11_batch.ipynb #525673e8
 def describe_start(
-    study: StudySpec,
+    study: StudySpec,  # the study
     pool,  # an executor
     todo: int,  # notebooks to run
     planned: int,  # notebooks of the plan
 ) -> str:
     "State what a batch is going to do."
-    return (
+    return "\n".join(plugin_lines(study.plugins)) + "\n" * bool(study.plugins) + (
         f"{study.name}: {todo} of {planned} notebooks to run, {pool.jobs} at a "
         f"time{describe_gpus(pool)}; importing libraries and preparing cohort '{Path(study.cohort).name}' ..."
     )
@@ -385,6 +424,7 @@ def run_study(
     os.environ["VFM_RUNS"] = str(runs_root())
     pool = make_executor(executor, study, profile)(jobs, fast=engine == "forked")
     try:
+        keep_plugins(study.plugins, study.name)
         show.say(describe_start(study, pool, len(todo), len(plan_)))
         if not templates: check_first(pool, study, todo)
         show.say("ready")

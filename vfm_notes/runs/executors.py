@@ -56,7 +56,7 @@ def read_devices(
 
 # %% ../../nbs/7_runs/06_executors.ipynb #37f08160
 def visible_devices(
-    devices: list[Device],
+    devices: list[Device],  # of this machine
     chosen: str | None,  # value of CUDA_VISIBLE_DEVICES
 ) -> list[Device]:
     "Return those GPUs that this process may use."
@@ -82,7 +82,7 @@ def found_devices() -> list[Device]:
 # %% ../../nbs/7_runs/06_executors.ipynb #1652678d
 def choose_devices(
     text: str,  # e.g. "", "none", "0,1", "MIG-4f2a:10"
-    found: list[Device],
+    found: list[Device],  # of this machine
 ) -> list[Device]:
     "Return the GPUs that notebooks may use."
     if text in ("", "none"): return [] if text else found
@@ -124,7 +124,10 @@ def read_settings(
     from_values(cls, own, f"Profile {profile} for the executor '{where}'")
     return from_values(cls, study | own, f"Profile {profile} for the executor '{where}'")
 
-def local_settings(study: dict, profile: str | Path | None = None) -> LocalSettings:
+def local_settings(
+    study: dict,  # the study's section `local`
+    profile: str | Path | None = None,  # file with local settings
+) -> LocalSettings:
     "Read `local:` of a study, changed by a profile."
     return read_settings(LocalSettings, study, profile, "local")
 
@@ -133,7 +136,7 @@ class Slots:
     "Places on GPUs, taken and given back."
     def __init__(
         self,
-        devices: list[Device],
+        devices: list[Device],  # of this machine
         memory: float = 0.0,  # GiB that a notebook needs, 0: a whole GPU
         processes: int = 1,  # GPUs that it needs
     ):
@@ -171,16 +174,23 @@ class Slots:
 
 # %% ../../nbs/7_runs/06_executors.ipynb #calls006
 # by which it is imported
-def qualified_name(thing: type | Callable) -> str: return f"{thing.__module__}:{thing.__qualname__}"
+def qualified_name(
+    thing: type | Callable,  # of a module
+) -> str:
+    return f"{thing.__module__}:{thing.__qualname__}"
 
-def import_named(name: str) -> type | Callable:  # name: "module:name"
+def import_named(
+    name: str,  # "module:name"
+) -> type | Callable:
     "Import something by its name."
     module, _, path = name.partition(":")
     found = importlib.import_module(module)
     for part in path.split("."): found = getattr(found, part)
     return found
 
-def pack(value: object) -> object:  # plain JSON
+def pack(
+    value: object,  # plain data, or tensors and arrays
+) -> object:  # plain JSON
     "Pack a value so that it can travel."
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, Path): return {"path": str(value)}
@@ -194,7 +204,9 @@ def pack(value: object) -> object:  # plain JSON
                    "dataclasses.")
 
 # %% ../../nbs/7_runs/06_executors.ipynb #calls007
-def unpack_value(value: object) -> object:  # value: from packed
+def unpack_value(
+    value: object,  # from packed
+) -> object:
     "Unpack a value that has travelled; only dataclasses of this package are made."
     if isinstance(value, list): return [unpack_value(v) for v in value]
     if not isinstance(value, dict): return value
@@ -206,11 +218,16 @@ def unpack_value(value: object) -> object:  # value: from packed
     return kind(**{k: unpack_value(v) for k, v in value["fields"].items()})
 
 # %% ../../nbs/7_runs/06_executors.ipynb #calls010
-def encode(function: Callable, *args) -> bytes:
+def encode(
+    function: Callable,  # a public function of a module
+    *args,  # of the function
+) -> bytes:
     "Encode a call so that it can travel; function and dataclasses must be importable."
     return json.dumps({"call": qualified_name(function), "args": pack(list(args))}, sort_keys=True).encode()
 
-def run_call(call: str) -> tuple[bool, object]:  # call: file with it → what it returned, or False and what it raised
+def run_call(
+    call: str,  # file with it → what it returned, or False and what it raised
+) -> tuple[bool, object]:
     "Run one call."
     try:
         asked = json.loads(Path(call).read_bytes())
@@ -220,14 +237,19 @@ def run_call(call: str) -> tuple[bool, object]:  # call: file with it → what i
         error.add_note(f"In the worker:\n{traceback.format_exc()}")
         return False, error
 
-def write_answer(answer: tuple[bool, object], result: str) -> None:  # result: a file
+def write_answer(
+    answer: tuple[bool, object],  # whether it worked, and what came out
+    result: str,  # a file
+) -> None:
     "Write it, whole or not at all."
     fine, value = answer
     try: said = {"value": pack(value)} if fine else pack_error(value)
     except VfmError as error: said = pack_error(error)
     write_atomic(Path(result), json.dumps(said))
 
-def pack_error(error: BaseException) -> dict:  # type, message, notes
+def pack_error(
+    error: BaseException,  # what was raised
+) -> dict:  # type, message, notes
     "Encode an exception so that it can travel."
     message = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
     return {"type": type(error).__name__, "message": message, "notes": list(getattr(error, "__notes__", []))}
@@ -235,7 +257,9 @@ def pack_error(error: BaseException) -> dict:  # type, message, notes
 # %% ../../nbs/7_runs/06_executors.ipynb #calls011
 KNOWN = {c.__name__: c for c in (VfmError, DiskFull, DamagedFile, Stopped)}
 
-def read_answer(result: Path) -> tuple[bool, object]:  # as answer_of
+def read_answer(
+    result: Path,  # file with the answer
+) -> tuple[bool, object]:  # as answer_of
     "Read the answer to a call; exceptions of this package and of Python keep their type."
     said = json.loads(result.read_bytes())
     if "value" in said: return True, unpack_value(said["value"])
@@ -270,7 +294,12 @@ class Lost(Died):
 # %% ../../nbs/7_runs/06_executors.ipynb #dff8a464
 class Future:
     "A call on its way."
-    def __init__(self, executor, call: Path, log: Path | None):
+    def __init__(
+        self,
+        executor,  # runs the call
+        call: Path,  # file with the request
+        log: Path | None,  # of the job; None: none
+    ):
         self.executor, self.call, self.log = executor, call, log  # file of the call; file of its output
         self.process, self._answer = None, None
 
@@ -315,7 +344,9 @@ def count_cores() -> int:
     "Count the CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def thread_env(n: int) -> dict[str, str]:  # n: threads for each process
+def thread_env(
+    n: int,  # threads for each process
+) -> dict[str, str]:
     "Make an environment that limits numeric libraries to `n` threads."
     return {k: str(n) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
@@ -330,7 +361,7 @@ class LocalExecutor:
         fast: bool = True,  # fork from a pre-imported parent where possible
         modules: list[str] | None = None,  # what the parent imports; None: see forkserver.preload_list
         log: Path | None = None,  # messages of the fork server
-        settings: LocalSettings = LocalSettings(),
+        settings: LocalSettings = LocalSettings(),  # what a job requests
     ):
         wanted = os.environ.get("VFM_GPUS") or str(settings.gpus)
         self.gpus = choose_devices(wanted, found_devices())

@@ -62,7 +62,9 @@ def die_with_parent(
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent: os._exit(1)  # it ended before the call
 
-def set_threads(n: int) -> None:
+def set_threads(
+    n: int,  # threads, at least 1
+) -> None:
     "Let the libraries that are already loaded use `n` threads."
     if torch := sys.modules.get("torch"): torch.set_num_threads(n)
     try: from threadpoolctl import threadpool_limits
@@ -90,12 +92,17 @@ def become_process(
     if env.get("OMP_NUM_THREADS", "").isdigit(): set_threads(int(env["OMP_NUM_THREADS"]))
 
 # %% ../../nbs/7_runs/04_forkserver.ipynb #6be086c6
-def call_by_name(name: str, *args):  # name: "module:function"
+def call_by_name(
+    name: str,  # "module:function"
+    *args,  # of the function, plain JSON values
+):
     "Import a function by name and call it."
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)(*args)
 
-def run_child(request: dict) -> None:  # call, args, env, cwd, log
+def run_child(
+    request: dict,  # call, args, env, cwd, log
+) -> None:
     "Carry out the request and end, without the parent's exit handlers."
     code = 1
     try:
@@ -111,7 +118,10 @@ def run_child(request: dict) -> None:  # call, args, env, cwd, log
         os._exit(code)
 
 # %% ../../nbs/7_runs/04_forkserver.ipynb #de9d8ea5
-def kill_group(pid: int, signum: int) -> None:
+def kill_group(
+    pid: int,  # of a process
+    signum: int,  # a signal's number
+) -> None:
     "Signal a child with its descendants."
     for kill in (os.killpg, os.kill):  # a newborn child has no group of its own yet
         try: return kill(pid, signum)

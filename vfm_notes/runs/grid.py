@@ -21,10 +21,11 @@ from pathlib import Path
 
 # %% ../../nbs/7_runs/03_grid.ipynb #8d06d6e0
 from ..foundation.places import run_folder, template_file
+from ..foundation.plugins import load_plugins
 from vfm_notes.foundation.registry import (
     canonical_strategy, check_name, cohorts, pretraining_of, suggest_name, VfmError,
 )
-from ..foundation.schema import field_types, from_values
+from ..foundation.schema import convert, field_types, from_values
 from vfm_notes.foundation.spec import (
     external_specs, ExternalSpec, file_name, pretrain_specs, PretrainSpec, run_id, run_specs, RunSpec, Spec,
     StudySpec,
@@ -68,7 +69,9 @@ def why_unavailable(
 SPECS = {"pretrain": PretrainSpec, "transfer": RunSpec, "external": ExternalSpec}
 PLURAL = {"strategy": "strategies", "seed": "seeds"}
 
-def parameter_names(kind: str) -> list[str]:  # kind: pretrain, transfer or external
+def parameter_names(
+    kind: str,  # pretrain, transfer or external
+) -> list[str]:
     "Return the parameters that a template of this kind must have."
     own = [f.name for f in fields(SPECS[kind])]
     return ["study"] + [PLURAL.get(n, n) if kind == "transfer" else n for n in own]
@@ -100,7 +103,8 @@ def job_specs(
 ) -> list[Spec]:
     "Return the runs that a notebook with these parameters computes."
     where, values = f"Parameters of the {kind} template", dict(parameters)
-    check_name(values.pop("study", "by_hand"), f"{where}: study")
+    study = check_name(values.pop("study", "by_hand"), f"{where}: study")
+    load_plugins(convert(values.get("plugins", {}), dict[str, str], f"{where}: plugins"), study)
     if kind != "transfer": return [from_values(SPECS[kind], values, where)]
     looped = from_values(TransferAxes, {k: values.pop(k) for k in PLURAL.values() if k in values}, where)
     weights, axes = {k: values.pop(k, "") for k in ("parent", "expected")}, product(looped.strategies, looped.seeds)
@@ -116,7 +120,9 @@ def job_specs(
     ]
 
 # %% ../../nbs/7_runs/03_grid.ipynb #6dc4116f
-def axes_of(study: StudySpec) -> dict[str, list[str]]:
+def axes_of(
+    study: StudySpec,  # the study
+) -> dict[str, list[str]]:
     "Return what `--only` can choose from."
     return {
         "kind": list(SPECS), "task": list(study.tasks),
@@ -127,7 +133,7 @@ def axes_of(study: StudySpec) -> dict[str, list[str]]:
 
 def parse_only(
     only: str | Iterable[str] | None,  # "task=a,backbone=b", or several of these
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> dict[str, set[str]]:  # key → allowed values
     "Read a choice, strictly."
     texts = [only] if isinstance(only, str) else list(only or [])
@@ -148,7 +154,10 @@ def parse_only(
     return chosen
 
 # %% ../../nbs/7_runs/03_grid.ipynb #871d2a8d
-def matches_choice(spec: Spec, chosen: dict) -> bool:
+def matches_choice(
+    spec: Spec,  # what the run is
+    chosen: dict,  # field → wanted values
+) -> bool:
     "Return whether every chosen key, where the spec has it, is one of the allowed values."
     return all(str(getattr(spec, key, None)) in allowed for key, allowed in chosen.items())
 
@@ -181,13 +190,16 @@ def shard_jobs(
     return [j for j in jobs if j.name in wanted]
 
 # %% ../../nbs/7_runs/03_grid.ipynb #b58dd1d8
-def template_of(kind: str, templates: Path | None) -> Path:
+def template_of(
+    kind: str,  # transfer, pretrain or external
+    templates: Path | None,  # folder with one's own templates
+) -> Path:
     "Return the template of a kind, from the project or from a folder of one's own."
     return Path(templates).resolve()/f"{kind}.ipynb" if templates else template_file(kind)
 
 # %% ../../nbs/7_runs/03_grid.ipynb #2a17152d
 def jobs_of(
-    study: StudySpec,
+    study: StudySpec,  # the study
     only=None,  # see parse_only
     templates: Path | None = None,  # folder with one's own templates
 ) -> list[Job]:  # in the order of their needs
@@ -211,13 +223,15 @@ def jobs_of(
 # %% ../../nbs/7_runs/03_grid.ipynb #4703134f
 def transfer_jobs(
     study: str,  # name of the study
-    runs: list[RunSpec],
+    runs: list[RunSpec],  # of the study
     weights: list[Job],  # the pretraining jobs
-    template: Path,
+    template: Path,  # a papermill template
     searched: tuple = (),  # fields of the study's search
 ) -> list[Job]:
     "Make one job for each task, backbone, training-set size and setting of the search."
-    def key(s): return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched)
+    def key(s):
+        fold = f"-f{s.fold}" if s.folds else ""
+        return s.task, s.backbone, s.n_train, "".join(f"-{k}={getattr(s, k)}" for k in searched) + fold
     maker = {job.runs[0]: job.name for job in weights}
     grouped = ((k, list(g)) for k, g in groupby(sorted(runs, key=key), key))
     jobs = [
@@ -231,7 +245,12 @@ def transfer_jobs(
     return sorted(jobs, key=lambda job: order.index(key(job.specs[0])))
 
 # %% ../../nbs/7_runs/03_grid.ipynb #8aea8953
-def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: Path) -> list[Job]:
+def external_jobs(
+    study: StudySpec,  # the study
+    kinds: set,  # of notebooks
+    transfers: list[Job],  # runs that are tried on another cohort
+    template: Path,  # a papermill template
+) -> list[Job]:
     "Make one job for each backbone whose tuned runs are all in the plan."
     maker = {id: job.name for job in transfers for id in job.runs}
     specs = [s for s in external_specs(study) if "external" in kinds and set(s.parents) <= set(maker)]
@@ -244,30 +263,37 @@ def external_jobs(study: StudySpec, kinds: set, transfers: list[Job], template: 
     ]
 
 # %% ../../nbs/7_runs/03_grid.ipynb #508f4e5b
-def study_records(study: StudySpec) -> list[dict]:
+def study_records(
+    study: StudySpec,  # the study
+) -> list[dict]:
     "Return the records that belong to the study file as it is now; earlier ones enter no number."
     ids = {id for job in jobs_of(study) for id in job.runs}
     return [r for r in read_records(study.name) if r["id"] in ids]
 
-def known_records(study: str) -> dict[str, dict]:
+def known_records(
+    study: str,  # name of a study
+) -> dict[str, dict]:
     "Return all records of a study by run id."
     return {r["id"]: r for r in read_records(study)}
 
 def run_states(
-    job: Job,
+    job: Job,  # a notebook with its parameters
     records: dict,  # from known_records
 ) -> dict[str, str]:  # run id → done, failed or missing
     "Return what is known about a job's runs."
     # an id is the hash of its spec
     return {id: records[id]["status"] if id in records else "missing" for id in job.runs}
 
-def job_states(job: Job, study: str) -> dict[str, str]:
+def job_states(
+    job: Job,  # a notebook with its parameters
+    study: str,  # name of a study
+) -> dict[str, str]:
     "Return the same, reading only the job's own records."
     return run_states(job, {id: r for id in job.runs if (r := read_record(run_folder(study, id)))})
 
 # %% ../../nbs/7_runs/03_grid.ipynb #5220e5e2
 def template_parameters(
-    template: Path,
+    template: Path,  # a papermill template
 ) -> list[str]:
     "Return names assigned in the cell tagged `parameters`."
     try: cells = json.loads(Path(template).read_text(encoding="utf-8"))["cells"]
@@ -288,7 +314,9 @@ def template_parameters(
     return [t.id for t in names if isinstance(t, ast.Name)]
 
 # %% ../../nbs/7_runs/03_grid.ipynb #46e4fc5f
-def check_template(job: Job) -> None:
+def check_template(
+    job: Job,  # a notebook with its parameters
+) -> None:
     "Raise when a job passes a parameter that its template does not have, or the other way round."
     there = template_parameters(job.template)
     for name in job.parameters:
@@ -304,7 +332,9 @@ def check_template(job: Job) -> None:
                 f"passes.{suggest_name(name, set(job.parameters) - set(there))} Remove it or add a field to the spec."
             )
 
-def check_templates(jobs: Iterable[Job]) -> None:
+def check_templates(
+    jobs: Iterable[Job],  # notebooks of a study
+) -> None:
     "Check each template once."
     for job in {(j.kind, j.template): j for j in jobs}.values(): check_template(job)
 
@@ -319,7 +349,7 @@ OPEN = ("running", "queued", "missing")  # still to be computed
 
 # %% ../../nbs/7_runs/03_grid.ipynb #445c0d29
 def states_of(
-    job: Job,
+    job: Job,  # a notebook with its parameters
     records: dict,  # run id → record
     running: bool = False,  # its notebook is at work
     queued: bool = False,  # it waits in a cluster's queue
@@ -328,12 +358,16 @@ def states_of(
     left = "running" if running else "queued" if queued else "skipped" if job.skipped else "missing"
     return {id: left if state == "missing" else state for id, state in run_states(job, records).items()}
 
-def count_states(states: Iterable[str]) -> str:  # "58 done, 1 failed, 3 missing"
+def count_states(
+    states: Iterable[str],  # one a run
+) -> str:  # "58 done, 1 failed, 3 missing"
     "Count how many runs stand where."
     count = Counter(states)
     return ", ".join(f"{count[s]} {s}" for s in STATES if count[s]) or "no runs"
 
-def job_state(states: Iterable[str]) -> str:  # of the runs of one notebook
+def job_state(
+    states: Iterable[str],  # one a run
+) -> str:  # of the runs of one notebook
     "Describe a notebook in one word: what there is to know first."
     there = set(states)
     return next(

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/7_runs/07_launch.ipynb #0acfe8d7
 from ..foundation.shutdown import SIGNALS
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from .forkserver import Forked, can_fork, die_with_parent, kill_group, safe_env
 from .record import notify
@@ -65,8 +66,8 @@ def process_group(
 # %% ../../nbs/7_runs/07_launch.ipynb #54e6f4e1
 def worker_main(
     folder: str,  # holds the call, takes the answer
-    rank: str,
-    size: str,
+    rank: str,  # number of the process
+    size: str,  # how many processes
     parent: str = "",  # process number to die with, "" when the fork server takes care
 ) -> None:
     "Be a helper: call the function as the others do."
@@ -77,6 +78,7 @@ def worker_main(
         function, args = pickle.loads(Path(folder, "call").read_bytes())
         # full registries, as the notebook has them
         if function.__module__.split(".")[0] == "vfm_notes": import vfm_notes.tune.catalog
+        for spec in args: load_plugins(getattr(spec, "plugins", {}))
         Path(folder, f"ready-{rank}").touch()
         with process_group(Path(folder), int(rank), int(size)): function(*args)
     except Exception as error:
@@ -84,7 +86,11 @@ def worker_main(
         raise
 
 # %% ../../nbs/7_runs/07_launch.ipynb #3e1a7486
-def start_worker(folder: Path, rank: int, size: int):  # → something like a Popen
+def start_worker(
+    folder: Path,  # a folder
+    rank: int,  # number of the process
+    size: int,  # how many processes
+):  # → something like a Popen
     "Start a helper."
     env, words = os.environ | {"VFM_HELPER": "1", "VFM_PROCESSES": "1", "VFM_JOB": "",
                                "VFM_PROGRESS": ""} | safe_env(), [str(folder), str(rank), str(size)]
@@ -102,7 +108,12 @@ def start_worker(folder: Path, rank: int, size: int):  # → something like a Po
 # %% ../../nbs/7_runs/07_launch.ipynb #d0314ecb
 class WorkerProcesses:
     "The helpers of a call."
-    def __init__(self, function: Callable, args: tuple, size: int):
+    def __init__(
+        self,
+        function: Callable,  # a public function of a module
+        args: tuple,  # of the function
+        size: int,  # how many processes
+    ):
         self.size, self.over, self.turn = size, threading.Event(), threading.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="vfm-team-"))
         (self.folder/"call").write_bytes(pickle.dumps((function, args)))

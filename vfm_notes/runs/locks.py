@@ -21,17 +21,23 @@ from ..foundation.places import abandoned, cache_root, run_folder, study_root
 from .record import check_record, NAME, quarantine, recheck_record, SMALL_FILE
 
 # %% ../../nbs/7_runs/02_locks.ipynb #bfe5c730
-def lock_file(study: str, job: str) -> Path:
+def lock_file(
+    study: str,  # name of a study
+    job: str,  # name of a job
+) -> Path:
     "Return the file that is held while a notebook runs."
     return study_root(study)/"locks"/f"{job}.lock"
 
-def progress_file(study: str, job: str) -> Path:
+def progress_file(
+    study: str,  # name of a study
+    job: str,  # name of a job
+) -> Path:
     "Return the file that states how far a running notebook is."
     return study_root(study)/"progress"/f"{job}.json"
 
 @contextmanager
 def job_lock(
-    study: str,
+    study: str,  # name of a study
     job: str,  # name of the job
 ) -> Iterator[bool]:  # False: somebody else has it
     "Hold a job's lock while the block runs."
@@ -46,7 +52,7 @@ def job_lock(
 
 # %% ../../nbs/7_runs/02_locks.ipynb #a59f2e08
 def running_since(
-    study: str,
+    study: str,  # name of a study
     job: str,  # name of the job
 ) -> float | None:  # time of the start, seconds since 1970; None: not running
     "Return since when a living process has held the job's lock; None if none does."
@@ -74,7 +80,10 @@ def repair(
         elif record: keep_times(folder, record["files"])
     return found
 
-def keep_times(folder: Path, written: dict) -> None:  # written: file name → {bytes, mtime, sha256}
+def keep_times(
+    folder: Path,  # a folder
+    written: dict,  # file name → {bytes, mtime, sha256}
+) -> None:
     "Give files that were copied, and are what was written, the time of the writing."
     for name, then in written.items():
         now = (folder/name).stat()
@@ -83,7 +92,9 @@ def keep_times(folder: Path, written: dict) -> None:  # written: file name → {
         except PermissionError: pass  # somebody else's: it is compared each time
 
 # %% ../../nbs/7_runs/02_locks.ipynb #repair10
-def remove_stale(study: str) -> int:  # how many were there
+def remove_stale(
+    study: str,  # name of a study
+) -> int:  # how many were there
     "Remove hidden folders of writers that no longer live, after taking finished records out of them."
     dead = [(path, id) for path, id in abandoned(study_root(study)) if NAME.fullmatch(id)]
     for path, id in sorted(dead, reverse=True):  # the last one first

@@ -22,16 +22,19 @@ from pathlib import Path
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #6a727297
 from ..foundation.places import detect_full_disk, DiskFull, notebook_file, pid_alive, runs_root
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from ..foundation.spec import StudySpec
 from .executors import executors, LocalExecutor
 from .forkserver import Forked, kill_group, safe_env, SAFE_KERNEL
 from .grid import check_templates, Job, known_records, why_unavailable
 from .locks import progress_file
+from .timed import time_first_step
+
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #db0389bb
 def notebook_error(
-    error: Exception,
+    error: Exception,  # what was raised
     notebook: Path,  # the partly executed notebook
 ) -> dict:  # type, message, cell, traceback
     "Describe what went wrong in a notebook."
@@ -50,16 +53,25 @@ def notebook_error(
     }
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #e0f9b31c
-def template_hash(template: Path) -> str: return hashlib.sha256(template.read_bytes()).hexdigest()  # sha256 of its file
+# sha256 of its file
+def template_hash(
+    template: Path,  # a papermill template
+) -> str:
+    return hashlib.sha256(template.read_bytes()).hexdigest()
 
-def current_cell(notebook: Path) -> int | None:
+def current_cell(
+    notebook: Path,  # as papermill writes it
+) -> int | None:
     "Return the last cell that was begun."
     try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError): return None
     return max((i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")), default=None)
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #44c757f1
-def current_run(study: str, job: Job) -> str:  # its id, "" between runs
+def current_run(
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
+) -> str:  # its id, "" between runs
     "Return the run that the notebook reports to be at work on."
     try: return json.loads(progress_file(study, job.name).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError): return ""
@@ -71,7 +83,11 @@ def kernel_processes() -> list[int]:
     return [p for p in Forked.started if pid_alive(p)] + plain
 
 @contextmanager
-def time_limit(study: str, job: Job, minutes: float) -> Iterator[list]:  # minutes: of one run, 0 for no limit
+def time_limit(
+    study: str,  # name of a study
+    job: Job,  # a notebook with its parameters
+    minutes: float,  # of one run, 0 for no limit
+) -> Iterator[list]:
     "Kill the kernel when one run takes longer; the list then holds the cell."
     late, over = [], threading.Event()
     def look():
@@ -88,7 +104,7 @@ def time_limit(study: str, job: Job, minutes: float) -> Iterator[list]:  # minut
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #ce602d4d
 def execute(
-    job: Job,
+    job: Job,  # a notebook with its parameters
     study: str,  # name of the study
     engine: str | None = "forked",  # papermill engine; None: papermill's own
     limit: float = 0.0,  # minutes that a run may take, 0: any
@@ -126,7 +142,9 @@ def grace_seconds() -> float:
     "Return the seconds that a kernel has to end after a request; fewer than Slurm's warning leaves (90 s)."
     return float(os.environ.get("VFM_GRACE", 75))
 
-def stop_kernels(signum: int = signal.SIGTERM) -> None:
+def stop_kernels(
+    signum: int = signal.SIGTERM,  # a signal's number
+) -> None:
     "Request the kernels of this worker to end, and see to it that they do."
     going = kernel_processes()
     for pid in going: os.kill(pid, signal.SIGTERM)
@@ -135,7 +153,9 @@ def stop_kernels(signum: int = signal.SIGTERM) -> None:
     late.start()
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #17b0ad8d
-def settings_conflicts(study: StudySpec) -> list[str]:  # one sentence each
+def settings_conflicts(
+    study: StudySpec,  # the study
+) -> list[str]:  # one sentence each
     "Return what executors do not understand of a study."
     import vfm_notes.runs.slurm  # registers its settings
     found = []
@@ -147,15 +167,19 @@ def settings_conflicts(study: StudySpec) -> list[str]:  # one sentence each
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #caea85ee
 def known_conflicts(
-    study: StudySpec,
+    study: StudySpec,  # the study
     jobs: list[Job],  # that are to be done
 ) -> list[str]:  # one sentence each
     "List everything that is known to fail before it is computed."
     from vfm_notes.tune import conflicts as known
+    load_plugins(study.plugins, study.name)
     return settings_conflicts(study) + known.conflicts(study, [s for job in jobs for s in job.specs])
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #a362c926
-def preflight(study: StudySpec, jobs: list[Job]) -> None:
+def preflight(
+    study: StudySpec,  # the study
+    jobs: list[Job],  # notebooks of a study
+) -> None:
     "Raise when something cannot work, or when the cohort cannot be loaded."
     if found := known_conflicts(study, jobs):
         many = "; ".join(f"({i}) {sentence.rstrip('.')}" for i, sentence in enumerate(found, 1))
@@ -164,9 +188,13 @@ def preflight(study: StudySpec, jobs: list[Job]) -> None:
         )
     from vfm_notes.data.load import load_cohort
     load_cohort(study.cohort, study.size, study.spacing, study.cases, bad_cases=study.bad_cases)
+    time_first_step(study)
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #9dc4383a
-def check_disk(study: str, jobs: list[Job]) -> None:
+def check_disk(
+    study: str,  # name of a study
+    jobs: list[Job],  # notebooks of a study
+) -> None:
     "Raise when what is missing would not fit on the disk, judged by the records that exist."
     records = known_records(study)
     sizes = [sum(f["bytes"] for f in r.get("files", {}).values()) for r in records.values() if r["status"] == "done"]
@@ -181,14 +209,21 @@ def check_disk(study: str, jobs: list[Job]) -> None:
         )
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #c3a113e7
-def check_there(study: StudySpec, jobs: list[Job]) -> None:
+def check_there(
+    study: StudySpec,  # the study
+    jobs: list[Job],  # notebooks of a study
+) -> None:
     "Raise when data, a template or space is missing."
     if reason := why_unavailable(study.cohort, os.environ.get("VFM_DATA")): raise VfmError(reason)
     check_templates(jobs)
     check_disk(study.name, jobs)
 
 # %% ../../nbs/7_runs/09_notebook.ipynb #805178ab
-def check_first(pool, study: StudySpec, jobs: list[Job]) -> None:
+def check_first(
+    pool,  # of executors
+    study: StudySpec,  # the study
+    jobs: list[Job],  # notebooks of a study
+) -> None:
     "Check in a worker of this machine, also when the notebooks go to a cluster."
     if isinstance(pool, LocalExecutor): return pool.submit(preflight, study, jobs).result()
     with LocalExecutor(1, fast=False) as here: here.submit(preflight, study, jobs).result()

@@ -30,23 +30,25 @@ from vfm_notes.foundation.places import (
     DiskFull, check_companion, file_hash, fsync, detect_full_disk, part_folder, part_name, swap_folder, write_atomic,
 )
 from ..foundation.shutdown import Stopped
-from ..foundation.meter import convert_old_cost
 from ..foundation.meter import provenance
 from ..foundation.places import run_folder, study_root
+from ..foundation.loggers import log_run
+from ..foundation.plugins import code_line
 from ..foundation.registry import VfmError, suggest_name
 from ..foundation.spec import Spec, canonical_text, run_id
 
 # %% ../../nbs/7_runs/01_record.ipynb #a87bb502
 SCHEMA = 1
 EMPTY_RECORD = {
+    "input": {},  # what a new case must have, see tune.transfer
     "metrics": {}, "primary": "", "directions": {}, "units": {}, "controls": {}, "d2p": [], "d2p_moments": [],
-    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "normalisation": {}, "cohort_hash": "",
-    "weights_hash": "", "weights_files": [], "licences": [], "excluded": [], "notes": [], "notebook": "",
-    "template_hash": "", "error": None,
+    "scores": [], "cost": {}, "n": {}, "train_cases": [], "head": {}, "shown": {}, "hand_made": {},
+    "normalisation": {}, "cohort_hash": "", "weights_hash": "", "weights_files": [], "licences": [], "overlap": {},
+    "excluded": [], "notes": [], "notebook": "", "template_hash": "", "error": None,
 }
 
 def new_record(
-    spec: Spec,
+    spec: Spec,  # what the run is
     study: str,  # name of the study
     status: str = "done",  # done or failed
     **values,  # any of the fields of `EMPTY_RECORD`
@@ -68,7 +70,7 @@ def new_record(
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def failed_record(
-    spec: Spec,
+    spec: Spec,  # what the run is
     study: str,  # name of the study
     error: BaseException | dict,  # the exception, or {type, message, cell, traceback}
     cell: int | None = None,  # index of the notebook's cell, if known
@@ -76,8 +78,9 @@ def failed_record(
 ) -> dict:
     "Make the record of a run that did not finish: it states why."
     if isinstance(error, BaseException):
+        line = code_line(error)  # of a study's own code
         error = {
-            "type": type(error).__name__, "message": str(error),
+            "type": type(error).__name__, "message": str(error) + f" ({line})" * bool(line),
             "traceback": "".join(traceback.format_exception(error)),
         }
     full = {"type": "", "message": "", "cell": cell, "traceback": ""} | error
@@ -91,7 +94,7 @@ NAME = re.compile(r"[\w.=-]+-[0-9a-f]{8}")  # of a run's folder; other folders o
 SMALL_FILE = 1 << 20  # bytes; reading so little costs no more than opening it
 
 def compare_files(
-    folder: str,
+    folder: str,  # a folder
     written: dict,  # file name → {bytes, mtime, sha256}
     # checksums are compared of files up to so many bytes whose time is not that of the writing,
     changed: float = SMALL_FILE,
@@ -110,7 +113,7 @@ def compare_files(
 
 # %% ../../nbs/7_runs/01_record.ipynb #chkrec01
 def check_record(
-    folder: Path | str,
+    folder: Path | str,  # a folder
     name: str = "",  # run id; "" is the name of the folder
     **depth,  # of the comparison, see compare_files
 ) -> tuple[dict | None, str]:  # the record or None; what is wrong with it, "" if nothing
@@ -128,12 +131,13 @@ def check_record(
         raise VfmError(f"{folder} has record schema {record['schema']}, this version reads schema {SCHEMA}: "
                        "use the version that wrote it, or another VFM_RUNS.")
     if record["id"] != (name or os.path.basename(folder)): return None, f"record.json belongs to {record['id']}"
-    if "cost" not in record: record["cost"] = convert_old_cost(record)
     why = compare_files(folder, record.get("files", {}), **depth)
     return (None, why) if why else (record, "")
 
 # %% ../../nbs/7_runs/01_record.ipynb #c9daabe4
-def foreign_files(folder: Path) -> str:  # "" if nothing, also where there is no folder
+def foreign_files(
+    folder: Path,  # a folder
+) -> str:  # "" if nothing, also where there is no folder
     "Describe what keeps a folder from being dropped: damage, or files that its record does not know."
     record, why = check_record(folder)
     if not record: return why
@@ -141,12 +145,14 @@ def foreign_files(folder: Path) -> str:  # "" if nothing, also where there is no
     return f"it also holds {', '.join(more)}" if more else ""
 
 # %% ../../nbs/7_runs/01_record.ipynb #6337763a
-def notify(text: str) -> None:
+def notify(
+    text: str,  # one line
+) -> None:
     "Show the user a message that needs no answer."
     print(text, file=sys.stderr, flush=True)
 
 def quarantine(
-    folder: Path,
+    folder: Path,  # a folder
     why: str,  # what is wrong with it
     name: str = "",  # of the run; "" is that of the folder
 ) -> None:
@@ -158,7 +164,9 @@ def quarantine(
     notify(f"{name}: {why}; set aside as {aside.name}, it is computed again.")
 
 # %% ../../nbs/7_runs/01_record.ipynb #9bfb5c28
-def plain_json(value):
+def plain_json(
+    value,  # of a record
+):
     "Turn values into JSON without surprises: numpy scalars become numbers, NaN and infinity become null."
     if isinstance(value, dict): return {str(k): plain_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [plain_json(v) for v in value]
@@ -202,19 +210,24 @@ def write_record(
     cases=None,  # DataFrame or rows: case, patient, metric, value
     features: dict | None = None,  # name → numpy array (n, f)
     weights: dict | None = None,  # name → numpy array
+    pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
+    adapters: dict | None = None,  # name → numpy array, low-rank updates that are in the weights, too
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
     with detect_full_disk(folder.parent), part_folder(folder) as new:
         files = write_files(
-            new, {"curves": curves, "cases": cases}, {"features": features, "weights": weights}, {"weights": plan}
+            new, {"curves": curves, "cases": cases},
+            {"features": features, "weights": weights, "pictures": pictures, "adapters": adapters or None},
+            {"weights": plan},
         )
         record = plain_json(record | {"files": files})
         write_atomic(new/"record.json", json.dumps(record, indent=1))
         drop_record(folder, new)
         # of the training, see pretrain.trainer
         if record["status"] == "done": (folder.parent/"checkpoints"/f"{folder.name}.pt").unlink(missing_ok=True)
+    log_run(record, curves, folder.parent, notify)
     return record
 
 # %% ../../nbs/7_runs/01_record.ipynb #6700a6fa
@@ -229,7 +242,10 @@ def drop_record(
     else: shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/7_runs/01_record.ipynb #readrec1
-def recheck_record(folder: Path | str, **depth) -> tuple[dict | None, str]:  # as look
+def recheck_record(
+    folder: Path | str,  # a folder
+    **depth,  # of the check
+) -> tuple[dict | None, str]:  # as look
     "Look again before something is called damaged."
     found = check_record(folder, **depth)
     if not found[1]: return found
@@ -286,7 +302,7 @@ def read_records(
 
 # %% ../../nbs/7_runs/01_record.ipynb #d29b81ff
 def read_table(
-    study: str,
+    study: str,  # name of a study
     id: str,  # run id
     name: str,  # curves or cases
 ):  # pandas DataFrame, or None when the run has none
@@ -298,9 +314,9 @@ def read_table(
     return pd.read_parquet(path)
 
 def read_arrays(
-    study: str,
+    study: str,  # name of a study
     id: str,  # run id
-    name: str,  # features or weights
+    name: str,  # features, weights or pictures
 ) -> dict | None:  # array name → numpy array, None when the run has none
     "Read the arrays of a run."
     path = run_folder(study, id)/f"{name}.safetensors"
@@ -310,7 +326,10 @@ def read_arrays(
     return load_file(path)
 
 # %% ../../nbs/7_runs/01_record.ipynb #aa739c92
-def valid(record: dict | None, spec: Spec) -> bool:
+def valid(
+    record: dict | None,  # as it was read; None: none
+    spec: Spec,  # what the run is
+) -> bool:
     "Return whether this is the finished record of exactly this spec."
     return (
         bool(record)
@@ -319,14 +338,17 @@ def valid(record: dict | None, spec: Spec) -> bool:
         and record["spec"] == json.loads(canonical_text(spec))
     )
 
-def stored_record(study: str, spec: Spec) -> dict | None:
+def stored_record(
+    study: str,  # name of a study
+    spec: Spec,  # what the run is
+) -> dict | None:
     "Return the finished record of a spec, or None."
     record = read_record(run_folder(study, run_id(spec)))
     return record if valid(record, spec) else None
 
 def missing_specs(
-    study: str,
-    specs: list,
+    study: str,  # name of a study
+    specs: list,  # runs of a study
     failed: bool = False,  # count recorded failures as missing, too
 ) -> list:
     "Return the specs that still have to be computed."
@@ -355,10 +377,10 @@ def report_progress(
 # %% ../../nbs/7_runs/01_record.ipynb #3ab91753
 @contextmanager
 def recording_failures(
-    study: str,
-    spec: Spec,
+    study: str,  # name of a study
+    spec: Spec,  # what the run is
     done: float = 0,  # see report_progress
-    total: float = 1,
+    total: float = 1,  # seconds
 ) -> Iterator[None]:
     "Turn an exception inside the block into a failed record, so that the other runs go on."
     report_progress(done, total, run_id(spec), run=run_id(spec))

@@ -51,15 +51,16 @@ class SlurmSettings:
     "What each notebook asks of the cluster."
     partition: SlurmWord = ""  # "" is the cluster's default
     time: Annotated[int, Meta(ge=1, le=10**6)] = 240  # minutes
+    # of a job
     memory: Annotated[
         str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?[KMGTkmgt]?[Bb]?\Z", description="memory as Slurm writes it, e.g. 16GB")
     ] = "16GB"
     cpus: Annotated[int, Meta(ge=1, le=4096)] = 4  # cores, also the number of threads of all its processes
-    gpus: Annotated[int, Meta(ge=0, le=1024)] = 0
+    gpus: Annotated[int, Meta(ge=0, le=1024)] = 0  # of a job
     processes: Processes = 1  # that share each training, one GPU each, see runs.launch
-    account: SlurmWord = ""
-    qos: SlurmWord = ""
-    constraint: SlurmWord = ""
+    account: SlurmWord = ""  # as sbatch takes it; "": none
+    qos: SlurmWord = ""  # as sbatch takes it; "": none
+    constraint: SlurmWord = ""  # as sbatch takes it; "": none
     parallel: Annotated[int, Meta(ge=1, le=100_000)] = 256  # notebooks at a time
     setup: tuple[Line, ...] = ()  # shell lines before Python starts, e.g. "module load cuda"
     # what starts Python, e.g. "apptainer exec --nv image.sif python3"; "" is the Python that is running now
@@ -70,7 +71,7 @@ class SlurmSettings:
 
 # %% ../../nbs/7_runs/08_slurm.ipynb #485ae3cd
 def sbatch_options(
-    settings: SlurmSettings,
+    settings: SlurmSettings,  # what a job requests
 ) -> dict:  # as submitit names them
     "Write settings as options of sbatch."
     named = {k: v for k in ("partition", "account", "qos", "constraint") if (v := getattr(settings, k))}
@@ -135,7 +136,9 @@ class SlurmCall:
         return DelayedSubmission(self)
 
 # %% ../../nbs/7_runs/08_slurm.ipynb #364ebbeb
-def run_slurm(*command: str) -> str:
+def run_slurm(
+    *command: str,  # words of the command line
+) -> str:
     "Run a Slurm command and return what it prints; raise its own message when it fails."
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
@@ -158,7 +161,7 @@ def queued_tasks() -> dict[str, str]:  # id → state and reason, e.g. "12_3" �
 
 # %% ../../nbs/7_runs/08_slurm.ipynb #c23cdb85
 def test_settings(
-    settings: SlurmSettings,
+    settings: SlurmSettings,  # what a job requests
 ) -> None:
     "Have Slurm check the settings, without submitting anything."
     options = {
@@ -183,8 +186,12 @@ def last_state(
 # %% ../../nbs/7_runs/08_slurm.ipynb #51e7c628
 class Queued:
     "A job of the queue in the place of a process."
-    def __init__(self, id: str, result: Path, states: Callable[[], dict]):
-        # Slurm's id; file that it will leave; the queue, seen not long ago
+    def __init__(
+        self,
+        id: str,  # of the job
+        result: Path,  # file with the answer
+        states: Callable[[], dict],  # asks the cluster
+    ):
         self.id, self.result, self.states = id, result, states
         # None while it goes on; looks at the queue without it, and the last of them
         self.returncode, self.absent, self.last = None, 0, None
@@ -204,7 +211,9 @@ class Queued:
 # %% ../../nbs/7_runs/08_slurm.ipynb #slurmsa4
 def call_folder() -> Path: return study_root(".slurm")/getpass.getuser()  # of calls, answers and Slurm's own output
 
-def private_folder(folder: str | Path) -> Path:  # folder: made where there is none
+def private_folder(
+    folder: str | Path,  # made where there is none
+) -> Path:
     "Make a folder that nobody else can write into."
     folder = Path(folder).resolve()
     if not str(folder).isprintable():
@@ -220,7 +229,7 @@ def private_folder(folder: str | Path) -> Path:  # folder: made where there is n
 
 # %% ../../nbs/7_runs/08_slurm.ipynb #1040c3df
 def job_script(
-    settings: SlurmSettings,
+    settings: SlurmSettings,  # what a job requests
     count: int,  # jobs of the array
 ) -> str:
     "Write the script that Slurm is given, without touching any file or command."
@@ -238,7 +247,7 @@ class SlurmExecutor:
         self,
         jobs: int | None = None,  # notebooks at a time; None: as the settings say
         fast: bool = True,  # not used: each job imports for itself
-        settings: SlurmSettings = SlurmSettings(),
+        settings: SlurmSettings = SlurmSettings(),  # what a job requests
         folder: Path | None = None,  # for calls, results and Slurm's own output, on a disk that all nodes see
         poll: float = 3.0,  # seconds between two looks at the queue
     ):
@@ -274,7 +283,11 @@ class SlurmExecutor:
         return future
 
 # %% ../../nbs/7_runs/08_slurm.ipynb #5e9e6f7f
-def job_note_file(log: Path) -> Path: return Path(log).with_suffix(".slurm")  # where the id of a notebook's job stands
+# where the id of a notebook's job stands
+def job_note_file(
+    log: Path,  # of the job
+) -> Path:
+    return Path(log).with_suffix(".slurm")
 
 @patch
 def find(self: SlurmExecutor, data: bytes, log: Path | None) -> Future | None:
@@ -323,7 +336,11 @@ def pump(self: SlurmExecutor) -> None:
         self.looked = float("-inf")
 
 # items in groups of n
-def split_batches(items: list, n: int) -> list[list]: return [items[i:i + n] for i in range(0, len(items), n)]
+def split_batches(
+    items: list,  # one or more
+    n: int,  # batches, at least 1
+) -> list[list]:
+    return [items[i:i + n] for i in range(0, len(items), n)]
 
 PREEMPTED_STATES = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED")
 @patch
@@ -364,7 +381,7 @@ def __exit__(self: SlurmExecutor, *error) -> None: self.shutdown()
 
 # %% ../../nbs/7_runs/08_slurm.ipynb #7315fa0a
 def queued_jobs(
-    study: str,
+    study: str,  # name of a study
 ) -> dict[str, str]:  # name of a notebook's job → "Slurm 12_3 PENDING (Resources)"
     "List the notebooks of a study that are in the queue; run no command when none was ever sent."
     notes = {}

@@ -21,12 +21,13 @@ from statistics import median
 from ..foundation.places import project_root
 from .grid import Job, OPEN, states_of
 from .locks import progress_file, running_since
+from .timed import timed_here
 
 # %% ../../nbs/7_runs/10_watch.ipynb #00032e27
 @dataclass
 class JobStatus:
     "A job as somebody who waits for it sees it."
-    job: Job
+    job: Job  # a notebook with its parameters
     states: dict  # run id → one of runs.states.STATES
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
@@ -48,7 +49,7 @@ class JobStatus:
 # %% ../../nbs/7_runs/10_watch.ipynb #5f031567
 def job_status(
     study: str,  # name of the study
-    job: Job,
+    job: Job,  # a notebook with its parameters
     records: dict,  # run id → record
     queued: str = "",  # what a cluster's queue reports of it
 ) -> JobStatus:
@@ -65,7 +66,9 @@ def job_status(
     return look
 
 # %% ../../nbs/7_runs/10_watch.ipynb #0410f078
-def format_duration(seconds: float | None) -> str:
+def format_duration(
+    seconds: float | None,  # wall time; None: not known
+) -> str:
     "Write seconds for people."
     if seconds is None: return "unknown time"
     s = round(seconds)
@@ -79,8 +82,8 @@ class Display:
     "Tells how far a study is."
     total: int  # runs in all
     every: float = 15.0  # seconds between two lines in a log
-    started: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)  # when it began, seconds
+    last: float = field(default_factory=time.monotonic)  # when it was last done, seconds
     live: object = None  # rich's display, on a terminal
 
     def __post_init__(self):
@@ -113,9 +116,9 @@ class Display:
 # %% ../../nbs/7_runs/10_watch.ipynb #bdf06338
 def progress_bars(
     done: int,  # finished runs
-    total: int,
+    total: int,  # notebooks
     looks: list[JobStatus],  # running jobs
-    status: str,
+    status: str,  # of the jobs
 ):  # a rich table
     "Draw one bar for each running job and one for the study."
     from rich.progress_bar import ProgressBar
@@ -151,7 +154,9 @@ def core_seconds(
 ) -> float:
     "Estimate what a run would take on the core where costs were measured."
     costs, cases = voxel_seconds(), spec.get("cases", {})
-    forward, step = costs.get(spec["backbone"].split(".")[0], costs[spec["size"][0] > 1])
+    architecture = spec["backbone"].split(".")[0]
+    own = () if architecture in costs else timed_here()["costs"].get(architecture)
+    forward, step = own or costs.get(architecture, costs[spec["size"][0] > 1])
     whole, piece = prod(spec["size"]), prod(map(min, spec["size"], spec.get("window") or spec["size"]))
     if kind == "external": return OVERHEAD_SECONDS + len(spec["parents"]) * forward * whole
     if kind == "pretrain": return OVERHEAD_SECONDS + spec["epochs"] * cases["pretrain"] * step * piece
@@ -165,7 +170,10 @@ def core_seconds(
 # %% ../../nbs/7_runs/10_watch.ipynb #7213ed3c
 Speeds = dict[tuple, tuple[float, float, int]]  # key of `related_keys` → seconds taken, core seconds, number of runs
 
-def related_keys(kind: str, spec: dict) -> list[tuple]:
+def related_keys(
+    kind: str,  # transfer, pretrain or external
+    spec: dict,  # fields of a run
+) -> list[tuple]:
     "Return keys of a run, from its closest relatives to the most distant."
     near = (kind, spec.get("task", ""), spec["backbone"], spec.get("strategy", ""))
     return [near[:k] for k in (4, 3, 2, 1, 0)]
@@ -191,23 +199,31 @@ def measure_speeds(
 @dataclass(frozen=True)
 class Estimate:
     "A time, and what it rests on."
-    seconds: float
+    seconds: float  # wall time
     runs: int  # how many runs that were recorded or are at work it is judged by; 0: measured costs alone
+    timed: bool = False  # these costs are scaled by a step that was timed here
 
-    def __str__(self) -> str: return f"{'about' if self.runs else 'very roughly'} {format_duration(self.seconds)}"
+    def __str__(self) -> str:
+        sure = "about" if self.runs else "roughly" if self.timed else "very roughly"
+        return f"{sure} {format_duration(self.seconds)}"
 
     @property
     def basis(self) -> str:
         "State what it rests on."
         if self.runs: return f"judged by {self.runs} {'run' if self.runs == 1 else 'runs'} like these"
-        where = "costs measured on one processor core of another machine"
+        where = "costs measured on one processor core of another machine" + ", scaled by a step timed here" * self.timed
         return f"an estimate from {where}, as no run is recorded here yet"
 
 # %% ../../nbs/7_runs/10_watch.ipynb #46ecd965
-def run_time(kind: str, spec: dict, known: Speeds) -> Estimate:
+def run_time(
+    kind: str,  # transfer, pretrain or external
+    spec: dict,  # fields of a run
+    known: Speeds,  # seconds of past runs
+) -> Estimate:
     "Estimate how long one run will take."
-    seconds, core, runs = next((known[k] for k in related_keys(kind, spec) if k in known), (1.0, 1.0, 0))
-    return Estimate(core_seconds(kind, spec) * seconds / core, runs)
+    here = timed_here()["ratio"]
+    seconds, core, runs = next((known[k] for k in related_keys(kind, spec) if k in known), (here or 1.0, 1.0, 0))
+    return Estimate(core_seconds(kind, spec) * seconds / core, runs, bool(here))
 
 def time_left(
     looks: list[JobStatus],  # the jobs that still have to be done
@@ -222,4 +238,7 @@ def time_left(
         todo = [run_time(kind, vars(s), known) for s in todo]
         each.append(max(0.0, (look.whole or sum(t.seconds for t in todo)) - look.elapsed))
     longest = max(each, default=0.0)
-    return Estimate(max(sum(each) / max(1, min(parallel, len(each))), longest), known.get((), (0, 0, 0))[2])
+    return Estimate(
+        max(sum(each) / max(1, min(parallel, len(each))), longest), known.get((), (0, 0, 0))[2],
+        bool(timed_here()["ratio"]),
+    )

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['ROUNDING', 'ROWS', 'check_tables', 'centre_columns', 'mean_shift', 'coral', 'nuclear_norm', 'frechet', 'energy',
            'wasserstein1', 'sliced_wasserstein', 'cosine_drift', 'procrustes', 'hsic1', 'kernel_factors', 'gram_rows',
-           'cka_linear', 'cka_rbf', 'paired_interval', 'layer_divergences']
+           'cka_linear', 'cka_rbf', 'paired_interval', 'divergence_options', 'layer_divergences']
 
 # %% ../../nbs/5_shift/04_divergences.ipynb #f3fbb532
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 # %% ../../nbs/5_shift/04_divergences.ipynb #03b2baca
-from ..foundation.registry import VfmError, divergences
+from ..foundation.registry import VfmError, divergences, parse_strategy
+from ..foundation.schema import argument_types, check_options
+from ..foundation.spec import DIVERGENCE
 from .features import check_layers, standardise_pair
-from .mmd import Interval, check_interval, resamples
+from .mmd import ResampledInterval, check_interval, resamples
 from .mmd import as_features, with_norms, median_bandwidth
 
 # %% ../../nbs/5_shift/04_divergences.ipynb #43eb0cd1
@@ -215,8 +218,8 @@ def kernel_factors(
 def gram_rows(
     left: Tensor,  # (n, ·)
     right: Tensor,  # (·, n)
-    rows: slice,
-    rbf: bool,
+    rows: slice,  # of the kernel
+    rbf: bool,  # Gaussian kernel, else linear
 ) -> Tensor:  # (rows, n) kernel, 0 where a case meets itself
     "Return some rows of a kernel without its diagonal."
     k = left[rows] @ right
@@ -274,8 +277,8 @@ def paired_interval(
     y: Tensor | np.ndarray,  # (n, f) same cases
     draws: int = 500,  # at least 20
     level: float = 0.95,  # share of the draws inside
-    seed: int = 0,
-) -> Interval:
+    seed: int = 0,  # of the random numbers; the same seed gives the same result
+) -> ResampledInterval:
     "Bootstrap over cases, the same ones in both tables: percentile interval, moved back to the value."
     divergence, least = divergences[name], divergences.card(name).get("least", -np.inf)
     x, y = check_tables(x, y, paired=True, same_width=False)
@@ -284,18 +287,32 @@ def paired_interval(
     drawn = np.array([divergence(x[i], y[i]) for i in torch.from_numpy(resamples(len(x), draws, seed)).to(x.device)])
     shift = float(drawn.mean()) - value
     low, high = (max(float(q) - shift, least) for q in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(value, low, high, len(x), draws, level, shift, seed)
+    return ResampledInterval(value, low, high, len(x), draws, level, shift, seed)
+
+# %% ../../nbs/5_shift/04_divergences.ipynb #21c80124
+@lru_cache
+def divergence_options(
+    text: str,  # a divergence with its options, e.g. "mmd2_paired kernel=laplace"
+) -> tuple[str, dict]:  # name, option → value
+    "Read a divergence's line; check it against the registry, and on twelve made cases."
+    name, options = parse_strategy(text, **DIVERGENCE)
+    divergence = divergences[name]
+    check_options(options, argument_types(divergence, 2), f"divergence '{name}'")
+    try: divergence(*np.random.default_rng(0).normal(size=(2, 12, 3)), **options)
+    except VfmError as e: raise VfmError(f"Divergence '{text}': {e}") from None
+    return name, options
 
 # %% ../../nbs/5_shift/04_divergences.ipynb #2f29e54d
 def layer_divergences(
     before: dict[str, Tensor],  # layer -> (n, f), pretrained
     after: dict[str, Tensor],  # layer -> (n, f), same cases
-    names: Iterable[str],  # registered divergences
+    names: Iterable[str],  # registered divergences with their options, e.g. "mmd2_paired kernel=laplace"
 ) -> dict[str, dict[str, float]]:  # layer -> name -> value; NaN where it is not defined for these features
     "Measure some divergences of every layer, on features standardised by the pretrained ones."
     check_layers(before, after)
     tables = {layer: standardise_pair(before[layer], after[layer], layer)[:2] for layer in before}
     def value(name: str, layer: str) -> float:
-        try: return divergences[name](*tables[layer])
+        own, options = divergence_options(name)
+        try: return divergences[own](*tables[layer], **options)
         except VfmError: return float("nan")  # e.g. CKA of three cases
     return {layer: {name: value(name, layer) for name in names} for layer in tables}

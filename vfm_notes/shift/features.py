@@ -22,7 +22,7 @@ from .mmd import as_features, mmd2_paired, two_sample_test
 # %% ../../nbs/5_shift/02_features.ipynb #0d6eabc5
 @contextmanager
 def evaluation_mode(
-    backbone: nn.Module,
+    backbone: nn.Module,  # a network
 ) -> Iterator[None]:
     "Switch to evaluation mode inside the block; afterwards every module has the mode it had."
     modes = [(part, part.training) for part in backbone.modules()]
@@ -35,7 +35,7 @@ def evaluation_mode(
 def collect_features(
     backbone: nn.Module,  # has layers(x) -> {name: (n, f)}
     volumes: Tensor | np.ndarray,  # (n, c, d, h, w), normalised
-    batch_size: int = 8,
+    batch_size: int = 8,  # cases at a time
 ) -> dict[str, Tensor]:  # layer -> (n, f) float32 on the CPU, early to late
     "Collect pooled features of every layer, in evaluation mode."
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))

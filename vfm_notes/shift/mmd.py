@@ -6,8 +6,8 @@
 __all__ = ['FLOAT64_POINTS', 'MEDIAN_EXACT', 'MEDIAN_DRAWN', 'kernels', 'CENTRE', 'TILE', 'FEWEST_CASES', 'as_features', 'pool',
            'median_bandwidth', 'choose_bandwidth', 'gaussian', 'laplace', 'linear', 'polynomial', 'mixture',
            'with_norms', 'checked_points', 'cut_tiles', 'kernel_tiles', 'pair_kernel', 'block_sums', 'mmd2',
-           'mmd2_paired', 'paired_statistic', 'TwoSample', 'random_splits', 'labellings', 'two_sample_test', 'Interval',
-           'resamples', 'check_interval']
+           'mmd2_paired', 'paired_statistic', 'TwoSample', 'random_splits', 'labellings', 'two_sample_test',
+           'ResampledInterval', 'resamples', 'check_interval']
 
 # %% ../../nbs/5_shift/01_mmd.ipynb #b2e83249
 from collections.abc import Callable, Iterator
@@ -100,17 +100,33 @@ def choose_bandwidth(
 # %% ../../nbs/5_shift/01_mmd.ipynb #d4eeaab4
 kernels = Registry("kernel")  # in-place functions of t; card: title, form, origin (not free to move)
 
+# exp(t), in place
 @kernels("gaussian", title="Gaussian kernel", form="distance")
-def gaussian(t: Tensor) -> Tensor: return t.exp_()  # exp(t), in place
+def gaussian(
+    t: Tensor,  # a tile of −d² / 2σ² or of inner products, changed in place
+) -> Tensor:
+    return t.exp_()
 
+# exp(-sqrt(-2t)), in place
 @kernels("laplace", title="Laplace kernel", form="distance")
-def laplace(t: Tensor) -> Tensor: return t.mul_(-2).sqrt_().neg_().exp_()  # exp(-sqrt(-2t)), in place
+def laplace(
+    t: Tensor,  # a tile of −d² / 2σ² or of inner products, changed in place
+) -> Tensor:
+    return t.mul_(-2).sqrt_().neg_().exp_()
 
+# the inner product as it is
 @kernels("linear", title="linear kernel", form="product")
-def linear(t: Tensor) -> Tensor: return t  # the inner product as it is
+def linear(
+    t: Tensor,  # a tile of −d² / 2σ² or of inner products, changed in place
+) -> Tensor:
+    return t
 
+# (1 + t) cubed, in place
 @kernels("polynomial", title="cubic kernel", form="product", origin=True)
-def polynomial(t: Tensor) -> Tensor: return t.add_(1).pow_(3)  # (1 + t) cubed, in place
+def polynomial(
+    t: Tensor,  # a tile of −d² / 2σ² or of inner products, changed in place
+) -> Tensor:
+    return t.add_(1).pow_(3)
 
 # %% ../../nbs/5_shift/01_mmd.ipynb #8cc80093
 def mixture(
@@ -165,7 +181,7 @@ def checked_points(
 def cut_tiles(
     n: int,  # rows
     first: int = 0,  # number of the first row
-    device: str = "cpu",
+    device: str = "cpu",  # cpu, cuda or the like
 ) -> list[slice]:
     "Cut rows into tiles."
     size = TILE.get(device, TILE["cuda"])
@@ -280,22 +296,22 @@ class TwoSample:
     mmd2: float  # unbiased MMD², as for independent samples
     p_value: float  # (k+1)/(B+1), never 0
     bandwidth: float  # sigma
-    n: int
-    m: int
-    paired: bool
+    n: int  # cases of the first set
+    m: int  # cases of the second set
+    paired: bool  # whether rows are the same cases
     permutations: int  # B
-    bandwidth_rule: str = "given"
-    seed: int = 0
+    bandwidth_rule: str = "given"  # how sigma was chosen
+    seed: int = 0  # of the random numbers; the same seed gives the same result
     mmd2_paired: float = float("nan")  # without the terms k(x_i, y_i); NaN for independent samples
-    estimator: str = "unbiased MMD², Gaussian kernel"
-    kernel: str = "gaussian"
+    estimator: str = "unbiased MMD², Gaussian kernel"  # in words
+    kernel: str = "gaussian"  # registered kernel
 
 # %% ../../nbs/5_shift/01_mmd.ipynb #631f78fa
 def random_splits(
     n: int,  # ones in each column
     total: int,  # points
-    columns: int,
-    rng: np.random.Generator,
+    columns: int,  # how many splits
+    rng: np.random.Generator,  # where random numbers come from
 ) -> np.ndarray:  # (total, columns) uint8
     "Draw random splits into n and total - n points."
     w = np.empty((total, columns), np.uint8)
@@ -316,7 +332,7 @@ def labellings(
     m: int,  # points in y
     paired: bool,  # swaps within pairs, or any split
     permutations: int,  # B
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> Tensor:  # (n+m, 1+B) uint8, 1 where the point counts as one of x
     "Draw B random labellings after the observed one."
     rng, w = np.random.default_rng(seed), np.empty((n + m, 1 + permutations), np.uint8)
@@ -383,23 +399,23 @@ def two_sample_test(
 # %% ../../nbs/5_shift/01_mmd.ipynb #18e395e7
 FEWEST_CASES = 8  # cases, for an interval
 @dataclass(frozen=True)
-class Interval:
+class ResampledInterval:
     "A divergence with its bootstrap interval over cases."
-    value: float
-    low: float
-    high: float
+    value: float  # the estimate
+    low: float  # lower end of the interval
+    high: float  # upper end of the interval
     n: int  # cases
-    draws: int
-    level: float = 0.95
+    draws: int  # how many times the data are drawn again
+    level: float = 0.95  # share inside, 0 to 1
     shift: float = float("nan")  # how far the mean of the draws lay above the value
-    seed: int = 0
-    method: str = "percentiles of cases drawn with replacement, moved back to the value"
+    seed: int = 0  # of the random numbers; the same seed gives the same result
+    method: str = "percentiles of cases drawn with replacement, moved back to the value"  # how the interval was made
 
 # %% ../../nbs/5_shift/01_mmd.ipynb #bfe83fef
 def resamples(
     n: int,  # cases
-    draws: int,
-    seed: int = 0,
+    draws: int,  # how many times the data are drawn again
+    seed: int = 0,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws, n) numbers of cases, at least half of them distinct in each row
     "Draw cases with replacement."
     rng = np.random.default_rng(seed)
@@ -411,8 +427,8 @@ def resamples(
 # %% ../../nbs/5_shift/01_mmd.ipynb #2f409c28
 def check_interval(
     n: int,  # cases of the smaller set
-    draws: int,
-    level: float,
+    draws: int,  # how many times the data are drawn again
+    level: float,  # share inside, 0 to 1
 ) -> None:
     "Refuse what cannot give a percentile interval."
     if n < FEWEST_CASES: raise VfmError(f"There are {n} cases: a bootstrap interval needs at least {FEWEST_CASES}.")

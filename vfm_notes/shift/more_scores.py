@@ -121,7 +121,11 @@ def ncti_parts(
 
 @scores("ncti", title="NCTI, nearest centre", source="Wang et al., ICCV 2023", takes=("classes",), direction=1,
         rotation=True, unit=False)
-def ncti(features: np.ndarray, target: np.ndarray, groups: np.ndarray | None = None) -> float:
+def ncti(
+    features: np.ndarray,  # (n, f)
+    target: np.ndarray,  # (n,)
+    groups: np.ndarray | None = None,  # (n,) group of a row; None: each its own
+) -> float:
     "Return the nearest-centre part of NCTI."
     return ncti_parts(features, target)[0]
 
@@ -153,7 +157,9 @@ def sphere_energy(
     return float(2 * (1 / np.maximum(pdist(u), 1e-3)).sum())
 
 def rows_of_cases(
-    x: np.ndarray, y: np.ndarray, g: np.ndarray,
+    x: np.ndarray,  # (n, f) features
+    y: np.ndarray,  # (n,) targets
+    g: np.ndarray,  # (n,) grades
     least: int = 2,  # rows of a class in a case
 ) -> dict[int, list[np.ndarray]]:  # class → rows of each case
     "Split rows by class and case; all but class 0 where there are more than two rows of another."
@@ -201,7 +207,12 @@ def semantic_share(
     return float(np.mean([(w[e].sum() - semantic[e].sum()) / (w[e].sum() + 1e-8) for e in own]))
 
 # %% ../../nbs/5_shift/06_more_scores.ipynb #c9317fc2
-def cases_with_both(x: np.ndarray, y: np.ndarray, g: np.ndarray, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def cases_with_both(
+    x: np.ndarray,  # (n, f) features
+    y: np.ndarray,  # (n,) targets
+    g: np.ndarray,  # (n,) grades
+    name: str,  # a name
+) -> list[tuple[np.ndarray, np.ndarray]]:
     "Split rows by case; those with two classes and four rows or more."
     found = [(x[g == k], y[g == k]) for k in np.unique(g)]
     kept = [(a, b) for a, b in found if len(set(b.tolist())) > 1 and len(b) > 3]
@@ -225,7 +236,7 @@ def lbtc(
     features: np.ndarray,  # (n, f)
     target: np.ndarray,  # (n,) classes, 0 the background
     groups: np.ndarray | None = None,  # (n,) number of the case
-    neighbours: int = 16,
+    neighbours: int = 16,  # k
     anchors: int = 50,  # of a case, at most
 ) -> float:  # 0 to 1
     "Return one minus the leakage of labels through local trees."
@@ -245,7 +256,7 @@ def lbtc(
 def triplet_loss(
     x: torch.Tensor,  # (n, f)
     y: torch.Tensor,  # (n,) classes
-    margin: float = 0.05,
+    margin: float = 0.05,  # of the distances
 ) -> torch.Tensor:
     "Return the triplet margin loss over all triplets of a batch that violate the margin."
     far = torch.cdist(x, x)
@@ -259,7 +270,7 @@ def feature_usefulness(
     backbone: nn.Module,  # follows the backbone protocol
     inputs: torch.Tensor,  # (n, c, d, h, w)
     target: torch.Tensor,  # (n,) classes
-    batches: int = 6,
+    batches: int = 6,  # of the validation cases
 ) -> float:  # ratio of two mean lengths
     "Return the length of the second layer's gradient over that of the first."
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -23,7 +23,7 @@ HALVES = 20  # of the patients, for all other scores
 @dataclass(frozen=True)
 class Resampled:
     "A score and what it would have been with other cases."
-    value: float
+    value: float  # a number
     draws: np.ndarray  # (draws,) of the same patients for every backbone
 
     def interval(self) -> tuple[float, float]: return interval_of_draws(self.value, self.draws)
@@ -47,8 +47,8 @@ def interval_of_draws(
 # %% ../../nbs/5_shift/05_resample.ipynb #c09dce10
 def patient_counts(
     patients: int,  # number of them
-    draws: int = DRAWS,
-    seed: int = SEED,
+    draws: int = DRAWS,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws, patients): how often each was drawn
     "Draw patients with replacement."
     return np.random.default_rng([seed, patients]).multinomial(patients, np.full(patients, 1 / patients), draws)
@@ -83,8 +83,8 @@ def resampled_answers(
 # %% ../../nbs/5_shift/05_resample.ipynb #42e22a60
 def patient_halves(
     patients: int,  # number of them
-    draws: int = HALVES,
-    seed: int = SEED,
+    draws: int = HALVES,  # how many times the data are drawn again
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (draws, patients) of bool
     "Choose random halves of the patients."
     rng = np.random.default_rng([seed, patients])
@@ -112,7 +112,7 @@ def resampled_score(
     target: np.ndarray,  # (n,) classes or (n, k) values
     groups: np.ndarray,  # (n,) number of the patient, 0 … patients - 1
     patients: int,  # that there are; some may have no row
-    seed: int = SEED,
+    seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> Resampled:
     "Compute a score, and what it would have been with other cases."
     if name in HELD_OUT:

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['check_features', 'one_hot', 'log_evidence', 'logme', 'bin_values', 'hscore', 'principal_components', 'gbc', 'leep',
            'nleep', 'prediction_score', 'scale_features', 'knn_guess', 'knn_score', 'probe_guess', 'probe_score',
-           'ScoreRows', 'rows_by_case', 'cell_labels', 'cell_values', 'draw_cells', 'cell_rows', 'score_rows',
-           'transferability']
+           'ScoreRows', 'rows_by_case', 'cell_places', 'cell_labels', 'cell_values', 'draw_cells', 'cell_rows',
+           'score_rows', 'transferability']
 
 # %% ../../nbs/5_shift/03_scores.ipynb #5bd2ef3b
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -115,7 +114,7 @@ def logme(
 # %% ../../nbs/5_shift/03_scores.ipynb #309e3db7
 def bin_values(
     values: np.ndarray,  # (n,)
-    bins: int = 4,
+    bins: int = 4,  # of the histogram
 ) -> np.ndarray:  # (n,) 0 … bins - 1
     "Put values into equally filled bins."
     return np.searchsorted(np.quantile(values, np.arange(1, bins) / bins), values, side="right")
@@ -315,34 +314,39 @@ def rows_by_case(
         yield ScoreRows(layer, features.numpy(), target.numpy(), groups)
 
 # %% ../../nbs/5_shift/03_scores.ipynb #7c4d4225
+def cell_places(
+    size: int,  # voxels of an axis
+    step: int,  # voxels of a cell
+    place: int | None = None,  # voxel of every cell, counted from its first; None: its middle
+) -> Tensor:  # one voxel for each cell, also of a last one that is cut
+    "Return where on an axis the cells of a map are looked at."
+    return (torch.arange(0, size, step) + (step // 2 if place is None else place)).clamp_max(size - 1)
+
 def cell_labels(
     target: Tensor,  # (cases, d, h, w) label map
     stride: tuple[int, int, int],  # voxels per cell
 ) -> Tensor:  # (cases, cells)
-    "Return the label in the middle of every cell."
-    d, h, w = stride
-    return rearrange(target[:, d // 2 :: d, h // 2 :: h, w // 2 :: w], "n d h w -> n (d h w)")
+    "Return the label in the middle of every cell; of a cell that reaches past the end, its last voxel inside."
+    for axis, step in enumerate(stride, 1): target = target.index_select(axis, cell_places(target.shape[axis], step))
+    return rearrange(target, "n d h w -> n (d h w)")
 
 def cell_values(
     image: Tensor,  # (cases, 1, d, h, w)
     stride: tuple[int, int, int],  # voxels per cell
 ) -> Tensor:  # (cases, cells, up to 8)
     "Return intensities at fixed places inside every cell."
-    places = product(*(sorted({s // 4, 3 * s // 4}) for s in stride))
-    return torch.stack(
-        [
-            rearrange(image[:, 0, i :: stride[0], j :: stride[1], k :: stride[2]], "n d h w -> n (d h w)")
-            for i, j, k in places
-        ],
-        -1,
-    )
+    found = image[:, 0, ..., None]
+    for axis, step in list(enumerate(stride, 1))[::-1]:
+        at = [cell_places(image.shape[axis + 1], step, place) for place in sorted({step // 4, 3 * step // 4})]
+        found = torch.cat([found.index_select(axis, i) for i in at], -1)
+    return rearrange(found, "n d h w k -> n (d h w) k")
 
 # %% ../../nbs/5_shift/03_scores.ipynb #277e853e
 def draw_cells(
     labels: np.ndarray | None,  # (cells,) classes, or None
     total: int,  # cells there are
     rows: int,  # cells wanted
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # where random numbers come from
 ) -> np.ndarray:  # numbers of cells, ascending
     "Draw cells for a score, balanced over classes."
     if labels is None: return np.sort(rng.choice(total, min(rows, total), replace=False))
@@ -359,7 +363,7 @@ def cell_rows(
     patients: list,  # of the cases
     rows: int = 600,  # at most, per level
     seed: int = 0,  # of the drawing
-    batch_size: int = 8,
+    batch_size: int = 8,  # cases at a time
 ) -> Iterator[ScoreRows]:  # one per level of the pyramid
     "Return rows from cells of the feature maps."
     own, rng = backbone.in_channels, np.random.default_rng(seed)
@@ -390,7 +394,7 @@ def cell_rows(
 
 # %% ../../nbs/5_shift/03_scores.ipynb #16ee77f8
 def score_rows(
-    tables: Iterable[ScoreRows],
+    tables: Iterable[ScoreRows],  # one per layer
     names: list[str] | None = None,  # registered scores; default: all
 ) -> pd.DataFrame:  # score, layer, value, n, features, direction, seconds, reason
     "Compute every score of every table that it takes."

@@ -55,7 +55,7 @@ def freeze_by_counter(
 # %% ../../nbs/6_tune/10_as_released.ipynb #1d98d7af
 def one_order(
     n: int,  # cases
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> tuple[Tensor, Tensor, Tensor]:  # numbers of the training, validation and test cases
     "Split as stated."
     order, first, second = (
@@ -65,14 +65,18 @@ def one_order(
 
 def two_orders(
     n: int,  # cases
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
     again: int = 0,  # another second order
 ) -> tuple[Tensor, Tensor, Tensor]:  # numbers of the training, validation and test cases
     "Split as released: the training cases of one order, the others of another."
     return one_order(n, seed)[0], *one_order(n, 1_000_000 * (again + 1) + seed)[1:]
 
 # share of the test cases that were trained on
-def shared_cases(train: Tensor, test: Tensor) -> float: return torch.isin(test, train).double().mean().item()
+def shared_cases(
+    train: Tensor,  # (n,) numbers of the training cases
+    test: Tensor,  # (n,) numbers of the test cases
+) -> float:
+    return torch.isin(test, train).double().mean().item()
 
 # %% ../../nbs/6_tune/10_as_released.ipynb #90fd2df4
 class PresenceAsReleased(SegmentationAndPresence):
@@ -114,10 +118,10 @@ class Setup:
     # to pretrain on, to split, fresh
     cases: dict = field(default_factory=lambda: {"pretrain": 64, "train": 60, "test": 64})
     pretraining: int = 6  # epochs
-    epochs: int = 14
-    batch_size: int = 4
-    lr: float = 3e-3
-    weight_decay: float = 1e-4
+    epochs: int = 14  # passes over the training cases
+    batch_size: int = 4  # cases at a time
+    lr: float = 3e-3  # peak learning rate
+    weight_decay: float = 1e-4  # of AdamW
     width: int = 8  # of the decoder
 
     def cohort(self, seed: int) -> Cohort:
@@ -131,9 +135,9 @@ class Setup:
 
 # %% ../../nbs/6_tune/10_as_released.ipynb #a8c4661d
 def pretrain_once(
-    setup: Setup,
+    setup: Setup,  # settings of the experiment
     cohort: Cohort,  # its cases to pretrain on
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> dict[str, Tensor]:  # the encoder's weights
     "Pretrain once per seed."
     torch.manual_seed(seed)
@@ -147,11 +151,11 @@ def pretrain_once(
 
 # %% ../../nbs/6_tune/10_as_released.ipynb #16cd29d1
 def fine_tune(
-    setup: Setup,
+    setup: Setup,  # settings of the experiment
     task: SegmentationAndPresence,  # whose loss is lowered
     data: TaskData,  # training cases
     state: dict[str, Tensor],  # from `pretrain_once`
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
     tuning: str,  # of TUNINGS
     flaws: tuple[str, ...] = (),  # of FLAWS
 ) -> tuple[Network, dict]:  # trained; trainable parameters, seconds
@@ -185,7 +189,9 @@ def fold_scores(
     }
     return {m: None if math.isnan(found[m]) else round(found[m], 5) for m in REPORTED_METRICS}
 
-def mean_scores(rows: list[dict]) -> dict[str, float | None]:
+def mean_scores(
+    rows: list[dict],  # one per seed and test set
+) -> dict[str, float | None]:
     "Average what is defined."
     return {
         m: round(float(np.mean(v)), 5) if (v := [r[m] for r in rows if r[m] is not None]) else None
@@ -194,12 +200,12 @@ def mean_scores(rows: list[dict]) -> dict[str, float | None]:
 
 # %% ../../nbs/6_tune/10_as_released.ipynb #195f7cb4
 def score_test_sets(
-    setup: Setup,
+    setup: Setup,  # settings of the experiment
     task: SegmentationAndPresence,  # as stated
-    model: Network,
+    model: Network,  # backbone and head
     pool: TaskData, fresh: TaskData,  # cases that are split; cases that nobody knows
     seed: int,  # of the split
-    flaws: tuple[str, ...] = (),
+    flaws: tuple[str, ...] = (),  # of the experiment as it was released
     orders: int = 100,  # second orders of the split as released
 ) -> list[dict]:  # a row per test set
     "Score a network on all test sets."
@@ -222,8 +228,8 @@ def score_test_sets(
 
 # %% ../../nbs/6_tune/10_as_released.ipynb #fd15357e
 def seed_rows(
-    setup: Setup,
-    seed: int,
+    setup: Setup,  # settings of the experiment
+    seed: int,  # of the random numbers; the same seed gives the same result
     cells: Iterable[tuple[str, tuple]] = CELLS,  # tuning, flaws
 ) -> Iterable[list[dict]]:  # the rows of one cell after the other
     "Measure cells of one seed."
@@ -247,9 +253,9 @@ def seed_rows(
 def as_released_file() -> Path: return report_notebooks()[0].parent/"as_released.json"
 
 def write_as_released(
-    seeds: Iterable[int] = range(5),
+    seeds: Iterable[int] = range(5),  # one for each repetition
     path: Path | None = None,  # None is the file that the report reads
-    setup: Setup = Setup(),
+    setup: Setup = Setup(),  # settings of the experiment
     cells: Iterable[tuple[str, tuple]] = CELLS,  # tuning, flaws
 ) -> Path:  # what was written
     "Measure what is missing."

@@ -7,6 +7,8 @@ __all__ = ['CaseTask', 'GradeTask', 'Classification', 'MultiClass', 'corn_loss',
            'Scale', 'case_values', 'Regression']
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #ceef6183
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -18,14 +20,15 @@ from ..data.cohort import Cohort, CohortCard
 from ..foundation.registry import suggest_name, tasks, VfmError
 from .metric import auc, quadratic_kappa, r_squared, recall_parts
 from vfm_notes.tune.task import (
-    case_head, CASE_HEADS, case_table, check_head, check_scores, fit_statistics, predict_class_scores, Task,
-    TaskData,
+    Answer, case_head, CASE_HEADS, case_table, check_head, check_scores, contrast_statistics, fit_statistics,
+    image_statistics, predict_class_scores, Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #25d580c5
 class CaseTask(Task):
     "One answer per case; sub-classes say how many numbers it has."
-    outputs: int
+    outputs: int  # values per case
+    dense = False
 
     def __init__(self, card: CohortCard, head: str = "pooled", deit: str = "toy"):
         super().__init__(card)
@@ -45,7 +48,12 @@ class CaseTask(Task):
 # %% ../../nbs/6_tune/03_case_task.ipynb #bb324eb7
 class GradeTask(CaseTask):
     "Scores of grades."
-    def __init__(self, card: CohortCard, head: str = "pooled", deit: str = "toy"):
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         if len(card.grades) < 2:
             raise VfmError(
                 f"Task '{self.called}' needs graded cases, but cohort '{card.name}' has "
@@ -77,6 +85,8 @@ class GradeTask(CaseTask):
         return nn.functional.cross_entropy(output, target)
 
     def probabilities(self, output: Tensor) -> Tensor: return output.softmax(-1)
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values=dict(zip(self.card.grades, self.probabilities(output).T)))
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:  # score: n grades
         return case_table(
@@ -104,13 +114,21 @@ def why(self: GradeTask, metric: str, cases: pd.DataFrame) -> str:
     return f"all of them have the grade {self.card.grades[self.table(cases)[0][0]]}"
 
 @patch
+def read_statistics(
+    self: GradeTask, train: TaskData, test: TaskData,
+    features: Callable[[Tensor], np.ndarray],  # inputs → n f
+) -> pd.DataFrame:
+    "Score a logistic regression on features that nobody learned."
+    reader = fit_statistics(train, train.target.numpy(), features)
+    return self.rows(predict_class_scores(reader, test, len(self.card.grades), features).softmax(-1).numpy(), test)
+
+@patch
 def control(self: GradeTask, train: TaskData, test: TaskData) -> pd.DataFrame:
-    return self.rows(
-        predict_class_scores(fit_statistics(train, train.target.numpy()), test, len(self.card.grades))
-        .softmax(-1)
-        .numpy(),
-        test,
-    )
+    return self.read_statistics(train, test, image_statistics)
+
+@patch
+def hand_made(self: GradeTask, train: TaskData, test: TaskData) -> pd.DataFrame:
+    return self.read_statistics(train, test, contrast_statistics)
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #2d159324
 @tasks("classification", title="Lesion-risk classification")
@@ -118,10 +136,13 @@ class Classification(GradeTask):
     "Is the grade of a case at least this one?"
     primary, metrics, called = "auc", ("auc", "kappa"), "classification"
 
-    def __init__(self, card: CohortCard,
-                 positive: int | None = None,  # lowest grade that counts as positive; default: the last
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        positive: int | None = None,  # lowest grade that counts as positive; default: the last
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         super().__init__(card, head, deit)
         self.positive = len(card.grades) - 1 if positive is None else positive
         if not 0 < self.positive < len(card.grades):
@@ -146,6 +167,11 @@ class Classification(GradeTask):
             "kappa": quadratic_kappa(label, score.argmax(1)),
         }
 
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        found = super().answer(output, like).values
+        above = f"{self.card.grades[self.positive]} or higher"
+        return Answer(values=found | ({above: sum(list(found.values())[self.positive:])} if len(found) > 2 else {}))
+
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         label = self.table(cases)[0]
         if metric == "kappa": return super().why(metric, cases)
@@ -160,9 +186,12 @@ class MultiClass(GradeTask):
     "Which class is it? All classes weigh the same."
     primary, metrics, called = "macro_recall", ("macro_recall", "accuracy"), "multi_class"
 
-    def __init__(self, card: CohortCard,
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         super().__init__(card, head, deit)
 
     def rows(self, score: np.ndarray, data: TaskData) -> pd.DataFrame:
@@ -192,10 +221,13 @@ class Ordinal(GradeTask):
     "Which grade is it? Errors count by the square of their distance."
     primary, metrics, called = "kappa", ("kappa", "accuracy"), "ordinal"
 
-    def __init__(self, card: CohortCard,
-                 loss: str = "corn",  # or cross_entropy
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        loss: str = "corn",  # or cross_entropy
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         if loss not in ("corn", "cross_entropy"):
             raise VfmError(
                 f"Task 'ordinal' has no loss '{loss}'.{suggest_name(loss, ['corn', 'cross_entropy'])} Known: corn, "
@@ -223,9 +255,12 @@ class MultiLabel(CaseTask):
     "Which findings does a case have?"
     primary, metrics, called = "mean_auc", ("mean_auc",), "multi_label"
 
-    def __init__(self, card: CohortCard,
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         if not card.targets:
             raise VfmError(
                 "Task 'multi_label' needs a cohort with targets (0 or 1 for each of several labels), but cohort "
@@ -242,6 +277,8 @@ class MultiLabel(CaseTask):
             )
 
     def prepare(self, cohort: Cohort) -> TaskData: return self.inputs(cohort, cohort.targets.astype(np.float32))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values=dict(zip(self.card.targets, output.sigmoid().T)))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         if output.shape != target.shape:
@@ -294,7 +331,11 @@ def control(self: MultiLabel, train: TaskData, test: TaskData) -> pd.DataFrame:
 # %% ../../nbs/6_tune/03_case_task.ipynb #1d15bcaf
 class Scale(nn.Module):
     "The last step of a head: its answer on the scale of the target."
-    def __init__(self, mean: float, sd: float):  # of the training cases' targets
+    def __init__(
+        self,
+        mean: float,  # the estimate
+        sd: float,  # of the training cases
+    ):  # of the training cases' targets
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("sd", torch.tensor(sd))
@@ -303,7 +344,7 @@ class Scale(nn.Module):
 
 # %% ../../nbs/6_tune/03_case_task.ipynb #fdf5c1fe
 def case_values(
-    cohort: Cohort,
+    cohort: Cohort,  # cases in memory
     of: str,  # a class, or "grade"
 ) -> np.ndarray:  # (n, 1) float32, ml or grades
     "Return the volume of a structure in every case, or the grade."
@@ -323,10 +364,13 @@ class Regression(CaseTask):
     "A number of a case: the volume of a structure, or its grade."
     primary, metrics, called, outputs = "mae", ("mae", "rmse", "r2"), "regression", 1
 
-    def __init__(self, card: CohortCard,
-                 of: str = "",  # a class, for its volume in ml, or "grade"; default: the first class
-                 head: str = "pooled",  # pooled, linear or deit
-                 deit: str = "toy"):  # transformer of the head deit
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        of: str = "",  # a class, for its volume in ml, or "grade"; default: the first class
+        head: str = "pooled",  # pooled, linear or deit
+        deit: str = "toy",  # transformer of the head deit
+    ):
         super().__init__(card, head, deit)
         known = [*card.classes[1:], *["grade"]*bool(card.grades)]
         if not of and len(card.classes) < 2:
@@ -353,6 +397,8 @@ class Regression(CaseTask):
             )
 
     def prepare(self, cohort: Cohort) -> TaskData: return self.inputs(cohort, self.values(cohort))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:
+        return Answer(values={self.of if self.of == "grade" else f"{self.of}, ml": output[:, 0]})
     def head(self, backbone: nn.Module, in_channels: int) -> nn.Module:
         head = super().head(backbone, in_channels)
         part = "last" if self.reading == "deit" else "layers"

@@ -12,8 +12,10 @@ from pathlib import Path
 
 # %% ../../nbs/6_tune/12_catalog.ipynb #64318b1b
 import vfm_notes.backbones.natural
+import vfm_notes.backbones.openmind
 import vfm_notes.backbones.profound
 import vfm_notes.backbones.provicnet
+import vfm_notes.backbones.released
 import vfm_notes.backbones.specialists
 import vfm_notes.backbones.sulcal
 import vfm_notes.backbones.volumetric

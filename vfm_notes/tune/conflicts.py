@@ -4,32 +4,38 @@
 
 # %% auto #0
 __all__ = ['collect_error', 'fields_of', 'empty_network', 'empty_model', 'architecture', 'names_known', 'cohort_facts',
-           'case_conflicts', 'network_input_size', 'next_size', 'size_conflicts', 'read_without_weights',
-           'window_conflicts', 'task_conflicts', 'objective_conflicts', 'check_pretraining', 'strategy_conflicts',
-           'conflicts']
+           'ungraded_cases', 'case_conflicts', 'next_size', 'size_conflicts', 'read_without_weights',
+           'window_conflicts', 'needs_grades', 'grade_conflicts', 'safe_task', 'task_conflicts', 'objective_conflicts',
+           'check_pretraining', 'strategy_conflicts', 'kept_bytes', 'step_memory', 'memory_help', 'memory_conflicts',
+           'overlap_lines', 'conflicts']
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #01230649
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #efc2a624
 from ..backbones.keys import empty_backbone
-from ..backbones.protocol import Backbone
+from ..backbones.own_grid import put_on_grid
+from ..backbones.protocol import Backbone, checkpoint_blocks
 from ..data.cache import assign_splits
 from ..data.cohort import CohortCard, check_arguments
 from ..data.load import cohort_maker
-from ..foundation.registry import parse_strategy
+from ..foundation.overlap import published_overlap
+from ..foundation.plugins import code_line
+from ..foundation.registry import error_line, parse_strategy, starts_random
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
 from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from ..pretrain.loop import check_objective
-from .case_task import CaseTask
-from .study_names import name_checks
+from .case_task import CaseTask, GradeTask
+from .study_names import name_checks, weights_of
 from .strategy import apply_strategy
-from .task import build_task, task_kind
+from .task import Task, build_task, task_kind
+from .transfer import grid_of, network_input_size
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #cec60b2e
 def collect_error(
@@ -39,10 +45,17 @@ def collect_error(
     "Return the message of a check."
     try: check()
     except VfmError as error: return [f"{where}{error}"]
+    except Exception as error:
+        if not (line := code_line(error)): raise
+        return [f"{where}{line} (a plugin of the study, tried on a network without numbers): {error_line(error)}."]
     return []
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b86f4c96
-def fields_of(values) -> str: return f"[{', '.join(f'{v:g}' for v in values)}]"  # as YAML has them
+# as YAML has them
+def fields_of(
+    values,  # one or more
+) -> str:
+    return f"[{', '.join(f'{v:g}' for v in values)}]"
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #843881a3
 @lru_cache(maxsize=64)
@@ -55,20 +68,25 @@ def empty_network(
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #36965d76
 def empty_model(
-    spec: RunSpec,
-    card: CohortCard,
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
 ) -> Network:  # on the meta device, its own to change
     "Return backbone and head of a run."
     backbone = empty_backbone(architecture(spec), len(card.sequences)).to("meta")
+    put_on_grid(backbone, grid_of(spec), network_input_size(spec), spec.spacing)
     with torch.device("meta"):
         return Network(backbone, build_task(spec.task, card, dict(spec.options)).head(backbone, len(card.sequences)))
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #48c85791
-def architecture(spec: Spec) -> str: return spec.backbone.partition(".")[0]  # of its backbone
+# of its backbone
+def architecture(
+    spec: Spec,  # what the run is
+) -> str:
+    return spec.backbone.partition(".")[0]
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #09610829
 def names_known(
-    spec: Spec,
+    spec: Spec,  # what the run is
 ) -> bool:
     "Return whether the names of a spec are known; `name_checks` reports those that are not."
     if architecture(spec) not in backbones: return False
@@ -77,7 +95,7 @@ def names_known(
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #99a73026
 def cohort_facts(
-    name: str,
+    name: str,  # registered cohort, or a folder with a manifest
     size: tuple,  # voxels, d h w
     spacing: tuple,  # mm, d h w
     cases: tuple,  # (split, cases)
@@ -89,10 +107,23 @@ def cohort_facts(
     homes = [split for _, split in assign_splits(plan, {})]
     return plan.card, {s: homes.count(s) for s in SPLITS}
 
+def ungraded_cases(
+    name: str,  # a name
+    size: tuple,  # voxels, (d, h, w)
+    spacing: tuple,  # mm, (d, h, w)
+    cases: tuple,  # names
+) -> dict[str, list[str]]:  # split → names
+    "Return the cases to be tuned or judged on whose grade is unknown; of a made cohort, none."
+    (maker, card), asked = cohort_maker(name), check_arguments(size, spacing, dict(cases))
+    found = {}
+    for source, split in assign_splits(maker(**asked, seed=0), {}) if card.get("plan") else ():
+        if split != "pretrain" and source.grade < 0: found.setdefault(split, []).append(source.name)
+    return found
+
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b852a20e
 def case_conflicts(
-    study: StudySpec,
-    specs: list[Spec],
+    study: StudySpec,  # the study
+    specs: list[Spec],  # runs of a study
     there: dict[str, int],  # split → cases
 ) -> Iterator[str]:
     "Find cases that a study needs and its splits do not have."
@@ -111,18 +142,10 @@ def case_conflicts(
                    f"'{study.cohort}' has {there.get('pretrain', 0)} cases: set cases.pretrain to {s.batch_size} or "
                    f"more, or lower batch_size.")
 
-# %% ../../nbs/6_tune/15_conflicts.ipynb #429c7b77
-def network_input_size(
-    spec: Spec,
-) -> tuple:  # voxels, d h w
-    "Return what a network is given: the whole volume, or a window of it."
-    window = getattr(spec, "window", ())
-    return tuple(min(w, s) for w, s in zip(window, spec.size)) if window else tuple(spec.size)
-
 # %% ../../nbs/6_tune/15_conflicts.ipynb #2eb8800b
 def next_size(
     size: tuple,  # voxels, d h w
-    nets: list[Backbone],
+    nets: list[Backbone],  # all that shall read a size
 ) -> tuple:
     "Return the next size that suits all networks."
     cells = [math.lcm(*(n.strides[-1][axis] for n in nets if not n.ragged)) for axis in range(3)]
@@ -130,22 +153,29 @@ def next_size(
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #dde6fd50
 def size_conflicts(
-    specs: list[Spec],
-    card: CohortCard,
+    specs: list[Spec],  # runs of a study
+    card: CohortCard,  # of the cohort
 ) -> Iterator[str]:
     "Find sizes that networks do not take."
-    nets = {architecture(s): empty_network(architecture(s), len(card.sequences)) for s in specs}
-    given = dict.fromkeys((architecture(s), network_input_size(s), bool(getattr(s, "window", ()))) for s in specs)
-    for name, size, windowed in given:
-        net, field = nets[name], "window" if windowed else "size"
-        fits = next_size(size, list(nets.values()))
+    nets = {architecture(s): empty_network(architecture(s), len(card.sequences)) for s in specs if s.kind == "pretrain"}
+    for name, size in dict.fromkeys((architecture(s), tuple(s.size)) for s in specs if s.kind == "pretrain"):
+        net, fits = nets[name], next_size(size, list(nets.values()))
         if not net.ragged and any(s % t for s, t in zip(size, net.strides[-1])):
-            yield (f"{field} {fields_of(size)} does not suit backbone '{name}', whose coarsest cell has "
-                   f"{' x '.join(map(str, net.strides[-1]))} voxels (d, h, w): write {field}: {fields_of(fits)}.")
-        else: yield from collect_error(lambda: read_without_weights(net, size), f"{field} {fields_of(size)}: ")
+            yield (f"size {fields_of(size)} does not suit the pretraining of backbone '{name}', whose coarsest cell "
+                   f"has {' x '.join(map(str, net.strides[-1]))} voxels (d, h, w): write size: {fields_of(fits)}.")
+        else: yield from collect_error(lambda: read_without_weights(net, size), f"size {fields_of(size)}: ")
+    runs = [s for s in specs if s.kind == "transfer"]
+    for s in {(architecture(s), network_input_size(s), grid_of(s)): s for s in reversed(runs)}.values():
+        net, size = empty_backbone(architecture(s), len(card.sequences)).to("meta").eval(), network_input_size(s)
+        put_on_grid(net, grid_of(s), size, s.spacing)
+        field = "window" if s.window else "size"
+        yield from collect_error(lambda: read_without_weights(net, size), f"{field} {fields_of(size)}: ")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #b0e5dba2
-def read_without_weights(net: Backbone, size: tuple) -> None:
+def read_without_weights(
+    net: Backbone,  # a backbone
+    size: tuple,  # voxels, (d, h, w)
+) -> None:
     "Let a network read a volume without numbers."
     x = torch.empty(1, net.in_channels, *size, device="meta")
     try: net.pyramid(x)
@@ -156,8 +186,8 @@ def read_without_weights(net: Backbone, size: tuple) -> None:
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #fd5fa15c
 def window_conflicts(
-    specs: list[RunSpec],
-    card: CohortCard,
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
 ) -> Iterator[str]:
     "Find windows for tasks that answer once for a whole case."
     given = {s.task: (s.task, s.options, s.size, s.window) for s in specs if s.window}
@@ -170,21 +200,56 @@ def window_conflicts(
                    f"{fields_of(window)}: leave out the task, or window.")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #27dec349
-def task_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
+def needs_grades(
+    task: Task,  # a task of the study
+) -> bool:
+    return isinstance(task, GradeTask) or getattr(task, "of", "") == "grade"
+
+def grade_conflicts(
+    study: StudySpec,  # the study
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
+    "Find cases without a grade where a task needs one from every case."
+    names = {s.task for s in specs for t in safe_task(s, card) if needs_grades(t)}
+    lost = ungraded_cases(study.cohort, study.size, study.spacing, tuple(study.cases.items())) if names else {}
+    for name in sorted(names):
+        if not lost: break
+        splits = ", ".join(f"{split}: {len(v)} ({v[0]}{', …' * (len(v) > 1)})" for split, v in lost.items())
+        yield (f"task '{name}' needs a grade of every case, and cases of cohort '{study.cohort}' have none ({splits}): "
+               f"leave out the task, or take these cases out of the cohort's table or give them a grade.")
+
+def safe_task(
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
+) -> list[Task]:  # none where it cannot be built, which is told elsewhere
+    "Return the task of a run."
+    try: return [build_task(spec.task, card, dict(spec.options))]
+    except VfmError: return []
+
+def task_conflicts(
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find options that a task does not take, and cohorts that it cannot learn from."
     for task, options in {s.task: (s.task, s.options) for s in specs}.values():
         yield from collect_error(lambda: build_task(task, card, dict(options)))
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #f1fd495b
-def objective_conflicts(specs: list[PretrainSpec], card: CohortCard) -> Iterator[str]:
+def objective_conflicts(
+    specs: list[PretrainSpec],  # pretrainings of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find what an objective demands of network, volumes, labels and batches, and does not get."
     for s in specs:
-        if collect_error(lambda: check_objective(s.objective, s.options)): continue  # reported with the names
         if collect_error(lambda: check_objective(s.objective, s.options)): continue  # `name_checks` reports it
         yield from collect_error(lambda: check_pretraining(s, card), f"pretraining '{s.backbone}': ")
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #222fe890
-def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
+def check_pretraining(
+    spec: PretrainSpec,  # what the pretraining is
+    card: CohortCard,  # of the cohort
+) -> None:
     "Build an objective without numbers and ask whether the volumes fit."
     whole = getattr(objectives[spec.objective], "whole_batches", False)
     if whole and spec.accumulate > 1:
@@ -198,7 +263,10 @@ def check_pretraining(spec: PretrainSpec, card: CohortCard) -> None:
     if fits and not any(size_conflicts([spec], card)): fits(tuple(spec.size), card)
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #4b575f3a
-def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
+def strategy_conflicts(
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
     "Find strategies that have nothing to train in a network, or whose head does not suit a task."
     buildable = [s for s in specs if not collect_error(lambda: build_task(s.task, card, dict(s.options)))]
     one_task = {(s.strategy, architecture(s)): s for s in reversed(buildable)}
@@ -207,18 +275,97 @@ def strategy_conflicts(specs: list[RunSpec], card: CohortCard) -> Iterator[str]:
         spec = next(x for x in buildable if id(x) == s)
         yield from collect_error(lambda: apply_strategy(spec.strategy, empty_model(spec, card)))
 
+# %% ../../nbs/6_tune/15_conflicts.ipynb #a358d476
+def kept_bytes(
+    net: Network,  # backbone and head
+    x: torch.Tensor,  # (n, c, d, h, w) volumes
+) -> int:
+    "Count the bytes of activations that the backward pass of one step needs, each tensor once."
+    own, seen = {p.data_ptr() if p.device.type != "meta" else id(p) for p in net.parameters()}, {}
+    def see(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in own: seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t): net(x)
+    return sum(seen.values())
+
+def step_memory(
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
+) -> float:  # GiB, a lower bound
+    "Estimate what one training step must keep in memory."
+    net = empty_model(spec, card)
+    tuning = apply_strategy(spec.strategy, net)
+    if spec.checkpointing and not tuning.frozen: checkpoint_blocks(net.backbone)
+    counts, guess = tuning.parameters, getattr(net.head, "residual_channel", getattr(net.head, "residual", None))
+    channels = max(len(card.sequences), -1 if guess is None else guess + 1)  # a first guess lies behind the sequences
+    x = torch.empty(-(-spec.batch_size // spec.accumulate), channels, *network_input_size(spec), device="meta")
+    kept = kept_bytes(net.train(), x) if tuning.steps and not tuning.frozen else 0
+    half = 1 if spec.precision == "no" else 0.5  # activations of half width
+    return (4 * counts["total"] + 12 * counts["trainable"] + half * kept) / 2**30
+
+# %% ../../nbs/6_tune/15_conflicts.ipynb #c9ef342f
+def memory_help(
+    spec: RunSpec,  # what the run is
+    card: CohortCard,  # of the cohort
+    limit: float,  # MiB
+) -> str:
+    "Find the smallest change of the budget with which a run fits."
+    for parts in [2**k for k in range(1, 12) if 2**k <= spec.batch_size]:
+        if parts > spec.accumulate and step_memory(replace(spec, accumulate=parts), card) <= limit:
+            return f"write budget.accumulate: {parts}"
+    least = replace(spec, accumulate=spec.batch_size, checkpointing=True)
+    if not collect_error(lambda: step_memory(least, card)) and step_memory(least, card) <= limit:
+        return f"write budget.checkpointing: true and budget.accumulate: {spec.batch_size}"
+    return "train on a window, choose a smaller size, or leave the backbone out"
+
+def memory_conflicts(
+    study: StudySpec,  # the study
+    specs: list[RunSpec],  # runs of a study
+    card: CohortCard,  # of the cohort
+) -> Iterator[str]:
+    "Find runs that need more memory than the device has, for each backbone and task one that trains all of it."
+    if not study.device_memory: return
+    all_of_it = [s for s in specs if parse_strategy(s.strategy)[0] in ("full", "scratch", "specialist")]
+    for s in {(architecture(s), s.task): s for s in [*reversed(specs), *reversed(all_of_it)]}.values():
+        if not safe_task(s, card): continue
+        try: need = step_memory(s, card)
+        except (VfmError, RuntimeError, ValueError): continue  # reported above
+        if need > study.device_memory:
+            yield (f"backbone '{architecture(s)}' needs at least {need:.1f} GiB for a step of task '{s.task}' with "
+                   f"strategy '{s.strategy}', and device_memory is {study.device_memory:g}: "
+                   f"{memory_help(s, card, study.device_memory)}.")
+
+# %% ../../nbs/6_tune/15_conflicts.ipynb #3a2e15ca
+def overlap_lines(
+    study: StudySpec,  # the study
+) -> list[str]:
+    "State for all published weights of a study whether they have seen its cohorts."
+    found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
+    for name in tried:
+        try: (maker, entry), size = cohort_maker(name), (study.size, study.spacing)
+        except VfmError: continue  # reported as a conflict
+        try: card = cohort_facts(name, *size, tuple(study.cases.items()) if name == study.cohort else ())[0]
+        except VfmError: continue
+        for weights in weights_of(study):
+            if starts_random(weights): continue
+            answer, why = published_overlap(weights, card.datasets)
+            found.append(f"overlap: weights '{weights}' and cohort '{card.name}': {answer} ({why})")
+    return found
+
 # %% ../../nbs/6_tune/15_conflicts.ipynb #a9c985d2
 def conflicts(
-    study: StudySpec,
+    study: StudySpec,  # the study
     specs: list[Spec],  # what is to be computed, e.g. of a part of the plan
 ) -> list[str]:  # one sentence each, all of them
     "List everything that is known to fail before it is computed."
     found = [sentence for check in name_checks(study) for sentence in collect_error(check)]
     specs = [s for s in specs if s.kind != "external" and names_known(s)]
     runs, made = [s for s in specs if s.kind == "transfer"], [s for s in specs if s.kind == "pretrain"]
-    try: card, there = cohort_facts(study.cohort, study.size, study.spacing, tuple(study.cases.items()))
-    except VfmError as error: return list(dict.fromkeys([*found, str(error)]))
+    facts, asked = [], (study.cohort, study.size, study.spacing, tuple(study.cases.items()))
+    if wrong := collect_error(lambda: facts.extend(cohort_facts(*asked))): return list(dict.fromkeys(found + wrong))
+    card, there = facts
     for some in (case_conflicts(study, specs, there), size_conflicts(specs, card), window_conflicts(runs, card),
-                 task_conflicts(runs, card), objective_conflicts(made, card), strategy_conflicts(runs, card)):
-        found += some
+                 task_conflicts(runs, card), grade_conflicts(study, runs, card), objective_conflicts(made, card),
+                 strategy_conflicts(runs, card), memory_conflicts(study, runs, card)):
+        found += collect_error(lambda: found.extend(some))
     return list(dict.fromkeys(found))

@@ -23,12 +23,12 @@ from ..data.loader import Loader
 from ..foundation.registry import VfmError
 from ..foundation.spec import RunSpec
 from ..pretrain.trainer import Checkpointer, TrainConfig, Trainer, train
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from .task import Task, TaskData
 
 # %% ../../nbs/6_tune/07_fit.ipynb #10747b28
 def training_batches(
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     spec: RunSpec,  # batch_size, seed
     augmentations: dict[str, dict] | Iterable[str] = ("flip",),  # of data.augment
 ) -> Loader:  # of "inputs" and "target"
@@ -62,7 +62,7 @@ def with_sliding_window(
 
 # %% ../../nbs/6_tune/07_fit.ipynb #cf698bfc
 def random_crop(
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     window: tuple,  # voxels, d h w; empty: whole volumes
 ) -> Callable[[dict, np.random.Generator], dict]:  # the `change` of a loader
     "Cut random windows out of the cases of a batch."
@@ -94,9 +94,9 @@ def center_crop(
 # %% ../../nbs/6_tune/07_fit.ipynb #ae6eb24f
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: nn.Module,  # a network
     inputs: Tensor,  # n c d h w
-    batch_size: int = 8,
+    batch_size: int = 8,  # cases at a time
     window: tuple = (),  # voxels, d h w: predict by sliding windows; empty: whole volumes
 ) -> Tensor:  # n …
     "Compute outputs for all inputs, in evaluation mode."
@@ -113,8 +113,8 @@ def predict(
 
 # %% ../../nbs/6_tune/07_fit.ipynb #1f0330fb
 def fit(
-    model: nn.Module,
-    task: Task,
+    model: nn.Module,  # a network
+    task: Task,  # a task of the study
     batches: Loader,  # of "inputs" and "target"
     spec: RunSpec,  # epochs, lr, weight_decay, warmup, …, patience, keep
     watch: Callable[[int], dict[str, float]],  # epoch → values to keep, called at 0 … epochs
@@ -149,10 +149,15 @@ def fit(
 # %% ../../nbs/6_tune/07_fit.ipynb #002155ed
 class EarlyStopping:
     "Remembers the best epoch, and when to give up."
-    def __init__(self, trainer: Trainer, spec: RunSpec, task: Task):
+    def __init__(
+        self,
+        trainer: Trainer,  # network, data and optimiser
+        spec: RunSpec,  # what the run is
+        task: Task,  # a task of the study
+    ):
         if spec.keep not in ("last", "best"): raise VfmError(f"keep is '{spec.keep}', expected last or best.")
         self.trainer, self.spec, self.primary = trainer, spec, f"val_{getattr(task, 'primary', '')}"
-        self.direction = METRICS[task.primary].direction if hasattr(task, "primary") else 1
+        self.direction = metric_card(task.primary).direction if hasattr(task, "primary") else 1
 
     def __call__(self, epoch: int, values: dict[str, float]) -> dict[str, float]:
         score, best = values.get(self.primary, math.nan) * self.direction, self.trainer.best

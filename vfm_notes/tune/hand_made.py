@@ -120,7 +120,10 @@ class Control(nn.Module):
     "Features of every voxel and of a case, without a network."
     strides = [(1, 1, 1)]
 
-    def __init__(self, in_channels: int):  # sequences
+    def __init__(
+        self,
+        in_channels: int,  # sequences
+    ):
         super().__init__()
         self.in_channels, self.nothing = in_channels, nn.Parameter(torch.zeros(1), requires_grad=False)
 

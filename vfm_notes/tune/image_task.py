@@ -25,8 +25,8 @@ from vfm_notes.tune.metric import (
     auc, average_precision, binary_f1, CaseDetections, class_hits, lesion_candidates, match_lesions, psnr, ssim,
 )
 from vfm_notes.tune.task import (
-    case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS, Segmentation,
-    Task, TaskData,
+    Answer, case_table, channel, check_dense, check_masks, check_scores, class_masks, dense_head, IMAGE_HEADS,
+    Segmentation, Task, TaskData,
 )
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #3367501f
@@ -35,6 +35,8 @@ class ImageTask(Task):
     primary, metrics = "psnr", ("psnr", "ssim")
     residual: int | None = None  # sequence that is a first guess of the target
     called: str = ""  # registered name
+    kept: tuple = ("target_moments",)  # of the input
+    target_moments: tuple[float, float] = (0.0, 1.0)  # mean and sd of an image of no sequence that a new case has
 
     def __init__(self, card: CohortCard,
                  head: str = "decoder",  # decoder or linear
@@ -49,6 +51,9 @@ class ImageTask(Task):
         )
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor: return nn.functional.mse_loss(output, target)
+
+    @property
+    def control_learns(self) -> bool: return self.residual is None  # otherwise it is the first guess
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return case_table(data, {"psnr": psnr(output, data.target), "ssim": ssim(output, data.target)})
@@ -77,17 +82,35 @@ class ImageTask(Task):
         target, predicted = (rearrange(t, "n 1 d h w -> n d h w").numpy() for t in (data.target, output))
         return {"input": shown, "target": target, "prediction": predicted, "error": np.abs(predicted - target)}
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #ff3e3f75
+@patch
+def encode(self: ImageTask, volumes: np.ndarray, like: np.ndarray) -> Tensor:
+    x = self.scale(volumes, like=like)
+    if self.residual is None: return torch.from_numpy(x)
+    guess = normalise(volumes[:, [self.residual]], like=like[:, [self.residual]])
+    return torch.from_numpy(np.concatenate([x, guess], 1))
+
+@patch
+def answer(self: ImageTask, output: Tensor, like: np.ndarray) -> Answer:
+    "Return the image in the units of the sequence that it was standardised by; 0 stays 0."
+    if self.residual is None: mean, sd = np.float32(self.target_moments)
+    else: mean, sd = (torch.from_numpy(m) for m in moments(like[:, [self.residual]]))
+    return Answer(output * sd + mean)
+
 # %% ../../nbs/6_tune/04_image_task.ipynb #2b04b170
 @tasks("super_resolution", title="Super-resolution")
 class SuperResolution(ImageTask):
     "The volume as acquired, from a k-space truncated one."
     called = "super_resolution"
 
-    def __init__(self, card: CohortCard,
-                 factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
-                 sequence: str | None = None,  # default: the first of the cohort
-                 head: str = "decoder",  # decoder or linear
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        factor: tuple[int, int, int] = (1, 2, 2),  # how much less k-space is kept along d, h, w
+        sequence: str | None = None,  # default: the first of the cohort
+        head: str = "decoder",  # decoder or linear
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, head, skip)
         self.factor, self.residual = tuple(factor), channel(card, sequence or card.sequences[0], "super_resolution")
 
@@ -107,13 +130,16 @@ class DistortionCorrection(ImageTask):
     "The undistorted echo-planar image."
     called = "distortion_correction"
 
-    def __init__(self, card: CohortCard,
-                 sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
-                 amplitude: float = 3.0,  # typical largest displacement, voxels along h
-                 roughness: float = 0.12,  # random part of the field over its dipole
-                 seed: int = 0,  # of the fields
-                 head: str = "decoder",  # decoder or linear
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        sequence: str | None = None,  # what to correct; default: dwi, or the cohort's only sequence
+        amplitude: float = 3.0,  # typical largest displacement, voxels along h
+        roughness: float = 0.12,  # random part of the field over its dipole
+        seed: int = 0,  # of the fields
+        head: str = "decoder",  # decoder or linear
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, head, skip)
         sequence = sequence or ("dwi" if "dwi" in card.sequences else card.sequences[0])
         self.residual, self.field = (
@@ -134,11 +160,14 @@ class Translation(ImageTask):
     "One sequence out of another."
     called = "translation"
 
-    def __init__(self, card: CohortCard,
-                 source: str = "t2w",
-                 target: str = "dwi",
-                 head: str = "decoder",  # decoder or linear
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        source: str = "t2w",  # sequence that is given
+        target: str = "dwi",  # sequence that is predicted
+        head: str = "decoder",  # decoder or linear
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, head, skip)
         self.source, self.target = channel(card, source, "translation"), channel(card, target, "translation")
         if self.source == self.target:
@@ -154,12 +183,23 @@ class Translation(ImageTask):
         data.inputs = data.inputs * rearrange(keep, "c -> 1 c 1 1 1")
         return data
 
+    @property
+    def reads(self) -> tuple[str, ...]: return (self.card.sequences[self.source],)
+
+    def learn(self, train: Cohort) -> None:
+        mean, sd = moments(train.volumes[:, [self.target]])
+        self.target_moments = float(mean.mean()), float(sd.mean())
+
+    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:
+        x = super().encode(volumes, like)
+        return x * (torch.arange(x.shape[1]) == self.source).view(1, -1, 1, 1, 1)
+
     def pictures(self, output: Tensor, data: TaskData) -> dict:
         return super().pictures(output, data) | {"input": data.inputs[:, self.source].numpy()}
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #dacd2e5b
 def structure_class(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     structure: str,  # a class, or "" for the last one
     task: str,  # for the message
 ) -> str:
@@ -194,15 +234,23 @@ def presence_rows(
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #b1a59d61
 # one row per case, one column per metric
-def detection_table(cases: pd.DataFrame) -> pd.DataFrame:
+def detection_table(
+    cases: pd.DataFrame,  # one row per case and metric
+) -> pd.DataFrame:
     return cases.pivot(index="case", columns="metric", values="value")
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #3e9d7cec
 # area under the ROC curve over cases
-def case_auc(wide: pd.DataFrame) -> float: return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
+def case_auc(
+    wide: pd.DataFrame,  # a column per structure
+) -> float:
+    return auc(wide["label"].to_numpy().astype(int), wide["score_1"].to_numpy())
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #9400bea4
-def explain_undefined(cases: pd.DataFrame, structure: str) -> str:
+def explain_undefined(
+    cases: pd.DataFrame,  # one row per case and metric
+    structure: str,  # name of the structure
+) -> str:
     "Explain why a metric of cases is undefined."
     return f"{'all' if detection_table(cases)['label'].iloc[0] else 'none'} of them contain '{structure}'"
 
@@ -212,11 +260,14 @@ class Detection(Segmentation):
     "Find lesions, and say which cases have one."
     primary, metrics, called = "auc", ("auc", "ap", "picai"), "detection"
 
-    def __init__(self, card: CohortCard,
-                 structure: str = "",  # class of the lesions; default: the last
-                 class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
-                 head: str = "decoder",  # decoder, linear, upernet or unetr
-                 width: int | None = None):  # channels inside the head; default: as published
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        structure: str = "",  # class of the lesions; default: the last
+        class_weights: list[float] | None = None,  # of the cross-entropy: background, lesion
+        head: str = "decoder",  # decoder, linear, upernet or unetr
+        width: int | None = None,  # channels inside the head; default: as published
+    ):
         self.structure = structure_class(card, structure, self.called)
         super().__init__(card, class_weights, head, width)
 
@@ -276,13 +327,21 @@ def control(self: Detection, train: TaskData, test: TaskData) -> pd.DataFrame:
     usual = (train.target == 1).float().mean(0)
     return self.evaluate(usual.expand(len(test), *usual.shape), test)
 
+# %% ../../nbs/6_tune/04_image_task.ipynb #d7a1f8e0
+@patch
+def answer(self: Detection, output: Tensor, like: np.ndarray) -> Answer:
+    found = output.softmax(1)
+    peaks = [lesion_candidates(p, self.card.spacing) for p in found[:, 1].double().numpy()]
+    best = torch.tensor([max((c.confidence for c in of), default=0.0) for of in peaks])
+    return Answer(found, self.classes, {self.structure: best})
+
 # %% ../../nbs/6_tune/04_image_task.ipynb #184359a7
 class PresenceHead(nn.Module):
     "A dense head, and two scores per case as constant channels behind its own."
     reads = "pyramid"
     def __init__(self,
                  dense: nn.Module,  # reads the pyramid and the volume
-                 backbone: nn.Module,
+                 backbone: nn.Module,  # a network
                 ):
         super().__init__()
         self.dense, self.case = dense, ClassificationHead(backbone, 2)
@@ -306,12 +365,15 @@ class SegmentationAndPresence(Segmentation):
         ("dice", "hd95", "hausdorff", "auc", "f1", "sensitivity", "specificity"), "segmentation_and_presence",
     )
 
-    def __init__(self, card: CohortCard,
-                 structure: str = "",  # class that may be absent; default: the last
-                 image: float = 0.8,  # weight of the segmentation in the loss; the verdict has the rest
-                 head: str = "decoder",  # decoder, linear, upernet or unetr
-                 width: int | None = None,  # channels inside the head; default: as published
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        structure: str = "",  # class that may be absent; default: the last
+        image: float = 0.8,  # weight of the segmentation in the loss; the verdict has the rest
+        head: str = "decoder",  # decoder, linear, upernet or unetr
+        width: int | None = None,  # channels inside the head; default: as published
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+    ):
         super().__init__(card, None, head, width, skip)
         self.structure = structure_class(card, structure, self.called)
         self.index, self.image = card.classes.index(self.structure), image
@@ -351,6 +413,12 @@ def learn(self: SegmentationAndPresence, train: Cohort) -> None:
 
 @patch
 def present(self: SegmentationAndPresence, target: Tensor) -> Tensor: return (target == self.index).flatten(1).any(1)
+
+# %% ../../nbs/6_tune/04_image_task.ipynb #bafde0f3
+@patch
+def answer(self: SegmentationAndPresence, output: Tensor, like: np.ndarray) -> Answer:
+    voxels, case = split_verdict(output)
+    return Answer(voxels.softmax(1), self.classes, {self.structure: case.softmax(1)[:, 1]})
 
 # %% ../../nbs/6_tune/04_image_task.ipynb #e01ca6a1
 @patch

@@ -26,7 +26,7 @@ from .task import TaskData
 # %% ../../nbs/6_tune/06_probe.ipynb #25b6eb0b
 @torch.no_grad()
 def answer_shape(
-    model: Network,
+    model: Network,  # backbone and head
 ) -> torch.Size:  # 1 …, of a volume of two cells of the coarsest map along every axis
     "Return what the head of a network gives."
     net, size = model.backbone, [2 * s for s in model.backbone.strides[-1]]
@@ -47,7 +47,12 @@ def answer_shape(
 class CaseHead(nn.Module):
     "An answer per case from the mean and the maximum of every map."
     reads = "pyramid"
-    def __init__(self, backbone: nn.Module, out: int, hidden: int = 0):  # hidden: width between, 0 for one layer
+    def __init__(
+        self,
+        backbone: nn.Module,  # a network
+        out: int,  # outputs
+        hidden: int = 0,  # width between, 0 for one layer
+    ):
         super().__init__()
         width = 2 * sum(backbone.widths)
         self.layers = nn.Sequential(
@@ -62,7 +67,7 @@ class CaseHead(nn.Module):
 @strategies("probe", title="probe", pretrained=True)
 def probe(
     model: Network,  # its head is replaced
-    head: Literal["linear", "mlp"] = "linear",
+    head: Literal["linear", "mlp"] = "linear",  # kind of head
 ) -> None:
     "Train one small head on the frozen encoder."
     net, (_, out, *space) = model.backbone, answer_shape(model)
@@ -78,7 +83,12 @@ def probe(
 class NearestNeighbourHead(nn.Module):
     "Shares of the classes among the nearest remembered cases, as log-probabilities."
     reads = "embed"
-    def __init__(self, classes: int, k: int, metric: str):
+    def __init__(
+        self,
+        classes: int,  # how many, with background
+        k: int,  # neighbours
+        metric: str,  # cosine or euclidean
+    ):
         super().__init__()
         self.classes, self.k, self.metric = classes, k, metric
         self.register_buffer("bank", torch.empty(0, 0))  # n e
@@ -114,7 +124,7 @@ class NearestNeighbourHead(nn.Module):
 def knn(
     model: Network,  # its head is replaced
     k: int = 5,  # neighbours
-    metric: Literal["cosine", "euclidean"] = "cosine",
+    metric: Literal["cosine", "euclidean"] = "cosine",  # between feature vectors
 ) -> Tuning:
     "Let the nearest training cases answer; nothing is trained."
     _, out, *space = answer_shape(model)
@@ -131,7 +141,11 @@ def knn(
 # %% ../../nbs/6_tune/06_probe.ipynb #c56a4784
 class CachedHead(nn.Module):
     "A head that reads rows instead of volumes."
-    def __init__(self, head: nn.Module, shapes: list[tuple]):  # shapes: of what lies in a row, without the batch
+    def __init__(
+        self,
+        head: nn.Module,  # of the network
+        shapes: list[tuple],  # of what lies in a row, without the batch
+    ):
         super().__init__()
         self.head, self.shapes = head, shapes
 
@@ -144,7 +158,10 @@ class CachedHead(nn.Module):
         return self.head(maps if self.head.reads == "pyramid" else maps[0], x)
 
 @torch.no_grad()
-def head_inputs(model: Network, x: Tensor) -> list[Tensor]:  # x: b c d h w
+def head_inputs(
+    model: Network,  # backbone and head
+    x: Tensor,  # b c d h w
+) -> list[Tensor]:
     "Return what the head reads of some cases."
     given = model.read(x)
     if hasattr(model.head, "pool"): return [model.head.pool(given)]
@@ -154,7 +171,7 @@ def head_inputs(model: Network, x: Tensor) -> list[Tensor]:  # x: b c d h w
 def feature_rows(
     model: Network,  # its encoder is used in evaluation mode
     inputs: Tensor,  # n c d h w
-    batch_size: int = 8,
+    batch_size: int = 8,  # cases at a time
 ) -> tuple[Tensor, list[tuple]]:  # n m float32 on the CPU, and the shapes that lie in a row
     "Compute all that the head reads, a row for every case."
     device, rows = next(model.backbone.parameters()).device, None
@@ -168,7 +185,10 @@ def feature_rows(
     return rows, shapes
 
 # %% ../../nbs/6_tune/06_probe.ipynb #d85c84ba
-def check_memory(n: int, width: int) -> Tensor:  # n width, not filled
+def check_memory(
+    n: int,  # cases
+    width: int,  # features
+) -> Tensor:  # n width, not filled
     "Allocate memory for the rows, or raise an error that states how much is missing."
     need, free = 4 * n * width / 2**30, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if need > free:
@@ -180,7 +200,7 @@ def check_memory(n: int, width: int) -> Tensor:  # n width, not filled
 
 # %% ../../nbs/6_tune/06_probe.ipynb #e40f8745
 def cache_features(
-    model: Network,
+    model: Network,  # backbone and head
     data: dict[str, TaskData],  # split → its cases
 ) -> tuple[CachedHead, dict[str, TaskData]]:  # the head, and the same splits with rows for inputs
     "Return a network with a frozen encoder, and its data, with the encoder's work done."

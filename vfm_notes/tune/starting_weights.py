@@ -7,6 +7,7 @@ __all__ = ['accepted_licences', 'published_state', 'initial_weights']
 
 # %% ../../nbs/6_tune/13_starting_weights.ipynb #1e5b63c3
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..backbones.adaptation import InitialWeights, adapt_weights
 from ..backbones.keys import load_backbone
 from ..backbones.plan import local_weights_file, read_planned
 from ..backbones.weights import check_licence, fetch_weights, normalisation, weights, weights_card
+from ..foundation.overlap import published_overlap, worst_overlap
 from ..foundation.places import check_companion
 from ..foundation.people import key_id
 from ..foundation.places import run_folder, shipped_studies
@@ -48,7 +50,7 @@ def published_state(
 
 # %% ../../nbs/6_tune/13_starting_weights.ipynb #73e36e21
 def initial_weights(
-    spec: RunSpec | PretrainSpec,
+    spec: RunSpec | PretrainSpec,  # what the run is
     study: str,  # name of the study that the run belongs to
 ) -> InitialWeights:  # without a state where it begins with random weights, or nobody made any
     "Return the weights of a run, adapted as their plan allows."
@@ -61,7 +63,8 @@ def initial_weights(
     cohort = run_cohort(spec)
     if not parent and name in weights:
         return InitialWeights(
-            published_state(name, len(cohort.card.sequences), study), licences=[weights_card(name).licence]
+            published_state(name, len(cohort.card.sequences), study), licences=[weights_card(name).licence],
+            overlap=published_overlap(name, cohort.card.datasets),
         )
     path = run_folder(study, parent)/"weights.safetensors" if parent else local_weights_file(name)
     if path is None or not path.is_file(): return InitialWeights()
@@ -70,10 +73,14 @@ def initial_weights(
     state, plan = read_planned(path)
     if plan is None:
         return InitialWeights(
-            state, [f"the weights of {parent} carry no adaptation plan, so nothing could be compared with it"]
+            state, [f"the weights of {parent} carry no adaptation plan, so nothing could be compared with it"],
+            overlap=("unknown", "the weights carry no adaptation plan"),
         )
     judged = [p for p, split in zip(cohort.patients, cohort.split) if split in ("val", "test")]
-    return adapt_weights(
+    start = adapt_weights(
         plan, state, name, cohort.card.sequences, spec.size, spec.spacing, normalisation(name),
         (cohort.card.name, judged),
     )
+    if plan.parent not in weights: return start
+    began = published_overlap(plan.parent, cohort.card.datasets)  # what its own pretraining began with counts as well
+    return replace(start, overlap=worst_overlap([start.overlap, began]))

@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import NoneType
 from typing import get_args, Literal
 
@@ -28,7 +29,11 @@ from ..pretrain.trainer import parameter_groups
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #d8309b09
 TYPE_WORDS = {int: "a whole number", float: "a number"}
-def check_value(name: str, option: str, value, annotation) -> None:
+def check_value(
+    name: str,  # of the strategy
+    option: str,  # name of the option
+    value, annotation,  # of the option
+) -> None:
     "Raise when a value is not of the type of the strategy's argument."
     kinds = [a for a in get_args(annotation) or (annotation,) if a is not NoneType]
     if (
@@ -68,8 +73,9 @@ def strategy_card(
     "Return the card of a strategy that is written with options."
     return strategies.card(parse_strategy(text)[0])
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #225ad461
 def needs_weights(
-    spec: RunSpec,
+    spec: RunSpec,  # what the run is
 ) -> bool:
     "Return whether a run starts from weights that somebody trained."
     return strategy_card(spec.strategy)["pretrained"] and not starts_random(spec.backbone)
@@ -77,7 +83,7 @@ def needs_weights(
 # %% ../../nbs/6_tune/05_strategy.ipynb #2e851521
 @torch.no_grad()
 def run_without_weights(
-    backbone: Backbone,
+    backbone: Backbone,  # a network
     see: Callable[[str, nn.Module, tuple, object], None] | None = None,  # (name, module, what it gets, what it gives)
     enter: Callable[[str], None] | None = None,  # the name of a module, before it runs
 ) -> None:
@@ -95,7 +101,7 @@ def run_without_weights(
 # %% ../../nbs/6_tune/05_strategy.ipynb #2a9a57f7
 _orders = {}  # what a network is → its call order
 def call_order(
-    backbone: Backbone,
+    backbone: Backbone,  # a network
 ) -> list[str]:  # names of modules, once for every call
     "Return which module runs when; a network that was asked before is not run again."
     key = type(backbone), repr(backbone)
@@ -105,8 +111,9 @@ def call_order(
         _orders[key] = called
     return _orders[key]
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #9baa31c1
 def block_names(
-    backbone: Backbone,
+    backbone: Backbone,  # a network
 ) -> list[str]:  # in the order in which they run
     "Find the blocks of an encoder."
     names, called = {m: k for k, m in backbone.named_modules()}, call_order(backbone)
@@ -115,7 +122,7 @@ def block_names(
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #d3e7a510
 def parameter_depths(
-    model: Network,
+    model: Network,  # backbone and head
     found: list[str],  # from block_names
 ) -> dict[str, int]:  # parameter → 0 before the blocks, 1 … n the blocks, n + 1 after them
     "Return how deep every parameter of a network is, by the order in which the modules run."
@@ -140,6 +147,7 @@ class Tuning:
     rates: dict[str, float] = field(default_factory=dict)  # parameter → share of the learning rate, where it is not 1
     steps: bool = True  # is anything trained by steps?
     finish: Callable[[Network], None] = lambda model: None  # after the last step
+    adapters: dict[str, torch.Tensor] = field(default_factory=dict)  # filled by `finish`: updates before they are added
     # filled in by apply_strategy: part, trainable and total parameters, tensors
     parts: list[dict] = field(default_factory=list)
     frozen: bool = False  # filled in: nothing of the encoder is trained
@@ -168,24 +176,32 @@ class Tuning:
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #25e760ab
 @strategies("scratch", title="from scratch", pretrained=False)
-def scratch(model: Network) -> None:
+def scratch(
+    model: Network,  # backbone and head
+) -> None:
     "Train every parameter, from random weights."
     model.requires_grad_(True)
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #c121e5af
 @strategies("random", title="frozen encoder, random weights", pretrained=False)
-def random(model: Network) -> None:
+def random(
+    model: Network,  # backbone and head
+) -> None:
     "Train what the task puts on an encoder that stays as it was drawn: the control of `decoder`."
     freeze_first(model, len(list(model.backbone.parameters())))
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #c1766083
 @strategies("specialist", title="specialist, from scratch", pretrained=False)
-def specialist(model: Network) -> None:
+def specialist(
+    model: Network,  # backbone and head
+) -> None:
     "Train every parameter of a network made for the task."
     model.requires_grad_(True)
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #2aed59c7
 @strategies("full", title="full fine-tuning", pretrained=True)
 def full(
-    model: Network,
+    model: Network,  # backbone and head
     decay: float = 1.0,  # of the learning rate from block to block, 1 for none
 ) -> Tuning:
     "Train every parameter, from pretrained weights."
@@ -198,14 +214,18 @@ def full(
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #276a434f
 def freeze_first(
-    model: Network,
+    model: Network,  # backbone and head
     count: int,  # of the encoder's parameter tensors
 ) -> None:
     "Train the head and all but the first tensors of the encoder, in the order of its list (as in arXiv 2405.19204)."
     model.requires_grad_(True)
     for p in list(model.backbone.parameters())[:count]: p.requires_grad_(False)
 
-def check_fraction(name: str, fraction: float) -> float:
+# %% ../../nbs/6_tune/05_strategy.ipynb #5d1b432d
+def check_fraction(
+    name: str,  # of the strategy, for messages
+    fraction: float,  # 0 to 1
+) -> float:
     "Refuse a share of parameter tensors that is not above 0 and at most 1."
     if not 0 < fraction <= 1: raise VfmError(f"Strategy '{name}': fraction is {fraction}, expected above 0 to 1.")
     return fraction
@@ -213,7 +233,7 @@ def check_fraction(name: str, fraction: float) -> float:
 # %% ../../nbs/6_tune/05_strategy.ipynb #47dc69f8
 @strategies("top", title="last blocks", pretrained=True)
 def top(
-    model: Network,
+    model: Network,  # backbone and head
     k: int | None = None,  # blocks, counted from the last; 1 by default
     from_: int | None = None,  # first block that is trained, counted from 1
     fraction: float | None = None,  # share of the encoder's tensors, the last ones
@@ -236,7 +256,7 @@ def top(
 # %% ../../nbs/6_tune/05_strategy.ipynb #bc0516c9
 @strategies("decoder", title="frozen encoder", pretrained=True)
 def decoder(
-    model: Network,
+    model: Network,  # backbone and head
     fraction: float | None = None,  # share of the encoder's tensors that is frozen, the first ones; default: all
 ) -> None:
     "Train what the task puts on the encoder, and the encoder's last tensors where a fraction is given."
@@ -248,8 +268,9 @@ class SkippedBlock(nn.Module):
     "In the place of a block: what comes in goes out."
     def forward(self, x, *args, **kwargs): return x
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #fa5ef8aa
 def removable_blocks(
-    backbone: Backbone,
+    backbone: Backbone,  # a network
 ) -> set[str]:  # names of modules whose output has the shape of their input
     "Find modules that could be left out."
     kept = set()
@@ -282,7 +303,7 @@ def drop_blocks(
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #48637216
 def count_parts(
-    model: Network,
+    model: Network,  # backbone and head
     found: list[str],  # from block_names, before the strategy
 ) -> list[dict]:  # part, trainable, total (parameters), tensors (trainable)
     "Count what is trained where."
@@ -320,7 +341,10 @@ def apply_strategy(
     return tuning
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #a709e9d0
-def in_attention(net: nn.Module, name: str) -> bool:
+def in_attention(
+    net: nn.Module,  # a network
+    name: str,  # of a layer, dotted
+) -> bool:
     "Return whether a layer lies in attention."
     above = name.split(".")[:-1]
     kinds = [type(net.get_submodule(".".join(above[:i + 1]))).__name__.lower() for i in range(len(above))]
@@ -328,37 +352,48 @@ def in_attention(net: nn.Module, name: str) -> bool:
         "attention" in kind for kind in kinds
     )
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #6a11ea79
 def lora_layers(
-    net: Backbone,
+    net: Backbone,  # a backbone
 ) -> dict[str, list[str]]:  # targets → names of layers
     "Return the layers of a network that low-rank updates can be put beside."
     called = {}
     run_without_weights(net, lambda name, module, given, out: called.update({name: module}))
     linear = [k for k, m in called.items() if type(m) is nn.Linear]
     conv = [k for k, m in called.items() if type(m) in (nn.Conv2d, nn.Conv3d) and m.groups == 1]
+    kinds = {"linear": linear, "conv": conv}
+    sizes = {kind: sum(called[k].weight.numel() for k in names) for kind, names in kinds.items()}
+    main = [k for kind, names in kinds.items() if sizes[kind] >= 0.1 * sum(sizes.values()) for k in names]
     return {
-        "attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv, "all": linear + conv,
+        "auto": main, "attention": [k for k in linear if in_attention(net, k)], "linear": linear, "conv": conv,
+        "all": linear + conv,
     }
 
 # %% ../../nbs/6_tune/05_strategy.ipynb #0dc8f4e8
 def merge_lora(
     model: Network,  # changed in place: a plain network again
+    # is given the updates, by layer: scaling, lora_A.weight, lora_B.weight
+    kept: dict[str, torch.Tensor] | None = None,
 ) -> None:
     "Add the updates to the weights."
     from peft.tuners.lora import LoraLayer
     net = model.backbone
     for name, layer in [(k, m) for k, m in net.named_modules() if isinstance(m, LoraLayer)]:
         plain, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if kept is not None:
+            kept |= {f"{name}.lora_{k}.weight": w.detach().cpu().clone() for k, w in (("A", a), ("B", b))}
+            kept[f"{name}.scaling"] = torch.tensor(float(layer.scaling["default"]))
         plain.weight.data += layer.scaling["default"] * torch.einsum("or,ri...->oi...", b.data.flatten(1), a.data)
         net.set_submodule(name, plain)
     del net.peft_config
 
+# %% ../../nbs/6_tune/05_strategy.ipynb #eba0729b
 @strategies("lora", title="low-rank updates", pretrained=True)
 def lora(
-    model: Network,
-    rank: int = 4,
+    model: Network,  # backbone and head
+    rank: int = 4,  # of the low-rank update
     alpha: float | None = None,  # the update counts alpha/rank; default: 1
-    targets: Literal["attention", "linear", "conv", "all"] = "linear",
+    targets: Literal["auto", "attention", "linear", "conv", "all"] = "auto",  # layers that get an update
 ) -> Tuning:
     "Train low-rank updates of the encoder's layers, and the head."
     from peft import LoraConfig, inject_adapter_in_model
@@ -366,7 +401,7 @@ def lora(
     if alpha is not None and alpha <= 0: raise VfmError(f"Strategy 'lora': alpha is {alpha}, expected above 0.")
     net, layers = model.backbone, lora_layers(model.backbone)
     if not layers[targets]:
-        there = [k for k, v in layers.items() if v]
+        there = [k for k, v in layers.items() if v and k != "auto"]
         do = (
             f"write targets={there[0]} ({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)"
             if there
@@ -379,4 +414,5 @@ def lora(
     )
     model.requires_grad_(True)
     for name, p in net.named_parameters(): p.requires_grad_(".lora_" in name)
-    return Tuning(finish=merge_lora)
+    kept = {}
+    return Tuning(finish=partial(merge_lora, kept=kept), adapters=kept)

@@ -18,15 +18,16 @@ from ..data.augment import augment
 from ..data.load import cohort_maker
 from ..foundation.registry import parse_strategy, starts_random
 from ..foundation.places import weights_file, weights_root
-from ..foundation.registry import backbones, divergences, suggest_name, objectives, strategies, tasks, VfmError
+from ..foundation.registry import backbones, suggest_name, objectives, strategies, tasks, VfmError
 from ..foundation.spec import PretrainSpec, StudySpec, pretrain_specs
 from ..pretrain.loop import check_objective
+from ..shift.divergences import divergence_options
 from .strategy import strategy_options
 from .task import task_kind
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #1ca372c2
 def check_weights(
-    study: StudySpec,
+    study: StudySpec,  # the study
     name: str,  # architecture.weights
 ) -> None:
     "Raise when nobody makes these weights, or when the study does not accept their licence."
@@ -48,7 +49,7 @@ def check_weights(
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #79d3a4ed
 def check_strategies(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> None:
     "Raise on an unknown strategy or option, and on two lines that mean the same."
     meant = {}
@@ -64,7 +65,7 @@ def check_strategies(
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #5c142faa
 def check_head_weights(
-    study: StudySpec,
+    study: StudySpec,  # the study
     options: dict,  # of one of its tasks
 ) -> None:
     """Raise when the transformer of a head has weights that nobody published, or whose licence the study does not
@@ -73,7 +74,7 @@ def check_head_weights(
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #aa45e2f6
 def weights_of(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> list[str]:  # of backbones and heads, each once
     "Return published weights that the runs of a study start from."
     made = {s.backbone for s in pretrain_specs(study)}
@@ -84,7 +85,7 @@ def weights_of(
     return [n for n in dict.fromkeys(named) if "." in n and n not in made]
 
 def weights_problems(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> list[str]:  # a sentence each
     "Describe the weights that a study needs and that are unknown, not accepted, or not here yet."
     found = []
@@ -107,7 +108,7 @@ def weights_problems(
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #66553369
 def check_start(
-    study: StudySpec,
+    study: StudySpec,  # the study
     made: PretrainSpec,  # one of its pretrainings
 ) -> None:
     "Raise when a pretraining cannot begin with the weights that it names."
@@ -132,7 +133,7 @@ def check_start(
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #413246c3
 def name_checks(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> Iterator[Callable[[], object]]:  # each raises on a name that no registry knows, suggesting the nearest
     "List everything that a study names, one check each."
     yield lambda: cohort_maker(study.cohort)
@@ -148,12 +149,12 @@ def name_checks(
     for name, options in study.tasks.items():
         yield lambda name=name, options=options: (tasks[task_kind(name, options)], check_head_weights(study, options))
     yield lambda: augment(study.budget.augment)
-    for name in study.divergences: yield lambda name=name: divergences[name]
+    for text in study.divergences: yield lambda text=text: divergence_options(text)
     if study.external: yield lambda: cohort_maker(study.external["cohort"])
 
 # %% ../../nbs/6_tune/14_study_names.ipynb #89249fb9
 def check_names(
-    study: StudySpec,
+    study: StudySpec,  # the study
 ) -> None:
     "Raise on the first name that no registry knows, suggesting the nearest."
     for check in name_checks(study): check()

@@ -28,7 +28,7 @@ PROSTATE = CohortCard(
 
 def linear_task(
     name: str,  # registered task
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     settings: dict,  # of the task; a head of one's own wins
 ) -> Task:
     "Build a task with the head that is linear in what the encoder gives, where it has a choice."
@@ -95,7 +95,7 @@ def loss(self: Supervised,
 # %% ../../nbs/6_tune/11_supervised.ipynb #87a699df
 def dealt_anew(
     n: int,  # cases
-    seed: int,
+    seed: int,  # of the random numbers; the same seed gives the same result
 ) -> np.ndarray:  # (n,) whose labels each case gets; nobody's own
     "Draw a random ring: everybody gets what belongs to the next."
     if n < 2: raise VfmError("Shuffled labels need at least two cases.")
@@ -105,7 +105,7 @@ def dealt_anew(
     return given
 
 def pretraining_cases(
-    spec: PretrainSpec,
+    spec: PretrainSpec,  # what the pretraining is
     seen: Cohort,  # the cases of its split
     scale: dict,  # arguments of data.loader.normalise
 ) -> tuple[Tensor, Tensor]:  # volumes n c d h w, labels or targets n …

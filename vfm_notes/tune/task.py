@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CASE_HEADS', 'DENSE_HEADS', 'IMAGE_HEADS', 'AUXILIARY', 'LinearHead', 'deit', 'DeiTHead', 'check_head', 'case_head',
-           'dense_head', 'check_dense', 'TaskData', 'case_table', 'Task', 'task_kind', 'build_task', 'channel',
-           'image_statistics', 'fit_statistics', 'predict_class_scores', 'check_masks', 'check_scores',
-           'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
+           'dense_head', 'check_dense', 'TaskData', 'case_table', 'Answer', 'Task', 'task_kind', 'build_task',
+           'channel', 'image_statistics', 'contrast_statistics', 'fit_statistics', 'predict_class_scores',
+           'check_masks', 'check_scores', 'dice_and_entropy', 'mask_rows', 'Segmentation', 'mean_defined']
 
 # %% ../../nbs/6_tune/02_task.ipynb #532fc926
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from ..backbones.keys import build_tiny, load_backbone
 from ..backbones.protocol import build_backbone
 from ..data.cohort import Cohort, CohortCard
 from ..data.loader import normalise
-from ..foundation.quantity import METRICS
+from ..foundation.quantity import metric_card
 from ..foundation.registry import suggest_name, tasks, VfmError
 from ..foundation.schema import argument_types, check_options
 from ..nets.decoder import ClassificationHead, DenseDecoder, LinearDecoder, UNETRHead, UPerNetHead
@@ -92,7 +92,7 @@ CASE_HEADS, DENSE_HEADS = ("pooled", "linear", "deit"), ("decoder", "linear", "u
 IMAGE_HEADS = ("decoder", "linear")  # the dense ones that can add to a first guess
 
 def check_head(
-    name: str,
+    name: str,  # of the head, e.g. linear
     known: tuple,  # CASE_HEADS or DENSE_HEADS
     task: str,  # for the message
 ) -> str:  # the name
@@ -103,7 +103,7 @@ def check_head(
 
 def case_head(
     name: str,  # of CASE_HEADS
-    backbone: nn.Module,
+    backbone: nn.Module,  # a network
     out: int,  # scores
     transformer: str = "toy",  # of the head deit
 ) -> nn.Module:
@@ -114,7 +114,7 @@ def case_head(
 # %% ../../nbs/6_tune/02_task.ipynb #92cef98e
 def dense_head(
     name: str,  # of DENSE_HEADS
-    backbone: nn.Module,
+    backbone: nn.Module,  # a network
     in_channels: int,  # sequences
     out: int,  # channels of the answer
     width: int | None = None,  # channels inside; default: as published
@@ -155,7 +155,7 @@ class TaskData:
     inputs: Tensor
     target: Tensor  # n (class) | n d h w (label map) | n 1 d h w (image)
     names: list  # case names
-    patients: list
+    patients: list  # of the cases, (n,)
     spacing: tuple  # mm, d h w
 
     def __len__(self): return len(self.inputs)
@@ -165,7 +165,7 @@ class TaskData:
 
 # %% ../../nbs/6_tune/02_task.ipynb #cab07dba
 def case_table(
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     values: dict,  # metric → n values
 ) -> pd.DataFrame:  # case, patient, metric, value
     "Return one row per case and metric."
@@ -177,12 +177,21 @@ def case_table(
     ]
     return pd.concat(frames, ignore_index=True)
 
+# %% ../../nbs/6_tune/02_task.ipynb #d123108f
+@dataclass
+class Answer:
+    "What a network states about new cases."
+    voxels: Tensor | None = None  # n k d h w: probabilities of k classes, or n 1 d h w: an image; None: neither
+    classes: tuple = ()  # of the probabilities, background first; () where the voxels are an image
+    values: dict[str, Tensor] = field(default_factory=dict)  # name → n: probabilities or numbers of whole cases
+
 # %% ../../nbs/6_tune/02_task.ipynb #7421f0ec
 class Task:
     "What every task has; sub-classes fill in the six methods."
     title: str = ""  # for figures
     primary: str = ""  # the metric that gains are computed on
     metrics: tuple = ()  # names in METRICS
+    control_learns = True  # the trivial control reads the training cases
     scale: Callable[[np.ndarray], np.ndarray] = staticmethod(normalise)  # of the inputs; a run sets its backbone's
 
     def __init__(self, card: CohortCard): self.card = card
@@ -193,6 +202,19 @@ class Task:
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame: raise NotImplementedError
     def control(self, train: TaskData, test: TaskData) -> pd.DataFrame: raise NotImplementedError
     def pictures(self, output: Tensor, data: TaskData) -> dict: raise NotImplementedError
+    def hand_made(self, train: TaskData, test: TaskData) -> pd.DataFrame | None: "Score a reader of hand-made features."
+
+    kept: tuple = ()  # names of what `learn` found and `answer` needs; records keep them
+    dense: bool = True  # whether it answers for every voxel, in contrast to a case as a whole
+
+    @property
+    def reads(self) -> tuple[str, ...]: return self.card.sequences  # sequences that a new case must have
+    def encode(self, volumes: np.ndarray, like: np.ndarray) -> Tensor:  # n c d h w raw; see data.loader.normalise
+        "Return inputs of the network from new volumes that have no target."
+        return torch.from_numpy(self.scale(volumes, like=like))
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer:  # like: n c d h w raw, the volumes as they came
+        "Return what the network's output means, in the terms of the task."
+        raise VfmError(f"Task '{type(self).__name__}' has no method `answer`, so it cannot be applied to new cases.")
 
     def validate(self, output: Tensor, data: TaskData) -> float:
         "Return the primary metric alone, cheap enough for every epoch."
@@ -202,7 +224,7 @@ class Task:
         "Return the mean over cases of each metric."
         return {m: float(cases.loc[cases.metric == m, "value"].mean()) for m in self.metrics}
 
-    def unit(self, metric: str) -> str: return METRICS[metric].unit
+    def unit(self, metric: str) -> str: return metric_card(metric).unit
     def why(self, metric: str, cases: pd.DataFrame) -> str:
         return "no case has a value, since what it compares is empty"
 
@@ -210,12 +232,17 @@ class Task:
         "Return a sentence for each metric that has no value."
         missing = [m for m, value in self.summary(cases).items() if np.isnan(value)]
         return [
-            f"{METRICS[m].title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
+            f"{metric_card(m).title} is undefined on the {cases.case.nunique()} {split} cases: {self.why(m, cases)}"
             for m in missing
         ]
 
 # %% ../../nbs/6_tune/02_task.ipynb #8a6e064f
-def task_kind(name: str, options: dict) -> str: return options.get("task", name)  # the registered task
+# the registered task
+def task_kind(
+    name: str,  # of a task of the study
+    options: dict,  # of the task
+) -> str:
+    return options.get("task", name)
 
 def build_task(
     name: str,  # registered task, or any name where the option `task` states which one it is
@@ -232,7 +259,7 @@ def build_task(
 
 # %% ../../nbs/6_tune/02_task.ipynb #ce98dd7f
 def channel(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     sequence: str,  # e.g. "dwi"
     task: str,  # for the message
 ) -> int:
@@ -253,9 +280,21 @@ def image_statistics(
     parts = [x.mean(-1), x.std(-1), *np.percentile(x, (1, 10, 90, 99), axis=-1)]
     return np.concatenate(parts, axis=1)
 
+def contrast_statistics(
+    inputs: Tensor,  # n c d h w
+) -> np.ndarray:  # n 2c(c − 1)
+    "Return the largest smoothed differences of channels, as DWI − ADC, which is high where a lesion may be."
+    pairs = [(a, b) for a in range(inputs.shape[1]) for b in range(inputs.shape[1]) if a != b]
+    if not pairs: return image_statistics(inputs)
+    between = torch.stack([inputs[:, a] - inputs[:, b] for a, b in pairs], 1)
+    smooth = nn.functional.avg_pool3d(between, (1, 3, 3), 1, (0, 1, 1))
+    x = rearrange(smooth, "n p d h w -> n p (d h w)").numpy()
+    return np.concatenate([x.max(-1), np.percentile(x, 99.5, axis=-1)], axis=1)
+
 def fit_statistics(
-    train: TaskData,
+    train: TaskData,  # training cases
     label: np.ndarray,  # n, of the training cases
+    features: Callable[[Tensor], np.ndarray] = image_statistics,  # of a batch
 ):  # a fitted classifier of scikit-learn
     "Fit a logistic regression on image statistics."
     from sklearn.dummy import DummyClassifier
@@ -263,24 +302,25 @@ def fit_statistics(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     last = LogisticRegression(C=0.1) if len(set(label.tolist())) > 1 else DummyClassifier()
-    return make_pipeline(StandardScaler(), last).fit(image_statistics(train.inputs), label)
+    return make_pipeline(StandardScaler(), last).fit(features(train.inputs), label)
 
 # %% ../../nbs/6_tune/02_task.ipynb #02f7b396
 def predict_class_scores(
     reader,  # of statistics_reader
-    test: TaskData,
-    n_classes: int,
+    test: TaskData,  # test cases
+    n_classes: int,  # with background
+    features: Callable[[Tensor], np.ndarray] = image_statistics,  # of a batch
 ) -> Tensor:  # n k, log-probabilities
     "Return the score of every class by image statistics."
     found = np.full((len(test), n_classes), -20.0)
-    found[:, reader[-1].classes_] = np.log(reader.predict_proba(image_statistics(test.inputs)).clip(1e-9))
+    found[:, reader[-1].classes_] = np.log(reader.predict_proba(features(test.inputs)).clip(1e-9))
     return torch.from_numpy(found).float()
 
 # %% ../../nbs/6_tune/02_task.ipynb #cf0170de
 AUXILIARY = 0.4  # weight of the loss of a training head
 
 def check_masks(
-    card: CohortCard,
+    card: CohortCard,  # of the cohort
     task: str,  # for the message
 ) -> None:
     "Refuse a task on masks that has no class to find."
@@ -321,7 +361,7 @@ def dice_and_entropy(
 
 def mask_rows(
     labels: Tensor,  # n d h w, predicted
-    data: TaskData,
+    data: TaskData,  # inputs and targets
     classes: tuple,  # their names, background first
 ) -> pd.DataFrame:
     "Return Dice and distances of every case, of each class and their mean."
@@ -344,13 +384,25 @@ class Segmentation(Task):
     "A label for every voxel."
     primary, metrics, called = "dice", ("dice", "hd95"), "segmentation"
 
-    def __init__(self, card: CohortCard,
-                 class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
-                 head: str = "decoder",  # decoder, linear, upernet or unetr
-                 width: int | None = None,  # channels inside the head; default: as published
-                 skip: bool = True):  # of the decoder: it reads raw voxels, too
+    def __init__(
+        self,
+        card: CohortCard,  # of the cohort
+        class_weights: list[float] | None = None,  # of the cross-entropy, one per class; default: all 1
+        head: str = "decoder",  # decoder, linear, upernet or unetr
+        width: int | None = None,  # channels inside the head; default: as published
+        skip: bool = True,  # of the decoder: it reads raw voxels, too
+        judged_by: str = "",  # class whose Dice gains are computed on, e.g. lesion; default: the mean of all
+    ):
         super().__init__(card)
         check_masks(card, self.called)
+        if judged_by:
+            if judged_by not in card.classes[1:]:
+                raise VfmError(
+                    f"Task '{self.called}': judged_by is '{judged_by}', which is no class of cohort '{card.name}'."
+                    f"{suggest_name(judged_by, card.classes[1:])} Known: {', '.join(card.classes[1:])}."
+                )
+            self.primary = f"dice_{judged_by}"
+            self.metrics = (self.primary, *self.metrics)
         self.reading, self.width = check_dense(head, skip, self.called), width
         if class_weights is not None and len(class_weights) != len(self.classes):
             raise VfmError(
@@ -379,6 +431,7 @@ class Segmentation(Task):
         return dice_and_entropy(output, target, self.class_weights)
 
     def labels(self, output: Tensor) -> Tensor: return output if output.dim() == 4 else output.argmax(1)
+    def answer(self, output: Tensor, like: np.ndarray) -> Answer: return Answer(output.softmax(1), self.classes)
 
     def evaluate(self, output: Tensor, data: TaskData) -> pd.DataFrame:
         return mask_rows(self.labels(output), data, self.classes)
@@ -386,7 +439,9 @@ class Segmentation(Task):
 # %% ../../nbs/6_tune/02_task.ipynb #1a5da5bb
 @patch
 def validate(self: Segmentation, output: Tensor, data: TaskData) -> float:
-    dice = mean_defined(dice_per_class(self.labels(output), data.target, len(self.classes)))
+    each = dice_per_class(self.labels(output), data.target, len(self.classes))
+    own = self.primary.removeprefix("dice_")
+    dice = each[:, self.classes.index(own) - 1] if own in self.classes else mean_defined(each)
     return float(dice[np.isfinite(dice)].mean()) if np.isfinite(dice).any() else float("nan")
 
 @patch
