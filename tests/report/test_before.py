@@ -125,3 +125,38 @@ def test_the_page_is_shown_where_there_is_a_ranking(tmp_path, monkeypatch):
     write_ranking(made(cases=41), tmp_path / "phantom" / "rank" / "toy-grades.json")
     then = {p.name: p.print for p in pages.report_pages(study, [])}
     assert first["before"] != then["before"] and first["index"] == then["index"]
+
+
+STUDY = """
+name: tiny
+title: A tiny study
+cohort: phantom
+size: [4, 32, 32]
+spacing: [8.0, 3.0, 3.0]
+cases: {pretrain: 0, train: 16, val: 2, test: 2}
+backbones: [profound_toy.random]
+tasks: {grades: {task: classification}}
+strategies: [full]
+seeds: [0]
+budget: {epochs: 1}
+"""
+
+
+def test_the_command_from_end_to_end(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from vfm_notes.report.cli import app
+    for name in ("VFM_RUNS", "VFM_WEIGHTS"): monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    call = ["rank", "phantom", "--task", "grades", "--study", "tiny.yaml"]
+    done = CliRunner().invoke(app, [*call, "-o", "out.csv"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "No weights could be ranked" in done.output and "hand_made" in done.output  # none are here
+    kept = tmp_path / "VFM_RUNS" / "tiny" / "rank" / "phantom-grades.json"
+    assert kept.is_file() and rankings_of("tiny") == [kept] and str(kept) in done.output
+    found = read_ranking(kept)
+    assert found["cases"] == 16 and {r["name"] for r in found["rows"]} == {"trivial", "hand_made"}
+    assert (tmp_path / "out.csv").read_text().startswith("name,kind,")
+    with pytest.raises(VfmError, match="expected a number and s, m or h"):
+        CliRunner().invoke(app, [*call, "--budget", "soon"], catch_exceptions=False)
