@@ -2,17 +2,15 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 import vfm_notes.tune.catalog
-from made_cases import boxes, message
+from made_cases import message
 from vfm_notes.analysis.gain import gain_table
 from vfm_notes.analysis.tables import load_tables
 from vfm_notes.data.cohort import deal_folds, fold_cohort, phantom_cohort
-from vfm_notes.data.manifest import write_manifest
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.spec import canonical_text, load_study, run_id, run_specs, RunSpec
 from vfm_notes.runs.grid import jobs_of

@@ -1,6 +1,5 @@
 """Whether the cases of a test were part of a pretraining: the table, its answers, and where they are shown."""
 import csv
-import json
 from pathlib import Path
 
 import pandas as pd

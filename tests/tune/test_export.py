@@ -12,13 +12,12 @@ import vfm_notes.tune.catalog
 from made_cases import message
 from test_predict import STUDY, keep, place, specs_of  # noqa: F401 (a fixture)
 from vfm_notes.backbones.protocol import build_backbone
-from vfm_notes.foundation.places import run_folder
-from vfm_notes.foundation.spec import run_id, RunSpec
+from vfm_notes.foundation.spec import run_id
 from vfm_notes.report.weights_commands import export_tuned, predict_cases, tuned_members
 from vfm_notes.tune.export import exported_member, WindowNetwork, window_input
 
 
-def test_a_folder_answers_as_its_run(place, tmp_path, monkeypatch):  # noqa: F811
+def test_a_folder_answers_as_its_run(place, tmp_path, monkeypatch):
     run = run_id(specs_of(place, "segmentation")[0])
     export_tuned(run, tmp_path/"out", "", None, False, False, False)
     case = [f"{s}={place}/cohorts/boxes/c1_{s}.nii.gz" for s in ("t2w", "adc")]
@@ -46,7 +45,7 @@ def run_bundle(bundle, given, out):
         )
 
 
-def test_monai_runs_the_bundle_of_a_segmentation(place, tmp_path):  # noqa: F811
+def test_monai_runs_the_bundle_of_a_segmentation(place, tmp_path):
     run = run_id(specs_of(place, "segmentation")[0])
     export_tuned(run, tmp_path/"out", "", None, False, True, False)
     turn = np.array([[0.96, 0.28, 0], [-0.28, 0.96, 0], [0, 0, 1]]) @ np.diag([1.0, -1, 1])
@@ -68,7 +67,7 @@ def test_monai_runs_the_bundle_of_a_segmentation(place, tmp_path):  # noqa: F811
     assert meta["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
 
 
-def test_monai_runs_the_bundle_of_a_classification(place, tmp_path):  # noqa: F811
+def test_monai_runs_the_bundle_of_a_classification(place, tmp_path):
     run = run_id(specs_of(place, "classification")[0])
     export_tuned(run, tmp_path/"out", "", None, False, True, False)
     rng = np.random.default_rng(3)
@@ -83,7 +82,7 @@ def test_monai_runs_the_bundle_of_a_classification(place, tmp_path):  # noqa: F8
 
 
 @pytest.mark.parametrize("task", ["segmentation", "classification", "super_resolution"])
-def test_onnx_answers_as_the_network(place, tmp_path, task):  # noqa: F811
+def test_onnx_answers_as_the_network(place, tmp_path, task):
     pytest.importorskip("onnx", reason="the optional extra onnx is not installed")
     import onnxruntime
     run = run_id(specs_of(place, task)[0])
@@ -95,7 +94,7 @@ def test_onnx_answers_as_the_network(place, tmp_path, task):  # noqa: F811
     assert np.abs(theirs - mine).max() < 1e-4
 
 
-def test_updates_alone_make_the_tuned_weights_again(place, tmp_path):  # noqa: F811
+def test_updates_alone_make_the_tuned_weights_again(place, tmp_path):
     "Base weights and what peft reads give the weights that the run kept."
     from dataclasses import replace
     from peft import LoraConfig, inject_adapter_in_model

@@ -1,7 +1,5 @@
 """From a study's records to answers on scans: against the run's own numbers, and against networks applied by hand."""
-import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 
 import vfm_notes.tune.catalog
 from made_cases import boxes, message
-from vfm_notes.analysis.chosen import choose_runs, model_card, tuned_arrays
+from vfm_notes.analysis.chosen import choose_runs, model_card
 from vfm_notes.data.load import load_cohort
 from vfm_notes.data.loader import moments, normalise
 from vfm_notes.data.manifest import write_manifest

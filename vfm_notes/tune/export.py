@@ -239,7 +239,7 @@ def bundle_config(
     window = [int(w) for w in member.plan.window[::-1]]
     whole = {"_target_": "SlidingWindowInferer", "roi_size": window, "sw_batch_size": 4, "overlap": OVERLAP,
              "mode": "gaussian"}
-    named = f"{{'filename_or_obj': case[@keys[0]].meta['filename_or_obj']}}"
+    named = "{'filename_or_obj': case[@keys[0]].meta['filename_or_obj']}"
     save = f"$[@saver.save({answer}, {named}) for case in @dataset]"
     return {
         "imports": ["$import glob", "$import os", "$import numpy as np", "$import torch"],

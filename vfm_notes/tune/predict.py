@@ -27,7 +27,7 @@ from ..data.cohort import CohortCard
 from ..data.dicom import split_address
 from ..data.loader import normalise
 from vfm_notes.data.new_cases import (
-    NewCase, PlacedCase, new_cases, place_case, to_native, write_like,
+    PlacedCase, new_cases, place_case, to_native, write_like,
 )
 from ..foundation.places import atomic_file, write_atomic
 from ..foundation.registry import VfmError
