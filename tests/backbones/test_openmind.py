@@ -16,7 +16,7 @@ from vfm_notes.backbones.keys import build_tiny, check_weights_file, compare_key
 from vfm_notes.backbones.weights import fetch_weights, weights, weights_card, weights_origin
 from vfm_notes.foundation.registry import VfmError, backbones
 from vfm_notes.nets.nnssl import read_once
-from vfm_notes.nets.primus import Primus, fit_positions, rotary_table, rotate
+from vfm_notes.nets.primus import Primus, fit_primus_positions, rotary_table, rotate
 from vfm_notes.nets.resenc import ResidualEncoder
 
 OPENMIND = [n for n in weights if n.startswith(("resenc_l.", "primus_m."))]
@@ -145,7 +145,7 @@ def test_primus_gives_the_outputs_of_the_published_class():
     with torch.no_grad():
         wanted = whole.eva(whole.down_projection(x).flatten(2).mT)[0]
         with pytest.MonkeyPatch.context() as m:
-            m.setattr("vfm_notes.nets.primus.fit_positions", lambda table, grid: table)
+            m.setattr("vfm_notes.nets.primus.fit_primus_positions", lambda table, grid: table)
             found = own(x)[-1].flatten(2).mT
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -170,8 +170,8 @@ def test_rotation_is_a_product_of_complex_numbers():
 
 def test_positions_of_another_grid():
     table = torch.randn(1, 27, 5)
-    assert torch.equal(fit_positions(table, (3, 3, 3)), table)
-    found = fit_positions(table, (2, 4, 3)).reshape(2, 4, 3, 5)
+    assert torch.equal(fit_primus_positions(table, (3, 3, 3)), table)
+    found = fit_primus_positions(table, (2, 4, 3)).reshape(2, 4, 3, 5)
     wanted = F.interpolate(table.reshape(1, 3, 3, 3, 5).permute(0, 4, 1, 2, 3), (2, 4, 3), mode="trilinear")
     assert torch.allclose(found, wanted[0].permute(1, 2, 3, 0), atol=1e-6)
 

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.backbones.own_grid import OwnGrid, enter_grid, leave_grid, own_grid, published_scale, put_on_grid
 from vfm_notes.foundation.registry import VfmError, backbones
-from vfm_notes.nets.decoder import DenseDecoder, LinearDecoder, UNETRHead, UPerNetHead, axis_weights, resample
+from vfm_notes.nets.decoder import DenseDecoder, LinearDecoder, UNETRHead, UPerNetHead, axis_weights, resample_map
 from vfm_notes.tune import catalog  # fills the registries
 
 NAMES = list(backbones)
@@ -98,7 +98,7 @@ def test_a_mask_through_a_network_that_copies(size, spacing, published):
 def test_a_whole_ratio_is_torchs_interpolation():
     x = torch.randn(1, 2, 4, 6, 5, dtype=torch.float64)
     wanted = torch.nn.functional.interpolate(x, size=(8, 18, 15), mode="trilinear")
-    assert torch.allclose(resample(x, (8, 18, 15), (0.5, 1 / 3, 1 / 3)), wanted, atol=1e-6)
+    assert torch.allclose(resample_map(x, (8, 18, 15), (0.5, 1 / 3, 1 / 3)), wanted, atol=1e-6)
 
 
 def test_weights_keep_a_ramp_and_skip_nothing():
@@ -172,8 +172,8 @@ def test_cells_answer_for_their_own_voxels():
     for p in model.parameters(): torch.nn.init.normal_(p)
     maps = [torch.randn(1, 4, 1, 3, 3)]
     with torch.no_grad():
-        few, all = (model(maps, torch.zeros(1, 1, 1, n, n)) for n in (17, 21))
-    assert torch.equal(few, all[..., :17, :17])
+        few, many = (model(maps, torch.zeros(1, 1, 1, n, n)) for n in (17, 21))
+    assert torch.equal(few, many[..., :17, :17])
 
 
 def test_published_voxels():

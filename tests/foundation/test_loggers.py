@@ -54,8 +54,8 @@ def test_mlflow_and_wandb_get_spec_curves_and_metrics(tmp_path, monkeypatch):
         log_metric=lambda n, v, step: calls.append((n, v, step)), log_metrics=lambda m: calls.append(m),
         set_tag=lambda k, v: calls.append((k, v)),
     )
-    def init(project, name, config, dir):
-        begun["wandb"] = (project, name, config["backbone"], dir)
+    def init(project, name, config, **where):
+        begun["wandb"] = (project, name, config["backbone"], where["dir"])
         return Run(calls)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))

@@ -104,7 +104,7 @@ class Worker:
             if not select.select([self.process.stdout], [], [], end and max(end - time.monotonic(), 0))[0]:
                 return None
             if not (more := os.read(self.process.stdout.fileno(), 4096)):
-                raise SystemExit("The process that judges the mutants has ended; call it again, what is judged is kept.")
+                raise SystemExit("The process that judges has ended; call it again, what is judged is kept.")
             self.read += more
         line, _, self.read = self.read.partition(b"\n")
         word, value = line.decode().split()

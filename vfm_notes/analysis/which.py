@@ -42,7 +42,7 @@ def measured(
     every = pd.concat(both, ignore_index=True)
     names = [c for c in every if c in DISTANCE_TITLES or str(c).startswith("divergence ")]
     every["net"], out = every.backbone.str.partition(".")[0], []
-    for net, own in every.groupby("net", sort=False):
+    for _, own in every.groupby("net", sort=False):
         for place, layer in layer_places(list(dict.fromkeys(own.layer))).items():
             here = own[own.layer == layer].melt(["id", "when"], names, "measure", "distance")
             out.append(here.assign(place=place))

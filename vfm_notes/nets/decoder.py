@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ClassificationHead', 'space_to_depth', 'depth_to_space', 'ResidualBlock', 'DenseDecoder', 'resize', 'to_grid',
-           'axis_weights', 'resample', 'place_map', 'filled', 'answer', 'LinearDecoder', 'Network', 'TokenHead',
+           'axis_weights', 'resample_map', 'place_map', 'filled', 'answer', 'LinearDecoder', 'Network', 'TokenHead',
            'ConvModule', 'UPerHead', 'FCNHead', 'Conv', 'ResidualUnit', 'UpBlock', 'UNETRDecoder', 'UPerNetHead',
            'UNETRHead']
 
@@ -117,7 +117,7 @@ def forward(self: DenseDecoder,
             maps: list[Tensor],  # the backbone's pyramid, fine to coarse
             x: Tensor,  # b c d h w, the raw volume
            ) -> Tensor:  # b out_channels d h w
-    grid, y = [-(-s // f) for s, f in zip(x.shape[2:], self.subpixel)], None
+    grid, y, below = [-(-s // f) for s, f in zip(x.shape[2:], self.subpixel)], None, None
     for level, lateral, fuse, cell in list(zip(maps, self.laterals, self.fuse, self.cells))[::-1]:
         level = lateral(level)
         covered = [n * c for n, c in zip(level.shape[2:], cell)]
@@ -155,7 +155,7 @@ def axis_weights(
     near = (1 - (centre[:, None] - torch.arange(given)).abs() / max(step, 1)).clamp_min(0)
     return near / near.sum(1, keepdim=True)
 
-def resample(
+def resample_map(
     x: Tensor,  # b c d h w
     grid: tuple[int, ...],  # wanted cells (d, h, w)
     steps: tuple[float, ...],  # input cells per output cell (d, h, w)
@@ -175,7 +175,7 @@ def place_map(
 ) -> Tensor:  # b c *grid
     "Interpolate a map onto another grid, every cell where its voxels are."
     if all(n * c == k for n, c, k in zip(x.shape[2:], cell, covered)): return to_grid(x, grid)
-    return resample(x, grid, tuple(k / g / c for k, g, c in zip(covered, grid, cell)))
+    return resample_map(x, grid, tuple(k / g / c for k, g, c in zip(covered, grid, cell)))
 
 # %% ../../nbs/2_nets/03_decoder.ipynb #067d6ea8
 def filled(

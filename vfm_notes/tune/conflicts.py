@@ -342,7 +342,8 @@ def overlap_lines(
     "State for all published weights of a study whether they have seen its cohorts."
     found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
     for name in tried:
-        try: (maker, entry), size = cohort_maker(name), (study.size, study.spacing)
+        size = study.size, study.spacing
+        try: cohort_maker(name)
         except VfmError: continue  # reported as a conflict
         try: card = cohort_facts(name, *size, tuple(study.cases.items()) if name == study.cohort else ())[0]
         except VfmError: continue

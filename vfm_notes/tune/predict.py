@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'TunedPlan', 'plan_of_record', 'Member', 'load_member', 'check_members', 'member_answer', 'Ensemble',
            'ensemble_answer', 'NativeAnswer', 'native_answer', 'answer_row', 'preview', 'write_picture_labels',
-           'write_answer', 'ensemble_key', 'read_predictions', 'write_predictions', 'check_centre', 'apply_networks']
+           'write_output', 'ensemble_key', 'read_predictions', 'write_predictions', 'check_centre', 'apply_networks']
 
 # %% ../../nbs/6_tune/18_predict.ipynb #27fb36d4
 import hashlib
@@ -241,7 +241,7 @@ def write_picture_labels(
         finally: png.unlink(missing_ok=True)
 
 # %% ../../nbs/6_tune/18_predict.ipynb #9bd2d922
-def write_answer(
+def write_output(
     found: Ensemble,  # answers of all members
     task: Task,  # a task of the study
     placed: PlacedCase,  # the case on the network's grid
@@ -351,7 +351,7 @@ def apply_networks(
         if same and all((folder/f).is_file() for f in held["files"]): continue
         placed = place_case(case, task.card.sequences, plan.input["pictures"], tuple(plan.spec["size"]),
                             tuple(plan.spec["spacing"]), plan.input["crop"], centre, whole and task.dense)
-        row, files = write_answer(ensemble_answer(members, placed), task, placed, folder, plan.spec["task"],
+        row, files = write_output(ensemble_answer(members, placed), task, placed, folder, plan.spec["task"],
                                   probabilities)
         known[case.name] = {"row": row, "files": files, "images": case.files, "stats": stats,
                             "notes": [*notes, *placed.notes]}
