@@ -1,4 +1,4 @@
-"""BackboneRanking frozen backbones: what it looks at, what it keeps, what it leaves out, and that it finds what is planted."""
+"""Ranking frozen backbones: what it looks at, what it keeps, what it leaves out, and that it finds what is planted."""
 from dataclasses import replace
 
 import numpy as np

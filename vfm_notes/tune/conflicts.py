@@ -281,9 +281,9 @@ def kept_bytes(
     x: torch.Tensor,  # (n, c, d, h, w) volumes
 ) -> int:
     "Count the bytes of activations that the backward pass of one step needs, each tensor once."
-    own, seen = {p.data_ptr() if p.device.type != "meta" else id(p) for p in net.parameters()}, {}
+    own, seen = {p.untyped_storage()._cdata for p in net.parameters()}, {}  # of weights, and of all that is kept
     def see(t: torch.Tensor) -> torch.Tensor:
-        if id(t) not in own: seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        if (s := t.untyped_storage())._cdata not in own: seen[s._cdata] = s.nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t): net(x)
     return sum(seen.values())
