@@ -74,6 +74,7 @@ def test_commands_of_a_new_folder_parse(tmp_path):
     offered = yaml.safe_load(
         "\n".join(l.removeprefix("# ") for l in study.splitlines() if re.match(r"# \w+:", l) and "Run it" not in l)
     )
+    assert offered.pop("plugins") == ["my_code.py"]  # a file that is not there: see test_plugins
     # what is offered in comments is accepted
     from_values(StudySpec, yaml.safe_load(study) | offered | {"bad_cases": "exclude"}, "study.yaml")
     cells = json.loads((tmp_path/"new"/"look.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -198,7 +198,8 @@ def model_card(
         f"- {card['title']} ({card['licence']}; {card['source']}; {card['citation']})",
         f"- {n.get('train')} cases to train, {n.get('val')} to validate, {n.get('test')} to test; cohort hash "
         f"{record['cohort_hash'][:12]}", *([f"- {card['note']}"] if card["note"] else []), "",
-        "## Began with", "", *start, "", "## Scores on test cases", "", score_table(card_score_rows(records, folders)), "",
+        "## Began with", "", *start, "", "## Scores on test cases", "",
+        score_table(card_score_rows(records, folders)), "",
         "Intervals are over patients, and over runs where there are several.", "",
         "## Leakage", "", *[f"- {x}" for x in said], "", "## Licences", "", *[f"- {x}" for x in terms],
         *(["", "Commercial use is forbidden by one of them."] if card["non_commercial"] else []), "",

@@ -53,7 +53,8 @@ def gain_words(
     return (
         f"{lead}: {cell_words(row, many)}, {format_value(row.change, 'difference', change, row.metric)}{unit} "
         f"{card.title} against {row.versus} (95 % interval {ends}{unit}; "
-        f"{format_value(row.rpg, 'gain', of, unit=True)}; {n}; {format_p(row.p_holm, of)} over seeds and cases, corrected)."
+        f"{format_value(row.rpg, 'gain', of, unit=True)}; {n}; "
+        f"{format_p(row.p_holm, of)} over seeds and cases, corrected)."
     )
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #989a918f

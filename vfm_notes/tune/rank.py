@@ -77,7 +77,8 @@ def random_backbone(
 def random_candidate(
     architecture: str,  # registered backbone
 ) -> RankCandidate:
-    return RankCandidate(f"{architecture}.{RANDOM}", "random", partial(random_backbone, architecture), "drawn from seed 0")
+    make = partial(random_backbone, architecture)
+    return RankCandidate(f"{architecture}.{RANDOM}", "random", make, "drawn from seed 0")
 
 # %% ../../nbs/6_tune/21_rank.ipynb #e5172c80
 def control_candidate(
