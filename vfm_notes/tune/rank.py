@@ -77,6 +77,7 @@ def random_backbone(
 def random_candidate(
     architecture: str,  # registered backbone
 ) -> RankCandidate:
+    "Return a network with random weights, to be ranked like the others."
     make = partial(random_backbone, architecture)
     return RankCandidate(f"{architecture}.{RANDOM}", "random", make, "drawn from seed 0")
 
