@@ -246,8 +246,13 @@ def test_candidates_without_any_weights_are_controls(cohort):
         find_candidates(frozen_cases(SPEC, cohort), ["vit_base.mae_in1k"], None, [])
 
 
-def test_overlap_is_unknown_until_a_card_says_otherwise(cohort):
-    assert known_overlap("segresnet_ds.taps", frozen_cases(SPEC, cohort)).startswith("unknown")
+def test_overlap_is_that_of_the_table_of_pretraining_data(cohort):
+    data = frozen_cases(SPEC, cohort)
+    assert known_overlap("profound_tiny.alpha", data) == "not seen"  # the phantom is made by a program
+    seen = replace(cohort, card=replace(cohort.card, datasets=("PI-CAI",)))
+    assert known_overlap("profound_tiny.alpha", frozen_cases(SPEC, seen)) == "seen"
+    unnamed = replace(cohort, card=replace(cohort.card, datasets=()))
+    assert known_overlap("profound_tiny.alpha", frozen_cases(SPEC, unnamed)) == "unknown"
 
 
 def test_grid_options_and_cases_are_those_of_the_study():
