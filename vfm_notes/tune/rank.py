@@ -31,6 +31,7 @@ from ..data.cache import code_hash
 from ..data.cohort import content_hash
 from ..data.load import cohort_maker, default_grid, load_cohort, manifest_of
 from ..foundation.meter import provenance
+from ..foundation.overlap import published_overlap
 from vfm_notes.foundation.places import (
     cache_root, file_hash, run_folder, shipped_studies, write_atomic,
 )
@@ -56,7 +57,7 @@ class RankCandidate:
     make: Callable[[FrozenData], torch.nn.Module]  # builds it, for data that are scaled for it
     fingerprint: str  # of its weights
     licence: str = ""  # as its owner states it
-    overlap: str = "unknown"  # of its pretraining with the cohort: some, none or unknown
+    overlap: str = "unknown"  # of its pretraining with the cohort, of foundation.overlap
     size: int = 0  # bytes of its file: small ones first
 
 # %% ../../nbs/6_tune/21_rank.ipynb #fa2ae28f
@@ -91,12 +92,11 @@ def control_candidate(
 def known_overlap(
     name: str,  # architecture.weights
     data: FrozenData,  # cases and labels
-) -> str:  # some, none or unknown, and what is known of the pretraining data
+) -> str:  # of foundation.overlap
     "Find out whether weights may have seen patients of the cohort."
     path = local_weights_file(name) if name not in weights else None
     if path: return patient_overlap(read_weights_manifest(path), data.cohort.card.name, data.patients)[0]
-    made_of = getattr(weights_card(name), "pretrained_on", ()) if name in weights else ()
-    return f"unknown ({', '.join(map(str, made_of))})" if made_of else "unknown"
+    return published_overlap(name, data.cohort.card.datasets)[0]
 
 # %% ../../nbs/6_tune/21_rank.ipynb #09f599d3
 def weights_candidate(
