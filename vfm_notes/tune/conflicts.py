@@ -340,7 +340,7 @@ def overlap_lines(
     study: StudySpec,  # the study
 ) -> list[str]:
     "State for all published weights of a study whether they have seen its cohorts."
-    found, tried = [], [study.cohort, *[study.external["cohort"]] * bool(study.external)]
+    found, tried = [], [study.cohort, *([study.external["cohort"]] if study.external else [])]
     for name in tried:
         size = study.size, study.spacing
         try: cohort_maker(name)
