@@ -210,8 +210,8 @@ def write_record(
     cases=None,  # DataFrame or rows: case, patient, metric, value
     features: dict | None = None,  # name → numpy array (n, f)
     weights: dict | None = None,  # name → numpy array
-    pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
+    pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     adapters: dict | None = None,  # name → numpy array, low-rank updates that are in the weights, too
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
