@@ -12,12 +12,12 @@ from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.shift.scores import rows_by_case
 from vfm_notes.tune import catalog, rank as ranking_module  # fills the registries
 from vfm_notes.tune.frozen_features import (
-    MappedRows, collect_frozen, features_file, features_key, fitting_window, frozen_cases, frozen_features,
+    MappedRows, collect_frozen, features_file, features_key, fitting_window, frozen_cases, cached_features,
     middle_of, training_cases, with_scale,
 )
 from vfm_notes.tune.hand_made import CONTROLS, HandMade, co_occurrence, grey_levels, smooth, texture
 from vfm_notes.tune.rank import (
-    Candidate, Clock, Ranking, control_candidate, find_candidates, kept_scores, known_overlap, rank,
+    RankCandidate, Clock, BackboneRanking, control_candidate, find_candidates, kept_scores, known_overlap, rank,
     rank_candidates, ranking_facts, ranking_spec, ranking_table, ranking_values, random_candidate, scores_for,
 )
 
@@ -125,8 +125,8 @@ def test_a_network_with_a_stride_is_shown_the_middle(cohort):
 def test_features_are_kept_by_content(cohort, monkeypatch):
     data, calls = frozen_cases(SPEC, cohort), []
     def make(): calls.append(1); return HandMade(3)
-    first = frozen_features("a 1", make, data, {})
-    again = frozen_features("a 1", make, frozen_cases(SPEC, cohort), {})
+    first = cached_features("a 1", make, data, {})
+    again = cached_features("a 1", make, frozen_cases(SPEC, cohort), {})
     assert len(calls) == 1 and again.known and not first.known
     assert np.array_equal(first.tables["embed"].features, again.tables["embed"].features)
     assert again.parameters == first.parameters and again.size == first.size == (4, 32, 32)
@@ -146,11 +146,11 @@ def test_features_are_kept_by_content(cohort, monkeypatch):
 def test_a_damaged_file_is_made_again(cohort):
     data, calls = frozen_cases(SPEC, cohort), []
     def make(): calls.append(1); return HandMade(3)
-    frozen_features("a 1", make, data, {})
+    cached_features("a 1", make, data, {})
     path = features_file(features_key("a 1", data, {}, 600))
     path.write_bytes(path.read_bytes()[:500])
-    assert not frozen_features("a 1", make, data, {}).known and len(calls) == 2
-    assert frozen_features("a 1", make, data, {}).known
+    assert not cached_features("a 1", make, data, {}).known and len(calls) == 2
+    assert cached_features("a 1", make, data, {}).known
 
 
 def test_scores_are_kept_with_their_draws(cohort, monkeypatch):
@@ -168,16 +168,16 @@ def made_ranking(data, candidates, names=("probe", "logme"), budget=None, progre
     clock = Clock(len(candidates), len(data), budget, progress)
     scored, features, left = rank_candidates(data, candidates, list(names), 300, clock)
     facts = ranking_facts(data, next(data.chunks(3)), "classes", names[0]) | {"scores": list(names)}
-    return Ranking(facts, scored, {c.name: c for c in candidates}, features, left, 1.0)
+    return BackboneRanking(facts, scored, {c.name: c for c in candidates}, features, left, 1.0)
 
 
-def planted(noise, name): return Candidate(name, "weights", lambda data: Knows(3, noise), f"noise {noise}")
+def planted(noise, name): return RankCandidate(name, "weights", lambda data: Knows(3, noise), f"noise {noise}")
 
 
 def test_what_is_planted_comes_first_and_is_told_apart(cohort, monkeypatch):
     monkeypatch.setattr(ranking_module, "backbone_scale", lambda data, name: {})
     data = frozen_cases(replace(SPEC, task="segmentation"), cohort)
-    blind = Candidate("blind.x", "weights", lambda d: Blind(), "blind")
+    blind = RankCandidate("blind.x", "weights", lambda d: Blind(), "blind")
     made = made_ranking(data, [planted(0.1, "knows.x"), blind, *map(control_candidate, CONTROLS)])
     table = ranking_table(made).set_index("name")
     assert made.reference == "knows.x" and table.behind["knows.x"] == 0 == table.behind_low["knows.x"]
@@ -198,7 +198,7 @@ class Blind(Knows):
 def test_a_score_where_less_is_better_turns_the_order(cohort, monkeypatch):
     monkeypatch.setattr(ranking_module, "backbone_scale", lambda data, name: {})
     data = frozen_cases(replace(SPEC, task="segmentation"), cohort)
-    candidates = [planted(0.1, "knows.x"), Candidate("blind.x", "weights", lambda d: Blind(), "blind")]
+    candidates = [planted(0.1, "knows.x"), RankCandidate("blind.x", "weights", lambda d: Blind(), "blind")]
     assert made_ranking(data, candidates).order == ["knows.x", "blind.x"]
     monkeypatch.setitem(scores._cards, "probe", scores.card("probe") | {"direction": -1})
     made = made_ranking(data, candidates)
@@ -223,7 +223,7 @@ def test_the_budget_stops_and_the_next_call_goes_on(cohort):
 def test_what_fails_is_named_and_the_others_go_on(cohort):
     def fails(data): raise RuntimeError("a layer has the wrong width")
     made = made_ranking(frozen_cases(SPEC, cohort), [
-        Candidate("broken.x", "control", fails, "broken"), control_candidate("hand_made")])
+        RankCandidate("broken.x", "control", fails, "broken"), control_candidate("hand_made")])
     assert set(made.scored) == {"hand_made"} and "wrong width" in made.left_out["broken.x"]
 
 

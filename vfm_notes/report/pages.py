@@ -30,7 +30,9 @@ import yaml
 # %% ../../nbs/9_report/08_pages.ipynb #b0c5c573
 from ..foundation.blocks import Block, table
 from ..analysis.ranking import rankings_of
-from ..foundation.places import file_hash, notebook_file, package_root, report_notebooks, runs_root, write_atomic
+from vfm_notes.foundation.places import (
+    file_hash, notebook_file, package_root, report_notebooks, runs_root, write_atomic,
+)
 from ..foundation.registry import suggest_name, VfmError
 from ..foundation.spec import StudySpec
 from vfm_notes.report.convert import (
