@@ -55,6 +55,13 @@ def test_the_verdict_says_who_is_first_and_whether_it_is_ahead():
     assert any(s.startswith("big.x is behind hand-made features: −0.050") for s in ranking_findings(worse))
 
 
+def test_an_order_of_failures_is_called_one():
+    lost = made(kind="values")
+    assert "nothing was learned" not in ranking_verdict(lost)
+    lost["rows"][0] |= dict(value=-0.1, low=-0.4, high=0.1)
+    assert "nothing was learned and the order says nothing" in ranking_verdict(lost)
+
+
 def test_controls_that_look_at_no_case_are_told():
     said = ranking_findings(made())
     assert "By parameter count one would pick big.x: the same pick" in said

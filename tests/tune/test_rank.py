@@ -12,7 +12,7 @@ from vfm_notes.foundation.spec import RunSpec
 from vfm_notes.shift.scores import rows_by_case
 from vfm_notes.tune import catalog, rank as ranking_module  # fills the registries
 from vfm_notes.tune.frozen_features import (
-    MappedRows, collect_frozen, features_file, features_key, fitting_window, frozen_cases, read_frozen_features,
+    MappedRows, collect_frozen, features_file, features_key, fitting_window, frozen_cases, cached_features,
     middle_of, training_cases, with_scale,
 )
 from vfm_notes.tune.hand_made import CONTROLS, HandMade, co_occurrence, grey_levels, smooth, texture
@@ -125,8 +125,8 @@ def test_a_network_with_a_stride_is_shown_the_middle(cohort):
 def test_features_are_kept_by_content(cohort, monkeypatch):
     data, calls = frozen_cases(SPEC, cohort), []
     def make(): calls.append(1); return HandMade(3)
-    first = read_frozen_features("a 1", make, data, {})
-    again = read_frozen_features("a 1", make, frozen_cases(SPEC, cohort), {})
+    first = cached_features("a 1", make, data, {})
+    again = cached_features("a 1", make, frozen_cases(SPEC, cohort), {})
     assert len(calls) == 1 and again.known and not first.known
     assert np.array_equal(first.tables["embed"].features, again.tables["embed"].features)
     assert again.parameters == first.parameters and again.size == first.size == (4, 32, 32)
@@ -146,11 +146,11 @@ def test_features_are_kept_by_content(cohort, monkeypatch):
 def test_a_damaged_file_is_made_again(cohort):
     data, calls = frozen_cases(SPEC, cohort), []
     def make(): calls.append(1); return HandMade(3)
-    read_frozen_features("a 1", make, data, {})
+    cached_features("a 1", make, data, {})
     path = features_file(features_key("a 1", data, {}, 600))
     path.write_bytes(path.read_bytes()[:500])
-    assert not read_frozen_features("a 1", make, data, {}).known and len(calls) == 2
-    assert read_frozen_features("a 1", make, data, {}).known
+    assert not cached_features("a 1", make, data, {}).known and len(calls) == 2
+    assert cached_features("a 1", make, data, {}).known
 
 
 def test_scores_are_kept_with_their_draws(cohort, monkeypatch):

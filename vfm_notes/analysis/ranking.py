@@ -88,6 +88,8 @@ def ranking_verdict(
         f"{format_value(first['value'], 'score', of)} (95 % interval "
         f"{format_interval(first['low'], first['high'], 'score', of)}), {scale_words(ranking)}."
     )
+    if ranking["kind"] == "values" and ranking["by"] in ("probe", "knn") and first["low"] <= 0:
+        said += " That is not above the mean of the training cases, so nothing was learned and the order says nothing."
     ahead = [CONTROL_TITLES.get(r["name"], r["name"]) for r in rows_of(ranking)
              if r["kind"] != "weights" and r["behind"] < 0]
     if ahead: said += f" But {', '.join(ahead)} scored higher without any pretraining."

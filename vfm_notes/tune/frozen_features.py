@@ -6,7 +6,7 @@
 __all__ = ['CASES_AT_ONCE', 'PICTURED', 'MappedRows', 'mapped_cohort', 'training_cases', 'middle_of', 'fitting_window',
            'FrozenData', 'frozen_cases', 'backbone_scale', 'with_scale', 'FrozenFeatures', 'chunk_rows', 'join_rows',
            'middle_map', 'collect_frozen', 'network_code', 'features_key', 'features_file', 'write_features',
-           'read_features', 'read_frozen_features']
+           'read_features', 'cached_features']
 
 # %% ../../nbs/6_tune/20_frozen_features.ipynb #dab8e5d1
 import json
@@ -264,7 +264,7 @@ def read_features(
     return FrozenFeatures(tables, told["patients"], maps, told["seconds"], *seen, known=True)
 
 # %% ../../nbs/6_tune/20_frozen_features.ipynb #54e16a49
-def read_frozen_features(
+def cached_features(
     network: str,  # name and fingerprint of its weights
     make: Callable[[], nn.Module],  # builds it, where it is needed
     data: FrozenData,  # cases and labels

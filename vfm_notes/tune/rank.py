@@ -41,7 +41,7 @@ from ..foundation.spec import RunSpec, StudySpec, load_study, pretrain_specs, ru
 from ..shift.resample import HELD_OUT, Resampled, resampled_score
 from vfm_notes.tune.frozen_features import (
     FrozenData, FrozenFeatures, backbone_scale, features_file, features_key, fitting_window, frozen_cases,
-    middle_of, read_frozen_features, with_scale,
+    cached_features, middle_of, with_scale,
 )
 from .hand_made import CONTROLS
 from .starting_weights import initial_weights
@@ -301,7 +301,7 @@ def rank_candidates(
             if clock.over and not features_file(key).is_file(): raise BudgetSpent
             clock.progress(c.name, place, 0, float("nan"))
             tick = partial(clock.tick, c.name, place, start)
-            found = read_frozen_features(network, lambda: c.make(with_scale(data, scale)), data, scale, rows, tick)
+            found = cached_features(network, lambda: c.make(with_scale(data, scale)), data, scale, rows, tick)
             scored[c.name], features[c.name] = kept_scores(key, found, names), found
             if not found.known: clock.took.append(time.monotonic() - start)
         except BudgetSpent: left_out[c.name] = f"the budget of {clock.budget:g} s was spent"
