@@ -32,7 +32,7 @@ TRUE = {GAINS: 0.70, LOSES: 1.40, NEITHER: 1.0}  # tuned distance over that of s
 METRIC = {"segmentation": ("hd95", "mm", 10.0), "super_resolution": ("mae", "", 0.10)}
 STUDY = {
     "name": "less", "title": "Less is better", "cohort": "phantom", "size": [4, 24, 24], "spacing": [8.0, 4.0, 4.0],
-    "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6}, "pages": ["tradeoff"],
+    "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6}, "pages": ["tradeoff", "strategies"],
     "pretrain": {
         "gains": {"backbone": "profound_toy", "epochs": 3}, "loses": {"backbone": "profound_toy", "epochs": 4},
         "neither": {"backbone": "provicnet_toy", "epochs": 3},
