@@ -29,8 +29,8 @@ SPEC = RunSpec(size=(4, 8, 8))
 KEYS = {
     "schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p",
     "d2p_moments", "scores", "cost", "n", "train_cases", "head", "shown", "hand_made", "normalisation", "device",
-    "threads", "versions", "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes", "overlap",
-    "notebook", "template_hash", "created", "error", "input",
+    "threads", "versions", "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes",
+    "overlap", "notebook", "template_hash", "created", "error", "input",
 }
 
 
