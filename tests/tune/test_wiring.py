@@ -393,6 +393,8 @@ OTHER = {
     "parents": ("p",),
     "divergences": ("energy",),
     "expected": "gain",
+    "plugins": {"my_code.py": "0" * 64},
+    "grid": "published",
 }
 UNNAMED = {("pretrain", "probe_every")}  # looks at the encoder on the way; changes no weights
 
