@@ -110,10 +110,10 @@ def test_what_has_not_learned_enters_nothing(made):
     assert "of 3 cells" in gain_finding(gains)
     shown = gain_cells(gains).set_index("task")
     assert (
-        shown.words["neither"] == "not learned"
+        shown.value["neither"] == "not learned"
         and not shown.clear["below"]
         and shown.sign["below"] == "none"
-        and shown.words["both"].startswith(shown.value["both"] + " [")
+        and shown.interval["both"].startswith("[")
     )
 
 

@@ -109,15 +109,16 @@ def test_the_matrix_shows_what_the_table_says():
     signs = [("gain" if s > 0 else "loss") if ok else "none" for (s, *_), ok in zip(EVERY, sure)]
     assert cells.sign.tolist() == signs + ["none"] * 2
     # in the unit of the metric, the relative gain beside it
-    assert cells["value"].tolist()[:8] == [f"+0.1{i}0" for i in range(4)] + [f"−0.1{i}0" for i in range(4, 8)]
-    assert cells["relative"].tolist()[:5:4] == ["+10.0 %", "−14.0 %"] and cells["value"][8] == "missing"
-    assert cells["words"][0] == "+0.100 [+0.050, +0.150]" and cells["words"].tolist()[8:] == ["missing", "not learned"]
+    assert cells["value"].tolist()[8:] == ["missing", "not learned"] and cells["value"].tolist()[:8] == [f"+0.1{i}0" for i in range(4)] + [f"−0.1{i}0" for i in range(4, 8)]
+    assert cells["relative"].tolist()[:5:4] == ["+10.0 %", "−14.0 %"]
+    assert cells["interval"].tolist()[::9] == ["[+0.050, +0.150]", ""]
     chart = gain_matrix(table).to_dict()
     drawn = {r["task"]: r for r in next(iter(chart["datasets"].values()))}
     for row in cells.itertuples():
-        assert {k: drawn[row.task.replace("_", " ")][k] for k in ("sign", "clear", "words")} == {
-            "sign": row.sign, "clear": row.clear, "words": row.words}
-    tiles, hatch, thin, bold = chart["layer"]
+        assert {k: drawn[row.task.replace("_", " ")][k] for k in ("sign", "clear", "value")} == {
+            "sign": row.sign, "clear": row.clear, "value": row.value}
+    tiles, hatch, thin, bold, small = chart["layer"]
+    assert small["encoding"]["text"]["field"] == "interval"
     colour = tiles["encoding"]["color"]["scale"]
     # green, purple, grey
     assert {k: v[:7] for k, v in zip(colour["domain"], colour["range"])} == {

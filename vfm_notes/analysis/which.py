@@ -73,7 +73,7 @@ def tuned_runs(
 ) -> pd.DataFrame:  # id, the cell, seed, outcome
     "Return pretrained and tuned runs of cells that have learned, with what they brought."
     gained, runs = run_gains(tables), tables.done()
-    if gained.empty: return gained.assign(id=[], outcome=[])
+    if gained.empty: return gained.assign(id=pd.Series(dtype=object), outcome=pd.Series(dtype=float))
     keys = gained[CELL].drop_duplicates()
     kept = [
         has_learned(tables, k) and not starts_random(k["backbone"], k["strategy"]) for k in keys.to_dict("records")

@@ -181,7 +181,7 @@ def findings_list(
         "Write one finding."
         first, stop, more = said.partition(". ")
         if not (fold and more): return text(said)
-        return f"{text(first + stop.strip())} <details><summary>details</summary>{text(more)}</details>"
+        return f"{text(first + stop.strip())} <details><summary>details</summary><div>{text(more)}</div></details>"
     return Block('<ol class="vfm-findings">' + "".join(f"<li><div>{item(s)}</div></li>" for s in sentences) + "</ol>")
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #1d13abc6

@@ -188,19 +188,20 @@ def cell_anchor(
     return "cell-" + re.sub(r"[^a-z0-9]+", "-", f"{row.task} {row.backbone} {row.strategy} {row.n_train}".lower())
 
 # %% ../../nbs/9_report/01_figures.ipynb #52b2aa43
-MATRIX_COLUMNS = 6  # columns of the matrix that fit on a screen
+MATRIX_COLUMNS = 4  # columns of the matrix that fit on a screen
 
 def gain_cells(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
 ) -> pd.DataFrame:  # with the words of each cell
     "Write the words of the gain matrix."
-    out = gains.assign(
-        row=gains.backbone, column=gains.task.map(readable_name), metric=gains.metric.where(gains.metric.notna(), "")
-    )
-    for c in [c for c in ("strategy", "n_train") if gains[c].nunique() > 1]:
-        beside = out[["column", c]].drop_duplicates().shape[0] <= MATRIX_COLUMNS
-        out["column" if beside else "row"] += ", " + out[c].astype(str)
-    out["column"] += [f"|{metric_words(m, metric_card(m).unit)}" for m in out.metric]
+    out = gains.assign(metric=gains.metric.where(gains.metric.notna(), ""))
+    more = [c for c in ("strategy", "n_train") if gains[c].nunique() > 1]
+    few = len(gains[["backbone", *more]].drop_duplicates()) <= MATRIX_COLUMNS  # then backbones stand side by side
+    task, net = ("row", "column") if few else ("column", "row")
+    out[net], out[task] = out.backbone, out.task.map(readable_name)
+    for c in more: out[net] += ", " + out[c].astype(str)
+    if few: out[net] = out[net].str.replace(r"[.] ?|, ", "|", regex=True)
+    out[task] += [f"|{metric_words(m, metric_card(m).unit)}" for m in out.metric]
     of = [describe_value("change", r) for r in out.itertuples()]
     def written(values, end=""):
         "Write changes in the unit of their metric."
@@ -212,7 +213,7 @@ def gain_cells(
     out["p_words"] = [format_value(r.p_holm, "p", describe_value("rpg", r)) for r in out.itertuples()]
     out["clear"] = is_clear(out)
     out["sign"] = np.select([out.clear & (out.rpg > 0), out.clear & (out.rpg < 0)], ["gain", "loss"], "none")
-    out["words"] = np.where(out.learned, (out["value"] + " " + out["interval"]).str.strip(), "not learned")
+    out.loc[~out.learned, ["value", "interval"]] = "not learned", ""
     return out
 
 # %% ../../nbs/9_report/01_figures.ipynb #992d4ff7
@@ -269,7 +270,11 @@ def place_cells(
         ),
         y=alt.Y(
             "row:N", sort=row_order(data), title=None,
-            axis=alt.Axis(domain=False, ticks=False, labelLimit=330, labelFontSize=12, labelPadding=8),
+            axis=alt.Axis(
+                domain=False, ticks=False, labelLimit=330, labelFontSize=12, labelPadding=8,
+                labelExpr="split(datum.label, '|')", labelLineHeight=14,
+                labelOffset=-7 if data["row"].str.contains("|", regex=False).any() else 0,
+            ),
         ),
         tooltip=[
             alt.Tooltip(c, title=t)
@@ -282,7 +287,7 @@ def place_cells(
     )
 
 # %% ../../nbs/9_report/01_figures.ipynb #7a6f0349
-MATRIX_ROW = 27  # height of a row of the matrix, pixels
+MATRIX_ROW = 37  # height of a row of the matrix, pixels
 
 def gain_matrix(
     gains: pd.DataFrame,  # from analysis.gain.gain_table
@@ -293,8 +298,7 @@ def gain_matrix(
         cells.assign(href=[f"#{cell_anchor(r)}" for r in cells.itertuples()]),
         [
             "task", "backbone", "strategy", "column", "row", "metric", "rpg", "low", "high", "p_holm", "p_words",
-            "value", "interval", "relative", "words", "clear", "learned", "sign", "n_seeds", "n_cases", "reason",
-            "href",
+            "value", "interval", "relative", "clear", "learned", "sign", "n_seeds", "n_cases", "reason", "href",
         ],
     )
     base = place_cells(data).encode(href="href:N")
@@ -307,12 +311,16 @@ def gain_matrix(
     hatch = base.transform_filter("!datum.learned").mark_text(fontSize=17, opacity=0.16, clip=True).encode(
         text=alt.value("\u2571" * 9)
     )
-    bold = base.transform_filter("datum.clear").mark_text(fontSize=11, fontWeight="bold").encode(text="words:N")
-    thin = base.transform_filter("!datum.clear").mark_text(fontSize=11).encode(text="words:N")
+    lift = alt.expr("datum.interval == '' ? 0 : -7")
+    said = base.encode(text="value:N")
+    bold = said.transform_filter("datum.clear").mark_text(fontSize=13, fontWeight="bold", dy=lift)
+    thin = said.transform_filter("!datum.clear").mark_text(fontSize=13, dy=lift)
+    small = base.mark_text(fontSize=12, dy=9).encode(text="interval:N")
     # narrower, the words would overlap
-    least = 20 + 5.9 * max(map(len, data.row)) + data.column.nunique() * max(110, 6 + 5.9 * max(map(len, data.words)))
+    label = max(len(part) for row in data.row for part in row.split("|"))
+    least = 12 + 6.2 * label + data.column.nunique() * max(92, 8 + 6.2 * max(map(len, data.interval)))
     return with_title(
-        (tiles + hatch + thin + bold).properties(width="container", height=MATRIX_ROW * data.row.nunique()),
+        (tiles + hatch + thin + bold + small).properties(width="container", height=MATRIX_ROW * data.row.nunique()),
         gain_finding(gains), gain_caption(gains), {"least": round(least)},
     )
 
