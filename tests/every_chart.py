@@ -7,11 +7,17 @@ from vfm_notes.analysis.association import cell_points, run_points
 from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
 from vfm_notes.analysis.crossed import crossed_association
 from vfm_notes.analysis.gain import gain_table
+from vfm_notes.analysis.power import plan
 from vfm_notes.analysis.prediction import prediction_table
 from vfm_notes.analysis.tables import Tables
+from vfm_notes.foundation.spec import load_study
 from vfm_notes.report import curves, evidence, explorer, figures, explorer as live, curves as measured
 
-PARTS = {"with_title", "curve_panel", "place_cells"}  # of other charts
+STUDY_METRICS = {
+    "classification": "auc", "segmentation": "dice", "super_resolution": "psnr", "distortion_correction": "psnr",
+    "translation": "psnr",
+}
+PARTS = {"with_title", "curve_panel", "place_cells", "_plan_panel"}  # of other charts
 
 
 def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
@@ -39,5 +45,6 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "moment_panels": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"),
         "seed_panels": evidence.seed_panels(run_points(tables), "t", "s"),
         "cost_of_backbones": measured.cost_of_backbones(measured.cost_frame(costs, {"profound_toy": "x"}), "t", "s"),
+        "plan_chart": evidence.plan_chart(plan(load_study("phantom"), STUDY_METRICS)),
         "curve_chart": explorer.curve_chart(losses, "loss"),
         "training_chart": live.training_chart([live.RunningTraining("toy", 8, told, time.time())])}

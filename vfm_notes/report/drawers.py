@@ -137,7 +137,8 @@ def drawers(
                 f'<div class="vfm-strip">{case}</div>{f"<p>{text(r.note)}</p>" * bool(r.note)}'
             )
         unit = metric_card(r.metric).unit
-        said = f"{readable_name(r.task)}, {r.backbone}, {r.strategy}: {r.value} {r.interval}{f' {unit}' * bool(unit and r.learned)}"
+        change = f"{r.value} {r.interval}" + f" {unit}" * bool(unit and r.learned)
+        said = f"{readable_name(r.task)}, {r.backbone}, {r.strategy}: {change}"
         out.append(
             f'<details class="vfm-drawer" id="{cell_anchor(r)}"><summary>{text(said)}</summary>{inner}</details>'
         )

@@ -179,22 +179,24 @@ def seed_panels(
 # %% ../../nbs/9_report/03_evidence.ipynb #439cd9c6
 def plan_chart(
     made: Plan,  # from analysis.power.plan
-) -> alt.VConcatChart:
-    "Draw the smallest gain against seeds and cases, a panel per task."
+) -> alt.ConcatChart:
+    "Draw the smallest gain against seeds and cases, two panels per task."
     data = made.curves.assign(
         now=[n == {"seeds": made.seeds, "cases": made.cases}[m] for n, m in zip(made.curves.n, made.curves.more)]
     )
     wanted = {r["task"]: r.get("wanted") for r in made.rows}
     data["wanted"] = data.task.map(wanted).astype(float)
     panels = [
-        alt.hconcat(
-            *(_plan_panel(own[own.more == more], more, readable_name(task), unit) for more in ("seeds", "cases"))
-        ).resolve_scale(y="shared")
+        _plan_panel(own[own.more == more], more, readable_name(task), unit)
         for (task, unit), own in data.groupby(["task", "unit"], sort=False)
+        for more in ("seeds", "cases")
     ]
     n = f"{made.seeds} {'seed' if made.seeds == 1 else 'seeds'}"
     said = f"now {n} and {made.cases} test cases (filled); seen: in 80 of 100 such studies; dashed: wanted"
-    return with_title(alt.vconcat(*panels, spacing=16), f"The smallest gain that study {made.study} can see", said)
+    return with_title(
+        alt.concat(*panels, columns=2, spacing=16), f"The smallest gain that study {made.study} can see", said,
+        dict(min=230, columns=2, gap=74, left=0),
+    )
 
 # %% ../../nbs/9_report/03_evidence.ipynb #e7202fc7
 def _plan_panel(own: pd.DataFrame, more: str, task: str, unit: str) -> alt.LayerChart:
