@@ -323,7 +323,7 @@ def test_words_count_what_the_table_has():
     table = pd.DataFrame({
         "difference": [0.1, -0.05, np.nan], "low": [0.02, -0.1, np.nan], "high": [0.2, 0.01, np.nan],
         "p_holm": [0.01, 0.3, np.nan], "n_seeds": [3, 3, 0], "n_cases": [155, 155, 0], "contrast": "c", "metric": "auc",
-        "direction": 1,
+        "direction": 1, "smallest": [0.12, 0.08, np.nan],
     })
     said = contrast_words(table, "tuned", "frozen")
     assert (
@@ -331,6 +331,7 @@ def test_words_count_what_the_table_has():
         and "1 is better and 0 worse" in said
         and ", 1 with p ≤ 0.05" in said
         and "1 of 3 pairs are missing" in said
+        and "in the others differences from +0.080 on would have been seen in 80 of 100" in said
     )
     assert "there is no result yet" in contrast_words(table[2:], "tuned", "frozen")
 

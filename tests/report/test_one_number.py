@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("index", "alignment", "convergence", "prediction", "strategies", "tradeoff", "runs")
 STUDY = {
     "name": "one", "title": "One number", "cohort": "phantom", "size": [4, 24, 24], "spacing": [8.0, 4.0, 4.0],
-    "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6}, "pages": ["tradeoff"],
+    "cases": {"pretrain": 2, "train": 4, "val": 2, "test": 6}, "pages": ["tradeoff", "strategies"],
     "pretrain": {
         "mae": {"backbone": "profound_toy", "epochs": 3}, "contrast": {"backbone": "provicnet_toy", "epochs": 3},
     },
@@ -237,7 +237,14 @@ ALLOWED = {
     "association.py: .round(", "figures.py: round(", "cli.py: {look.part:.0%}",
     "weights_commands.py: {share:.0%}", "weights_commands.py: {report.share:.1%}",
     # none of them a number of a study
-    *(f"weights_commands.py: {{{p}.stat().st_size / 2**20:.1f}}" for p in ("path", "target")),
+    *(f"weights_commands.py: {{{p}.stat().st_size / 2**20:.1f}}" for p in ("path", "target", "made.path")),
+    "weights_commands.py: {v:.1g}", "halving.py: {s:.0%}", "halving.py: {r.share:.0%}", "chosen.py: {score:.3f}",
+    "prediction.ipynb: {1 / spec.budget.epochs:.0%}",
+    # places in a picture
+    *(f"before.py: {{{p}}}" for p in (
+        'at(r["high"]):.1f', 'at(r["low"]):.1f', 'at(r["value"]):.1f', "high:.1f", "left + i * (width + 4):.1f",
+        "left + width + 30:.0f", "total:.0f", "v:.2f", "width:.1f", "y:.0f", "y:.1f",
+    )), "before.py: round(",
 }
 
 

@@ -147,7 +147,8 @@ def contrast_words(
     said += f", {kept} with p ≤ 0.05 after Holm's correction over all contrasts"
     open_ = known.smallest[~((known.low > 0) | (known.high < 0))].dropna()
     if len(open_):
-        least = " to ".join(dict.fromkeys(says(v, "could be seen") for v in (open_.min(), open_.max())))
+        ends = (("least", open_.min()), ("most", open_.max()))
+        least = " to ".join(dict.fromkeys(says(v, f"could be seen, {end}") for end, v in ends))
         said += f"; in the others differences from {least} on would have been seen in 80 of 100 such studies"
     missing = f" {len(table) - n} of {len(table)} pairs are missing." if n < len(table) else ""
     return said + "." + missing

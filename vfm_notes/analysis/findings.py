@@ -267,8 +267,8 @@ def could_see(
     "State which gains undecided probes would have shown."
     least = open_.smallest.dropna() if "smallest" in open_ else []
     if not len(least): return ""
-    span = dict.fromkeys(format_value(float(v), "difference", "gain of a probe, could be seen")
-                         for v in (min(least), max(least)))
+    ends = (("least", min(least)), ("most", max(least)))
+    span = dict.fromkeys(format_value(float(v), "difference", f"gain of a probe, could be seen, {end}") for end, v in ends)
     return f" (gains from {' to '.join(span)} on would have been seen in 80 of 100 such measurements)"
 
 def backbone_verdict(

@@ -181,14 +181,14 @@ def replay_table(
 def difference_variance(
     name: str,  # of a predictor
     scenario: str = "dataset",  # which way of choosing
-    draws: int = 40,  # subsets of each size
+    subsets: int = 40,  # of each size
     seed: int = SEED,  # of the random numbers; the same seed gives the same result
 ) -> tuple[float, float]:  # a, b: variance of paired differences over targets is a + b / sources
     "Estimate how much the difference to the mean rank varies over targets."
     m, rng, points = public_matrix(scenario), np.random.default_rng(seed), []
     values = matrix_predictors(m)[name]
     for k in sorted({6, 8, 10, 12, len(m.outcome)} & set(range(len(m.outcome) + 1))):
-        for _ in range(draws if k < len(m.outcome) else 1):
+        for _ in range(subsets if k < len(m.outcome) else 1):
             part = m.outcome.iloc[rng.permutation(len(m.outcome))[:k]]
             other = rank_elsewhere(part)
             scored = [t for t in values if t in part and values[t].loc[part.index].notna().any()]

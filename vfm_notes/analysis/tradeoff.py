@@ -348,7 +348,9 @@ def axis_words(
     missing = f" {len(table) - len(known)} pairs are missing." if len(known) < len(table) else ""
     open_ = known.smallest[~known.index.isin(clear.index)].dropna() if "smallest" in known else pd.Series(dtype=float)
     if len(open_):
-        least = dict.fromkeys(says("any", v, "could be seen") for v in (open_.min(), open_.max()))
+        least = dict.fromkeys(
+            says("any", v, f"could be seen, {end}") for end, v in (("least", open_.min()), ("most", open_.max()))
+        )
         missing = (
             f" In the others differences from {' to '.join(least)} on would have been seen in 80 of 100 such studies, "
             f"before correction.{missing}"
