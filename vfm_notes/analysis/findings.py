@@ -268,7 +268,9 @@ def could_see(
     least = open_.smallest.dropna() if "smallest" in open_ else []
     if not len(least): return ""
     ends = (("least", min(least)), ("most", max(least)))
-    span = dict.fromkeys(format_value(float(v), "difference", f"gain of a probe, could be seen, {end}") for end, v in ends)
+    span = dict.fromkeys(
+        format_value(float(v), "difference", f"gain of a probe, could be seen, {end}") for end, v in ends
+    )
     return f" (gains from {' to '.join(span)} on would have been seen in 80 of 100 such measurements)"
 
 def backbone_verdict(
