@@ -219,7 +219,9 @@ def test_gain_interval_against_least_squares():
     np.testing.assert_allclose(
         [found.squares.seed, found.squares.case, found.squares.rest], [seed, case, rest], rtol=1e-4
     )
-    half = (student.ppf(0.975, 2) ** 2 * seed + student.ppf(0.975, 24) ** 2 * max(0, case - rest)) ** 0.5 / 75**0.5
+    only, few, many = max(0, case - rest), student.ppf(0.975, 2) ** 2, student.ppf(0.975, 24) ** 2
+    share = seed**2 / (seed**2 + 2 / 3 * only**2)  # how much of Student's quantile is that of the seeds
+    half = ((seed + only) * (share * few + (1 - share) * many) / 75) ** 0.5
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), rel=1e-4)
     only = [100 * (t[:, c].mean() / m[:, c].mean() - 1) for c in r.integers(0, 25, (4000, 25))]
     assert found.case_error == pytest.approx(np.std(only), rel=0.1)
@@ -706,8 +708,9 @@ def test_findings_say_what_the_tables_hold(study):
     assert len(said) >= 5 and all(s.endswith(".") for s in said)
     assert (
         "translation with b.x" in said[1]
-        and f"{top.rpg:+.1f} %" in said[1]
-        and f"{top.low:+.1f} to {top.high:+.1f}" in said[1]
+        and f"; {top.rpg:+.1f} %;" in said[1]
+        and f"{top.change:+.3f} Dice against scratch" in said[1]
+        and f"{top.change_low:+.3f} to {top.change_high:+.3f}" in said[1]
         and "3 seeds, 20 test cases" in said[1]
     )
     assert (

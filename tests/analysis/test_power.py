@@ -1,6 +1,5 @@
 """What a study can see: formulas against simulated studies that are judged as real ones are."""
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
