@@ -239,7 +239,8 @@ ALLOWED = {
     # none of them a number of a study
     *(f"weights_commands.py: {{{p}.stat().st_size / 2**20:.1f}}" for p in ("path", "target", "made.path")),
     "weights_commands.py: {v:.1g}", "halving.py: {s:.0%}", "halving.py: {r.share:.0%}", "chosen.py: {score:.3f}",
-    "prediction.ipynb: {1 / spec.budget.epochs:.0%}", "power.py: {h:,.0f}", "public_matrix.py: .round(", "tables.py: round(",
+    "prediction.ipynb: {1 / spec.budget.epochs:.0%}", "power.py: {h:,.0f}", "public_matrix.py: .round(",
+    "tables.py: round(",
     # places in a picture
     *(f"before.py: {{{p}}}" for p in (
         'at(r["high"]):.1f', 'at(r["low"]):.1f', 'at(r["value"]):.1f', "high:.1f", "left + i * (width + 4):.1f",
