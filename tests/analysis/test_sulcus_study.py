@@ -70,7 +70,7 @@ def test_random_weights_have_one_name_for_every_strategy():
         and RunSpec(backbone="unet_toy.mae", strategy="full").strategy == "full"
     )
     assert (
-        run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-211d17dc"
+        run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-5ec46327"
         and run_id(PretrainSpec()) == "pretrain-profound_toy.mae_phantom-s0-4f1c51b1"
     )
     study = load_study("sulcus")

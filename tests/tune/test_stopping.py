@@ -101,7 +101,7 @@ def test_a_study_asks_for_it_and_its_runs_have_other_names():
     plain, asked = (run_specs(StudySpec(**toy, budget=Budget(deterministic=on)))[0] for on in (False, True))
     assert asked.deterministic and TrainConfig.of(asked).deterministic and run_id(plain) != run_id(asked)
     assert (
-        run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-211d17dc"
+        run_id(RunSpec()) == "segmentation-profound_toy.mae_phantom-full-n24-s0-5ec46327"
         and TrainConfig.of(PretrainSpec(deterministic=True)).deterministic
     )
 
