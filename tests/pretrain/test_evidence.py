@@ -132,8 +132,9 @@ def test_verdicts_hold_after_correction():
     )
     assert (
         objective_verdict("good", "good one", table)
-        == "Good one: on a it raises AUC (+0.200 [+0.180, +0.220]); on b it shows no gain in 5 seeds (gains "
-        "from +0.027 on would have been seen in 80 of 100 such measurements), uncorrected intervals alone would suggest a rise of AUC (+0.021 [+0.001, +0.041])."
+        == "Good one: on a it raises AUC (+0.200 [+0.180, +0.220]); on b it shows no gain in 5 seeds (gains from "
+        "+0.027 on would have been seen in 80 of 100 such measurements), uncorrected intervals alone would suggest a "
+        "rise of AUC (+0.021 [+0.001, +0.041])."
     )
     assert (
         "lowers AUC (−0.20" in objective_verdict("bad", "bad", table)
