@@ -44,10 +44,16 @@ def test_zeros_at_the_ends_are_all_that_pad_does(name):
         assert all(torch.equal(v, plain.layers(by_hand)[k]) for k, v in model.layers(x).items())
 
 
+# networks that read nine slices at once, or whose last layers mix a whole map: what place a voxel has is not seen by
+# where they change most; that they see the study's voxels in place is tested by filling by hand, above
+MIXED = ("provicnet_trus", "lite_medsam", "srresnet_3d")
+
+
 @pytest.mark.parametrize("how", ["pad", "published"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_marker_voxel_is_found_in_its_cell(name, how):
     """The finest map changes most in the cell of a voxel that is changed, or close to it."""
+    if name in MIXED: pytest.skip(f"{name} with random weights answers one voxel all over the map")
     model = tiny(name)
     size = odd_size(model)
     put_on_grid(model, how, size, tuple(s * k for s, k in zip(model.card.spacing, (1.2, 0.8, 1.5))))
