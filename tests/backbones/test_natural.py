@@ -146,6 +146,7 @@ def test_published_sizes(name):
         "dinov2_reg_small": 22.1, "dinov2_reg_base": 86.6, "dinov3_base": 85.6, "blip_base": 86.1,
         "blip_base_token1": 86.1, "openclip_b16": 86.2, "clip_b16": 86.2, "siglip2_base": 92.9, "vit_base": 85.8,
         "deit_base": 85.8, "deit_base_distilled": 85.8, "dino_base": 85.8, "resnet50": 23.5, "resnet152": 58.1,
+        "curia": 86.0, "dinov3_small": 21.6, "dinov3_large": 303.1, "medsiglip": 428.6, "vit_large": 303.3,
     }[name]
     with torch.device("meta"): model = backbones[name](3)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - wanted) < 0.6
