@@ -506,7 +506,8 @@ def test_the_network_of_a_published_layout_is_found_by_its_keys(full_registries,
         "dinov2_small": "dinov2_", "resnet50": "resnet", "resnet18_3d": "resnet18",
     }.get(wanted, wanted)
     found = k.similar_backbones(state)
-    assert wanted in found and all(n.startswith(kind) for n in found), found
+    same = {"dinov2_small": ["curia"], "siglip2_base": ["medsiglip"]}.get(wanted, [])  # of the same class
+    assert wanted in found and all(n.startswith(kind) or n in same for n in found), found
 
 
 def test_check_file_of_a_sparse_pretraining_checkpoint_needs_no_architecture(folder, full_registries, tmp_path):
@@ -576,7 +577,9 @@ def test_the_command_lists_fetches_and_checks(folder, full_registries):
     toy_file(folder)
     status, out, _ = vfm("list")
     rows = {line.split()[0]: line for line in out.splitlines()}
-    assert status == 0 and set(rows) == {"name", *w.weights}
+    shown = set(rows) - {"name", "Sources:"}  # long names are cut
+    assert status == 0 and len(shown) == len({n[:33] for n in w.weights})
+    assert all(any(n.startswith(s) for n in w.weights) for s in shown)
     assert (
         "non-commercial" in rows["profound_toy.test"]
         and " no " in rows["profound_toy.test"]

@@ -132,10 +132,10 @@ def layouts_of(
     yield share(key_patterns(state))
     if head := common_prefix(own): yield share(key_patterns(f"{head}.{k}" for k in state))
     for convert in (weights[m] for m in key_maps(name)):
-        if hasattr(convert, "likeness"): yield convert.likeness(state)
-        else:
-            try: yield share(key_patterns(convert(dict(state))))
-            except (KeyError, IndexError, RuntimeError, ValueError, VfmError): continue  # made for another layout
+        try:
+            if hasattr(convert, "likeness"): yield convert.likeness(state)
+            else: yield share(key_patterns(convert(dict(state))))
+        except (KeyError, IndexError, RuntimeError, ValueError, VfmError): continue  # made for another layout
 
 def similarity(
     states: list[dict[str, Tensor]],  # parts of a file, by published or own names

@@ -7,7 +7,7 @@ __all__ = ['CT_CARD', 'BY_NC_ND', 'SUPREM', 'CLIP_DRIVEN', 'CT_NOTE', 'SO400M', 
            'DINOV2_NAMES', 'DINOV2_WHOLE', 'TRUNK', 'segresnet_16', 'genesis_unet', 'without_wrapper', 'suprem_swin',
            'suprem_segresnet', 'genesis_keys', 'one_channel_swin', 'dinov2_training', 'dino_vit_3d', 'dino_3d_keys',
            'mri_core_keys', 'register_stunet', 'stunet_keys', 'register_larger', 'original_dinov2', 'retfound_mae',
-           'retfound_dino', 'medsam2_keys']
+           'retfound_dino', 'dino_likeness', 'medsam2_keys']
 
 # %% ../../nbs/3_backbones/16_released.ipynb #11c170bb
 import re
@@ -301,7 +301,14 @@ def retfound_dino(
     "Return RETFound's DINOv2 teacher."
     return hub_state(original_dinov2(dinov2_training(state)), "dinov2_large")
 retfound_dino.fits = lambda state: is_hub_file(original_dinov2(dinov2_training(state)), "dinov2_large")
-retfound_dino.likeness = lambda state: hub_likeness(original_dinov2(dinov2_training(state)), "dinov2_large")
+def dino_likeness(
+    state: dict[str, Tensor],  # name of a tensor → tensor
+) -> float:  # 0 to 1
+    "Return how much a file looks like RETFound's DINOv2; networks of volumes have the same names, but other cells."
+    cells = [v for k, v in state.items() if k.endswith("patch_embed.proj.weight")]
+    if any(v.ndim != 4 for v in cells): return 0.0
+    return hub_likeness(original_dinov2(dinov2_training(state)), "dinov2_large")
+retfound_dino.likeness = dino_likeness
 
 for kind, net, convert in (("mae", "vit_large", retfound_mae), ("dinov2", "dinov2_large", retfound_dino)):
     for data in {"mae": ("natureCFP", "natureOCT", "meh", "shanghai"), "dinov2": ("meh", "shanghai")}[kind]:

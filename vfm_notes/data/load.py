@@ -276,7 +276,8 @@ def manifest_plan(
     card = replace(card, spacing=spacing, targets=manifest.targets, empty_labels=card.empty_labels or none)
     return DecodePlan(
         card, [source(i, row) for i, row in enumerate(rows)], size, n, seed, bad, "zones" in manifest.table,
-        DECODE_MODULES, manifest.crop, is_picture(resolve_cell(manifest.root, rows[0].get(card.sequences[0], ""))),
+        DECODE_MODULES, manifest.crop,
+        bool(rows) and is_picture(resolve_cell(manifest.root, rows[0].get(card.sequences[0], ""))),
     )
 
 # %% ../../nbs/1_data/13_load.ipynb #51d2d27b
