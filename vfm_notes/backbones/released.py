@@ -21,7 +21,7 @@ from .natural import hub_likeness, hub_state, is_hub_file, original_vit, registe
 from .openmind import MIXED, MapsAndVector, Volumes
 from .volumetric import NOTE, VOLUMETRIC_CARD, MapReader, Volumetric, swin_keys
 from .weights import weights
-from ..foundation.registry import backbones
+from ..foundation.registry import backbones, VfmError
 from ..nets.files import strip_prefix
 from ..nets.primus import Dino3d
 from ..nets.resenc import STU_SIZES, GenesisEncoder, StuNet
@@ -162,6 +162,8 @@ def dino_3d_keys(
     state: dict[str, Tensor],  # name of a tensor → tensor
 ) -> dict[str, Tensor]:
     "Return 3DINO's backbone."
+    if any("decoder" in k for k in state):
+        raise VfmError("This file holds a decoder, which 3DINO has not: it is of a masked autoencoder.")
     return {f"encoder.model.{k}": v for k, v in dinov2_training(state).items()}
 
 @weights(
