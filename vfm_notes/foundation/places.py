@@ -174,8 +174,9 @@ def plugin_copies(
     return path_below(study_root(study), "plugins")
 def weights_file(
     name: str,  # architecture.weights
-    ending: str = "safetensors",  # of the file, with its dot
+    ending: str = "safetensors",  # of the file, without its dot
 ) -> Path:
+    "Return where the file of some weights lies."
     return path_below(weights_root(), f"{name}.{ending}")
 def pages_root() -> Path: return runs_root().parent/"pages"  # generated pages, a folder per study
 def site_root() -> Path: return runs_root().parent/"_site"  # the site that readers open

@@ -55,6 +55,7 @@ def cut(
 def columns_line(
     words: tuple, places: tuple = PLACES,  # of the columns
 ) -> str:
+    "Write words in columns of these widths."
     return " ".join(
     f"{cut(w, p):{p}}" for w, p in zip(words, places)).rstrip()
 

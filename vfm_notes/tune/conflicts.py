@@ -203,6 +203,7 @@ def window_conflicts(
 def needs_grades(
     task: Task,  # a task of the study
 ) -> bool:
+    "Return whether a task learns the grades of its cases."
     return isinstance(task, GradeTask) or getattr(task, "of", "") == "grade"
 
 def grade_conflicts(

@@ -45,12 +45,14 @@ def save_tuned(
 def exported_file(
     name: str | Path,  # a folder, or the file itself
 ) -> Path:
+    "Return the weights file of an exported network."
     return Path(name)/WEIGHTS if Path(name).is_dir() else Path(name)
 
 # %% ../../nbs/6_tune/19_export.ipynb #1639d02b
 def is_exported(
     name: str | Path,  # a file or a name
 ) -> bool:
+    "Return whether a name is that of an exported network."
     "Return whether a name is a folder that was exported, or the file of weights in it."
     path = exported_file(name)
     return path.suffix == ".safetensors" and path.is_file() and not (path.parent/"record.json").is_file()

@@ -86,6 +86,7 @@ def random_candidate(
 def control_candidate(
     name: str,  # a name
 ) -> RankCandidate:
+    "Return a control by hand-made features, to be ranked like the networks."
     return RankCandidate(name, "control", lambda data: CONTROLS[name](len(data.cohort.card.sequences)), name)
 
 # %% ../../nbs/6_tune/21_rank.ipynb #d707f988
