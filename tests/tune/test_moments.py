@@ -107,7 +107,8 @@ def test_scores_come_from_training_and_validation_cases(outcome, state):
 
 def test_scores_are_computed_once_for_a_cell(state, monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "transferability", lambda *a, **more: calls.append(1) or transferability(*a, names=["logme"]))
+    counted = lambda *a, **more: calls.append(1) or transferability(*a, names=["logme"])
+    monkeypatch.setattr(module, "transferability", counted)
     monkeypatch.setattr(module, "_known", module.Memo())
     short = replace(SPEC, epochs=1)
     first, second = transfer(short, state), transfer(replace(short, seed=1, strategy="full", lr=1e-3), state)
