@@ -9,10 +9,11 @@ __all__ = ['planted_verdict', 'gain_verdict', 'verdict', 'best_cells', 'class_wo
 import pandas as pd
 
 # %% ../../nbs/8_analysis/20_verdict.ipynb #3dadb8b6
+from .contrasts import runs_of
 from .findings import cell_words, pretrained_cells
 from .gain import is_clear, of_learned
 from .planted import control_verdict
-from .tables import Tables
+from .tables import CELL, Tables
 from ..foundation.quantity import describe_value, find_leaders, format_value, metric_card
 
 # %% ../../nbs/8_analysis/20_verdict.ipynb #125daca2
@@ -78,9 +79,7 @@ def class_words(
     row: object,  # of best_cells
 ) -> str:  # e.g. "; by class: gland 0.81 (control 0.80), lesion 0.31 (control 0.00)"; "" where a metric has no classes
     "Write the score of each class alone: a mean over classes can hide that one of them is not found."
-    done, start = tables.done(), f"{row.metric}_"
-    cell = (done.task == row.task) & (done.backbone == row.backbone) & (done.strategy == row.strategy)
-    ids = set(done.id[cell & (done.n_train == row.n_train)])
+    start, ids = f"{row.metric}_", set(runs_of(tables, {k: getattr(row, k) for k in CELL}).id)
     def means(t): return t[t.id.isin(ids) & t.metric.str.startswith(start)].groupby("metric")["value"].mean()
     own, control = means(tables.cases), means(tables.controls)
     said = [

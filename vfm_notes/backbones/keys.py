@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .plan import local_weights_file, read_weights_manifest
 from .protocol import Backbone
 from .weights import check_licence, fetch_weights, weights, weights_card
+from ..foundation.progress import track_progress
 from ..foundation.registry import starts_random
 from ..foundation.registry import VfmError, backbones
 from ..nets.files import Part, parts_of, read_parts
@@ -142,7 +143,6 @@ def similarity(
     names: Iterable[str],  # registered backbones
 ) -> dict[str, float]:  # architecture → share of kinds of keys that both have, 0 to 1
     "Measure how much a file is like each backbone, in any layout; show a bar where it takes long."
-    from vfm_notes.foundation.progress import track_progress
     bare = [{k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in s.items()} for s in states]
     return {name: max((x for s in bare for x in layouts_of(s, name)), default=0.0)
         for name in track_progress(list(names), "comparing with every backbone")}

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 # %% ../../nbs/3_backbones/15_openmind.ipynb #e5772387
-from .lifted import Channels, ReadBackbone, spread_blocks
+from .lifted import spread_blocks
+from .volumetric import Volumetric
 from .weights import weights
 from ..foundation.registry import VfmError, backbones
 from ..nets.files import unwrap_state
@@ -39,18 +40,8 @@ class MapsAndVector(nn.Module):
         out = self.model(x)
         return out if isinstance(out, tuple) else (out, out[-1].mean((2, 3, 4)))
 
-class Volumes(ReadBackbone):
-    "A network for one-channel volumes `d h w` with the backbone protocol."
-    def __init__(self,
-                 name: str,  # registered name
-                 encoder: MapsAndVector,  # of the network
-                 in_channels: int,  # sequences
-                ):
-        super().__init__()
-        self.name, self.in_channels, self.encoder, self.channels = name, in_channels, encoder, Channels(in_channels, 1)
-        self.embed_dim, self.widths = encoder.embed_dim, [encoder.widths[i] for i in encoder.levels]
-        self.strides = [(encoder.strides[i],) * 3 for i in encoder.levels]
-
+class Volumes(Volumetric):
+    "A network for one-channel volumes whose axes are `d h w`, and not x y z."
     def read(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         "Return all maps `b e d h w` of the encoder, and its vector `b e`."
         return self.encoder(self.channels(self.check_input(x)))

@@ -7,8 +7,8 @@ __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_s
            'grid_of', 'build_model', 'tuned_model', 'Memo', 'cache_key', 'center_windows', 'transferability_scores',
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
            'train_run', 'shown_slice', 'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files',
-           'head_facts', 'control_rows', 'hand_made_scores', 'overlap_facts', 'own_grid_notes', 'beside_control',
-           'describe_input', 'summarise', 'transfer']
+           'head_facts', 'control_key', 'control_rows', 'hand_made_scores', 'overlap_facts', 'own_grid_notes',
+           'beside_control', 'describe_input', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -458,24 +458,33 @@ def head_facts(
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #4ba55fd1
 _controls = Memo(16)  # rows of trivial controls, metrics of hand-made ones
+def control_key(
+    run: Prepared,  # data and network
+    learns: bool = True,  # the control reads the training cases
+) -> tuple:
+    "Return what a control without a network depends on."
+    data = run.data
+    return (
+        type(run.task), asked_of(run.spec), *(data["train"].names if learns else ()), *data["test"].names,
+        float(data["test"].inputs.double().mean()),
+    )
+
 def control_rows(
     run: Prepared,  # data and network
 ) -> pd.DataFrame:  # case, patient, metric, value
     "Compute the trivial control, once for all runs with the same cases."
-    data = run.data
-    key = (
-        type(run.task), asked_of(run.spec), *(data["train"].names if run.task.control_learns else ()),
-        *data["test"].names,
-        float(data["test"].inputs.double().mean()),
-    )
-    return _controls.once(key, lambda: run.task.control(data["train"], data["test"]))
+    key = control_key(run, run.task.control_learns)
+    return _controls.once(key, lambda: run.task.control(run.data["train"], run.data["test"]))
 
 def hand_made_scores(
     run: Prepared,  # data and network
 ) -> dict[str, float]:  # metric → value; empty where the task has no such control
-    "Compute what a reader of hand-made features reaches on the same cases."
-    rows = run.task.hand_made(run.data["train"], run.data["test"])
-    return {} if rows is None else run.task.summary(rows)
+    "Compute what a reader of hand-made features reaches on the same cases, once for all runs with these."
+    def scores() -> dict[str, float]:
+        "Score it."
+        rows = run.task.hand_made(run.data["train"], run.data["test"])
+        return {} if rows is None else run.task.summary(rows)
+    return _controls.once(("hand made", *control_key(run)), scores)
 
 def overlap_facts(
     run: Prepared,  # data and network
