@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "mutants"))
 
 from named import EQUIVALENT, NAMED
 from operators import mutants, places, words
-from run import ROOT, Worker, excuse, key, made_mutants, named_mutants
+from run import ROOT, Worker, excuse, key, made_mutants, named_mutants, stale
 
 ONE_LINE = """
 def f(a, b):
@@ -71,6 +71,18 @@ def test_a_draw_is_the_same_again_and_has_every_kind():
     drawn = made_mutants(("shift",), 20, 0)
     assert drawn == made_mutants(("shift",), 20, 0) and len(set(drawn)) == 20
     assert {m.module.split("/")[0] for m in drawn} == {"shift"} and len({m.kind for m in drawn}) >= 5
+
+
+def test_a_judgement_ends_with_the_test_that_made_it(tmp_path, monkeypatch):
+    import run
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path/"test_a.py").write_text("class TestIt:\n    def test_one(self): ...\ndef test_two(): ...\n")
+    def killed(by): return {"end": "killed", "by": by, "tests": "x"}
+    for by in ("test_a.py::test_two", "test_a.py::test_two[a::b]", "test_a.py::TestIt::test_one", "too slow", "exit 3"):
+        assert not stale(killed(by), lambda: "y"), by
+    for by in ("test_a.py::test_three", "test_b.py::test_two", "test_a.py::test_tw"): assert stale(killed(by), str), by
+    survivor = {"end": "survived", "by": "", "tests": "x"}
+    assert stale(survivor, lambda: "y") and not stale(survivor, lambda: "x")
 
 
 def fake_worker(program: str, tmp_path: Path) -> Worker:

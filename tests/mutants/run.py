@@ -6,9 +6,10 @@
 
 Every mutant is written into a copy of the working tree, so nothing here is touched. First each test file that is not
 slow runs once, to see which test runs which line; then a process that has the heavy libraries in memory forks for each
-mutant and runs the tests that can see it, the quick files first, until one fails. Both are kept in `.mutants/` (ignored
-by git): a second call runs only what a change of the code or of the tests has made stale. It prints killed, survived
-and equivalent for each sub-package, and the survivors with the line before and after.
+mutant and runs the tests that can see it, the quick files first, until one fails. What was seen is kept in `.mutants/`
+(ignored by git), what was judged in `tests/mutants/judged.json`, which is committed: a call runs only what a change of
+the code or of the tests has made stale. It prints killed, survived and equivalent for each sub-package, and the
+survivors with the line before and after.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -33,7 +35,8 @@ from random import Random
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-KEPT = Path(os.environ.get("VFM_MUTANTS", ROOT / ".mutants"))  # what was seen and judged
+KEPT = Path(os.environ.get("VFM_MUTANTS", ROOT / ".mutants"))  # what was seen
+JUDGED = HERE / "judged.json"  # function before and after → how it ended
 sys.path.insert(0, str(HERE))
 from named import EQUIVALENT, NAMED
 from operators import Mutant, mutants, places, statement_lines, words
@@ -252,6 +255,15 @@ def judged(m: Mutant, worker: Worker, sight: Sight, limit: float) -> dict:
     return {"end": "killed" if end != 0 else "survived", "by": killer if end != 0 else "", "tests": sight.state(groups)}
 
 
+def stale(old: dict, state: Callable[[], str]) -> bool:
+    "Is a judgement of older tests: is the test that killed gone, or are a survivor's tests other ones?"
+    if old["end"] == "survived":
+        return old["tests"] != state()
+    file, _, test = old["by"].partition("::")  # empty for a mutant that was too slow
+    name = test.partition("[")[0].split("::")[-1]
+    return bool(name) and not ((ROOT / file).is_file() and f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"))
+
+
 @cache
 def named_mutants() -> list[Mutant]:
     "Those that are written down; each must still be found in its sub-package, once."
@@ -351,8 +363,7 @@ def main() -> None:
         worker = Worker(Path(folder))
         sight = Sight(worker, args.limit, args.tests)
         todo.sort(key=lambda t: (order.get(t[1].module.split("/")[0], len(order)), not sight.naming(t[1].module)))
-        file = KEPT / "results.json"
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not args.again else {}
+        kept = json.loads(JUDGED.read_text(encoding="utf-8")) if JUDGED.is_file() and not args.again else {}
         rows = []
         for i, (kind, m) in enumerate(todo, 1):
             row = {"kind": kind, "package": m.module.split("/")[0], "name": m.name}
@@ -361,9 +372,9 @@ def main() -> None:
                 rows.append(row | {"end": "equivalent", "reason": EQUIVALENT[found]})
                 continue
             old = kept.get(own := key(m))
-            if not old or old["end"] == "survived" and old["tests"] != sight.state(sight.tests(m, args.limit)):
-                kept[own] = old = judged(m, worker, sight, args.limit)
-                file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            if not old or stale(old, lambda m=m: sight.state(sight.tests(m, args.limit))):
+                kept[own] = old = {"name": m.name} | judged(m, worker, sight, args.limit)
+                JUDGED.write_text(json.dumps(kept, indent=0, sort_keys=True) + "\n", encoding="utf-8")
                 minutes = (time.monotonic() - begun) / 60
                 print(f"{i}/{len(todo)} {old['end']:8} {m.name}  [{old['by']}]  {minutes:.0f} min", flush=True)
             rows.append(row | old)
