@@ -84,8 +84,8 @@ NAMED = [
     ),
     (
         "tune",
-        'run.task.control(data["train"], data["test"])',
-        'run.task.control(data["test"], data["test"])',
+        'run.task.control(run.data["train"], run.data["test"])',
+        'run.task.control(run.data["test"], run.data["test"])',
         "the control is fitted to the test cases",
     ),
     (
