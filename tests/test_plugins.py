@@ -109,8 +109,8 @@ def test_other_code_means_other_runs_wherever_the_file_lies(tmp_path):
 MISTAKES = {
     "syntax": ("x = 1\ndef f(:\n    pass\n", "code_of_mine.py, line 2"),
     "import": ("import no_such_module_here\n", "code_of_mine.py, line 1"),
-    "taken": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full')\ndef full(m): "
-              "pass\n", "the strategy 'full', which exists"),
+    "taken": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('before_it')\n"
+              "def before_it(m): pass\n\n@strategies('full')\ndef full(m): pass\n", "the strategy 'full', which exists"),
     "taken by another name": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full')\n"
                               "def mine(m): pass\n", "code_of_mine.py, line 3"),
     "deep": ("def f(): return 1 / 0\n\n\nf()\n", "code_of_mine.py, line 1"),
@@ -123,8 +123,10 @@ def test_a_mistake_is_told_with_file_and_line(tmp_path, which):
     text, wanted = MISTAKES[which]
     (tmp_path/"code_of_mine.py").write_text(text, encoding="utf-8")
     study, before = load_study(write_study(tmp_path, plugins=["code_of_mine.py"])), strategies["full"]
+    names, card = list(strategies), dict(strategies.card("full"))
     with pytest.raises(VfmError, match=re.escape(wanted)): load_plugins(study.plugins)
     assert strategies["full"] is before and "code_of_mine" not in LOADED
+    assert strategies.card("full") == card and card["pretrained"] and list(strategies) == names
 
 
 @pytest.mark.parametrize("written, wanted", [

@@ -31,9 +31,9 @@ class Plugin:
 
 LOADED: dict[str, Plugin] = {}  # module → plugin
 
-def registered() -> dict[tuple[str, str], object]:
-    "Return everything that is registered now, by kind and name."
-    return {(r.kind, name): r._entries[name] for r in Registry.made for name in r}
+def registered() -> dict[tuple[str, str], tuple[object, dict]]:
+    "Return everything that is registered now, and its card, by kind and name."
+    return {(r.kind, name): (r._entries[name], r.card(name)) for r in Registry.made for name in r}
 
 # %% ../../nbs/0_foundation/12_plugins.ipynb #34643cc7
 def kept_code(
@@ -151,9 +151,11 @@ def load_plugin(
     run_code(place, source)
     now = registered()
     for key in before.keys() & now.keys():
-        if now[key] is not before[key]:
+        if now[key][0] is not before[key][0]:
             kind, entry = key
-            next(r for r in Registry.made if r.kind == kind)._entries[entry] = before[key]
+            registry = next(r for r in Registry.made if r.kind == kind)
+            registry._entries[entry], registry._cards[entry] = before[key]
+            forget_entries(name)
             raise VfmError(f"{Path(place).name} (a plugin of the study) registers the {kind} '{entry}', which exists "
                            "already: choose another name.")
     LOADED[name] = Plugin(name, code, tuple(f"{kind} {entry}" for kind, entry in now if (kind, entry) not in before))
