@@ -110,7 +110,8 @@ MISTAKES = {
     "syntax": ("x = 1\ndef f(:\n    pass\n", "code_of_mine.py, line 2"),
     "import": ("import no_such_module_here\n", "code_of_mine.py, line 1"),
     "taken": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('before_it')\n"
-              "def before_it(m): pass\n\n@strategies('full')\ndef full(m): pass\n", "the strategy 'full', which exists"),
+              "def before_it(m): pass\n\n@strategies('full')\ndef full(m): pass\n",
+              "the strategy 'full', which exists"),
     "taken by another name": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full')\n"
                               "def mine(m): pass\n", "code_of_mine.py, line 3"),
     "deep": ("def f(): return 1 / 0\n\n\nf()\n", "code_of_mine.py, line 1"),
