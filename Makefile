@@ -29,7 +29,7 @@ test: $(READY) programs
 	@echo "1/4 lint"; $(BIN)/ruff check --quiet vfm_notes tests nbs
 	@echo "2/4 export check"; before=$$(mktemp -d); cp -r vfm_notes $$before/; $(BIN)/nbdev_export; \
 	diff -r -x __pycache__ $$before/vfm_notes vfm_notes || { echo "vfm_notes/ was not what nbs/ exports: run nbdev_export and commit both."; exit 1; }
-	@echo "3/4 notebook tests"; home=$$(mktemp -d); env -u VFM_DATA -u VFM_WEIGHTS HOME=$$home XDG_CONFIG_HOME=$$home/.config XDG_CACHE_HOME=$$home/.cache VFM_RUNS=$$home/runs OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^([_.]|runs|report|studies)' --timing
+	@echo "3/4 notebook tests"; home=$$(mktemp -d); env -u VFM_DATA -u VFM_WEIGHTS HOME=$$home XDG_CONFIG_HOME=$$home/.config XDG_CACHE_HOME=$$home/.cache VFM_RUNS=$$home/runs OMP_NUM_THREADS=1 $(BIN)/python tests/run_notebooks.py
 	@echo "4/4 pytest"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25 tests
 
 # The site and JupyterLab are tested in a real browser, accessibility with axe-core, batches on a real Slurm of one node. On a Debian machine where we are root they are installed; elsewhere those tests skip and say so.
