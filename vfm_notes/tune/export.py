@@ -317,7 +317,8 @@ def picture_answer(
     meta = f"case['{bundle_keys(member)[0]}'].meta"
     size = f"tuple(int(s) for s in {meta}['spatial_shape'][:2])"
     named = f"{{'filename_or_obj': {meta}['filename_or_obj']}}"
-    return f"monai.data.MetaTensor({RESIZE.format(x=whole, size=size)}, meta={named})"
+    back = RESIZE.format(x=whole, size=size) + "[..., None]" * (not n)  # NIfTI has a third axis
+    return f"monai.data.MetaTensor({back}, meta={named})"
 
 # %% ../../nbs/6_tune/19_export.ipynb #8436cedb
 def output_transforms(
@@ -332,6 +333,7 @@ def output_transforms(
         {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "data_root_dir": "@input_dir",
          "output_postfix": "segmentation" if classes else member.plan.spec["task"], "separate_folder": False,
          "output_ext": ".png" if pictures and classes else ".nii.gz", "resample": False,
+         "squeeze_end_dims": not pictures or classes,  # its NIfTI writer needs three axes
          "output_dtype": "$np.uint8" if classes else "$np.float32"},
     ]
 
