@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDTH', 'CELL_HEADS', 'PLACES', 'TEX', 'WORD', 'TYPES', 'RELATIONS', 'TABLE_COLUMNS', 'LONG_COLUMNS', 'column_words',
            'cut', 'columns_line', 'grouped_lines', 'tex', 'paper_rows', 'latex_table', 'word_document', 'write_metrics',
-           'is_table', 'table_writer', 'metric_columns', 'metric_rows', 'read_bundle', 'bundle_of', 'asked_words',
-           'beside_bundle', 'study_rows', 'write_paper', 'print_cells', 'table_command', 'counted_records', 'is_run',
-           'find_run', 'run_tables', 'two_of', 'compared_words', 'compare_command']
+           'is_table', 'table_writer', 'with_pooled', 'metric_columns', 'metric_rows', 'read_bundle', 'bundle_of',
+           'asked_words', 'beside_bundle', 'study_rows', 'judged_words', 'write_paper', 'print_cells', 'table_command',
+           'counted_records', 'is_run', 'find_run', 'run_tables', 'two_of', 'compared_words', 'compare_command']
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #c6291085
 import sys
@@ -195,6 +195,22 @@ def table_writer(
 # %% ../../nbs/9_report/20_result_commands.ipynb #80cd7746
 LONG_COLUMNS = ["id", "task", "backbone", "strategy", "seed", "n_train", "status"]  # of every row of a long table
 
+def with_pooled(
+    spec,  # of the study
+    runs,  # from analysis.tables.runs_table, of these records
+    records: list[dict],  # of the study, a run each
+):  # the same with a column fold, and a row `all` for each whole cross-validation; the records of these rows
+    "Add the statistics over all tested cases to those of the folds."
+    import pandas as pd
+    from vfm_notes.analysis.tables import cases_table, curves_table, pool_folds, runs_table
+    if not spec.folds: return runs, records
+    tables = curves_table(spec.name, records), cases_table(spec.name, records)
+    pooled, *_, folds = pool_folds(records, *tables)
+    pooled = [r for r in pooled if r["id"] in folds]
+    every = pd.concat([runs, *([runs_table(pooled)] if pooled else [])], ignore_index=True)
+    part = [str(r["spec"]["fold"]) if "fold" in r["spec"] else "" for r in records]
+    return every.assign(fold=[*part, *(["all"] * len(pooled))]), [*records, *pooled]
+
 def metric_columns(
     runs,  # from analysis.tables.runs_table, of these records
     records: list[dict],  # of the study
@@ -209,12 +225,13 @@ def metric_rows(
 ):  # as above
     "Make a row of each run and metric, with the trivial control beside it."
     import pandas as pd
+    kept = [*LONG_COLUMNS, *(["fold"] if "fold" in runs else [])]
     rows = [
-        {k: row[k] for k in LONG_COLUMNS} | {"metric": m, "value": v, "control": record["controls"].get(m),
+        {k: row[k] for k in kept} | {"metric": m, "value": v, "control": record["controls"].get(m),
                                              "unit": record["units"].get(m, "")}
         for row, record in zip(runs.to_dict("records"), records) for m, v in (record["metrics"] or {"": None}).items()
     ]
-    return pd.DataFrame(rows, columns=[*LONG_COLUMNS, "metric", "value", "control", "unit"])
+    return pd.DataFrame(rows, columns=[*kept, "metric", "value", "control", "unit"])
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #daa1d9f1
 def read_bundle(
@@ -281,16 +298,24 @@ def study_rows(
     from vfm_notes.analysis.tables import load_tables
     return score_and_gain(load_tables(spec)).to_dict("records")
 
+def judged_words(
+    spec,  # of the study
+) -> str:  # "" where it has no folds
+    "State on which cases the scores of a cross-validation are."
+    if not spec.folds: return ""
+    return (f"{spec.folds}-fold cross-validation: every case is tested once, by a network that never saw it; scores "
+            "are over all of them")
+
 def write_paper(
     spec,  # of the study; output: .tex or .docx → number of cells
     output: Path,  # a file
 ) -> int:
     "Write the cells of a study for a paper."
     from vfm_notes.foundation.places import atomic_file
-    rows = study_rows(spec)
+    rows, title = study_rows(spec), f"{spec.title} ({judged_words(spec)})" if spec.folds else spec.title
     with atomic_file(output) as part:
-        if output.suffix == ".tex": part.write_text(latex_table(rows, spec.title), encoding="utf-8")
-        else: word_document(rows, spec.title, part)
+        if output.suffix == ".tex": part.write_text(latex_table(rows, title), encoding="utf-8")
+        else: word_document(rows, title, part)
     return len(rows)
 
 def print_cells(
@@ -302,6 +327,7 @@ def print_cells(
     from vfm_notes.analysis.ours import results_bundle
     if as_json: return print(json.dumps(results_bundle(spec), indent=1))
     rows = study_rows(spec)
+    if rows and spec.folds: print(f"{judged_words(spec)}.\n")
     print(*(grouped_lines(rows) or ["No finished runs yet."]), sep="\n")
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #782298fe
@@ -332,7 +358,8 @@ def table_command(
         if not output and (as_json or not long): return print_cells(spec, as_json)
         runs = runs_table(records)
         if spec.search: runs = mark_counted(runs, search_candidates(runs, curves_table(spec.name, records)))
-        shown = TABLE_COLUMNS + [*spec.search, "chosen"] * bool(spec.search)
+        runs, records = with_pooled(spec, runs, records)
+        shown = TABLE_COLUMNS + ["fold"] * bool(spec.folds) + [*spec.search, "chosen"] * bool(spec.search)
         if not output: return print(write_metrics(runs)[shown].to_string(index=False) if records else "No records yet.")
         with atomic_file(output) as part: write((metric_rows if long else metric_columns)(runs, records), part)
         print(f"{output}: {len(runs)} runs")
