@@ -42,7 +42,7 @@ def save_tuned(
     path: Path,  # a file
 ) -> None:
     "Write tuned weights with their plan inside."
-    text = json.dumps(asdict(plan), sort_keys=True)
+    text = json.dumps(asdict(plan))  # own code stands in the order in which it is run
     with atomic_file(path) as part:
         save_file({k: v.contiguous() for k, v in state.items()}, part, {"tuned": text, "state_hash": state_hash(state)})
 
