@@ -110,7 +110,7 @@ def test_a_failed_pretraining_blocks_only_what_needs_it(tmp_path):
     done = toy.run()
     assert (
         done.returncode == 1
-        and "blocked segmentation-provicnet_toy.contrast_phantom-n4" in done.stdout
+        and "missing segmentation-provicnet_toy.contrast_phantom-n4: what it needs" in done.stdout
         and "missing 6 runs" in done.stdout
     )
     assert Counter((r["kind"], r["status"]) for r in toy.records().values()) == {

@@ -1,4 +1,5 @@
 """The wheel and the sdist, used as somebody without a clone would: from an empty folder."""
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import SimpleITK as sitk
+import torch
+from own_way import lay_out, write_way
+from safetensors.torch import load_file
 
 import vfm_notes
 from vfm_notes.data.layouts_mri import write_image, toy_case
@@ -234,3 +241,83 @@ def test_walk_through_from_nifti_files_to_a_report(installed, tmp_path, lend_lib
         and "share" not in str(p)
         and "vfm_notes/runs" not in str(p)
     ], "nothing is written into the installation"
+
+
+def scan_of(seed: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    "An oblique, anisotropic scan with a bright body of two parts, and its labels; written by nibabel."
+    rng, shape = np.random.default_rng(seed), (36, 40, 12)
+    x, y, z = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    inside = ((x - 17 - seed % 3)/8)**2 + ((y - 20)/9)**2 + ((z - 6)/4)**2 < 1
+    labels = (inside * np.where(y < 20, 1, 2)).astype(np.uint8)
+    affine = np.eye(4)
+    affine[:3, :3] = [[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1]] * np.array([-1.0, 1.25, 3])
+    affine[:3, 3] = 12 + seed, -30, 40
+    values = rng.normal(100, 10, shape) + 60*(labels == 1) + 100*(labels == 2)
+    return nib.Nifti1Image(values.astype(np.float32), affine), nib.Nifti1Image(labels, affine)
+
+
+@pytest.fixture(scope="module")
+def walked(installed, tmp_path_factory, lend_library):
+    "A folder in which own scans, an own network and own weights went all the way to answers on scans never seen."
+    root = tmp_path_factory.mktemp("own")
+    for kind in ("images", "labels"): (root/"given"/kind).mkdir(parents=True)
+    for i in range(9):
+        for kind, image in zip(("images", "labels"), scan_of(i)): nib.save(image, root/"given"/kind/f"c{i}.nii.gz")
+    assert lay_out(root/"given", root, 9) == "c8.nii.gz"
+    turned = scan_of(8)[0].as_reoriented([[1, -1], [0, 1], [2, -1]])  # the same voxels in another order
+    nib.save(turned, root/"unseen"/"turned.nii.gz")
+    script = write_way(root, [4, 32, 32], [3.0, 1.25, 1.25], {"pretrain": 0, "train": 4, "val": 2, "test": 2}, 4,
+                       ["front", "back"])
+    lend_library(root/"mine")
+    return root, shell(installed, script, root)
+
+
+def test_an_own_network_and_own_weights_from_the_wheel_to_a_report(walked):
+    root, said = walked
+    assert "This study runs code from" in said and "backbone lab_cnn" in said and "2 of 2 runs done" in said, said
+    assert "100.0% of the backbone is filled" in said and "Site:" in said
+    kept = load_file(root/"weights"/"lab_cnn.lab.safetensors")
+    given = torch.load(root/"lab.ckpt", weights_only=True)["state_dict"]
+    assert {f"model.{k}" for k in kept} == set(given)
+    assert all(torch.equal(v, given[f"model.{k}"]) for k, v in kept.items())
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in (root/"mine"/"runs"/"own").glob("*/record.json")]
+    tuned = next(r for r in records if r["spec"]["strategy"] == "full")
+    assert [f["source_sha256"] for f in tuned["weights_files"]] == [hashlib.sha256(
+        (root/"lab.ckpt").read_bytes()).hexdigest()]
+    assert list(tuned["spec"]["plugins"]) == ["my_code.py"] and len(records) == 2
+    assert "CNN of the lab" in (root/"mine"/"_site"/"backbones.html").read_text(encoding="utf-8") or (
+        "lab_cnn" in (root/"mine"/"_site"/"index.html").read_text(encoding="utf-8"))
+
+
+def test_answers_on_scans_never_seen_lie_where_other_libraries_look(walked):
+    "By nibabel and by SimpleITK: the scan's geometry, and the same answer for the same voxels stored in another order."
+    root, answers = walked[0], walked[0]/"mine"/"answers"
+    for case in ("c8", "turned"):
+        for read, geometry in (
+            (nib.load, lambda i: (i.shape, i.affine)),
+            (sitk.ReadImage, lambda i: (i.GetSize(), i.GetOrigin(), i.GetSpacing(), i.GetDirection())),
+        ):
+            found, scan = read(answers/f"{case}_segmentation.nii.gz"), read(root/"unseen"/f"{case}.nii.gz")
+            for a, b in zip(geometry(found), geometry(scan)): np.testing.assert_allclose(a, b, atol=1e-5)
+    one, other = (nib.load(answers/f"{c}_probability_back.nii.gz") for c in ("c8", "turned"))
+    back = other.as_reoriented([[1, 1], [0, -1], [2, -1]])
+    np.testing.assert_allclose(back.affine, one.affine, atol=1e-5)
+    np.testing.assert_allclose(back.get_fdata(), one.get_fdata(), atol=1e-3)
+    assert one.get_fdata().std() > 1e-3
+    inside = np.asarray(scan_of(8)[1].dataobj) > 0
+    p = 1 - nib.load(answers/"c8_probability_background.nii.gz").get_fdata()
+    assert p[inside].mean() > p[~inside].mean() + 0.1  # it is told where it lies
+
+
+def test_what_was_exported_runs_without_the_own_code(walked, tmp_path):
+    "The bundle by MONAI; the folder by vfm predict, once its code is named."
+    import monai.bundle
+    root, out = walked[0], walked[0]/"mine"/"exported"
+    assert (out/"code"/"my_code.py").read_bytes() == (root/"my_code.py").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out/"bundle")
+        monai.bundle.run(config_file="configs/inference.json", bundle_root=".", input_dir=str(root/"unseen"),
+                         output_dir=str(tmp_path))
+    theirs = nib.load(tmp_path/"c8_segmentation.nii.gz")
+    np.testing.assert_allclose(theirs.affine, scan_of(8)[0].affine, atol=1e-4)
+    assert theirs.shape == (36, 40, 12)

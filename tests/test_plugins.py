@@ -75,9 +75,9 @@ def test_the_record_holds_the_checksums_and_the_code_is_kept(done):
     import hashlib
     folder, *_ = done
     for record in records(folder):
-        assert record["spec"]["plugins"] == {
-            p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("my_*.py")
-        }
+        assert list(record["spec"]["plugins"].items()) == [  # in the order in which they are run
+            (f"my_{kind}.py", hashlib.sha256((folder/f"my_{kind}.py").read_bytes()).hexdigest()) for kind, _ in NAMES
+        ]
         for name, code in record["spec"]["plugins"].items():
             kept = folder/"runs"/"own"/"plugins"/code[:16]/name
             assert kept.read_bytes() == (folder/name).read_bytes()
@@ -209,3 +209,77 @@ def test_a_failure_of_a_run_is_recorded_with_the_line_of_the_plugin(tmp_path):
     try: sys.modules["late_code"].late()
     except IndexError as error: record = failed_record(RunSpec(), "own", error)
     assert record["error"]["message"] == "list index out of range (late_code.py, line 2)"
+
+
+# ---- networks that were trained with own code
+
+
+def scan(folder):
+    "A volume on the grid of the study, by nibabel."
+    import nibabel as nib
+    import numpy as np
+    affine, values = np.diag([-3.0, -3, 8, 1]), np.random.default_rng(2).normal(5, 2, (32, 32, 4)).astype("float32")
+    nib.save(nib.Nifti1Image(values, affine), folder/"new.nii.gz")
+    return str(folder/"new.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(done, tmp_path_factory):
+    "The runs of `done` at another place, a scan, and an empty folder of runs; the code is not here."
+    import shutil
+    root = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(done[0]/"runs"/"own", root/"kept"/"own", copy_function=shutil.copy2)
+    run = next(p for p in (root/"kept"/"own").glob("denoising*head_only*"))
+    return root, run, scan(root)
+
+
+def test_a_run_with_own_code_answers_with_the_copy_beside_it(elsewhere):
+    root, run, given = elsewhere
+    made = vfm(root, "predict", str(run), given, "-o", "out")
+    assert made.returncode == 0, made.stderr
+    kept = {p.name: p for p in run.parent.glob("plugins/*/*.py")}
+    code = kept["my_backbones.py"]
+    assert f"The network runs code from {code} (checksum {code.parent.name[:12]}" in made.stdout
+    assert (root/"out"/"new_denoising.nii.gz").is_file()
+
+
+def test_code_that_is_gone_or_changed_is_told_and_is_named_by_hand(done, elsewhere):
+    import shutil
+    root, run, given = elsewhere
+    alone = shutil.copytree(run, root/"alone"/"own"/run.name, copy_function=shutil.copy2)
+    gone = vfm(root, "predict", str(alone), given, "-o", "gone")
+    assert gone.returncode == 2 and "as it was when its study was run (checksum " in gone.stderr
+    assert f"there is no {root/'my_strategies.py'}" in gone.stderr and "--plugin FILE" in gone.stderr
+    (root/"my_strategies.py").write_text((done[0]/"my_strategies.py").read_text() + "# later\n", encoding="utf-8")
+    changed = vfm(root, "predict", str(alone), given, "-o", "gone")
+    (root/"my_strategies.py").unlink()
+    assert changed.returncode == 2 and f"{root/'my_strategies.py'} has changed since" in changed.stderr
+    named = [w for p in sorted(done[0].glob("my_*.py")) for w in ("--plugin", str(p))]
+    made = vfm(root, "predict", str(alone), given, "-o", "named", *named)
+    assert made.returncode == 0, made.stderr
+    assert f"The network runs code from {done[0]/'my_strategies.py'}" in made.stdout
+
+
+def test_an_exported_network_carries_its_code_and_runs_it_when_told(elsewhere):
+    root, run, given = elsewhere
+    made = vfm(root, "weights", "export", str(run), "-o", "exported")
+    assert made.returncode == 0 and "MODEL_CARD.md, code" in made.stdout, made.stderr
+    codes = sorted((root/"exported"/"code").iterdir())
+    assert [c.name for c in codes] == sorted(p.name for p in run.parent.glob("plugins/*/*.py"))
+    refused = vfm(root, "predict", "exported", given, "-o", "no")
+    assert refused.returncode == 2 and "was trained with code of its study" in refused.stderr
+    assert "read exported/code/" in refused.stderr and "write --plugin exported/code/" in refused.stderr
+    named = [w for c in codes for w in ("--plugin", str(c))]
+    done = vfm(root, "predict", "exported", given, "-o", "yes", *named)
+    assert done.returncode == 0 and (root/"yes"/"new_denoising.nii.gz").is_file(), done.stderr
+
+
+def test_a_study_whose_code_has_changed_names_a_run_that_keeps_it(done):
+    folder = done[0]
+    text = folder/"my_divergences.py"
+    before = text.read_text(encoding="utf-8")
+    text.write_text(before + "# later\n", encoding="utf-8")
+    made = vfm(folder, "predict", "study.yaml", "x.nii.gz", "-o", "out")
+    text.write_text(before, encoding="utf-8")
+    assert made.returncode == 2 and "No run of study own was made with" in made.stderr
+    assert f"name a run, which keeps its code, e.g. {folder/'runs'/'own'}" in made.stderr

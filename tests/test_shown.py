@@ -247,7 +247,7 @@ def test_of_two_hundred_failures_a_few_are_shown_and_the_rest_counted(capsys):
     assert (
         len(lines) == 22
         and lines[10] == "failed  190 more; for all with their errors: vfm table big -o failed.csv"
-        and lines[-1] == "stopped 20 more notebooks; see their logs"
+        and lines[-1] == "failed  20 more notebooks; see their logs"
     )
     print_summary(many)
     out = capsys.readouterr().out

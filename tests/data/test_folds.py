@@ -1,7 +1,9 @@
 """Cross-validation: who is dealt where, what a run of a fold sees, and statistics over all tested cases."""
+import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
@@ -111,6 +113,50 @@ def test_statistics_are_those_of_all_tested_cases_together(answers):
     both = [np.mean([roc_auc_score([c[0] >= 1 for c in kept[s, k]], [c[1][1:].sum() for c in kept[s, k]])
                      for k in (0, 1)]) for s in ("full", "scratch")]
     assert row.tuned == pytest.approx(both[0]) and row.reference == pytest.approx(both[1]) and row.n_cases == 30
+
+
+def cli(*words):
+    from typer.testing import CliRunner
+    from vfm_notes.report.cli import app
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def test_tables_have_the_folds_and_the_statistics_over_all_tested_cases(answers, tmp_path, monkeypatch):
+    "AUC by scikit-learn over the 30 cases of a seed; a fold's own row keeps its own."
+    _, kept = answers
+    monkeypatch.chdir(tmp_path)
+    pooled = {k: roc_auc_score([c[0] >= 1 for c in v], [c[1][1:].sum() for c in v]) for k, v in kept.items()}
+    shown = cli("table", "cv.yaml")
+    assert shown.startswith("3-fold cross-validation: every case is tested once")
+    of = next(l for l in shown.splitlines() if l.startswith("profound_toy.mae full"))
+    assert f" 2      {np.mean([pooled['full', k] for k in (0, 1)]):.3f} [" in of
+    for words in ((), ("--long",)):
+        cli("table", "cv.yaml", "-o", "t.csv", *words)
+        table = pd.read_csv("t.csv", dtype={"fold": str})
+        table = table[table.metric == "auc"]
+        assert table.fold.value_counts().to_dict() == {"0": 4, "1": 4, "2": 4, "all": 4}
+        for row in table[table.fold == "all"].itertuples():
+            assert row.value == pytest.approx(pooled[row.strategy, row.seed]) and "-pooled-" in row.id
+        assert (table[table.fold != "all"].value == 0.5).all()
+    cells = json.loads(cli("table", "cv.yaml", "--json"))["cells"]
+    assert [c["n_cases"] for c in cells] == [30, 30]
+    cli("table", "cv.yaml", "-o", "t.tex")
+    assert r"\caption{made (3-fold cross-validation:" in (tmp_path/"t.tex").read_text(encoding="utf-8")
+    lines = cli("table", "cv.yaml", "--long").splitlines()
+    assert sum(l.endswith(" all") and "-pooled-" in l for l in lines) == 4 and len(lines) == 1 + 12 + 4
+
+
+def test_a_plan_counts_every_case_of_a_cross_validation(answers, tmp_path, monkeypatch):
+    from vfm_notes.analysis.power import tested_cases, with_tested
+    study, _ = answers
+    monkeypatch.chdir(tmp_path)
+    assert "2 seeds, 30 test cases, each tested once in 3 folds." in cli("plan", "cv.yaml")
+    assert json.loads(cli("plan", "cv.yaml", "--json"))["cases"] == 30
+    more = with_tested(study, 90)
+    assert tested_cases(more) == 90 and more.cases == {"pretrain": 0, "train": 60, "val": 15, "test": 15}
+    assert with_tested(replace(study, folds=0), 90).cases == study.cases | {"test": 90}
 
 
 def test_a_cross_validation_that_lacks_a_fold_is_not_there_yet(answers):

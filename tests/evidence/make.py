@@ -238,6 +238,12 @@ def claim(path: Path) -> None:
     write_claim(path)
 
 
+def reference(path: Path) -> None:
+    from vfm_notes.analysis.ours import write_reference
+
+    write_reference(path)
+
+
 # ---- data
 
 
@@ -317,6 +323,9 @@ ENTRIES = [
     Entry("claim.json", "what each study says of gain, convergence and distance, for readers without records", 0.5,
           "vfm_notes.analysis.claim.write_claim", claim, ("vfm_notes.analysis.claim",),
           "tests/analysis/test_claim.py::test_one_kept_row_made_again", all_studies_data),
+    Entry("reference_results.json", "our own scores and gains in the shipped studies, to compare yours with", 0.5,
+          "vfm_notes.analysis.ours.write_reference", reference, ("vfm_notes.analysis.ours",),
+          "tests/analysis/test_ours.py::test_one_kept_bundle_made_again", all_studies_data),
     Entry("overview.png", "the front page of the default study, for the README", 0.2,
           "chromium --screenshot of the site", picture, ("vfm_notes.report.site",),
           "tests/test_evidence_files.py::test_a_page_is_photographed_alike", study_data,

@@ -187,7 +187,7 @@ def test_nothing_starts_without_what_it_needs_or_late(toy):
     blocked, show = run(SimpleNamespace(jobs=toy.jobs), Pool("toy", pretrain=[Died("killed"), Died("killed")]))
     assert (
         states(first) == ["failed"]
-        and any(s.startswith(f"blocked {job.name}: what it needs ({first.name}) is not done") for s in show)
+        and any(s.startswith(f"missing {job.name}: what it needs ({first.name}) is not done") for s in show)
         and states(job) == [None] * len(job.runs)
     )
     late, show = run(toy, Pool("toy"), until=time.monotonic() - 1)
@@ -227,7 +227,7 @@ def test_a_worker_that_dies_has_a_second_chance(toy):
     assert (
         states(toy.jobs[0]) == ["done"]
         and pool.asked[:2] == [toy.jobs[0].name] * 2
-        and f"again   {toy.jobs[0].name}: killed" in show
+        and f"queued  {toy.jobs[0].name}: tried again: killed" in show
     )
 
 
@@ -252,15 +252,15 @@ def test_a_machine_that_is_always_lost_is_left(toy):
     assert (
         states(toy.jobs[0]) == [None]
         and made.ran == 0
-        and f"lost    {toy.jobs[0].name}: gone The same command continues." in show
+        and f"missing {toy.jobs[0].name}: gone The same command continues." in show
     )
 
 
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        (Cancelled("by hand"), "cancelled {}: by hand"),
-        ("left", "paused  {}: as requested; the same command continues where it stopped"),
+        (Cancelled("by hand"), "missing {}: its job was cancelled (by hand)"),
+        ("left", "missing {}: paused as requested; the same command continues there"),
     ],
 )
 def test_who_leaves_leaves_nothing_behind(toy, end, said):

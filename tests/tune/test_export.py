@@ -120,3 +120,80 @@ def test_updates_alone_make_the_tuned_weights_again(place, tmp_path):
     assert {k.removeprefix("base_model.model.") for k in updates} <= named
     assert "has no low-rank updates to export" in message(
         export_tuned, run_id(specs_of(place, "segmentation")[0]), tmp_path/"no", "", None, False, False, True)
+
+
+def given_scans(folder, sequences=("t2w", "adc")):
+    "A case on an oblique, flipped, anisotropic grid that has the training's size and spacing."
+    turn = np.array([[0.96, 0.28, 0], [-0.28, 0.96, 0], [0, 0, 1]]) @ np.diag([1.0, -1, 1])
+    affine, rng = np.eye(4), np.random.default_rng(3)
+    affine[:3, :3], affine[:3, 3] = turn * (1, 1, 3), (5, -9, 30)
+    folder.mkdir(parents=True)
+    for s in sequences:
+        values = rng.normal(100, 20, (32, 32, 4)).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, affine), folder/f"{s}.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize("task, read", [("super_resolution", ("t2w", "adc")), ("translation", ("t2w",))])
+def test_monai_runs_the_bundle_of_an_image_in_the_units_of_the_sequence(place, tmp_path, task, read):
+    run = run_id(specs_of(place, task)[0])
+    export_tuned(run, tmp_path/"out", "", None, False, True, False)
+    case = given_scans(tmp_path/"in"/"P1", read)
+    given = tmp_path/"in" if len(read) > 1 else case  # one sequence: files; several: folders
+    run_bundle(tmp_path/"out"/"bundle", given, tmp_path/"theirs")
+    predict_cases(run, [case], tmp_path/"mine")
+    theirs, mine = (nib.load(p) for p in (next((tmp_path/"theirs").rglob("*.nii.gz")),
+                                           tmp_path/"mine"/f"P1_{task}.nii.gz"))
+    assert np.allclose(theirs.affine, mine.affine, atol=1e-4) and theirs.shape == mine.shape == (32, 32, 4)
+    found, wanted = theirs.get_fdata(), mine.get_fdata()
+    assert np.abs(found - wanted).max() < 0.01 * wanted.std() + 1e-3 * abs(wanted.mean()) and wanted.std() > 0
+
+
+PICTURES = dict(size=(1, 32, 32), spacing=(1.0, 1.0, 1.0), cases={"train": 6, "val": 2, "test": 2}, n_train=6, epochs=1,
+                batch_size=2, backbone="profound_toy.random", strategy="scratch")
+
+
+def coloured(folder, n=10):
+    "A cohort of coloured pictures of 48 x 40 pixels, with masks and grades."
+    from PIL import Image
+    from vfm_notes.data.cohort import CohortCard
+    from vfm_notes.data.manifest import Manifest, text_table, write_manifest
+    folder.mkdir(parents=True)
+    rows, rng = [], np.random.default_rng(1)
+    for i in range(n):
+        mask = np.zeros((48, 40), np.uint8)
+        mask[10 + i:30, 5:20] = 1
+        values = rng.integers(0, 200, (48, 40, 3)) + 50*mask[..., None]
+        Image.fromarray(values.astype(np.uint8)).save(folder/f"p{i}.png")
+        Image.fromarray(mask).save(folder/f"p{i}_spot.png")
+        about = {"case": f"p{i}", "patient": f"p{i}", "mask_spot": f"p{i}_spot.png", "grade": ("low", "high")[i % 2]}
+        rows.append(about | {c: f"p{i}.png#{c}" for c in ("red", "green", "blue")})
+    card = CohortCard("spots", "Spots", "Apache-2.0", "made here", "none", ("red", "green", "blue"),
+                      ("background", "spot"), ("low", "high"), (1.0, 1.0, 1.0))
+    write_manifest(Manifest(text_table(pd.DataFrame(rows)), card, folder, crop="volume"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification", "super_resolution"])
+def test_monai_runs_the_bundle_of_pictures(tmp_path, runs_root, task):
+    from PIL import Image
+    from vfm_notes.foundation.spec import RunSpec
+    spec = RunSpec(**PICTURES, cohort=str(coloured(tmp_path/"spots")), task=task)
+    keep(spec, "spots")
+    run, rng = run_id(spec), np.random.default_rng(7)
+    (tmp_path/"in").mkdir()
+    Image.fromarray(rng.integers(0, 255, (50, 70, 3)).astype(np.uint8)).save(tmp_path/"in"/"new.png")
+    export_tuned(run, tmp_path/"out", "", None, False, True, False)
+    run_bundle(tmp_path/"out"/"bundle", tmp_path/"in", tmp_path/"theirs")
+    mine = predict_cases(run, [tmp_path/"in"/"new.png"], tmp_path/"mine", probabilities=True)
+    if task == "classification":
+        theirs = pd.read_csv(tmp_path/"theirs"/"predictions.csv", header=None).iloc[0, 1:].to_numpy(float)
+        return np.testing.assert_allclose(theirs, mine[["low", "high"]].to_numpy(float)[0], atol=1e-5)
+    if task == "super_resolution":
+        theirs, wanted = (nib.load(p).get_fdata() for p in (
+            next((tmp_path/"theirs").iterdir()), tmp_path/"mine"/"new_super_resolution.nii.gz"))
+        return np.testing.assert_allclose(theirs.reshape(70, 50), wanted.reshape(70, 50), atol=1e-4)
+    theirs, wanted = (np.asarray(Image.open(p)) for p in (
+        next((tmp_path/"theirs").iterdir()), tmp_path/"mine"/"new_segmentation.png"))
+    assert theirs.shape == wanted.shape == (50, 70) and (theirs == wanted).mean() > 0.999
+    assert 0 < wanted.mean() < 1

@@ -17,7 +17,7 @@ import pandas as pd
 # %% ../../nbs/8_analysis/15_chosen.ipynb #700a8f58
 from .gain import pair_cases, score_interval
 from .tables import CELL, Tables, load_tables, runs_table, validation_scores
-from ..foundation.places import check_companion, runs_root, study_file
+from ..foundation.places import check_companion, runs_root, study_file, study_root
 from ..foundation.quantity import CONTROL, format_interval, format_value, metric_card
 from ..foundation.registry import suggest_name, VfmError
 from ..foundation.spec import load_study, StudySpec
@@ -98,6 +98,10 @@ def choose_runs(
         raise VfmError(f"'{name}' is neither a run in {runs_root()} nor a study. {e}") from None
     study: StudySpec = load_study(name)
     tables = load_tables(study)
+    if study.plugins and tables.runs.empty and (held := next(study_root(study.name).glob("*/record.json"), None)):
+        code = ", ".join(Path(p).name for p in study.plugins)
+        raise VfmError(f"No run of study {study.name} was made with {code} as it is now: name a run, which keeps its "
+                       f"code, e.g. {held.parent}, or run the study again.")
     part = parse_only(only, study)
     cell, runs, score = best_cell(tables, task, part, {int(s) for s in part.get("seed", study.seeds)})
     ids = [one for id in runs.id for one in tables.folds.get(id, [id])]

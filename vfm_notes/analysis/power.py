@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIED', 'BOTH', 'SEEDS', 'CASES', 'Variances', 'study_variances', 'smallest_rho', 'unit_of', 'fewest', 'gains_seen',
-           'study_hours', 'hours_with_seeds', 'crossed_cells', 'variances_of', 'Plan', 'plan', 'hours_words',
-           'plan_lines']
+           'tested_cases', 'with_tested', 'study_hours', 'hours_with_seeds', 'crossed_cells', 'variances_of', 'Plan',
+           'plan', 'hours_words', 'plan_lines']
 
 # %% ../../nbs/8_analysis/13_power.ipynb #a1ab83a7
 from collections.abc import Mapping
@@ -124,6 +124,21 @@ def gains_seen(
     return pd.DataFrame(rows, columns=["more", "n", "smallest"])
 
 # %% ../../nbs/8_analysis/13_power.ipynb #e3c3baaa
+def tested_cases(
+    study: StudySpec,  # the study
+) -> int:  # 0: all that the cohort has, an unknown number
+    "Count the cases that a cell is judged on; in a cross-validation each case is tested once."
+    return sum(study.cases[k] for k in ("train", "val", "test")) if study.folds else study.cases["test"]
+
+def with_tested(
+    study: StudySpec,  # the study
+    n: int,  # cases that a cell is to be judged on
+) -> StudySpec:
+    "Return the study with another number of tested cases; in a cross-validation all splits grow."
+    if not study.folds: return replace(study, cases=study.cases | {"test": n})
+    more = {k: round(study.cases[k] * n / tested_cases(study)) for k in ("train", "val")}
+    return replace(study, cases=study.cases | more | {"test": n - sum(more.values())})
+
 def study_hours(
     study: StudySpec,  # the study
     known: Speeds,  # from runs.estimate.speeds
@@ -169,7 +184,8 @@ class Plan:
     "What a study can see, and what more would take."
     study: str  # name of a study
     seeds: int  # how many repetitions
-    cases: int  # how many
+    cases: int  # that a cell is judged on
+    folds: int  # of a cross-validation; 0: none
     tasks: int  # how many
     backbones: int  # how many
     hours: float  # of all runs one by one
@@ -204,7 +220,7 @@ def plan(
     rho: float = 0.57,  # the correlation wanted
 ) -> Plan:
     "Compute what a study can see."
-    gains, known, seeds, cases = gains or {}, known or {}, len(study.seeds), study.cases["test"]
+    gains, known, seeds, cases = gains or {}, known or {}, len(study.seeds), tested_cases(study)
     rows, curves, hours = [], [], study_hours(study, known)
     for task, options in study.tasks.items():
         v, source = variances_of(task, options, own or {}, metrics.get(task, ""))
@@ -216,14 +232,12 @@ def plan(
             if row.get("seeds_needed"):
                 row["seeds_hours"] = hours_with_seeds(study, known, row["seeds_needed"])
             if row.get("cases_needed"):
-                row["cases_hours"] = study_hours(
-                    replace(study, cases=study.cases | {"test": row["cases_needed"]}), known
-                )
+                row["cases_hours"] = study_hours(with_tested(study, row["cases_needed"]), known)
             curves.append(seen.assign(task=task, unit=row["unit"]))
         rows.append(row)
     t, b, share = crossed_cells(study)
     return Plan(
-        study.name, seeds, cases, t, b, hours,
+        study.name, seeds, cases, study.folds, t, b, hours,
         "runs recorded here" if known else "measured costs of one processor core", smallest_rho(t, b, share),
         _rho_needs(t, b, share, rho, hours), rows,
         pd.concat(curves, ignore_index=True)
@@ -272,7 +286,8 @@ def plan_lines(
     said = [
         f"Study {made.study}: {format_count([made.backbones], 'backbone', 'backbones')} with weights, "
         f"{format_count([made.tasks], 'task', 'tasks')}, {format_count([made.seeds], 'seed', 'seeds')}, {made.cases} "
-        "test cases.", f"All runs one after the other: {hours_words(made.hours)}, by {made.hours_from}."
+        f"test cases{f', each tested once in {made.folds} folds' * bool(made.folds)}.",
+        f"All runs one after the other: {hours_words(made.hours)}, by {made.hours_from}."
     ]
     said.append(f"{'task':24}{'smallest gain':>24}{'epochs':>8}{'wanted':>8}{'seeds':>18}{'or cases':>18}")
     for r in made.rows:

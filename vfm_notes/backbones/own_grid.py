@@ -34,7 +34,7 @@ class OwnGrid:
              study: Sequence[int],  # voxels (d, h, w)
             ) -> tuple[int, ...]:  # own voxels, before zeros are added
         "Return the size of a resampled volume."
-        return tuple(max(1, round(s * k)) for s, k in zip(study, self.scale))
+        return tuple(max(1, round(int(s) * k)) for s, k in zip(study, self.scale))  # int: a trace has tensors
 
     def filled_size(self, study: Sequence[int]) -> tuple[int, ...]:  # own voxels that the network reads
         "Return the size of a volume with its zeros."
@@ -46,7 +46,7 @@ def enter_grid(
     x: Tensor,  # b c d h w, voxels of the study
 ) -> Tensor:  # b c d h w, own voxels
     "Resample a volume where voxels differ, and add zeros at the ends."
-    study, own = x.shape[2:], grid.size(x.shape[2:])
+    study, own = tuple(map(int, x.shape[2:])), grid.size(x.shape[2:])
     x = resample_map(x, own, tuple(s / o for s, o in zip(study, own)))
     ends = [w - s for s, w in zip(own, grid.filled_size(study))]
     return F.pad(x, (0, ends[2], 0, ends[1], 0, ends[0])) if any(ends) else x
@@ -58,7 +58,8 @@ def leave_grid(
     study: Sequence[int],  # voxels (d, h, w)
 ) -> Tensor:  # b c d h w, cells of the study
     "Bring a map back to the study's voxels."
-    own, stride, step = grid.size(study), grid.strides[level], grid.steps[level]
+    study, own = tuple(map(int, study)), grid.size(study)
+    stride, step = grid.strides[level], grid.steps[level]
     cells = tuple(-(-s // t) for s, t in zip(study, step))  # those that hold something of the study
     if all(s == o for s, o in zip(study, own)): return m[..., :cells[0], :cells[1], :cells[2]]
     return resample_map(m, cells, tuple(t * o / s / c for t, o, s, c in zip(step, own, study, stride)))

@@ -183,8 +183,8 @@ def print_summary(
     for template, n in summary.stale.items(): print(f"note: {n} records were made by another version of {template}")
     skipped = f", {len(summary.skipped)} skipped" * bool(summary.skipped)
     if summary.failed or summary.problems:
-        stopped = f", {len(summary.problems)} more notebooks stopped" if summary.problems else ""
-        print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed{stopped}. To try again: "
+        more = f", and {len(summary.problems)} more notebooks" if summary.problems else ""
+        print(f"{len(summary.failed)} of {total} runs of study {summary.study} failed{more}. To try again: "
               f"{again_command(typed or summary.study)}")
     elif summary.ran == 0 and not summary.missing:
         print(f"Study {summary.study}: everything is up to date ({summary.done} of {total} runs done{skipped}).")
@@ -206,14 +206,15 @@ def failures(
     typed: str = "",  # the study as it was typed
 ) -> list[str]:
     "List what failed, one line each, not too many."
-    lines = [f"failed  {id}: {error}" for id, error in list(summary.failed.items())[:shown]]
+    from vfm_notes.runs.grid import state_line
+    lines = [state_line("failed", id, error) for id, error in list(summary.failed.items())[:shown]]
     if len(summary.failed) > shown:
         lines.append(f"failed  {len(summary.failed) - shown} more; for all with their errors: "
                      f"vfm table {typed or summary.study} -o failed.csv")
-    lines += [f"stopped {job}: its runs are done, but the notebook stopped at {error}"
+    lines += [state_line("failed", job, f"its runs are done, but not the notebook, in {error}")
               for job, error in list(summary.problems.items())[:shown]]
     if len(summary.problems) > shown:
-        lines.append(f"stopped {len(summary.problems) - shown} more notebooks; see their logs")
+        lines.append(f"failed  {len(summary.problems) - shown} more notebooks; see their logs")
     return lines
 
 # %% ../../nbs/9_report/22_cli.ipynb #981d5ae7

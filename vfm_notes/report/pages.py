@@ -289,7 +289,7 @@ def run_header(
                 f'<p><span class="vfm-status failed">failed</span> <code>{html.escape(id)}</code>: '
                 f'{html.escape(str(error.get("type", "")))}: {html.escape(str(error.get("message", "")))}</p>'
             )
-        if state in ("missing", "skipped"):
+        elif state != "done":
             out.append(
                 f'<p><span class="vfm-status {state}">{state}</span> <code>{html.escape(id)}</code> '
                 f'{html.escape(job.skipped * (state == "skipped"))}</p>'

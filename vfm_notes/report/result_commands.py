@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDTH', 'CELL_HEADS', 'PLACES', 'TEX', 'WORD', 'TYPES', 'RELATIONS', 'TABLE_COLUMNS', 'LONG_COLUMNS', 'column_words',
            'cut', 'columns_line', 'grouped_lines', 'tex', 'paper_rows', 'latex_table', 'word_document', 'write_metrics',
-           'is_table', 'table_writer', 'metric_columns', 'metric_rows', 'cells_bundle', 'read_bundle', 'beside_bundle',
-           'study_rows', 'write_paper', 'print_cells', 'table_command', 'counted_records', 'is_run', 'find_run',
-           'run_tables', 'two_of', 'compared_words', 'compare_command']
+           'is_table', 'table_writer', 'with_pooled', 'metric_columns', 'metric_rows', 'read_bundle', 'bundle_of',
+           'asked_words', 'beside_bundle', 'study_rows', 'judged_words', 'write_paper', 'print_cells', 'table_command',
+           'counted_records', 'is_run', 'find_run', 'run_tables', 'two_of', 'compared_words', 'compare_command']
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #c6291085
 import sys
@@ -195,6 +195,22 @@ def table_writer(
 # %% ../../nbs/9_report/20_result_commands.ipynb #80cd7746
 LONG_COLUMNS = ["id", "task", "backbone", "strategy", "seed", "n_train", "status"]  # of every row of a long table
 
+def with_pooled(
+    spec,  # of the study
+    runs,  # from analysis.tables.runs_table, of these records
+    records: list[dict],  # of the study, a run each
+):  # the same with a column fold, and a row `all` for each whole cross-validation; the records of these rows
+    "Add the statistics over all tested cases to those of the folds."
+    import pandas as pd
+    from vfm_notes.analysis.tables import cases_table, curves_table, pool_folds, runs_table
+    if not spec.folds: return runs, records
+    tables = curves_table(spec.name, records), cases_table(spec.name, records)
+    pooled, *_, folds = pool_folds(records, *tables)
+    pooled = [r for r in pooled if r["id"] in folds]
+    every = pd.concat([runs, *([runs_table(pooled)] if pooled else [])], ignore_index=True)
+    part = [str(r["spec"]["fold"]) if "fold" in r["spec"] else "" for r in records]
+    return every.assign(fold=[*part, *(["all"] * len(pooled))]), [*records, *pooled]
+
 def metric_columns(
     runs,  # from analysis.tables.runs_table, of these records
     records: list[dict],  # of the study
@@ -209,26 +225,15 @@ def metric_rows(
 ):  # as above
     "Make a row of each run and metric, with the trivial control beside it."
     import pandas as pd
+    kept = [*LONG_COLUMNS, *(["fold"] if "fold" in runs else [])]
     rows = [
-        {k: row[k] for k in LONG_COLUMNS} | {"metric": m, "value": v, "control": record["controls"].get(m),
+        {k: row[k] for k in kept} | {"metric": m, "value": v, "control": record["controls"].get(m),
                                              "unit": record["units"].get(m, "")}
         for row, record in zip(runs.to_dict("records"), records) for m, v in (record["metrics"] or {"": None}).items()
     ]
-    return pd.DataFrame(rows, columns=[*LONG_COLUMNS, "metric", "value", "control", "unit"])
+    return pd.DataFrame(rows, columns=[*kept, "metric", "value", "control", "unit"])
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #daa1d9f1
-def cells_bundle(
-    spec,  # of the study
-    rows: list[dict],  # from study_rows
-) -> dict:  # plain values
-    "Put a date on the cells of a study, so that they can be kept and compared with later."
-    from datetime import datetime, timezone
-    from vfm_notes.foundation.meter import provenance
-    made = provenance()
-    plain = [{k: None if isinstance(v, float) and v != v else v for k, v in r.items()} for r in rows]
-    return {"study": spec.name, "title": spec.title, "cohort": Path(spec.cohort).name,
-            "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": made.get("commit"), "cells": plain}
-
 def read_bundle(
     path: str,  # a file of `vfm table STUDY --json`
 ) -> dict:
@@ -236,30 +241,53 @@ def read_bundle(
     import json
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error: raise VfmError(f"{path} cannot be read ({error}).") from None
-    if not isinstance(found, dict) or not {"study", "date", "cells"} <= found.keys():
-        raise VfmError(f"{path} holds no results: expected what vfm table STUDY --json prints.")
+    wanted = {"study", "date", "data", "asked", "cells"}
+    if not isinstance(found, dict) or not wanted <= found.keys():
+        raise VfmError(f"{path} holds no results: expected what 'vfm table STUDY --json' of this version prints.")
     return found
+
+def bundle_of(
+    name: str,  # a study, a file with results, or the word reference
+    other: str,  # the study that it is compared with
+) -> tuple[dict, str]:  # the results; whose they are
+    "Find results by the word that names them."
+    from vfm_notes.analysis.ours import our_bundle, results_bundle
+    from vfm_notes.foundation.spec import load_study
+    if name.endswith(".json"): return (found := read_bundle(name)), f"{found['study']}, {found['date']}"
+    if name != "reference": return results_bundle(study := load_study(name)), study.name
+    study = load_study(other)
+    found = our_bundle(study.name)
+    if not found:
+        raise VfmError(f"There are no results of ours for the study '{study.name}'; of your own you can keep some: vfm "
+                       f"table {other} --json > results.json.")
+    return found, f"ours, {found['date']}, commit {(found['commit'] or 'unknown')[:8]}"
+
+def asked_words(
+    row: dict,  # from analysis.ours.side_by_side
+) -> str:  # "" where both asked the same
+    "State what two cells were asked otherwise."
+    from vfm_notes.foundation.registry import short_yaml
+    return "; ".join(f"{field} A {short_yaml(x)}, B {short_yaml(y)}" for field, x, y in row["otherwise"])
 
 def beside_bundle(
     a: str,  # a study, or a file with results
-    b: str,  # another
+    b: str,  # another, or the word reference
 ) -> list[str]:
-    "Show results that somebody keeps beside those of a study: theirs were judged on cases of their own, so no pairing."
-    from vfm_notes.foundation.spec import load_study
-    def cells(name):
-        if name.endswith(".json"): return (made := read_bundle(name))["cells"], f"{made['study']}, {made['date']}"
-        return study_rows(spec := load_study(name)), spec.name
-    (one, name), (two, other), nan = cells(a), cells(b), float("nan")
+    "Show results that somebody keeps beside those of a study: there are no pairs, so each has its own interval."
+    from vfm_notes.analysis.ours import side_by_side
+    (one, mine), (two, theirs), nan = bundle_of(a, b), bundle_of(b, a), float("nan")
     known = lambda r: {k: nan if v is None else v for k, v in r.items()}
-    key = lambda r: (r["task"], r["backbone"], r["strategy"], r["metric"])
-    theirs, lines = {key(r): known(r) for r in two}, [f"A: {a} ({name})", f"B: {b} ({other})"]
-    for row in map(known, one):
-        if key(row) not in theirs: continue
-        lines.append(f"{row['task']}: {row['metric']}")
-        for who, r in (("A", row), ("B", theirs[key(row)])):
-            first, *rest = column_words(r)
-            lines.append(columns_line((f"  {who} {first}", *rest)))
-    return lines if len(lines) > 2 else [*lines, "No cell is in both."]
+    lines, rows, last = [f"A: {a} ({mine})", f"B: {b} ({theirs})"], side_by_side(one, two), ""
+    if not rows: return [*lines, "No cell is in both."]
+    lines.append("Both were judged on the same cases." if rows[0]["same_cases"] else "The cases are not the same.")
+    for row in rows:
+        if row["task"] != last: lines += ["", f"{row['task']}: {row['metric']}", columns_line(("", *CELL_HEADS[1:]))]
+        if row["task"] != last and asked_words(row): lines.append(f"  asked otherwise: {asked_words(row)}")
+        last = row["task"]
+        for who in "ab":
+            name, *rest = column_words(known(row[who]), True)
+            lines.append(columns_line((f"  {who.upper()} {name}", *rest)))
+    return lines
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #afc3eb43
 def study_rows(
@@ -270,16 +298,24 @@ def study_rows(
     from vfm_notes.analysis.tables import load_tables
     return score_and_gain(load_tables(spec)).to_dict("records")
 
+def judged_words(
+    spec,  # of the study
+) -> str:  # "" where it has no folds
+    "State on which cases the scores of a cross-validation are."
+    if not spec.folds: return ""
+    return (f"{spec.folds}-fold cross-validation: every case is tested once, by a network that never saw it; scores "
+            "are over all of them")
+
 def write_paper(
     spec,  # of the study; output: .tex or .docx → number of cells
     output: Path,  # a file
 ) -> int:
     "Write the cells of a study for a paper."
     from vfm_notes.foundation.places import atomic_file
-    rows = study_rows(spec)
+    rows, title = study_rows(spec), f"{spec.title} ({judged_words(spec)})" if spec.folds else spec.title
     with atomic_file(output) as part:
-        if output.suffix == ".tex": part.write_text(latex_table(rows, spec.title), encoding="utf-8")
-        else: word_document(rows, spec.title, part)
+        if output.suffix == ".tex": part.write_text(latex_table(rows, title), encoding="utf-8")
+        else: word_document(rows, title, part)
     return len(rows)
 
 def print_cells(
@@ -288,9 +324,11 @@ def print_cells(
 ) -> None:
     "Print the cells of a study."
     import json
+    from vfm_notes.analysis.ours import results_bundle
+    if as_json: return print(json.dumps(results_bundle(spec), indent=1))
     rows = study_rows(spec)
-    if as_json: print(json.dumps(cells_bundle(spec, rows), indent=1, default=lambda v: v.item()))
-    else: print(*(grouped_lines(rows) or ["No finished runs yet."]), sep="\n")
+    if rows and spec.folds: print(f"{judged_words(spec)}.\n")
+    print(*(grouped_lines(rows) or ["No finished runs yet."]), sep="\n")
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #782298fe
 def table_command(
@@ -320,7 +358,8 @@ def table_command(
         if not output and (as_json or not long): return print_cells(spec, as_json)
         runs = runs_table(records)
         if spec.search: runs = mark_counted(runs, search_candidates(runs, curves_table(spec.name, records)))
-        shown = TABLE_COLUMNS + [*spec.search, "chosen"] * bool(spec.search)
+        runs, records = with_pooled(spec, runs, records)
+        shown = TABLE_COLUMNS + ["fold"] * bool(spec.folds) + [*spec.search, "chosen"] * bool(spec.search)
         if not output: return print(write_metrics(runs)[shown].to_string(index=False) if records else "No records yet.")
         with atomic_file(output) as part: write((metric_rows if long else metric_columns)(runs, records), part)
         print(f"{output}: {len(runs)} runs")
@@ -407,14 +446,14 @@ def compared_words(
 def compare_command(
     a: Annotated[str, typer.Argument(metavar="A", help="A study, or a run: STUDY/RUN or its folder.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind; or results that somebody keeps, as "
-                                     "vfm table STUDY --json writes them.")],
+                                     "vfm table STUDY --json prints them; or the word reference: our own results.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     "Show what differs between two studies or two runs: in their specs, and in their numbers with paired intervals."
     import json
     from vfm_notes.analysis.scored_cells import compare_tables, spec_differences
     from vfm_notes.foundation.registry import short_yaml
-    if b.endswith(".json") or a.endswith(".json"): return print(*beside_bundle(a, b), sep="\n")
+    if b == "reference" or b.endswith(".json") or a.endswith(".json"): return print(*beside_bundle(a, b), sep="\n")
     one, two, first, second, on = two_of(a, b)
     differ, cells = spec_differences(one, two), compare_tables(first, second, on).to_dict("records")
     if as_json:

@@ -27,7 +27,9 @@ from ..foundation.plugins import keep_plugins, plugin_lines
 from ..foundation.spec import StudySpec, load_study, run_id
 from .watch import measure_speeds, time_left
 from .executors import Cancelled, Died, Lost, executors
-from .grid import Job, job_states, known_records, jobs_of, run_states, seed_choice, shard_jobs
+from vfm_notes.runs.grid import (
+    Job, job_states, jobs_of, known_records, run_states, seed_choice, shard_jobs, state_line,
+)
 from .notebook import stop_kernels, execute, grace_seconds, current_run, template_hash
 from .locks import job_lock, progress_file, running_since
 from .notebook import check_first, check_there
@@ -129,7 +131,7 @@ class Summary:
     failed: dict = field(default_factory=dict)  # run id → what went wrong
     missing: list = field(default_factory=list)  # run ids without a record
     skipped: dict = field(default_factory=dict)  # job → why it cannot run here
-    problems: dict = field(default_factory=dict)  # job → why its notebook stopped although its runs are done
+    problems: dict = field(default_factory=dict)  # job → why its notebook failed although its runs are done
     seconds: float = 0.0  # wall time
     others: int = 0  # records that belong to no run of the study file as it is now
     stale: dict = field(default_factory=dict)  # template → how many records another version of it has made
@@ -246,7 +248,8 @@ def start_ready(self: Batch, show: Display) -> None:
     if time.monotonic() > self.until: self.end_of_time(show)
     for job in [j for j in self.pending if self.ready(j)]:
         self.pending.remove(job)
-        if not self.possible(job): show.say(f"blocked {job.name}: what it needs ({', '.join(job.needs)}) is not done")
+        if not self.possible(job): 
+            show.say(state_line("missing", job.name, f"what it needs ({', '.join(job.needs)}) is not done"))
         elif not is_complete(self.study, job, self.retry):
             log = log_file(self.study, job.name)
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -274,20 +277,20 @@ def collect(self: Batch, show: Display) -> None:
         del self.running[name]
         error = future.exception()
         if isinstance(error, Cancelled):
-            show.say(f"cancelled {name}: {error}")
+            show.say(state_line("missing", name, f"its job was cancelled ({error})"))
             continue
         if isinstance(error, DiskFull): raise error
         if not error and future.result() == "left":
-            show.say(f"paused  {name}: as requested; the same command continues where it stopped")
+            show.say(state_line("missing", name, "paused as requested; the same command continues there"))
             continue
         busy, died = error is None and future.result() == "busy", isinstance(error, Died)
         self.deaths[name] = self.deaths.get(name, 0) + died
         if busy or (died and self.deaths[name] <= (5 if isinstance(error, Lost) else 1)):
             self.pending.insert(0, job)
-            if died: show.say(f"again   {name}: {error}")
+            if died: show.say(state_line("queued", name, f"tried again: {error}"))
             continue
         if isinstance(error, Lost):
-            show.say(f"lost    {name}: {error} The same command continues.")
+            show.say(state_line("missing", name, f"{error} The same command continues."))
             continue
         if error: record_failures(self.study, job, {"type": type(error).__name__, "message": str(error)})
         self.ran += 1
@@ -300,11 +303,8 @@ def outcome(self: Batch, job: Job) -> str:
     states = list(job_states(job, self.study).values())
     bad, runs = len(states) - states.count("done"), f"{len(states)} run{'s' if len(states) > 1 else ''}"
     took = format_duration((read_outcome(self.study, job) or {}).get("seconds"))
-    return (
-        f"failed  {job.name}: {bad} of {runs}, {took}; see {log_file(self.study, job.name)}"
-        if bad
-        else f"done    {job.name}: {runs}, {took}"
-    )
+    if not bad: return state_line("done", job.name, f"{runs}, {took}")
+    return state_line("failed", job.name, f"{bad} of {runs}, {took}; see {log_file(self.study, job.name)}")
 
 @patch
 def loop(self: Batch, show: Display) -> None:

@@ -6,7 +6,8 @@
 __all__ = ['SPECS', 'PLURAL', 'STATES', 'OPEN', 'Job', 'why_unavailable', 'parameter_names', 'job_parameters', 'TransferAxes',
            'job_specs', 'axes_of', 'parse_only', 'matches_choice', 'seed_choice', 'shard_jobs', 'template_of',
            'jobs_of', 'transfer_jobs', 'external_jobs', 'study_records', 'known_records', 'run_states', 'job_states',
-           'template_parameters', 'check_template', 'check_templates', 'states_of', 'count_states', 'job_state']
+           'template_parameters', 'check_template', 'check_templates', 'State', 'states_of', 'count_states',
+           'job_state', 'state_line']
 
 # %% ../../nbs/7_runs/03_grid.ipynb #8bb80425
 import ast
@@ -339,13 +340,23 @@ def check_templates(
     for job in {(j.kind, j.template): j for j in jobs}.values(): check_template(job)
 
 # %% ../../nbs/7_runs/03_grid.ipynb #d8bb4320
+@dataclass(frozen=True)
+class State:
+    "What one word means, wherever a study is reported."
+    means: str  # of a run
+    first: int  # of several in a notebook, the one with the least number is the notebook's
+    open: bool = False  # still to be computed
+
 STATES = {
-    "done": "it has a record", "failed": "its record states what went wrong",
-    "damaged": "its record or one of its files cannot be read", "running": "its notebook is at work",
-    "queued": "its notebook waits in a cluster's queue", "missing": "nothing has been computed yet",
-    "skipped": "it cannot run here, for a stated reason",
+    "done": State("it has a record", 7),
+    "failed": State("its record states what went wrong", 5),
+    "damaged": State("its record or one of its files cannot be read", 3),
+    "running": State("its notebook is at work", 1, open=True),
+    "queued": State("its notebook waits for its turn", 2, open=True),
+    "missing": State("nothing has been computed yet, or not to its end", 4, open=True),
+    "skipped": State("it cannot run here, for a stated reason", 6),
 }  # in the order in which they are reported
-OPEN = ("running", "queued", "missing")  # still to be computed
+OPEN = tuple(name for name, s in STATES.items() if s.open)
 
 # %% ../../nbs/7_runs/03_grid.ipynb #445c0d29
 def states_of(
@@ -369,7 +380,13 @@ def job_state(
     states: Iterable[str],  # one a run
 ) -> str:  # of the runs of one notebook
     "Describe a notebook in one word: what there is to know first."
-    there = set(states)
-    return next(
-        (s for s in ("running", "queued", "damaged", "missing", "failed", "skipped", "done") if s in there), "done"
-    )
+    return min(states, key=lambda s: STATES[s].first, default="done")
+
+def state_line(
+    state: str,  # one of STATES
+    name: str,  # of a notebook or a run
+    text: str,  # why, or how far
+) -> str:
+    "Report where a notebook or a run stands, in one line of a log or a terminal."
+    assert state in STATES, state
+    return f"{state:7} {name}: {text}"

@@ -28,7 +28,7 @@ from .timed import timed_here
 class JobStatus:
     "A job as somebody who waits for it sees it."
     job: Job  # a notebook with its parameters
-    states: dict  # run id → one of runs.states.STATES
+    states: dict  # run id → one of grid.STATES
     since: float | None = None  # start, seconds since 1970; None: not running
     part: float = 0.0  # of the running notebook, 0 to 1
     text: str = ""  # what the notebook reports to do

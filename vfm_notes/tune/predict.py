@@ -30,6 +30,7 @@ from vfm_notes.data.new_cases import (
     PlacedCase, new_cases, place_case, to_native, write_like,
 )
 from ..foundation.places import atomic_file, write_atomic
+from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError
 from ..foundation.schema import from_values
 from ..foundation.show import slices
@@ -93,6 +94,7 @@ def load_member(
     state: dict[str, Tensor],  # tuned weights
 ) -> Member:
     "Build a tuned network, with the task's head and scale."
+    load_plugins(plan.spec.get("plugins", {}), plan.study)
     values, card = {k: v for k, v in plan.spec.items() if k != "kind"}, plan.card
     spec = from_values(RunSpec, values, f"The spec of run {plan.run}")
     task = build_task(spec.task, card, dict(spec.options))
