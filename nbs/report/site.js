@@ -357,6 +357,11 @@
 
   // ---- tables: sort by a click on a heading, filter by words and menus, save as CSV
   const value = (row, i) => { const c = row.cells[i]; return c.dataset.value ?? c.textContent.trim(); };
+  const fits = (row, i, wanted, most) => {  // one of several words, a number that is small enough, or the very value
+    const said = value(row, i), words = row.cells[i].dataset.values;
+    if (most) return said !== "" && said !== "nan" && +said <= +wanted;
+    return words === undefined ? said === wanted : words.split("|").includes(wanted);
+  };
   const sortBy = (table, i, th, shorten) => {
     const down = th.getAttribute("aria-sort") === "ascending";
     $$("th", table).forEach((h) => h.removeAttribute("aria-sort"));
@@ -425,10 +430,10 @@
     const keep = address(filters, $$(".vfm-box").indexOf(box) + 1, headsOf(table));
     const apply = () => {
       const words = filters.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
-      const picks = $$("select", filters).map((s) => [+s.dataset.column, s.value]).filter(([, v]) => v);
+      const picks = $$("select", filters).filter((s) => s.value).map((s) => [+s.dataset.column, s.value, s.dataset.most]);
       for (const row of table.tBodies[0].rows) {
         const text = row.textContent.toLowerCase() + " " + (row.dataset.text || "").toLowerCase();
-        row.hidden = !(words.every((w) => text.includes(w)) && picks.every(([i, v]) => value(row, i) === v));
+        row.hidden = !(words.every((w) => text.includes(w)) && picks.every(([i, v, most]) => fits(row, i, v, most)));
       }
       count.textContent = read().length + " of " + table.tBodies[0].rows.length;
       shorten();
