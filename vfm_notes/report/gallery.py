@@ -106,8 +106,9 @@ def network_caption(
     "Name a network and its score on the case."
     name = coloured_name(run.backbone, colour).html
     linked = f'<a class="vfm-cell" href="{html.escape(page)}">{name}</a>' if page else name
-    value = format_value(score, "score", metric=run.metric)
-    return f"{linked}<span>{text(run.strategy)}, {text(metric_card(run.metric).title)} {value}</span>"
+    card = metric_card(run.metric)
+    value = format_value(score, "score", metric=run.metric) + f" {card.unit}" * bool(card.unit)
+    return f"{linked}<span>{text(run.strategy)}, {text(card.title)} {value}</span>"
 
 # %% ../../nbs/9_report/25_gallery.ipynb #9f6623d5
 def task_gallery(
