@@ -355,8 +355,43 @@
     $$(".sidebar-item-toggle[role=navigation]").forEach((a) => a.setAttribute("role", "button"));
   });
 
+  // ---- one case: a slider over the epochs whose answers were kept; a network without that epoch shows the one before
+  ready(() => $$(".vfm-gallery").forEach((box) => {
+    const task = box.dataset.task, frames = $$("figure svg", box).map((svg) => $$("g[data-epoch]", svg));
+    const epochs = Array.from(new Set(frames.flat().map((g) => g.dataset.epoch).filter(Boolean).map(Number))).sort((a, b) => a - b);
+    if (epochs.length < 2) return;
+    const label = document.createElement("label"), slider = document.createElement("input"), out = document.createElement("output");
+    Object.assign(slider, { type: "range", min: 0, max: epochs.length - 1, step: 1 });
+    label.append("epoch ", slider, out);
+    label.className = "vfm-epochs";
+    box.prepend(label);
+    const show = () => {
+      const epoch = epochs[slider.value];
+      for (const own of frames) {
+        const until = own.filter((g) => g.dataset.epoch === "" || +g.dataset.epoch <= epoch), seen = until.at(-1) || own[0];
+        for (const g of own) g.style.display = g === seen ? "" : "none";
+      }
+      out.textContent = `${epoch} of ${epochs.at(-1)}`;
+      slider.setAttribute("aria-valuetext", "epoch " + out.textContent);
+    };
+    const said = new URLSearchParams(location.search).get(`${task}.epoch`), at = epochs.indexOf(Number(said));
+    slider.value = said !== null && at >= 0 ? at : epochs.length - 1;
+    slider.addEventListener("input", () => {
+      show();
+      const query = new URLSearchParams(location.search);
+      if (+slider.value === epochs.length - 1) query.delete(`${task}.epoch`); else query.set(`${task}.epoch`, epochs[slider.value]);
+      try { history.replaceState(history.state, "", location.pathname + (String(query) ? "?" + query : "") + location.hash); } catch (e) { /* a page from a file */ }
+    });
+    show();
+  }));
+
   // ---- tables: sort by a click on a heading, filter by words and menus, save as CSV
   const value = (row, i) => { const c = row.cells[i]; return c.dataset.value ?? c.textContent.trim(); };
+  const fits = (row, i, wanted, most) => {  // one of several words, a number that is small enough, or the very value
+    const said = value(row, i), words = row.cells[i].dataset.values;
+    if (most) return said !== "" && said !== "nan" && +said <= +wanted;
+    return words === undefined ? said === wanted : words.split("|").includes(wanted);
+  };
   const sortBy = (table, i, th, shorten) => {
     const down = th.getAttribute("aria-sort") === "ascending";
     $$("th", table).forEach((h) => h.removeAttribute("aria-sort"));
@@ -425,10 +460,10 @@
     const keep = address(filters, $$(".vfm-box").indexOf(box) + 1, headsOf(table));
     const apply = () => {
       const words = filters.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
-      const picks = $$("select", filters).map((s) => [+s.dataset.column, s.value]).filter(([, v]) => v);
+      const picks = $$("select", filters).filter((s) => s.value).map((s) => [+s.dataset.column, s.value, s.dataset.most]);
       for (const row of table.tBodies[0].rows) {
         const text = row.textContent.toLowerCase() + " " + (row.dataset.text || "").toLowerCase();
-        row.hidden = !(words.every((w) => text.includes(w)) && picks.every(([i, v]) => value(row, i) === v));
+        row.hidden = !(words.every((w) => text.includes(w)) && picks.every(([i, v, most]) => fits(row, i, v, most)));
       }
       count.textContent = read().length + " of " + table.tBodies[0].rows.length;
       shorten();

@@ -4,7 +4,7 @@ import pytest
 from test_prediction import small
 
 from vfm_notes.analysis.elsewhere import control_table, elsewhere_known, outcome_matrix, size_known
-from vfm_notes.analysis.prediction import cell_outcomes
+from vfm_notes.analysis.prediction import cell_outcomes, prediction_words
 from vfm_notes.analysis.public_matrix import REFERENCE
 
 
@@ -32,6 +32,10 @@ def test_one_task_gives_no_pick(runs_root):
     known = elsewhere_known(end)
     assert known.value.isna().all() and set(known.reason) == {"no other task"}
     assert not control_table(tables, draws=3).pairs.any()
+    tables.runs["parameters_trainable"] = tables.runs.backbone.map({"a.x": 30, "b.x": 20, "c.x": 10})
+    size = control_table(tables, draws=3).set_index("predictor", drop=False).loc["parameter count"]
+    assert size.pairs == 3 and np.isnan(size.right_low), "one task: no interval over tasks"
+    assert "3 pairs of backbones" in prediction_words(size)
 
 
 def test_larger_networks_are_picked_by_size(runs_root):

@@ -329,17 +329,27 @@ def test_a_volume_of_one_cell_is_refused_in_the_users_terms():
 
 
 def test_weights_are_chosen_by_what_their_cards_state(tmp_path, monkeypatch):
-    from vfm_notes.backbones.weights import list_weights, select_weights
+    from vfm_notes.analysis.published_weights import select_weights, weights_table
+    from vfm_notes.backbones.weights import weights_cards
 
     monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path))
-    import vfm_notes.backbones.released  # noqa: F401 (registers)
+    import vfm_notes.tune.catalog
 
-    every = list_weights()
+    costs = {"resnet50": dict(parameters=2.35e7, step_mib=456, step_s=0.46), "vit_base": dict(parameters=8.6e7)}
+    every = weights_table(weights_cards(), costs, ("PI-CAI",))
     chosen = lambda **k: set(select_weights(every, **k).name)
-    contrast = chosen(objective="contrast", modality="MRI")
+    contrast = chosen(objective="contrast", modality="MRI", domain="brain")
     assert {n for n in contrast if n.startswith("resenc_l.")} == {
         f"resenc_l.{k}" for k in ("voco", "simclr", "swinunetr")
     }
     assert "swin_unetr_48.suprem" in chosen(modality="ct") and "swin_unetr_48.suprem" not in chosen(licence="free")
     assert chosen(licence="NC-ND") == {n for n in every.name if weights_card(n).licence == "CC-BY-NC-ND-4.0"}
-    assert not chosen(here=True) and chosen() == set(every.name)
+    assert not chosen(here=True) and chosen() == set(every.name) == set(weights)
+    prostate = chosen(domain="prostate", modality="MRI")
+    assert {"profound_tiny.alpha", "provicnet_small.adc", "segresnet_ds.taps"} <= prostate
+    assert chosen(domain="prostate", modality="MRI", unseen=True) == {"segresnet_ds.taps"}
+    assert chosen(domain="prostate", modality="T2w") == prostate, "every one of them reads T2w"
+    assert chosen(most={"million": 30}) == chosen(most={"mib": 456}) == {"resnet50.in1k"}, "unknown is not small"
+    flat = chosen(dimensions="2D")
+    assert flat == set(every.name) - chosen(dimensions="3D") and "resnet50.in1k" in flat
+    with pytest.raises(VfmError, match="dimensions is '2d'"): chosen(dimensions="2d")

@@ -2,6 +2,7 @@
 import argparse
 import struct
 import subprocess
+import json
 import sys
 import tarfile
 import zipfile
@@ -576,20 +577,25 @@ def vfm(*words):
 def test_the_command_lists_fetches_and_checks(folder, full_registries):
     toy_file(folder)
     status, out, _ = vfm("list")
-    rows = {line.split()[0]: line for line in out.splitlines()}
-    shown = set(rows) - {"name", "Sources:"}  # long names are cut
-    assert status == 0 and len(shown) == len({n[:33] for n in w.weights})
-    assert all(any(n.startswith(s) for n in w.weights) for s in shown)
-    assert (
-        "non-commerci" in rows["profound_toy.test"]
-        and " no " in rows["profound_toy.test"]
-        and "gated" in rows["dinov3_base.lvd1689m"]
-    )
+    lines = out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1:-1] if line[0] != " "}  # a row may need more lines
+    assert status == 0 and sorted(rows) == sorted(w.weights) and max(map(len, lines)) <= 100
+    assert lines[-1].startswith(f"{len(rows)} of {len(rows)}.")
+    assert rows["profound_toy.test"].endswith("CC-BY-NC-4.0 !") and rows["deit_base.fb"].endswith("Apache-2.0")
+    assert rows["deit_base.fb"].split()[1:] == ["2D", "photograph", "supervision", "85.8", "Apache-2.0"]
     status, out, err = vfm("fetch", "profound_toy.test")
     assert status == 2 and out == "" and err.count("\n") == 1 and "--accept CC-BY-NC-4.0" in err
     status, out, _ = vfm("fetch", "profound_toy.test", "--accept", "CC-BY-NC-4.0")
     assert status == 0 and "profound_toy.test.safetensors" in out and "CC-BY-NC-4.0" in out
-    assert " yes " in next(line for line in vfm("list")[1].splitlines() if line.startswith("profound_toy.test"))
+    assert [line.split()[1] for line in vfm("list")[1].splitlines() if line.startswith("* ")] == ["profound_toy.test"]
+    status, out, _ = vfm("list", "--domain", "prostate", "--cohort", "PI-CAI", "--json")
+    found = {r["name"]: r for r in json.loads(out)}
+    assert set(found) == {"segresnet_ds.taps", "provicnet_trus.trus"}
+    assert found["segresnet_ds.taps"]["overlap"] == "not seen" and found["provicnet_trus.trus"]["overlap"] == "unknown"
+    status, out, _ = vfm("list", "--domain", "prostate", "--cohort", "PI-CAI", "--long")
+    assert "1 of them do not name all their data" in out and "PI-CAI" in out and "MSD Task05 Prostate" in out
+    status, _, err = vfm("list", "--domain", "knee")
+    assert (status, err) == (2, "vfm: No weights fit all of these options: leave one out (vfm weights list).\n")
     status, out, _ = vfm("check", "profound_toy.test", "--accept", "profound_toy.test")
     assert status == 0 and "100.0%" in out and "matched    68" in out and "missing    0" in out
 

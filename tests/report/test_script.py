@@ -142,6 +142,41 @@ def test_filters_stay_in_the_address(browser, page):
     assert browser.find_element("css selector", ".vfm-count").text == "40 of 40"
 
 
+def test_a_cell_of_several_words_and_a_limit_are_filters(browser, tmp_path):
+    write_assets(tmp_path / "assets", charts=False)
+    made = table(
+        [
+            {"name": "a", "images": ("CT", "MRI"), "MiB": 1200.0},
+            {"name": "b", "images": ("MRI",), "MiB": 300.0},
+            {"name": "c", "images": ("CT",), "MiB": float("nan")},
+            {"name": "d", "images": ("CTA",), "MiB": 1000.0},
+        ],
+        filters=["images"],
+        limits={"MiB": (500, 1000)},
+        sort=True,
+    ).html
+    (tmp_path / "a.html").write_text(
+        f'<html><body><main class="content">{made}</main><footer><div class="nav-footer"></div></footer>'
+        '<script src="assets/site.js"></script></body></html>'
+    )
+    shown = (
+        "return [...document.querySelectorAll('tbody tr')].filter(r => r.offsetParent).map(r => "
+        "r.cells[0].textContent).join('')"
+    )
+    base = (tmp_path / "a.html").as_uri()
+    for query, wanted in (
+        ("", "abcd"), ("?1.images=CT", "ac"), ("?1.images=MRI", "ab"), ("?1.MiB=500", "b"), ("?1.MiB=1000", "bd"),
+        ("?1.images=MRI&1.MiB=1000", "b"),
+    ):
+        browser.get(base + query)
+        assert wait(browser, shown) == wanted, query
+    options = "return [...document.querySelectorAll('select')].map(s => [...s.options].map(o => o.text))"
+    assert browser.execute_script(options) == [
+        ["images: all", "CT", "MRI", "CTA"],
+        ["MiB: any", "MiB ≤ 500", "MiB ≤ 1,000"],
+    ]
+
+
 def test_a_long_table_is_folded_and_an_empty_column_is_not_there(browser, page):
     visit(browser, page)
     button = browser.find_element("css selector", ".vfm-all")

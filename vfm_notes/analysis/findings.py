@@ -75,7 +75,7 @@ def gain_findings(
     clear = is_clear(known)
     up, down, n = int((clear & (known.rpg > 0)).sum()), int((clear & (known.rpg < 0)).sum()), len(known)
     said = [gain_words(row, first, many) for row, first in name_extremes(known)]
-    none = "" if said else "None is named as the largest, because that can change with the seed or the processor."
+    none = "" if said else " None is named as the largest, because that can change with the seed or the processor."
     missing = (
         f" {len(gains) - n} of {len(gains)} cells are missing "
         f"({'; '.join(dict.fromkeys(gains.reason[gains.rpg.isna()]))})."

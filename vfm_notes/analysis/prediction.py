@@ -281,11 +281,8 @@ def pool_questions(
         ("right", (w * right).sum(1) / (w * pairs).sum(1)), ("regret", mean(lost)), ("random", mean(blind)),
         ("saved", mean(blind - lost)),
     ):
-        row |= {name: float(v[0])} | (
-            dict(zip((f"{name}_low", f"{name}_high"), map(float, np.nanpercentile(v[1:], [2.5, 97.5]))))
-            if k > 1 and draws
-            else {}
-        )
+        ends = np.nanpercentile(v[1:], [2.5, 97.5]) if k > 1 and draws else (np.nan, np.nan)
+        row |= {name: float(v[0]), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
     return row | {"pairs": int(pairs.sum())}
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #05e8c0d4

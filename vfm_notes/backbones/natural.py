@@ -304,7 +304,8 @@ HUB_WEIGHTS = {  # weights: repository, licence, more of the card
     "siglip2_base.webli": ("google/siglip2-base-patch16-224", "Apache-2.0", {}),
     "vit_base.in21k_in1k": ("google/vit-base-patch16-224", "Apache-2.0", {}),
     "deit_base.in1k": ("facebook/deit-base-patch16-224", "Apache-2.0", {}),
-    "vit_base.mae_in1k": ("facebook/vit-mae-base", "CC-BY-NC-4.0", dict(non_commercial=True)),
+    "vit_base.mae_in1k": ("facebook/vit-mae-base", "CC-BY-NC-4.0",
+                          dict(non_commercial=True, objective="reconstruction: masked autoencoding")),
     "deit_base_distilled.in1k": ("facebook/deit-base-distilled-patch16-224", "Apache-2.0", {}),
     "dino_base.in1k": ("facebook/dino-vitb16", "Apache-2.0", {}),
     "resnet50.in1k": ("microsoft/resnet-50", "Apache-2.0", {}),
@@ -361,6 +362,7 @@ dino_file.likeness = lambda state: hub_likeness(original_vit(state), "dino_base"
     source="huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
     hub="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
     file="vit_base.biomedclip/open_clip_pytorch_model.bin", note="class token before the projection",
+    objective="contrast: images and captions",
 )
 # a file of BiomedCLIP, in our keys
 def biomedclip_file(

@@ -94,13 +94,14 @@ def genesis_keys(
 
 # %% ../../nbs/3_backbones/16_released.ipynb #da19e9c9
 weights("swin_unetr_48.suprem", title="SuPreM, Swin UNETR", file="supervised_suprem_swinunetr_2100.pth",
-        normalisation="unit_range", note=CT_NOTE, **SUPREM)(suprem_swin)
+        normalisation="unit_range", note=CT_NOTE, objective="supervision", **SUPREM)(suprem_swin)
 weights("segresnet_16.suprem", title="SuPreM, SegResNet", file="supervised_suprem_segresnet_2100.pth", share=1.0,
         note=CT_NOTE, **SUPREM)(suprem_segresnet)
 weights("genesis_unet.suprem", title="SuPreM, U-Net", file="supervised_suprem_unet_2100.pth", share=1.0, note=CT_NOTE,
         **SUPREM)(genesis_keys)
 weights("swin_unetr_48.clip_driven", title="CLIP-driven universal model, Swin UNETR", normalisation="unit_range",
-        file="clip_driven_universal_swin_unetr.pth", note=CT_NOTE, **CLIP_DRIVEN)(suprem_swin)
+        file="clip_driven_universal_swin_unetr.pth", note=CT_NOTE, objective="supervision",
+        **CLIP_DRIVEN)(suprem_swin)
 weights("genesis_unet.clip_driven", title="CLIP-driven universal model, U-Net", share=1.0,
         file="clip_driven_universal_unet.pth", note=CT_NOTE, **CLIP_DRIVEN)(genesis_keys)
 
@@ -168,7 +169,7 @@ def dino_3d_keys(
 
 @weights(
     "vit_base.mri_core", title="MRI-CORE", licence="Apache-2.0", source="github.com/mazurowski-lab/mri_foundation",
-    file="MRI_CORE_vitb.pth", normalisation="unit_range",
+    file="MRI_CORE_vitb.pth", normalisation="unit_range", objective="contrast: DINOv2",
     note="keys inferred: a DINOv2 training file by others' inspection; MRI slices at 0 to 1, 224 pixels",
 )
 def mri_core_keys(

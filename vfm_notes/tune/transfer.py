@@ -6,9 +6,9 @@
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'network_input_size',
            'grid_of', 'build_model', 'tuned_model', 'Memo', 'cache_key', 'center_windows', 'transferability_scores',
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
-           'train_run', 'shown_slice', 'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files',
-           'head_facts', 'control_key', 'control_rows', 'hand_made_scores', 'overlap_facts', 'own_grid_notes',
-           'beside_control', 'describe_input', 'summarise', 'transfer']
+           'shown_slice', 'shown_volumes', 'case_pictures', 'shown_at', 'shown_prediction', 'train_run', 'Measured',
+           'run_cost', 'measure', 'weights_files', 'head_facts', 'control_key', 'control_rows', 'hand_made_scores',
+           'overlap_facts', 'own_grid_notes', 'beside_control', 'describe_input', 'summarise', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -349,26 +349,6 @@ def training_notes(
         f"that size (overlap {OVERLAP}, Gaussian blending), features from the middle of each case"
     ]
 
-# %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
-def train_run(
-    run: Prepared,  # its model is changed in place
-    progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
-    keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
-) -> Trained:
-    "Take the steps of a run."
-    spec, changes = run.spec, () if run.cached else run.spec.augment or ("flip",)
-    batches = training_batches(run.seen["train"], replace(spec, window=run.window), changes)
-    def answer(split: str) -> Tensor: return predict(run.net, run.seen[split].inputs, window=run.window)
-    watch = Monitor(run.model, run.task, run.data, progress, answer, run.meter, spec.window)
-    if run.tuning.steps:
-        early = math.ceil(EARLY_SHARE * spec.epochs * len(batches)), watch.early
-        groups = run.tuning.groups(run.model, spec.lr, spec.weight_decay)
-        curves, notes = fit(run.net, run.task, batches, spec, watch, early, keeper, watch.carried, groups)
-    else: curves, notes = remember_cases(run.model, run.seen["train"], watch), []
-    if spec.keep == "best": watch.after = watch.look()
-    run.tuning.finish(run.model)
-    return Trained(watch, batches, curves, training_notes(run) + notes)
-
 # %% ../../nbs/6_tune/09_transfer.ipynb #d8d8f0e1
 def shown_slice(
     target: Tensor,  # of the test cases
@@ -379,6 +359,17 @@ def shown_slice(
     case = int(area.any(1).int().argmax())
     return case, int(area[case].argmax())
 
+def shown_volumes(
+    task: Task,  # a task of the study
+    output: Tensor,  # of the shown case alone
+    data: TaskData,  # the test cases
+    case: int,  # which of them
+) -> dict[str, np.ndarray]:  # name → d h w
+    "Return what a task shows of a case."
+    one = slice(case, case + 1)
+    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
+    return {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output, alone).items()}
+
 def case_pictures(
     task: Task,  # a task of the study
     output: Tensor,  # of the test cases
@@ -386,13 +377,51 @@ def case_pictures(
 ) -> tuple[dict, dict]:  # case and slice; name → h w
     "Keep a slice of one test case: the same one for all runs of a task, so that their answers can stand side by side."
     case, k = shown_slice(data.target)
-    one = slice(case, case + 1)
-    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
-    volumes = {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output[one], alone).items()}
+    volumes = shown_volumes(task, output[case:case + 1], data, case)
     if data.target.ndim < 4: k = len(volumes["input"]) // 2
     pictures = {name: np.float32(v[k]) for name, v in volumes.items()}
     classes = list(task.card.classes) if data.target.ndim == 4 else []
     return {"case": data.names[case], "slice": k, "spacing": list(data.spacing), "classes": classes}, pictures
+
+
+# %% ../../nbs/6_tune/09_transfer.ipynb #52488c19
+def shown_at(
+    spec: RunSpec,  # what the run is
+) -> frozenset[int]:  # epochs, the first and the last among them
+    "Spread the epochs at which the shown slice is kept over a run."
+    steps = max(spec.shown_epochs - 1, 1)
+    return frozenset(round(spec.epochs * (i if spec.shown_epochs > 1 else 1) / steps) for i in range(spec.shown_epochs))
+
+def shown_prediction(
+    run: Prepared,  # as its network is now
+) -> Tensor:  # (h, w), half precision
+    "Predict the slice that is shown."
+    case, k = shown_slice(run.data["test"].target)
+    output = predict(run.net, run.seen["test"].inputs[case:case + 1], window=run.window)
+    slices = shown_volumes(run.task, output, run.data["test"], case)["prediction"]
+    return torch.from_numpy(np.float16(slices[k]))
+
+# %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
+def train_run(
+    run: Prepared,  # its model is changed in place
+    progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
+    keeper: Checkpointer | None = None,  # where checkpoints go; None: nowhere
+) -> Trained:
+    "Take the steps of a run."
+    spec, changes = run.spec, () if run.cached else run.spec.augment or ("flip",)
+    batches = training_batches(run.seen["train"], replace(spec, window=run.window), changes)
+    def answer(split: str) -> Tensor: return predict(run.net, run.seen[split].inputs, window=run.window)
+    shown = shown_at(spec) if run.task.dense else frozenset()
+    watch = Monitor(run.model, run.task, run.data, progress, answer, run.meter, spec.window,
+                    partial(shown_prediction, run), shown)
+    if run.tuning.steps:
+        early = math.ceil(EARLY_SHARE * spec.epochs * len(batches)), watch.early
+        groups = run.tuning.groups(run.model, spec.lr, spec.weight_decay)
+        curves, notes = fit(run.net, run.task, batches, spec, watch, early, keeper, watch.carried, groups)
+    else: curves, notes = remember_cases(run.model, run.seen["train"], watch), []
+    if spec.keep == "best": watch.after = watch.look()
+    run.tuning.finish(run.model)
+    return Trained(watch, batches, curves, training_notes(run) + notes)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #3d5a46a3
 @dataclass
@@ -553,7 +582,8 @@ def summarise(
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
     adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
-    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights, adapters)
+    pictures = measured.pictures | {f"epoch {e}": v.numpy() for e, v in watch.carried["shown"].items()}
+    return RunResult(summary, trained.curves, cases, features, pictures, weights, adapters)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
