@@ -123,7 +123,7 @@ def report_pages(
         "records": records_fingerprint(records), "data": os.environ.get("VFM_DATA", ""), "rankings": ranked,
         "studies": studies_fingerprint(),
     } | {
-        p.stem: hash_values(p) for p in sorted(folder.glob("*.json"))
+        p.stem: hash_values(p) for p in sorted([*folder.glob("*.json"), *folder.glob("*.csv")])
     }
     out = []
     for path in report_notebooks():
