@@ -11,10 +11,11 @@ __all__ = ['SPECS', 'PLURAL', 'STATES', 'OPEN', 'Job', 'why_unavailable', 'param
 # %% ../../nbs/7_runs/03_grid.ipynb #8bb80425
 import ast
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
@@ -30,7 +31,7 @@ from vfm_notes.foundation.spec import (
     external_specs, ExternalSpec, file_name, pretrain_specs, PretrainSpec, run_id, run_specs, RunSpec, Spec,
     StudySpec,
 )
-from .record import read_record, read_records
+from .record import epochs_done, read_record, read_records
 
 # %% ../../nbs/7_runs/03_grid.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Job:
     parameters: dict  # plain values for that cell
     specs: tuple  # the runs that the notebook computes
     needs: tuple = ()  # names of jobs that must be done before
+    asked: dict = field(default_factory=dict)  # run id → epochs, as far as it shall go now
 
     @cached_property
     def runs(self) -> tuple: return tuple(run_id(s) for s in self.specs)  # their ids
@@ -279,10 +281,15 @@ def known_records(
 def run_states(
     job: Job,  # a notebook with its parameters
     records: dict,  # from known_records
-) -> dict[str, str]:  # run id → done, failed or missing
-    "Return what is known about a job's runs."
-    # an id is the hash of its spec
-    return {id: records[id]["status"] if id in records else "missing" for id in job.runs}
+    running: bool = False,  # its notebook is at work
+) -> dict[str, str]:  # run id → done, failed, stopped or missing
+    "Return what is known about a job's runs; what halted earlier than it is asked to is missing."
+    def state(id: str) -> str:  # an id is the hash of its spec
+        if id not in records: return "missing"
+        goal = job.asked.get(id, math.inf if running else 0)
+        halted = records[id]["status"] == "stopped"
+        return "missing" if halted and epochs_done(records[id]) < goal else records[id]["status"]
+    return {id: state(id) for id in job.runs}
 
 def job_states(
     job: Job,  # a notebook with its parameters
@@ -341,6 +348,7 @@ def check_templates(
 # %% ../../nbs/7_runs/03_grid.ipynb #d8bb4320
 STATES = {
     "done": "it has a record", "failed": "its record states what went wrong",
+    "stopped": "it lost a race of `vfm run --halving`, or waits in one: after a part of its budget, with a checkpoint",
     "damaged": "its record or one of its files cannot be read", "running": "its notebook is at work",
     "queued": "its notebook waits in a cluster's queue", "missing": "nothing has been computed yet",
     "skipped": "it cannot run here, for a stated reason",
@@ -356,7 +364,8 @@ def states_of(
 ) -> dict[str, str]:  # run id → one of STATES
     "Find out where each run of a job stands."
     left = "running" if running else "queued" if queued else "skipped" if job.skipped else "missing"
-    return {id: left if state == "missing" else state for id, state in run_states(job, records).items()}
+    known = run_states(job, records, running).items()
+    return {id: left if state == "missing" else state for id, state in known}
 
 def count_states(
     states: Iterable[str],  # one a run
@@ -370,6 +379,5 @@ def job_state(
 ) -> str:  # of the runs of one notebook
     "Describe a notebook in one word: what there is to know first."
     there = set(states)
-    return next(
-        (s for s in ("running", "queued", "damaged", "missing", "failed", "skipped", "done") if s in there), "done"
-    )
+    order = ("running", "queued", "damaged", "missing", "failed", "skipped", "stopped", "done")
+    return next((s for s in order if s in there), "done")

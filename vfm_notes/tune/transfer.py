@@ -8,7 +8,7 @@ __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_s
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
            'train_run', 'shown_slice', 'case_pictures', 'Measured', 'run_cost', 'measure', 'weights_files',
            'head_facts', 'control_key', 'control_rows', 'hand_made_scores', 'overlap_facts', 'own_grid_notes',
-           'beside_control', 'describe_input', 'summarise', 'transfer']
+           'beside_control', 'describe_input', 'summarise', 'facts_so_far', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -35,6 +35,7 @@ from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError, scores
+from ..foundation.shutdown import Paused
 from ..foundation.spec import RunSpec, Spec, canonical_text
 from ..nets.decoder import Network
 from ..nets.files import forward_flops
@@ -555,6 +556,23 @@ def summarise(
     adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
     return RunResult(summary, trained.curves, cases, features, measured.pictures, weights, adapters)
 
+# %% ../../nbs/6_tune/09_transfer.ipynb #18bde005
+def facts_so_far(
+    run: Prepared,  # data and network
+    paused: Paused,  # how far it is
+) -> dict:  # fields of its record
+    "Return what is known of a run that halts before its end."
+    task, seconds = run.task, max(row[1] for row in paused.rows)
+    run.meter.lap()
+    run.meter.memory.stop()
+    total = sum(part["total"] for part in run.meter.carried["spent"].values())
+    return {
+        "primary": task.primary, "directions": {m: metric_card(m).direction for m in task.metrics},
+        "units": {m: task.unit(m) for m in task.metrics}, "n": {k: len(v) for k, v in run.data.items()},
+        "train_cases": list(run.data["train"].names), "overlap": overlap_facts(run),
+        "cost": {"seconds": {"total": total, "training": seconds + run.seconds["features"]}},
+    }
+
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
     spec: RunSpec,  # what the run is
@@ -566,5 +584,8 @@ def transfer(
 ) -> RunResult:
     "Fine-tune, test and measure: everything a record keeps."
     run = prepare(spec, state, start)
-    trained = train_run(run, progress, keeper)
+    try: trained = train_run(run, progress, keeper)
+    except Paused as paused:
+        paused.facts = facts_so_far(run, paused)
+        raise
     return summarise(run, trained, measure(run, trained))
