@@ -41,6 +41,7 @@ from vfm_notes.report.convert import (
 from .published import Publication, publication_fingerprint, published_notebook
 from ..runs.forkserver import safe_env, SAFE_KERNEL
 from ..runs.grid import count_states, Job, run_states, states_of
+from ..runs.record import stopped_words
 
 # %% ../../nbs/9_report/09_pages.ipynb #78e20c45
 # pages in reading order; others follow
@@ -289,10 +290,11 @@ def run_header(
                 f'<p><span class="vfm-status failed">failed</span> <code>{html.escape(id)}</code>: '
                 f'{html.escape(str(error.get("type", "")))}: {html.escape(str(error.get("message", "")))}</p>'
             )
-        if state in ("missing", "skipped"):
+        if state in ("missing", "skipped", "stopped"):
+            why = {"skipped": job.skipped, "stopped": stopped_words(records.get(id, {"status": ""}))}.get(state, "")
             out.append(
                 f'<p><span class="vfm-status {state}">{state}</span> <code>{html.escape(id)}</code> '
-                f'{html.escape(job.skipped * (state == "skipped"))}</p>'
+                f'{html.escape(why)}</p>'
             )
     return "".join(out)
 
