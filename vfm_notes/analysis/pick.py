@@ -149,6 +149,7 @@ def against_words(
     gap = format_value(float(less[0]), "difference", of, metric)
     if np.isfinite(low): gap += f", 95 % interval {format_interval(low, high, 'difference', of, metric)}"
     name = {BLIND: "a blind choice", REFERENCE: "the mean rank elsewhere", SIZE: "parameter count"}[other.method]
+    if not less.any(): return f"what {name} would give, too"
     if low > 0: return f"better than {name} ({gap})"
     return f"worse than {name} ({gap})" if high < 0 else f"not told apart from {name} ({gap})"
 
