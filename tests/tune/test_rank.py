@@ -1,11 +1,15 @@
 """Ranking frozen backbones: what it looks at, what it keeps, what it leaves out, and that it finds what is planted."""
+import re
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from vfm_notes.data.cohort import Cohort, CohortCard
 from vfm_notes.data.load import load_cohort
 from vfm_notes.foundation.registry import VfmError, scores
 from vfm_notes.foundation.spec import RunSpec
@@ -218,6 +222,63 @@ def test_the_budget_stops_and_the_next_call_goes_on(cohort):
     full = made_ranking(data, candidates, progress=lambda *a: said.append(a))
     assert set(full.scored) == {c.name for c in candidates} and not full.left_out
     assert [a[2] for a in said if a[0] == "profound_toy.random"] == [0, 8, 16, 20]
+
+
+def anonymous() -> float:
+    "MiB of memory that no file stands behind: pages of a cohort on disk do not count."
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def thousand(folder):
+    "A thousand cases of 72 kB on disk; the first half is brighter and has more of its structure."
+    shape = (1000, 1, 8, 48, 48)
+    volumes, rng = np.memmap(folder / "volumes.npy", np.float32, "w+", shape=shape), np.random.default_rng(0)
+    noise, labels = rng.normal(size=shape[1:]).astype(np.float32), np.zeros((1000, *shape[2:]), np.uint8)
+    for i in range(1000):
+        volumes[i] = np.roll(noise, i, -1) * (1 + 2 * (i < 500))
+        labels[i, :, :, : 10 + 8 * (i < 500) + i % 7] = 1
+    volumes.flush()
+    card = CohortCard("many", "Many", "CC0", "x", "none", ("t2w",), ("background", "block"), (), (3.0, 1.0, 1.0))
+    names = [f"c{i:04}" for i in range(1000)]
+    on_disk = np.memmap(folder / "volumes.npy", np.float32, "r", shape=shape)
+    return Cohort(card, on_disk, labels, np.full(1000, -1), names, names, ["train"] * 1000, known_hash="many")
+
+
+@pytest.mark.parametrize("task", ["volume_class", "segmentation"])
+def test_a_thousand_cases_stream(tmp_path, task, monkeypatch):
+    "Volumes of 72 MiB pass by; what stays in memory is a few cases and the rows of features."
+    monkeypatch.setattr(ranking_module, "backbone_scale", lambda data, name: {})
+    data = frozen_cases(replace(SPEC, cohort="many", size=(8, 48, 48), task=task), thousand(tmp_path))
+    seen, held = [], []
+    def watch(name, place, done, left):
+        seen.append((name, done))
+        held.append(anonymous())
+    made = made_ranking(data, [planted(0.1, "knows.x")], names=("hscore",), progress=watch)
+    assert seen[-1] == ("knows.x", 1000) and not made.left_out and made.features["knows.x"].patients == 1000
+    assert max(held[2:]) - held[1] < 20  # of 72
+    rows = next(iter(made.features["knows.x"].tables.values()))
+    assert len(rows.target) == 1000 if task == "volume_class" else 600 <= len(rows.target) <= 1100
+
+
+def test_a_budget_ends_a_thousand_cases_in_the_middle(tmp_path, monkeypatch):
+    "The second candidate is slow: it is left out and named, and what was ranked stays."
+    monkeypatch.setattr(ranking_module, "backbone_scale", lambda data, name: {})
+    data = frozen_cases(replace(SPEC, cohort="many", size=(8, 48, 48), task="volume_class"), thousand(tmp_path))
+    class Slow(Knows):
+        def layers(self, x):
+            time.sleep(0.05)
+            return super().layers(x)
+    quick, slow = planted(0.1, "knows.x"), RankCandidate("slow.x", "weights", lambda d: Slow(1, 0.1), "slow")
+    made_ranking(data, [quick], names=("hscore",))  # its features are known
+    begun = time.monotonic()
+    made = made_ranking(data, [quick, slow], names=("hscore",), budget=1.0)
+    assert set(made.scored) == {"knows.x"} and made.left_out == {"slow.x": "the budget of 1 s was spent"}
+    assert time.monotonic() - begun < 5  # 125 chunks would have taken more than 6 s
+
+
+def test_reading_the_cases_is_part_of_the_budget(monkeypatch):
+    "A clock that was started before the cases were read is over as soon as they are."
+    assert Clock(1, 1, 5.0, print, time.monotonic() - 6).over and not Clock(1, 1, 5.0, print).over
 
 
 def test_what_fails_is_named_and_the_others_go_on(cohort):

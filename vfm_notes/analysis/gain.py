@@ -270,7 +270,9 @@ def _find(tables: Tables, cases: dict, key: dict, metric: str, direction: int, r
     )
     # a study has one specialist per task
     if reference != "specialist": ref = ref[ref.backbone == (other or key["backbone"])]
-    if tuned.empty:
+    own = tables.runs[(tables.runs[CELL] == pd.Series(key)).all(axis=1)] if tuned.empty else tuned
+    if tuned.empty and (own.status == "stopped").any(): pair = "stopped early, as it was losing"
+    elif tuned.empty:
         pair = "no finished run" if tables.search.empty else "no finished run, or its search is not complete"
     elif ref.empty: pair = f"no finished run of the reference '{reference}'"
     else: pair = pair_cases(cases, tuned, ref, metric, direction)

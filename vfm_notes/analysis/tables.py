@@ -30,7 +30,7 @@ from ..foundation.places import run_folder
 from ..foundation.spec import StudySpec
 from .set_metrics import columns_of, kappa, SET_METRICS, weighted_auc
 from ..runs.grid import study_records
-from ..runs.record import read_records, notify
+from ..runs.record import read_records, notify, stopped_words
 
 # %% ../../nbs/8_analysis/02_tables.ipynb #94ce3188
 CELL = ["task", "backbone", "strategy", "n_train"]
@@ -79,7 +79,7 @@ def run_overlap(
 
 def runs_table(
     records: list[dict],  # as read_records gives them
-) -> pd.DataFrame:  # a row per run, done or failed
+) -> pd.DataFrame:  # a row per run, done, failed or stopped
     "Return what each run was, how it ended, what it scored and cost."
     rows = []
     for r in records:
@@ -104,13 +104,15 @@ def runs_table(
         row |= {
             "expected": r["spec"].get("expected", ""), "positive": (r["spec"].get("options") or {}).get("positive"),
             "error": (r.get("error") or {}).get("message", ""), "overlap": run_overlap(r),
+            "stopped": stopped_words(r),
         }
         rows.append(row)
     return _frame(
         rows,
         [
             *RUN, "kind", "status", "metric", "value", "control", "hand_made", "direction", "unit", "seconds_training",
-            "peak_memory_mib", "parameters_trainable", "error", "expected", "overlap", *SEARCHABLE, "keep", "chosen",
+            "peak_memory_mib", "parameters_trainable", "error", "expected", "overlap", "stopped", *SEARCHABLE, "keep",
+            "chosen",
         ],
     ).astype({"chosen": bool})
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #9f598902
 from ..data.loader import Loader
 from ..foundation.places import atomic_file, write_atomic
-from ..foundation.shutdown import Stopped, stop_requested, install_handlers
+from ..foundation.shutdown import Paused, Stopped, stop_requested, install_handlers
 from ..foundation.places import checkpoint_file
 from ..foundation.registry import VfmError
 from ..foundation.schema import convert_fields
@@ -353,6 +353,7 @@ class Checkpointer:
     key: str = ""  # run id
     minutes: float = 10.0  # between two checkpoints
     stop: Callable[[], bool] = lambda: False  # shall the training be left after this epoch?
+    pause: int = 0  # epochs after which the training halts; 0: it goes to its end
     last: float = field(default_factory=time.monotonic)  # when it was last done, seconds
     hurried: bool = False  # is there a checkpoint since the stop was requested?
     told: float = -math.inf  # when the curves were written
@@ -380,11 +381,12 @@ def make_checkpointer(
     study: str,  # name of a study
     spec,  # what a run is
     minutes: float = 10.0,  # wall time
+    pause: int = 0,  # epochs after which the training halts; 0: it goes to its end
 ) -> Checkpointer:
     "Make the checkpoint writer of a run of a study; in a batch it reacts to SIGTERM."
     if os.environ.get("VFM_JOB"): install_handlers()
     return Checkpointer(
-        checkpoint_file(study, run_id(spec)), run_id(spec), minutes, stop=lambda: bool(stop_requested())
+        checkpoint_file(study, run_id(spec)), run_id(spec), minutes, stop=lambda: bool(stop_requested()), pause=pause
     )
 
 # %% ../../nbs/4_pretrain/02_trainer.ipynb #d987af5f
@@ -432,6 +434,10 @@ def train(
                 f"Stopped after epoch {trainer.epoch - 1} of {trainer.recipe.epochs} as "
                 f"requested{'; the next start continues from there' if keeper.path else ''}."
             )
+        if 0 < team.broadcast_value(keeper.pause) < trainer.epoch:
+            if team.main and keeper.path: save()
+            keeper.remove_curves()
+            raise Paused(trainer.epoch - 1, trainer.recipe.epochs, rows)
         epoch, logs = trainer.epoch, run_guarded_epoch(trainer, between if team.main else lambda: None, keeper)
         if not team.main: continue  # the first one looks and writes
         rows += [(epoch, trainer.seconds, k, v) for k, v in (logs | look(epoch, logs)).items()]

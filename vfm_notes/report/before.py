@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KIND_COLOURS', 'png_text', 'feature_pictures', 'picture_figure', 'ranking_figure', 'ranking_rows', 'score_rows_of',
-           'ranking_note', 'before_you_train', 'page_of_its_own', 'pictured']
+           'ranking_note', 'after_fine_tuning', 'before_you_train', 'page_of_its_own', 'pictured']
 
 # %% ../../nbs/9_report/17_before.ipynb #2928eb22
 import base64
@@ -13,11 +13,13 @@ import html
 import numpy as np
 
 # %% ../../nbs/9_report/17_before.ipynb #e9019ec0
+from ..analysis.pick import best_words, pick_rows, pick_words, picks
 from ..analysis.prediction import score_title
 from vfm_notes.analysis.ranking import (
     CONTROL_TITLES, ranking_findings, ranking_verdict, rows_of, scale_words, short_amount, shown_less,
 )
-from ..foundation.blocks import Block, findings_list, format_estimate, lead, note, table
+from ..analysis.tables import Tables
+from ..foundation.blocks import Block, findings_list, format_estimate, lead, note, table, text
 from ..foundation.places import project_root
 from ..foundation.quantity import format_value
 from ..foundation.show import Figure, apply_window, encode_png, svg_text
@@ -157,9 +159,25 @@ def ranking_note(
         "own: see the page “Prediction”. Published numbers are copied from publications; “?” is not known here."
     )
 
+# %% ../../nbs/9_report/17_before.ipynb #276410a9
+def after_fine_tuning(
+    ranking: dict,  # as it was written
+    tables: Tables,  # of the study
+) -> list[Block]:
+    "Show the regret of the pick, beside picks that need no features."
+    found = picks(ranking, tables)
+    parts = [Block("<h3>What fine-tuning gave</h3>"), Block(f"<p>{text(pick_words(ranking, tables, found))}</p>")]
+    if not found: return parts
+    said = "Best after fine-tuning, by the test score: " + "; ".join(best_words(ranking, tables))
+    return [*parts, table(pick_rows(ranking, tables, found)), note(
+        f"{said}. Regret: what the best has more than the pick, averaged over the strategies; the interval is over "
+        "drawn seeds and cases. Cells that learned nothing are left out. “Mean rank elsewhere” looks at the other "
+        "tasks of the study only.")]
+
 # %% ../../nbs/9_report/17_before.ipynb #bdee8a84
 def before_you_train(
     ranking: dict,  # as it was written
+    tables: Tables | None = None,  # of the study it belongs to; None: of none
 ) -> Block:  # HTML
     "Show a ranking as a page does."
     titles = CONTROL_TITLES | {ranking["reference"]: ranking["reference"]}
@@ -167,6 +185,7 @@ def before_you_train(
     if rows_of(ranking): parts += [Block(ranking_figure(ranking)._repr_html_()), note(ranking_note(ranking))]
     if said := ranking_findings(ranking):
         parts += [Block("<h3>What separates them</h3>"), findings_list(f"{s}." for s in said)]
+    if tables is not None: parts += after_fine_tuning(ranking, tables)
     if ranking.get("pictures"):
         parts += [Block("<h3>Features of three cases</h3>"),
                   Block(picture_figure(ranking["pictures"], titles)._repr_html_()),

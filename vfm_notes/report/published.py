@@ -194,8 +194,8 @@ def publication_fingerprint(
 # %% ../../nbs/9_report/07_published.ipynb #9ea35e51
 RECORD = ("schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls",
           "d2p", "d2p_moments", "scores", "cost", "n", "normalisation", "cohort_hash", "weights_hash", "weights_files",
-          "licences", "excluded", "notes", "notebook", "template_hash", "error", "versions", "commit", "device",
-          "threads", "created", "files")
+          "licences", "excluded", "notes", "notebook", "template_hash", "error", "stopped", "versions", "commit",
+          "device", "threads", "created", "files")
 
 def published_record(
     by: Publication,  # what is published, and under which names

@@ -116,7 +116,8 @@ def execute(
     for path in (target, progress): path.parent.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
     os.environ |= {"VFM_JOB": job.name, "VFM_PROGRESS": str(progress),
-                   "VFM_TEMPLATE_HASH": template_hash(job.template), "VFM_RUNS": str(runs_root())} | safe_env()
+                   "VFM_TEMPLATE_HASH": template_hash(job.template), "VFM_RUNS": str(runs_root()),
+                   "VFM_ASKED": json.dumps(job.asked)} | safe_env()
     with time_limit(study, job, limit) as late:
         try:
             with detect_full_disk(target.parent):

@@ -204,7 +204,7 @@ def needs_grades(
     task: Task,  # a task of the study
 ) -> bool:
     "Return whether a task learns the grades of its cases."
-    return isinstance(task, GradeTask) or getattr(task, "of", "") == "grade"
+    return isinstance(task, GradeTask) and not task.derived or getattr(task, "of", "") == "grade"
 
 def grade_conflicts(
     study: StudySpec,  # the study

@@ -197,15 +197,15 @@ def collect_frozen(
         share = max(math.ceil(rows * len(part) / len(data)), 8)
         for t in chunk_rows(net, part, share, data.spec.seed + done):
             t.groups = np.searchsorted(names, np.unique(part.patients)[t.groups])
-            found.setdefault(t.layer, []).append(t)
+            # joined at once: many small arrays that stay between large ones that go would keep the heap from shrinking
+            found[t.layer] = join_rows([found[t.layer], t]) if t.layer in found else t
         for i in range(min(PICTURED - len(maps), len(part))):
             maps[part.names[i]] = middle_map(net, part.inputs[i : i + 1, : net.in_channels])
         done += len(part)
         tick(done)
-    tables = {layer: join_rows(parts) for layer, parts in found.items()}
     parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
     took, size = time.perf_counter() - start, tuple(part.inputs.shape[2:])
-    return FrozenFeatures(tables, len(names), maps, took, parameters, size)
+    return FrozenFeatures(found, len(names), maps, took, parameters, size)
 
 # %% ../../nbs/6_tune/20_frozen_features.ipynb #b98f726a
 def network_code() -> str:

@@ -324,7 +324,7 @@ def rank(
     progress: Callable[[str, int, int, float], None] = lambda *_: None,  # name, candidates, cases done, seconds left
 ) -> BackboneRanking:
     "Rank backbones for the training cases of a cohort, without fine-tuning."
-    begun, of = time.perf_counter(), load_study(study) if study else None
+    begun, of = time.monotonic(), load_study(study) if study else None
     spec = ranking_spec(cohort, task, of, n_train)
     data = frozen_cases(spec, load_cohort(spec.cohort, spec.size, spec.spacing, spec.cases, bad_cases=spec.bad_cases))
     first = next(with_scale(data, {}).chunks(3))
@@ -335,12 +335,12 @@ def rank(
             f"Score '{by}' cannot rank task '{task}', whose target has {kind}: choose from {', '.join(names)}."
         )
     candidates, left_out = find_candidates(data, list(weights), of, [*accepted, *(of.licences if of else [])])
-    clock = Clock(len(candidates), len(data), budget, progress)
+    clock = Clock(len(candidates), len(data), budget, progress, begun)  # reading the cases is part of the budget
     scored, features, more = rank_candidates(data, candidates, names, rows, clock)
     facts = ranking_facts(data, first, kind, by) | {"study": of.name if of else "", "scores": names}
     images = [x[0, x.shape[1] // 2].numpy() for x in first.inputs]
     return BackboneRanking(facts, scored, {c.name: c for c in candidates}, features, left_out | more,
-                   time.perf_counter() - begun, images)
+                   time.monotonic() - begun, images)
 
 # %% ../../nbs/6_tune/21_rank.ipynb #a5de57c9
 def ranking_facts(
