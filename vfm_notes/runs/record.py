@@ -213,12 +213,13 @@ def write_record(
     plan: dict | None = None,  # of the weights, inside their file, see backbones.plan
     pictures: dict | None = None,  # name → numpy array (h, w): a slice of one test case
     adapters: dict | None = None,  # name → numpy array, low-rank updates that are in the weights, too
+    radiomics: object = None,  # DataFrame or rows of shift.lens; None: not asked
 ) -> dict:  # the record as stored
     "Store a record: afterwards `folder` has all of it, or is as it was before."
     folder = Path(folder)
     with detect_full_disk(folder.parent), part_folder(folder) as new:
         files = write_files(
-            new, {"curves": curves, "cases": cases},
+            new, {"curves": curves, "cases": cases, "radiomics": radiomics},
             {"features": features, "weights": weights, "pictures": pictures, "adapters": adapters or None},
             {"weights": plan},
         )

@@ -47,7 +47,7 @@ from .probe import CachedHead, cache_features
 from .strategy import Tuning, apply_strategy, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
 from vfm_notes.tune.monitor import (
-    EARLY_SHARE, Monitor, d2p_snapshots, final_distances, random_features, under_ceiling,
+    EARLY_SHARE, LOOKED_AT, Monitor, d2p_snapshots, final_distances, radiomic_shares, random_features, under_ceiling,
 )
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #ffa5adb5
@@ -61,6 +61,7 @@ class RunResult:
     pictures: dict = field(default_factory=dict)  # input, target, prediction: h w, a slice of one test case
     weights: dict = field(default_factory=dict)  # state dict of the tuned model
     adapters: dict = field(default_factory=dict)  # low-rank updates by layer, which are in `weights`, too
+    radiomics: pd.DataFrame | None = None  # what features tell of radiomic values, see shift.lens
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #890ffed7
 JUDGED = ("val", "test")  # splits that all seeds share
@@ -359,7 +360,8 @@ def train_run(
     spec, changes = run.spec, () if run.cached else run.spec.augment or ("flip",)
     batches = training_batches(run.seen["train"], replace(spec, window=run.window), changes)
     def answer(split: str) -> Tensor: return predict(run.net, run.seen[split].inputs, window=run.window)
-    watch = Monitor(run.model, run.task, run.data, progress, answer, run.meter, spec.window)
+    most = None if spec.radiomics else LOOKED_AT
+    watch = Monitor(run.model, run.task, run.data, progress, answer, run.meter, spec.window, most)
     if run.tuning.steps:
         early = math.ceil(EARLY_SHARE * spec.epochs * len(batches)), watch.early
         groups = run.tuning.groups(run.model, spec.lr, spec.weight_decay)
@@ -405,6 +407,7 @@ class Measured:
     cost: dict  # seconds, memory, parameters, operations
     shown: dict  # case and slice of the pictures
     pictures: dict  # name → h w
+    radiomics: pd.DataFrame | None  # of shift.lens
 
 def run_cost(
     run: Prepared,  # data and network
@@ -434,7 +437,9 @@ def measure(
     last, others = (
         under_ceiling(rows, top) for rows in (final_distances(run.spec, watch), d2p_snapshots(run.spec, watch, random))
     )
-    return Measured(cases, undefined, last, others, run_cost(run, trained), *case_pictures(task, output, data["test"]))
+    lens = radiomic_shares(run.spec, watch, random, run.cohort)
+    shown = case_pictures(task, output, data["test"])
+    return Measured(cases, undefined, last, others, run_cost(run, trained), *shown, lens)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #60f10326
 def weights_files(
@@ -553,7 +558,9 @@ def summarise(
     weights = {k: v.cpu().numpy() for k, v in run.model.state_dict().items()}
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
     adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
-    return RunResult(summary, trained.curves, cases, features, measured.pictures, weights, adapters)
+    return RunResult(
+        summary, trained.curves, cases, features, measured.pictures, weights, adapters, measured.radiomics,
+    )
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
