@@ -73,7 +73,7 @@ def lens_words(
     above = known[(known.known_p <= 0.05) & (known.known > 0)]
     return (
         f"Of {format_count([len(tuned)], 'comparison', 'comparisons')} (a tuned cell, a region, a family), features "
-        f"tell clearly less after tuning in {len(less)}{f' ({by_family})' if by_family else ''}, clearly more in {len(more)}; in the "
-        f"other {len(tuned) - len(clear)} the change is too small to see here. Before tuning they tell clearly more "
-        f"than random weights in {len(above)} of {len(known)}."
+        f"tell clearly less after tuning in {len(less)}{f' ({by_family})' if by_family else ''}, clearly more in "
+        f"{len(more)}; in the other {len(tuned) - len(clear)} the change is too small to see here. Before tuning they "
+        f"tell clearly more than random weights in {len(above)} of {len(known)}."
     )
