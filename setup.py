@@ -59,7 +59,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
     license="Apache-2.0", python_requires=f">={cfg['min_python']}", packages=find_packages(include=["vfm_notes*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "onnx", "bundle")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "onnx", "bundle", "radiomics")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
         "papermill.engine": ["forked=vfm_notes.runs.engine:ForkedEngine"],
