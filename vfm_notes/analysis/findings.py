@@ -188,7 +188,7 @@ def findings(
         return said + ["Distance to pretraining and gain: no cell has both numbers, so there is no result yet."]
     layer = layer if layer in set(tables.d2p.layer) else tables.d2p.layer.iloc[-1]
     points = cell_points(tables, gains, layer)
-    failed = int((tables.runs.status == "failed").sum())
+    failed, halted = (int((tables.runs.status == state).sum()) for state in ("failed", "stopped"))
     known = [] if tables.scores.empty else [prediction_finding(prediction_table(tables))]
     return (
         said
@@ -199,6 +199,15 @@ def findings(
                 "from these findings."
             ]
             if failed
+            else []
+        )
+        + (
+            [
+                f"{format_count([halted], 'run', 'runs')} {'was' if halted == 1 else 'were'} stopped early, as "
+                f"{'it was' if halted == 1 else 'they were'} losing, and {'enters' if halted == 1 else 'enter'} no "
+                "finding; “vfm run” without --halving completes them."
+            ]
+            if halted
             else []
         )
     )

@@ -130,6 +130,7 @@ def cell_outcomes(
     "Return what each tuned cell that has learned brought."
     if outcome not in OUTCOMES:
         raise VfmError(f"Unknown outcome '{outcome}'.{suggest_name(outcome, OUTCOMES)} Known: {', '.join(OUTCOMES)}.")
+    if (asked := ("cell_outcomes", outcome, reference, draws, seed)) in tables.memory: return tables.memory[asked]
     runs, cases, found = tables.done(), dict(list(tables.cases.groupby("id"))), {}
     for i, cell in enumerate(study_cells(tables, reference=reference)):
         if not has_learned(tables, cell.key, reference): continue
@@ -145,6 +146,7 @@ def cell_outcomes(
         values = outcome_draws(pair, outcome, draws, seed, i)
         if np.isfinite(values[0]):
             found.setdefault(tuple(cell.key[k] for k in QUESTION), {})[cell.key["backbone"]] = values
+    tables.memory[asked] = found
     return found
 
 # %% ../../nbs/8_analysis/10_prediction.ipynb #81804514

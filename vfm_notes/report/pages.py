@@ -41,11 +41,13 @@ from vfm_notes.report.convert import (
 from .published import Publication, publication_fingerprint, published_notebook
 from ..runs.forkserver import safe_env, SAFE_KERNEL
 from ..runs.grid import count_states, Job, run_states, states_of
+from ..runs.record import stopped_words
 
 # %% ../../nbs/9_report/09_pages.ipynb #78e20c45
 # pages in reading order; others follow
 ORDER = (
-    "index", "claim", "before", "alignment", "which", "convergence", "prediction", "power", "strategies", "search",
+    "index", "claim", "before", "alignment", "radiomics", "which", "convergence", "prediction", "power", "strategies",
+    "search",
     "natural", "openmind", "tradeoff", "as_released", "pretraining", "backbones", "data", "runs", "guide_reader",
     "guide_researcher", "guide_cohort", "guide_predict", "guide_batch", "guide_prostate", "phantom", "methods", "log",
 )
@@ -97,6 +99,7 @@ PAGE_NEEDS = {  # page → whether a study has what it needs, and the sentence w
         lambda s: len(set(s.strategies) - {"scratch", "random"}) > 1, "“Strategies” needs two ways of tuning.",
     ),
     "search": (lambda s: bool(s.search), "“Search” needs settings to search over: “search” in the study file."),
+    "radiomics": (lambda s: s.radiomics, "“Radiomics” needs “radiomics: true” in the study file."),
 }
 
 def absent_pages(
@@ -290,9 +293,10 @@ def run_header(
                 f'{html.escape(str(error.get("type", "")))}: {html.escape(str(error.get("message", "")))}</p>'
             )
         elif state != "done":
+            why = {"skipped": job.skipped, "stopped": stopped_words(records.get(id, {"status": ""}))}.get(state, "")
             out.append(
                 f'<p><span class="vfm-status {state}">{state}</span> <code>{html.escape(id)}</code> '
-                f'{html.escape(job.skipped * (state == "skipped"))}</p>'
+                f'{html.escape(why)}</p>'
             )
     return "".join(out)
 

@@ -6,8 +6,9 @@
 __all__ = ['WIDTH', 'CELL_HEADS', 'PLACES', 'TEX', 'WORD', 'TYPES', 'RELATIONS', 'TABLE_COLUMNS', 'LONG_COLUMNS', 'column_words',
            'cut', 'columns_line', 'grouped_lines', 'tex', 'paper_rows', 'latex_table', 'word_document', 'write_metrics',
            'is_table', 'table_writer', 'with_pooled', 'metric_columns', 'metric_rows', 'read_bundle', 'bundle_of',
-           'asked_words', 'beside_bundle', 'study_rows', 'judged_words', 'write_paper', 'print_cells', 'table_command',
-           'counted_records', 'is_run', 'find_run', 'run_tables', 'two_of', 'compared_words', 'compare_command']
+           'asked_words', 'beside_bundle', 'study_rows', 'judged_words', 'write_paper', 'stopped_lines', 'print_cells',
+           'table_command', 'counted_records', 'is_run', 'find_run', 'run_tables', 'two_of', 'compared_words',
+           'compare_command']
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #c6291085
 import sys
@@ -318,9 +319,19 @@ def write_paper(
         else: word_document(rows, title, part)
     return len(rows)
 
+def stopped_lines(
+    records: list[dict],  # of a study
+) -> list[str]:
+    "List runs that were stopped early, which have no test score."
+    from vfm_notes.runs.record import stopped_words
+    own = [r for r in records if r["status"] == "stopped"]
+    head = ["", "stopped early, without a test score; “vfm run” without --halving completes them"]
+    return head * bool(own) + [f"{r['id']}: {stopped_words(r)}" for r in own]
+
 def print_cells(
     spec,  # of the study
     as_json: bool,  # whether JSON is printed
+    records: list[dict],  # of the study
 ) -> None:
     "Print the cells of a study."
     import json
@@ -328,7 +339,7 @@ def print_cells(
     if as_json: return print(json.dumps(results_bundle(spec), indent=1))
     rows = study_rows(spec)
     if rows and spec.folds: print(f"{judged_words(spec)}.\n")
-    print(*(grouped_lines(rows) or ["No finished runs yet."]), sep="\n")
+    print(*(grouped_lines(rows) or ["No finished runs yet."]), *stopped_lines(records), sep="\n")
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #782298fe
 def table_command(
@@ -355,11 +366,12 @@ def table_command(
         records = counted_records(spec, jobs_of(spec), study)
         if paper: return print(f"{output}: {write_paper(spec, output)} cells")
         if not output and not records and not as_json: return print("No records yet.")
-        if not output and (as_json or not long): return print_cells(spec, as_json)
+        if not output and (as_json or not long): return print_cells(spec, as_json, records)
         runs = runs_table(records)
         if spec.search: runs = mark_counted(runs, search_candidates(runs, curves_table(spec.name, records)))
         runs, records = with_pooled(spec, runs, records)
-        shown = TABLE_COLUMNS + ["fold"] * bool(spec.folds) + [*spec.search, "chosen"] * bool(spec.search)
+        shown = [*TABLE_COLUMNS, *["fold"] * bool(spec.folds), *[*spec.search, "chosen"] * bool(spec.search),
+                 *["stopped"] * any(runs.stopped)]
         if not output: return print(write_metrics(runs)[shown].to_string(index=False) if records else "No records yet.")
         with atomic_file(output) as part: write((metric_rows if long else metric_columns)(runs, records), part)
         print(f"{output}: {len(runs)} runs")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record_failures', 'drop_failures', 'write_outcome', 'read_outcome', 'is_complete', 'run_job', 'Summary',
            'count_records', 'stale_records', 'pending_jobs', 'startable_jobs', 'Batch', 'describe_gpus',
-           'make_executor', 'planned_jobs', 'describe_start', 'run_study']
+           'make_executor', 'planned_jobs', 'asking', 'describe_start', 'run_study']
 
 # %% ../../nbs/7_runs/12_batch.ipynb #af082d63
 import json
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def record_failures(
     error: dict,  # type, message, cell, traceback
 ) -> None:
     "Write failed records for the runs that an error concerns."
-    left = missing_specs(study, job.specs)
+    left = missing_specs(study, job.specs, asked=job.asked)
     current = current_run(study, job)
     for spec in [s for s in left if run_id(s) == current] or left:
         write_record(run_folder(study, run_id(spec)), failed_record(spec, study, error, notebook=job.name))
@@ -88,7 +89,7 @@ def is_complete(
 ) -> bool:
     "Return whether there is nothing to compute."
     note = read_outcome(study, job)
-    return bool(note) and not missing_specs(study, job.specs, failed=retry) and not (retry and note["error"])
+    return bool(note) and not missing_specs(study, job.specs, retry, job.asked) and not (retry and note["error"])
 
 # %% ../../nbs/7_runs/12_batch.ipynb #7ceaa03e
 def run_job(
@@ -107,7 +108,7 @@ def run_job(
         while left is None or left:
             if stop_requested(): return "left"
             error = execute(job, study, engine, limit)
-            left = missing_specs(study, job.specs)
+            left = missing_specs(study, job.specs, asked=job.asked)
             if error and (stop_requested() or error["type"] == "Stopped"): return "left"
             if error: print(f"{job.name}: {error['type']}: {error['message']}", file=sys.stderr, flush=True)
             # a second chance
@@ -118,7 +119,7 @@ def run_job(
                     error
                     or {"type": "NoRecord", "message": "The notebook ended without leaving a record of this run."},
                 )
-                left = missing_specs(study, job.specs)
+                left = missing_specs(study, job.specs, asked=job.asked)
         write_outcome(study, job, error, time.monotonic() - begun)
     return "ran"
 
@@ -135,6 +136,7 @@ class Summary:
     seconds: float = 0.0  # wall time
     others: int = 0  # records that belong to no run of the study file as it is now
     stale: dict = field(default_factory=dict)  # template → how many records another version of it has made
+    early: list = field(default_factory=list)  # run ids that halted after a part of their budget, as asked
     stopped: str = ""  # why the batch ended early
     ran: int = 0  # jobs executed by this batch
 
@@ -159,6 +161,7 @@ def count_records(
         else:
             summary.done += list(states.values()).count("done")
             summary.missing += [id for id, s in states.items() if s == "missing"]
+            summary.early += [id for id, s in states.items() if s == "stopped"]
             summary.failed |= {
                 id: "{type}: {message}".format(**records[id]["error"]) for id, s in states.items() if s == "failed"
             }
@@ -231,6 +234,7 @@ class Batch:
     limit: float = 0.0  # minutes that a run may take, 0: any
     stopped: str = ""  # why it ends early
     patience: float = float("inf")  # once a stop is requested: until when what runs is waited for (time.monotonic)
+    later: Callable[[dict], float] = lambda known: 0.0  # seconds of work that comes after these jobs, by known speeds
 
     def ready(self, job: Job) -> bool:
         "Return whether the jobs that this one needs are done, and nobody else is at work on it."
@@ -301,9 +305,11 @@ def collect(self: Batch, show: Display) -> None:
 def outcome(self: Batch, job: Job) -> str:
     "Describe in one line a job that has ended."
     states = list(job_states(job, self.study).values())
-    bad, runs = len(states) - states.count("done"), f"{len(states)} run{'s' if len(states) > 1 else ''}"
+    halted = states.count("stopped")
+    bad, runs = len(states) - states.count("done") - halted, f"{len(states)} run{'s' if len(states) > 1 else ''}"
     took = format_duration((read_outcome(self.study, job) or {}).get("seconds"))
-    if not bad: return state_line("done", job.name, f"{runs}, {took}")
+    far = f", {halted} of them as far as asked" if halted else ""
+    if not bad: return state_line("done", job.name, f"{runs}{far}, {took}")
     return state_line("failed", job.name, f"{bad} of {runs}, {took}; see {log_file(self.study, job.name)}")
 
 @patch
@@ -351,8 +357,10 @@ def show_progress(self: Batch, show: Display) -> None:
     records = known_records(self.study)
     looks = [job_status(self.study, j, records) for j in self.pending + [j for j, _ in self.running.values()]]
     at_work = [k for k in looks if k.since]
-    left = time_left(looks, measure_speeds(records.values(), at_work), self.executor.jobs)
-    show.update(sum(list(run_states(j, records).values()).count("done") for j in self.jobs), at_work, str(left))
+    known = measure_speeds(records.values(), at_work)
+    left = time_left(looks, known, self.executor.jobs, self.later(known))
+    ready = [s in ("done", "stopped") for j in self.jobs for s in run_states(j, records).values()]
+    show.update(sum(ready), at_work, str(left))
 
 # %% ../../nbs/7_runs/12_batch.ipynb #47c1a813
 def describe_gpus(
@@ -386,6 +394,16 @@ def planned_jobs(
     return shard_jobs(jobs_of(study, chosen, templates), part)
 
 # %% ../../nbs/7_runs/12_batch.ipynb #525673e8
+def asking(
+    jobs: list[Job],  # of a plan
+    asked: dict[str, int],  # run id → epochs; not named: to its end
+) -> list[Job]:  # without those that need a run that is not to go to its end
+    "Write into each job how far its runs shall go now."
+    ends = {id: s.epochs for j in jobs if j.kind == "transfer" for id, s in zip(j.runs, j.specs)}
+    halting = {id for id, epochs in ends.items() if asked.get(id, epochs) < epochs}
+    return [replace(j, asked={id: asked.get(id, ends[id]) for id in j.runs if id in ends})
+            for j in jobs if not halting & set(getattr(j.specs[0], "parents", ()))]
+
 def describe_start(
     study: StudySpec,  # the study
     pool,  # an executor
@@ -412,10 +430,12 @@ def run_study(
     part: str | None = None,  # "i/n": every n-th notebook, beginning with the i-th
     max_hours: float | None = None,  # no notebook is started after this time
     limit: float | None = None,  # minutes that a run may take, 0: any; None: as in the study
+    asked: dict[str, int] | None = None,  # run id → epochs, as far as it shall go now; not named: to its end
+    later: Callable[[dict], float] = lambda known: 0.0,  # seconds of work that comes after this, by known speeds
 ) -> Summary:
     "Compute what a study has not got yet."
     begun, study = time.monotonic(), load_study(name_or_path)
-    plan_ = planned_jobs(study, only, seeds, part, templates)
+    plan_ = asking(planned_jobs(study, only, seeds, part, templates), asked or {})
     repair(study.name, [id for j in plan_ for id in j.runs], retry_failed)
     todo = startable_jobs(study.name, plan_, pending_jobs(study.name, plan_, retry_failed))
     if not todo: return count_records(study.name, plan_, time.monotonic() - begun)
@@ -432,7 +452,7 @@ def run_study(
         batch = Batch(
             study.name, plan_, todo, pool, engine, retry_failed,
             until=begun + 3600 * max_hours if max_hours else float("inf"),
-            limit=study.time_limit if limit is None else limit,
+            limit=study.time_limit if limit is None else limit, later=later,
         )
         with handling_signals(): batch.loop(show)
     finally:

@@ -12,10 +12,11 @@ __all__ = ['SPECS', 'PLURAL', 'STATES', 'OPEN', 'Job', 'why_unavailable', 'param
 # %% ../../nbs/7_runs/03_grid.ipynb #8bb80425
 import ast
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 from pathlib import Path
@@ -31,7 +32,7 @@ from vfm_notes.foundation.spec import (
     external_specs, ExternalSpec, file_name, pretrain_specs, PretrainSpec, run_id, run_specs, RunSpec, Spec,
     StudySpec,
 )
-from .record import read_record, read_records
+from .record import epochs_done, read_record, read_records
 
 # %% ../../nbs/7_runs/03_grid.ipynb #4a67adf5
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Job:
     parameters: dict  # plain values for that cell
     specs: tuple  # the runs that the notebook computes
     needs: tuple = ()  # names of jobs that must be done before
+    asked: dict = field(default_factory=dict)  # run id → epochs, as far as it shall go now
 
     @cached_property
     def runs(self) -> tuple: return tuple(run_id(s) for s in self.specs)  # their ids
@@ -280,10 +282,15 @@ def known_records(
 def run_states(
     job: Job,  # a notebook with its parameters
     records: dict,  # from known_records
-) -> dict[str, str]:  # run id → done, failed or missing
-    "Return what is known about a job's runs."
-    # an id is the hash of its spec
-    return {id: records[id]["status"] if id in records else "missing" for id in job.runs}
+    running: bool = False,  # its notebook is at work
+) -> dict[str, str]:  # run id → done, failed, stopped or missing
+    "Return what is known about a job's runs; what halted earlier than it is asked to is missing."
+    def state(id: str) -> str:  # an id is the hash of its spec
+        if id not in records: return "missing"
+        goal = job.asked.get(id, math.inf if running else 0)
+        halted = records[id]["status"] == "stopped"
+        return "missing" if halted and epochs_done(records[id]) < goal else records[id]["status"]
+    return {id: state(id) for id in job.runs}
 
 def job_states(
     job: Job,  # a notebook with its parameters
@@ -348,8 +355,10 @@ class State:
     open: bool = False  # still to be computed
 
 STATES = {
-    "done": State("it has a record", 7),
+    "done": State("it has a record", 8),
     "failed": State("its record states what went wrong", 5),
+    "stopped": State("it lost a race of “vfm run --halving”, or waits in one: after a part of its budget, with a "
+                     "checkpoint", 7),
     "damaged": State("its record or one of its files cannot be read", 3),
     "running": State("its notebook is at work", 1, open=True),
     "queued": State("its notebook waits for its turn", 2, open=True),
@@ -367,7 +376,8 @@ def states_of(
 ) -> dict[str, str]:  # run id → one of STATES
     "Find out where each run of a job stands."
     left = "running" if running else "queued" if queued else "skipped" if job.skipped else "missing"
-    return {id: left if state == "missing" else state for id, state in run_states(job, records).items()}
+    known = run_states(job, records, running).items()
+    return {id: left if state == "missing" else state for id, state in known}
 
 def count_states(
     states: Iterable[str],  # one a run

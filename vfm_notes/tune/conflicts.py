@@ -7,7 +7,7 @@ __all__ = ['collect_error', 'fields_of', 'empty_network', 'empty_model', 'archit
            'ungraded_cases', 'case_conflicts', 'next_size', 'size_conflicts', 'read_without_weights',
            'window_conflicts', 'needs_grades', 'grade_conflicts', 'safe_task', 'task_conflicts', 'objective_conflicts',
            'check_pretraining', 'strategy_conflicts', 'kept_bytes', 'step_memory', 'memory_help', 'memory_conflicts',
-           'overlap_lines', 'conflicts']
+           'radiomic_conflicts', 'overlap_lines', 'conflicts']
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #01230649
 import math
@@ -24,6 +24,7 @@ from ..backbones.protocol import Backbone, checkpoint_blocks
 from ..data.cache import assign_splits
 from ..data.cohort import CohortCard, check_arguments
 from ..data.load import cohort_maker
+from ..data.radiomics import label_regions, radiomics_absent
 from ..foundation.overlap import published_overlap
 from ..foundation.plugins import code_line
 from ..foundation.registry import error_line, parse_strategy, starts_random
@@ -31,6 +32,7 @@ from ..foundation.registry import VfmError, backbones, objectives, strategies, t
 from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
 from ..nets.decoder import Network
 from ..pretrain.loop import check_objective
+from ..shift.lens import FEWEST
 from .case_task import CaseTask, GradeTask
 from .study_names import name_checks, weights_of
 from .strategy import apply_strategy
@@ -336,6 +338,21 @@ def memory_conflicts(
                    f"strategy '{s.strategy}', and device_memory is {study.device_memory:g}: "
                    f"{memory_help(s, card, study.device_memory)}.")
 
+# %% ../../nbs/6_tune/15_conflicts.ipynb #635ce5c9
+def radiomic_conflicts(
+    study: StudySpec,  # the study
+    card: CohortCard,  # of the cohort
+    there: dict[str, int],  # split → cases
+) -> Iterator[str]:
+    "Find what radiomic features need and do not have."
+    if not study.radiomics: return
+    if absent := radiomics_absent(): yield f"{absent}."
+    if not label_regions(card):
+        yield f"`radiomics: true` describes labelled regions, and cohort '{study.cohort}' has no masks: leave it out."
+    if there.get("test", 0) < FEWEST:
+        yield (f"`radiomics: true` needs {FEWEST} test cases, and split 'test' of cohort '{study.cohort}' has "
+               f"{there.get('test', 0)}: set cases.test to {FEWEST} or more, or leave radiomics out.")
+
 # %% ../../nbs/6_tune/15_conflicts.ipynb #3a2e15ca
 def overlap_lines(
     study: StudySpec,  # the study
@@ -368,6 +385,7 @@ def conflicts(
     card, there = facts
     for some in (case_conflicts(study, specs, there), size_conflicts(specs, card), window_conflicts(runs, card),
                  task_conflicts(runs, card), grade_conflicts(study, runs, card), objective_conflicts(made, card),
-                 strategy_conflicts(runs, card), memory_conflicts(study, runs, card)):
+                 strategy_conflicts(runs, card), memory_conflicts(study, runs, card),
+                 radiomic_conflicts(study, card, there)):
         found += collect_error(lambda: found.extend(some))
     return list(dict.fromkeys(found))

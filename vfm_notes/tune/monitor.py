@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOOKED_AT', 'SATURATED', 'ANOTHER', 'EARLY_SHARE', 'Monitor', 'random_features', 'under_ceiling', 'distances_to',
-           'final_distances', 'd2p_snapshots']
+           'final_distances', 'd2p_snapshots', 'radiomic_shares']
 
 # %% ../../nbs/6_tune/08_monitor.ipynb #885e2c15
 import math
 import time
 from collections.abc import Callable
 
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -18,12 +19,15 @@ from torch import Tensor
 # %% ../../nbs/6_tune/08_monitor.ipynb #9dff6b10
 from ..backbones.own_grid import take_grid
 from ..backbones.protocol import build_backbone
+from ..data.cohort import Cohort
+from ..data.radiomics import radiomics_table
 from ..foundation.meter import Meter
 from ..foundation.quantity import metric_card
 from ..foundation.spec import RunSpec
 from ..nets.decoder import Network
 from ..shift.divergences import layer_divergences
 from ..shift.features import collect_features, distance_to_pretraining, layer_distances
+from ..shift.lens import family_shares
 from .fit import center_crop, predict
 from .strategy import drop_blocks, needs_weights, strategy_options
 from .task import Task, TaskData
@@ -43,11 +47,12 @@ class Monitor:
         window: tuple = (),  # voxels, d h w: predict by sliding windows; empty: whole volumes
         picture: Callable[[], Tensor] | None = None,  # (h, w): a slice of one test case as it is answered now
         shown: frozenset[int] = frozenset(),  # epochs at which that is kept
+        most: int | None = LOOKED_AT,  # test cases whose features are compared; None: all
     ):
         self.model, self.task, self.data, self.progress = model, task, data, progress
         self.answer = answer or (lambda split: predict(model, data[split].inputs, window=window))
         # whose features are compared
-        self.seen = center_crop(data["test"].inputs[:LOOKED_AT, :model.backbone.in_channels], window)
+        self.seen = center_crop(data["test"].inputs[:most, :model.backbone.in_channels], window)
         self.frozen = not any(p.requires_grad for p in model.backbone.parameters())
         self.before = self.after = None  # layer → features, at the start and now
         self.meter, self.seconds = meter or Meter(), 0.0
@@ -143,3 +148,17 @@ def d2p_snapshots(
         {"when": when, **at, **row} for when, (at, features) in found.items()
         for row in distances_to(features, spec, watch)
     ]
+
+# %% ../../nbs/6_tune/08_monitor.ipynb #5494592a
+def radiomic_shares(
+    spec: RunSpec,  # what the run is
+    watch: Monitor,  # after the fit, with the features of all test cases
+    random: dict[str, Tensor],  # from random_features
+    cohort: Cohort,  # the cases of the run
+) -> pd.DataFrame | None:  # of family_shares; None where the study does not ask
+    "Measure what the embedding tells of radiomic values before and after tuning, and with random weights."
+    if not spec.radiomics: return None
+    moments = {"before": watch.before, "after": watch.after, "random": random}
+    last, test = list(watch.before)[-1], watch.data["test"]
+    values = {when: features[last].double().numpy() for when, features in moments.items()}
+    return family_shares(radiomics_table(cohort, "test"), values, list(test.names), list(test.patients))

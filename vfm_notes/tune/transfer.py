@@ -8,7 +8,8 @@ __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_s
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
            'shown_slice', 'shown_volumes', 'case_pictures', 'shown_at', 'shown_prediction', 'train_run', 'Measured',
            'run_cost', 'measure', 'weights_files', 'head_facts', 'control_key', 'control_rows', 'hand_made_scores',
-           'overlap_facts', 'own_grid_notes', 'beside_control', 'describe_input', 'summarise', 'transfer']
+           'overlap_facts', 'own_grid_notes', 'beside_control', 'describe_input', 'summarise', 'facts_so_far',
+           'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -35,6 +36,7 @@ from ..data.loader import Loader, cohort_moments, normalise
 from ..foundation.meter import Meter, epoch_seconds
 from ..foundation.plugins import load_plugins
 from ..foundation.registry import VfmError, scores
+from ..foundation.shutdown import Paused
 from ..foundation.spec import RunSpec, Spec, canonical_text
 from ..nets.decoder import Network
 from ..nets.files import forward_flops
@@ -47,7 +49,7 @@ from .probe import CachedHead, cache_features
 from .strategy import Tuning, apply_strategy, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
 from vfm_notes.tune.monitor import (
-    EARLY_SHARE, Monitor, d2p_snapshots, final_distances, random_features, under_ceiling,
+    EARLY_SHARE, LOOKED_AT, Monitor, d2p_snapshots, final_distances, radiomic_shares, random_features, under_ceiling,
 )
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #ffa5adb5
@@ -61,6 +63,7 @@ class RunResult:
     pictures: dict = field(default_factory=dict)  # input, target, prediction: h w, a slice of one test case
     weights: dict = field(default_factory=dict)  # state dict of the tuned model
     adapters: dict = field(default_factory=dict)  # low-rank updates by layer, which are in `weights`, too
+    radiomics: pd.DataFrame | None = None  # what features tell of radiomic values, see shift.lens
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #890ffed7
 JUDGED = ("val", "test")  # splits that all seeds share
@@ -412,8 +415,9 @@ def train_run(
     batches = training_batches(run.seen["train"], replace(spec, window=run.window), changes)
     def answer(split: str) -> Tensor: return predict(run.net, run.seen[split].inputs, window=run.window)
     shown = shown_at(spec) if run.task.dense else frozenset()
+    most = None if spec.radiomics else LOOKED_AT
     watch = Monitor(run.model, run.task, run.data, progress, answer, run.meter, spec.window,
-                    partial(shown_prediction, run), shown)
+                    partial(shown_prediction, run), shown, most)
     if run.tuning.steps:
         early = math.ceil(EARLY_SHARE * spec.epochs * len(batches)), watch.early
         groups = run.tuning.groups(run.model, spec.lr, spec.weight_decay)
@@ -434,6 +438,7 @@ class Measured:
     cost: dict  # seconds, memory, parameters, operations
     shown: dict  # case and slice of the pictures
     pictures: dict  # name → h w
+    radiomics: pd.DataFrame | None  # of shift.lens
 
 def run_cost(
     run: Prepared,  # data and network
@@ -463,7 +468,9 @@ def measure(
     last, others = (
         under_ceiling(rows, top) for rows in (final_distances(run.spec, watch), d2p_snapshots(run.spec, watch, random))
     )
-    return Measured(cases, undefined, last, others, run_cost(run, trained), *case_pictures(task, output, data["test"]))
+    lens = radiomic_shares(run.spec, watch, random, run.cohort)
+    shown = case_pictures(task, output, data["test"])
+    return Measured(cases, undefined, last, others, run_cost(run, trained), *shown, lens)
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #60f10326
 def weights_files(
@@ -583,7 +590,24 @@ def summarise(
     cases = pd.concat([measured.cases, control.assign(metric=CONTROL + control.metric)], ignore_index=True)
     adapters = {k: v.numpy() for k, v in run.tuning.adapters.items()}
     pictures = measured.pictures | {f"epoch {e}": v.numpy() for e, v in watch.carried["shown"].items()}
-    return RunResult(summary, trained.curves, cases, features, pictures, weights, adapters)
+    return RunResult(summary, trained.curves, cases, features, pictures, weights, adapters, measured.radiomics)
+
+# %% ../../nbs/6_tune/09_transfer.ipynb #18bde005
+def facts_so_far(
+    run: Prepared,  # data and network
+    paused: Paused,  # how far it is
+) -> dict:  # fields of its record
+    "Return what is known of a run that halts before its end."
+    task, seconds = run.task, max(row[1] for row in paused.rows)
+    run.meter.lap()
+    run.meter.memory.stop()
+    total = sum(part["total"] for part in run.meter.carried["spent"].values())
+    return {
+        "primary": task.primary, "directions": {m: metric_card(m).direction for m in task.metrics},
+        "units": {m: task.unit(m) for m in task.metrics}, "n": {k: len(v) for k, v in run.data.items()},
+        "train_cases": list(run.data["train"].names), "overlap": overlap_facts(run),
+        "cost": {"seconds": {"total": total, "training": seconds + run.seconds["features"]}},
+    }
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #b616971a
 def transfer(
@@ -596,5 +620,8 @@ def transfer(
 ) -> RunResult:
     "Fine-tune, test and measure: everything a record keeps."
     run = prepare(spec, state, start)
-    trained = train_run(run, progress, keeper)
+    try: trained = train_run(run, progress, keeper)
+    except Paused as paused:
+        paused.facts = facts_so_far(run, paused)
+        raise
     return summarise(run, trained, measure(run, trained))
