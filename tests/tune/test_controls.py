@@ -8,7 +8,7 @@ from vfm_notes.data.cohort import CohortCard
 from vfm_notes.foundation.registry import VfmError
 from vfm_notes.tune.case_task import Classification
 from vfm_notes.tune.task import Segmentation, TaskData, contrast_statistics
-from vfm_notes.tune.transfer import case_pictures
+from vfm_notes.tune.monitor import case_pictures
 
 CARD = CohortCard("made", "Made", "Apache-2.0", "here", "none", ("dwi", "adc"), ("background", "gland", "lesion"),
                   ("low", "high"), (3.0, 1.0, 1.0))

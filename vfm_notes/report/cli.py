@@ -88,6 +88,8 @@ TimeLimitOption = Annotated[
 TemplatesOption = Annotated[
     Path | None, typer.Option(help="A folder with one's own pretrain.ipynb, transfer.ipynb, external.ipynb.")
 ]
+
+# %% ../../nbs/9_report/22_cli.ipynb #6bbafcd4
 ProfileOption = Annotated[
     Path | None,
     typer.Option(
@@ -188,9 +190,9 @@ def show_races(
     "Show who would race whom, and what such choices risked elsewhere."
     from vfm_notes.analysis.risk import risk_lines
     from vfm_notes.foundation.spec import load_study
-    from vfm_notes.runs.race import KEEP, check_halving, plan_lines, planned_races
+    from vfm_notes.runs.race import KEEP, check_halving, planned_races, race_lines
     check_halving(keep or KEEP, shard)
-    print(*plan_lines(*planned_races(load_study(study), only, seeds, templates), keep or KEEP), sep="\n")
+    print(*race_lines(*planned_races(load_study(study), only, seeds, templates), keep or KEEP), sep="\n")
     print(*risk_lines(keep or KEEP), sep="\n")
 
 def run_races(

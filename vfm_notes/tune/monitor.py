@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOOKED_AT', 'SATURATED', 'ANOTHER', 'EARLY_SHARE', 'Monitor', 'random_features', 'under_ceiling', 'distances_to',
-           'final_distances', 'd2p_snapshots', 'radiomic_shares']
+           'final_distances', 'd2p_snapshots', 'radiomic_shares', 'shown_slice', 'shown_volumes', 'case_pictures',
+           'shown_at']
 
 # %% ../../nbs/6_tune/08_monitor.ipynb #885e2c15
 import math
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -162,3 +164,47 @@ def radiomic_shares(
     last, test = list(watch.before)[-1], watch.data["test"]
     values = {when: features[last].double().numpy() for when, features in moments.items()}
     return family_shares(radiomics_table(cohort, "test"), values, list(test.names), list(test.patients))
+
+# %% ../../nbs/6_tune/08_monitor.ipynb #d8d8f0e1
+def shown_slice(
+    target: Tensor,  # of the test cases
+) -> tuple[int, int]:  # case, slice
+    "Choose by the targets alone what is shown: the first case with the last class, where that is largest."
+    if target.ndim != 4: return 0, target.shape[2] // 2 if target.ndim == 5 else 0
+    area = (target == target.max()).sum((2, 3))  # n d
+    case = int(area.any(1).int().argmax())
+    return case, int(area[case].argmax())
+
+def shown_volumes(
+    task: Task,  # a task of the study
+    output: Tensor,  # of the shown case alone
+    data: TaskData,  # the test cases
+    case: int,  # which of them
+) -> dict[str, np.ndarray]:  # name → d h w
+    "Return what a task shows of a case."
+    one = slice(case, case + 1)
+    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
+    return {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output, alone).items()}
+
+def case_pictures(
+    task: Task,  # a task of the study
+    output: Tensor,  # of the test cases
+    data: TaskData,  # the test cases
+) -> tuple[dict, dict]:  # case and slice; name → h w
+    "Keep a slice of one test case: the same one for all runs of a task, so that their answers can stand side by side."
+    case, k = shown_slice(data.target)
+    volumes = shown_volumes(task, output[case:case + 1], data, case)
+    if data.target.ndim < 4: k = len(volumes["input"]) // 2
+    pictures = {name: np.float32(v[k]) for name, v in volumes.items()}
+    classes = list(task.card.classes) if data.target.ndim == 4 else []
+    return {"case": data.names[case], "slice": k, "spacing": list(data.spacing), "classes": classes}, pictures
+
+
+# %% ../../nbs/6_tune/08_monitor.ipynb #52488c19
+def shown_at(
+    spec: RunSpec,  # what the run is
+) -> frozenset[int]:  # epochs, the first and the last among them
+    "Spread the epochs at which the shown slice is kept over a run."
+    steps = max(spec.shown_epochs - 1, 1)
+    return frozenset(round(spec.epochs * (i if spec.shown_epochs > 1 else 1) / steps) for i in range(spec.shown_epochs))
+

@@ -6,10 +6,9 @@
 __all__ = ['JUDGED', 'RunResult', 'asked_of', 'prepared', 'run_cohort', 'input_scale', 'run_data', 'network_input_size',
            'grid_of', 'build_model', 'tuned_model', 'Memo', 'cache_key', 'center_windows', 'transferability_scores',
            'recalibrate_batchnorm', 'frozen_data', 'Prepared', 'prepare', 'Trained', 'remember_cases', 'training_notes',
-           'shown_slice', 'shown_volumes', 'case_pictures', 'shown_at', 'shown_prediction', 'train_run', 'Measured',
-           'run_cost', 'measure', 'weights_files', 'head_facts', 'control_key', 'control_rows', 'hand_made_scores',
-           'overlap_facts', 'own_grid_notes', 'beside_control', 'describe_input', 'summarise', 'facts_so_far',
-           'transfer']
+           'shown_prediction', 'train_run', 'Measured', 'run_cost', 'measure', 'weights_files', 'head_facts',
+           'control_key', 'control_rows', 'hand_made_scores', 'overlap_facts', 'own_grid_notes', 'beside_control',
+           'describe_input', 'summarise', 'facts_so_far', 'transfer']
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #7ad7255b
 import math
@@ -49,7 +48,8 @@ from .probe import CachedHead, cache_features
 from .strategy import Tuning, apply_strategy, needs_weights, strategy_options
 from .task import Task, TaskData, build_task
 from vfm_notes.tune.monitor import (
-    EARLY_SHARE, LOOKED_AT, Monitor, d2p_snapshots, final_distances, radiomic_shares, random_features, under_ceiling,
+    EARLY_SHARE, LOOKED_AT, Monitor, case_pictures, d2p_snapshots, final_distances, radiomic_shares, random_features,
+    shown_at, shown_slice, shown_volumes, under_ceiling,
 )
 
 # %% ../../nbs/6_tune/09_transfer.ipynb #ffa5adb5
@@ -352,49 +352,7 @@ def training_notes(
         f"that size (overlap {OVERLAP}, Gaussian blending), features from the middle of each case"
     ]
 
-# %% ../../nbs/6_tune/09_transfer.ipynb #d8d8f0e1
-def shown_slice(
-    target: Tensor,  # of the test cases
-) -> tuple[int, int]:  # case, slice
-    "Choose by the targets alone what is shown: the first case with the last class, where that is largest."
-    if target.ndim != 4: return 0, target.shape[2] // 2 if target.ndim == 5 else 0
-    area = (target == target.max()).sum((2, 3))  # n d
-    case = int(area.any(1).int().argmax())
-    return case, int(area[case].argmax())
-
-def shown_volumes(
-    task: Task,  # a task of the study
-    output: Tensor,  # of the shown case alone
-    data: TaskData,  # the test cases
-    case: int,  # which of them
-) -> dict[str, np.ndarray]:  # name → d h w
-    "Return what a task shows of a case."
-    one = slice(case, case + 1)
-    alone = TaskData(data.inputs[one], data.target[one], data.names[one], data.patients[one], data.spacing)
-    return {name: v[0] if v[0].ndim == 3 else v[0][0] for name, v in task.pictures(output, alone).items()}
-
-def case_pictures(
-    task: Task,  # a task of the study
-    output: Tensor,  # of the test cases
-    data: TaskData,  # the test cases
-) -> tuple[dict, dict]:  # case and slice; name → h w
-    "Keep a slice of one test case: the same one for all runs of a task, so that their answers can stand side by side."
-    case, k = shown_slice(data.target)
-    volumes = shown_volumes(task, output[case:case + 1], data, case)
-    if data.target.ndim < 4: k = len(volumes["input"]) // 2
-    pictures = {name: np.float32(v[k]) for name, v in volumes.items()}
-    classes = list(task.card.classes) if data.target.ndim == 4 else []
-    return {"case": data.names[case], "slice": k, "spacing": list(data.spacing), "classes": classes}, pictures
-
-
-# %% ../../nbs/6_tune/09_transfer.ipynb #52488c19
-def shown_at(
-    spec: RunSpec,  # what the run is
-) -> frozenset[int]:  # epochs, the first and the last among them
-    "Spread the epochs at which the shown slice is kept over a run."
-    steps = max(spec.shown_epochs - 1, 1)
-    return frozenset(round(spec.epochs * (i if spec.shown_epochs > 1 else 1) / steps) for i in range(spec.shown_epochs))
-
+# %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
 def shown_prediction(
     run: Prepared,  # as its network is now
 ) -> Tensor:  # (h, w), half precision
@@ -404,7 +362,6 @@ def shown_prediction(
     slices = shown_volumes(run.task, output, run.data["test"], case)["prediction"]
     return torch.from_numpy(np.float16(slices[k]))
 
-# %% ../../nbs/6_tune/09_transfer.ipynb #4135f7b3
 def train_run(
     run: Prepared,  # its model is changed in place
     progress: Callable[[int, float], None] = lambda epoch, score: None,  # called after every epoch
