@@ -17,7 +17,7 @@ FIELDS = {"study", "title", "cohort", "date", "commit", "data", "weights", "aske
 def kept(tmp_path, monkeypatch, bundle):
     "The file beside the pages, with this bundle alone."
     monkeypatch.setattr(ours, "report_notebooks", lambda: [tmp_path/"index.ipynb"])
-    (tmp_path/ours.REFERENCE).write_text(json.dumps({"rows": [bundle]}), encoding="utf-8")
+    (tmp_path/ours.OUR_RESULTS).write_text(json.dumps({"rows": [bundle]}), encoding="utf-8")
 
 
 def test_ours_stand_beside_yours_with_what_was_asked_otherwise(two, monkeypatch):
@@ -61,7 +61,7 @@ def test_one_kept_bundle_made_again(two, monkeypatch):
     again = ours.results_bundle(load_study("a.yaml"))
     assert made["rows"][0] == json.loads(json.dumps(again)) and set(again) == FIELDS
     assert again["asked"]["budget"]["epochs"] == 2 and again["cohort"] == "phantom"
-    beside = json.loads((report_notebooks()[0].parent/ours.REFERENCE).read_text(encoding="utf-8"))
+    beside = json.loads((report_notebooks()[0].parent/ours.OUR_RESULTS).read_text(encoding="utf-8"))
     assert beside["rows"] and all(set(b) == FIELDS and b["cells"] and b["data"] for b in beside["rows"])
     for b in beside["rows"]:
         study = load_study(b["study"])

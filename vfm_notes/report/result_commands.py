@@ -262,6 +262,7 @@ def bundle_of(
                        f"table {other} --json > results.json.")
     return found, f"ours, {found['date']}, commit {(found['commit'] or 'unknown')[:8]}"
 
+# %% ../../nbs/9_report/20_result_commands.ipynb #19470675
 def asked_words(
     row: dict,  # from analysis.ours.side_by_side
 ) -> str:  # "" where both asked the same
