@@ -210,7 +210,7 @@ def failures(
     lines = [state_line("failed", id, error) for id, error in list(summary.failed.items())[:shown]]
     if len(summary.failed) > shown:
         lines.append(f"failed  {len(summary.failed) - shown} more; for all with their errors: "
-                     f"vfm table {typed or summary.study} -o failed.csv")
+                     + shlex.join(["vfm", "table", typed or summary.study, "-o", "failed.csv"]))
     lines += [state_line("failed", job, f"its runs are done, but not the notebook, in {error}")
               for job, error in list(summary.problems.items())[:shown]]
     if len(summary.problems) > shown:
