@@ -282,11 +282,10 @@ def test_an_own_network_and_own_weights_from_the_wheel_to_a_report(walked):
     assert all(torch.equal(v, given[f"model.{k}"]) for k, v in kept.items())
     records = [json.loads(p.read_text(encoding="utf-8")) for p in (root/"mine"/"runs"/"own").glob("*/record.json")]
     tuned = next(r for r in records if r["spec"]["strategy"] == "full")
-    assert [f["source_sha256"] for f in tuned["weights_files"]] == [hashlib.sha256(
-        (root/"lab.ckpt").read_bytes()).hexdigest()]
+    made = hashlib.sha256((root/"weights"/"lab_cnn.lab.safetensors").read_bytes()).hexdigest()
+    assert [f["source_sha256"] for f in tuned["weights_files"]] == [made]
     assert list(tuned["spec"]["plugins"]) == ["my_code.py"] and len(records) == 2
-    assert "CNN of the lab" in (root/"mine"/"_site"/"backbones.html").read_text(encoding="utf-8") or (
-        "lab_cnn" in (root/"mine"/"_site"/"index.html").read_text(encoding="utf-8"))
+    assert "lab_cnn.lab" in (root/"mine"/"_site"/"runs.html").read_text(encoding="utf-8")
 
 
 def test_answers_on_scans_never_seen_lie_where_other_libraries_look(walked):

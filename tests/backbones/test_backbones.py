@@ -102,7 +102,7 @@ def test_wrong_input_is_refused(model):
     if getattr(model, "ragged", False):  # fills up at the edge by itself
         with torch.no_grad(): assert model.eval().embed(x[..., :-1]).shape == (len(x), model.embed_dim)
     else:
-        with pytest.raises(VfmError, match=re.escape(f"pass size={tuple(x.shape[2:])}")): model.embed(x[..., :-1])
+        with pytest.raises(VfmError, match=re.escape(f"write size: {list(x.shape[2:])} in")): model.embed(x[..., :-1])
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if backbone_card(n).toy])

@@ -307,7 +307,7 @@ def test_weights_that_are_not_those_of_the_record_are_refused(made, places):
     path = run_folder("mine", run_id(SPEC))/"weights.safetensors"
     with safe_open(path, "pt") as file: metadata = file.metadata()
     save_file({k: v + 1 for k, v in load_file(path).items()}, path, metadata)
-    with pytest.raises(VfmError, match=r"weights\.safetensors is damaged .*'vfm run mine --retry-failed'"):
+    with pytest.raises(VfmError, match=r"weights\.safetensors is damaged .* study file of 'mine' and --retry-failed"):
         starting_weights.initial_weights(spec, "mine")
 
 

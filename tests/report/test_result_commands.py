@@ -133,3 +133,7 @@ def test_hints_repeat_what_was_typed(two, monkeypatch):
 def test_studies_are_completed_by_their_files(two):
     from vfm_notes.report.data_commands import study_names
     assert study_names("a") == ["a.yaml"] and "phantom" in study_names("ph")
+    from vfm_notes.report.cli import failures
+    from vfm_notes.runs.batch import Summary
+    many = failures(Summary("a", failed={f"r{i}": "E: x" for i in range(12)}), typed="my studies/a.yaml")
+    assert many[-1] == "failed  2 more; for all with their errors: vfm table 'my studies/a.yaml' -o failed.csv"

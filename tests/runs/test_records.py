@@ -211,7 +211,7 @@ def test_what_a_bad_disk_does_is_found_where_it_is_read(runs_root, monkeypatch):
     write()
     flip(folder/"curves.parquet", hidden=True)
     assert len(read_records("s")) == 1  # a look opens no file
-    with pytest.raises(DamagedFile, match="curves.parquet is damaged .* 'vfm run s --retry-failed'"):
+    with pytest.raises(DamagedFile, match="curves.parquet is damaged .* study file of 's' and --retry-failed"):
         read_table("s", id, "curves")
     assert read_table("s", id, "cases") is not None and repair("s", [id]) == [id]
     write()

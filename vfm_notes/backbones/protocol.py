@@ -88,9 +88,9 @@ class Backbone(nn.Module):
             raise VfmError(f"Backbone '{self.name}' was built for {self.in_channels} channels, b c d h w, and got "
                            f"{tuple(x.shape)}: pass in_channels={x.shape[1] if x.ndim > 1 else '?'} when building it.")
         if not self.ragged and any(s % t for s, t in zip(x.shape[2:], self.strides[-1])):
-            fits = tuple(-(-s // t) * t for s, t in zip(x.shape[2:], self.strides[-1]))
+            fits = [-(-s // t) * t for s, t in zip(x.shape[2:], self.strides[-1])]
             raise VfmError(f"Backbone '{self.name}' needs a size (d, h, w) divisible by {self.strides[-1]}, not "
-                           f"{tuple(x.shape[2:])}: pass size={fits}, the next that fits.")
+                           f"{tuple(x.shape[2:])}: write size: {fits} in the study file, the next that fits.")
         return x
 
 # %% ../../nbs/3_backbones/01_protocol.ipynb #3fd27d51

@@ -319,7 +319,8 @@ def damage(
 ) -> DamagedFile:
     "Return the error that names a damaged file of a run."
     return DamagedFile(f"{path} is damaged (it is not what its record was stored with): "
-                       f"'vfm run {path.parent.parent.name} --retry-failed' computes this run again.")
+                       f"'vfm run' with the study file of '{path.parent.parent.name}' and --retry-failed computes this "
+                       "run again.")
 
 def check_companion(
     path: Path,  # runs/STUDY/<run id>/FILE
