@@ -47,7 +47,7 @@ def test_its_page_says_from_which_commit(entry):
     assert pages
     for text in pages:
         source = "".join("".join(c["source"]) for c in json.loads(text)["cells"])
-        assert re.search(rf"commit_words\([^)]*{re.escape(entry.file)}", source)
+        assert re.search(rf"(commit_words|shipped)\([^)]*{re.escape(entry.file)}", source)
         assert re.search(r"needs: \[.*\bevidence\b", source)
 
 

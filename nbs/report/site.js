@@ -139,10 +139,12 @@
   const linkRows = (table) => {
     const heads = headsOf(table), at = (...names) => names.map((n) => heads.indexOf(n)).find((i) => i >= 0) ?? -1;
     const task = at("task"), backbone = at("backbone", "weights", "tuned with"), n = at("n_train", "training cases");
-    if (task < 0 && backbone < 0) return;
+    const of = (table.closest("[data-task]") || { dataset: {} }).dataset;  // what stands around a table holds for all of its rows
+    if (task < 0 && backbone < 0 && !of.task) return;
     for (const row of table.tBodies[0].rows) {
       const said = (i) => (i < 0 || !row.cells[i] ? undefined : row.cells[i].textContent.trim());
-      const to = leadsTo({ task: said(task), backbone: said(backbone), n_train: said(n) }), first = backbone >= 0 && said(backbone) ? backbone : task;
+      const to = leadsTo({ task: said(task) || of.task, backbone: said(backbone) || of.backbone, n_train: said(n) || of.n });
+      const first = backbone >= 0 && said(backbone) ? backbone : task;
       Array.from(row.cells).forEach((c, i) => {
         if (i !== first && !/^[<>≈~±+−-]?\s?\d/.test(c.textContent.trim())) return;
         const a = linked(c, to);
@@ -167,10 +169,27 @@
       }));
     }
   };
+  const SOURCES = [[/^Convergence\b/, "convergence.html"], [/^Distance\b/, "alignment.html"], [/^Known before\b/, "prediction.html"]];
+  const linkFinding = (li) => {  // a finding that names no backbone leads to the page of its numbers, there to the runs
+    if (li.querySelector("a") || !/\d/.test(li.textContent)) return;
+    const said = li.textContent.trim(), page = (SOURCES.find(([r, p]) => r.test(said) && !location.pathname.endsWith(p)) || [])[1];
+    const task = cells.tasks.filter((t) => new RegExp("\\b" + t + "\\b", "i").test(said)), a = document.createElement("a");
+    a.href = page || runsOf(task.length === 1 ? { task: task[0] } : {});
+    a.textContent = page ? "Numbers" : "Runs";
+    (li.querySelector("div") || li).append(" ", a);
+  };
+  ready(() => {  // on the page of runs a result leads to the notebook of its row
+    if (!/\/runs\.html$/.test(location.pathname)) return;
+    for (const table of $$("table.vfm-table")) {
+      const i = headsOf(table).indexOf("result"), j = headsOf(table).indexOf("notebook");
+      if (i >= 0 && j >= 0) for (const row of table.tBodies[0].rows) linked(row.cells[i], (row.cells[j].querySelector("a") || {}).href);
+    }
+  });
   ready(() => {
     if (!cells.backbones.length || /\/(runs|run-[^/]*)\.html$/.test(decodeURIComponent(location.pathname))) return;
     $$("table.vfm-table").forEach(linkRows);
     $$(".vfm-lead, .vfm-findings > li").forEach(linkNames);
+    if (!document.querySelector(".vfm-shipped")) $$(".vfm-findings > li").forEach(linkFinding);
   });
 
   // ---- words of the glossary: what they mean, when pointed at or reached

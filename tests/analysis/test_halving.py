@@ -62,7 +62,7 @@ def test_curves_that_know_and_curves_that_mislead(runs_root):
     assert table.loc[("validation", 0.01)].pairs == 0 and table.loc[("validation", 0.02)].pairs == 0
     assert table.loc[("loss", 0.1)].right == 1 and table.loc[("distance", 0.1)].right == 0  # its sign is fixed
     assert set(table.index.get_level_values(0)) == set(EARLY) and len(table) == len(EARLY) * len(SHARES)
-    assert early_words(table.reset_index())[0].startswith("After 5% of the epochs the validation curve has 18 of 18")
+    assert early_words(table.reset_index())[0].startswith("After 5 % of the epochs the validation curve has 18 of 18")
 
 
 def test_halving_finds_the_best_and_says_what_it_risked(runs_root):

@@ -12,7 +12,7 @@ from vfm_notes.analysis.crossed import CrossedAssociation, crossed_words, crosse
 from vfm_notes.analysis.findings import convergence_finding, name_extremes, gain_findings, gain_words
 from vfm_notes.analysis.mixed import MixedModel
 from vfm_notes.analysis.prediction import prediction_finding, prediction_verdict
-from vfm_notes.analysis.findings import backbone_verdict
+from vfm_notes.analysis.findings import backbone_verdict, sooner_ends
 from vfm_notes.analysis.tradeoff import search_words
 from vfm_notes.analysis.tradeoff import axis_words
 from vfm_notes.report.figures import alignment_title, gain_cells, gain_finding, gain_matrix
@@ -297,3 +297,8 @@ def test_a_search_in_words(taus, same):
         "never changes" if all(same) else f"changes in {2 - sum(same)} of 2"
     )
     assert f"mean Kendall's τ {'+' if np.mean(taus) >= 0 else '−'}{abs(np.mean(taus)):.2f}" in said
+
+
+def test_an_interval_of_epochs_needs_no_signs():
+    assert sooner_ends(-1.2, -0.1) == "0.1 to 1.2 later" and sooner_ends(0.1, 2) == "0.1 to 2.0 sooner"
+    assert sooner_ends(-1, 2) == "1.0 later to 2.0 sooner" and sooner_ends(0, 2) == "0.0 to 2.0 sooner"

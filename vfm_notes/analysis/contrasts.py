@@ -48,7 +48,8 @@ def cell_scores(
             )
         )
     for key, runs in known.groupby(CELL, sort=False, dropna=False):
-        first = {c: runs[c].iloc[0] for c in ("metric", "direction", "unit", "control") if c in runs}
+        first = {c: runs[c].iloc[0] for c in ("metric", "direction", "unit") if c in runs}
+        if "control" in runs: first["control"] = float(runs.control.mean())  # it may learn from each seed's own cases
         pair = pair_cases(cases, runs, runs, first["metric"], int(first["direction"]))
         found = {"reason": pair, "n_cases": 0} if isinstance(pair, str) else {"reason": "", "n_cases": pair.n_cases}
         own = None if isinstance(pair, str) else score_interval(pair, first["metric"])

@@ -179,7 +179,9 @@ def drawers(
         change = f"{r.value} {r.interval}" + f" {unit}" * bool(unit and r.learned)
         said = f"{readable_name(r.task)}, {r.backbone}, {r.strategy}: {change}"
         out.append(
-            f'<details class="vfm-drawer" id="{cell_anchor(r)}"><summary>{text(said)}</summary>{inner}</details>'
+            f'<details class="vfm-drawer" id="{cell_anchor(r)}" data-task="{html.escape(readable_name(r.task))}" '
+            f'data-backbone="{html.escape(r.backbone)}" data-n="{r.n_train}">'
+            f'<summary>{text(said)}</summary>{inner}</details>'
         )
     return Block("".join(out))
 
