@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNGS', 'KEEP', 'rung_epochs', 'losers', 'races', 'Race', 'races_of', 'score_at', 'cell_score', 'Standing',
-           'standing', 'later_seconds', 'saved_seconds', 'plan_lines', 'standing_line', 'check_halving',
+           'standing', 'later_seconds', 'saved_seconds', 'race_lines', 'standing_line', 'check_halving',
            'planned_races', 'race_study', 'race_words']
 
 # %% ../../nbs/7_runs/13_race.ipynb #27ad378d
@@ -120,7 +120,7 @@ def standing(
     keep: float = KEEP,  # share that goes on
     absent: Iterable[str] = (),  # cells that cannot be computed, which nobody waits for
 ) -> Standing:
-    "Decide as far as the records go."
+    "Return how a race stands, decided as far as the records go."
     now = Standing(race, race.epochs, [c for c in race.cells if c not in absent])
     for at in rung_epochs(race.epochs):
         scores = {c: cell_score([score_at(study, records.get(run_id(s)), at) for s in race.cells[c]])
@@ -160,7 +160,7 @@ def saved_seconds(
     return sum(left), len(own)
 
 # %% ../../nbs/7_runs/13_race.ipynb #5050bab3
-def plan_lines(
+def race_lines(
     held: list[Race],  # of a study
     others: list[RunSpec],  # runs that do not race
     keep: float = KEEP,  # share that goes on
