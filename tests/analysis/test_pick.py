@@ -4,7 +4,7 @@ import pytest
 from test_prediction import small
 
 from vfm_notes.analysis.pick import (
-    BLIND, RANK, SIZE, Pick, against_words, best_pick_words, pick_questions, pick_rows, pick_words, picks,
+    BLIND, RANK, SIZE, Pick, against_words, pick_questions, pick_rows, pick_words, picks, truly_best,
 )
 from vfm_notes.analysis.prediction import cell_outcomes
 from vfm_notes.analysis.public_matrix import REFERENCE
@@ -56,7 +56,7 @@ def test_size_and_other_tasks_are_asked_on_the_same_backbones(tables, task):
     assert all(q.backbones == ("b.x", "c.x") for own in asked.values() for q in own)
     assert set(asked) == {RANK, SIZE, REFERENCE}
     found = {p.method: p for p in picks(two, tables, draws=5)}
-    assert found[SIZE].picked == "b.x" and best_pick_words(two, tables)[0].endswith("of 2 backbones")
+    assert found[SIZE].picked == "b.x" and truly_best(two, tables)[0].endswith("of 2 backbones")
 
 
 def test_a_task_that_nobody_fine_tuned(tables, runs_root):
