@@ -234,7 +234,7 @@ def show_plan(
     from vfm_notes.runs.notebook import known_conflicts
     from vfm_notes.runs.record import damage_lines, scan_records
     from vfm_notes.runs.watch import job_status, measure_speeds, time_left
-    from vfm_notes.tune.conflicts import overlap_lines
+    from vfm_notes.tune.conflicts import estimate_lines, overlap_lines
     from vfm_notes.tune.study_names import weights_problems
     spec = load_study(study)
     jobs = shard_jobs(jobs_of(spec, only, templates), part)
@@ -256,6 +256,7 @@ def show_plan(
     for sentence in weights_problems(spec):
         if sentence not in found: print(f"missing: {sentence}")
     for line in overlap_lines(spec): print(line)
+    for line in estimate_lines(spec, [s for j in todo for s in j.specs]): print(line)
     if executor == "slurm":
         from vfm_notes.runs.slurm import job_script, slurm_settings
         print(f"\nThe script that Slurm is given; lines below '# setup' and '# command' are run by the "
