@@ -20,6 +20,8 @@ $(READY): settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vfm_notes needs Python 3.11 or newer; found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[radiomics]" 2>/dev/null \
+	|| echo "Environment: pyradiomics could not be built here (it needs a C compiler); studies with 'radiomics: true' need it, its tests will be skipped"
 	@touch $@
 
 report: $(READY)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from published import published_keys
+from slurm_cluster import absent, cluster
 from test_guides import TEXTS
 
 from vfm_notes.data.layouts_mri import picai_example, prostate158_example
@@ -36,9 +37,8 @@ def smaller(text: str) -> str:
     return text.split("leave_out:")[0] + text[text.index("external:"):]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("guide")
+def made_folder(place: Path) -> Path:
+    "Raw data in their layouts, weights, study and profile, as the guide expects them."
     for name, example in (("picai", picai_example), ("prostate158", prostate158_example)):
         (place / "raw" / name).mkdir(parents=True)
         example(place / "raw" / name)
@@ -49,6 +49,10 @@ def folder(tmp_path_factory) -> Path:
     (place / "studies" / "prostate_full.yaml").write_text(text, encoding="utf-8")
     (place / "cluster.yaml").write_text(next(b for kind, b in BLOCKS if kind == "yaml"), encoding="utf-8")
     return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path: return made_folder(tmp_path_factory.mktemp("guide"))
 
 
 def test_every_command_runs_as_it_stands(folder):
@@ -67,11 +71,49 @@ def test_every_command_runs_as_it_stands(folder):
     assert "weights 'profound_tiny.alpha' and cohort 'picai': seen" in whole
     assert "weights 'provicnet_small.t2' and cohort 'prostate158': unknown" in whole
     assert "missing: weights 'profound_tiny.alpha'" not in whole and "missing: weights 'provicnet_small.adc'" in whole
+    told = re.findall(r"^estimate: backbone '(\w+)', task '(\w+)', .* n_train 2: at least [\d.]+ GiB a step, [\d.]+ "
+                      r"PFLOP a run: [\d.]+ h at 20 TFLOP/s$", whole, re.M)
+    assert {b for b, _ in told} >= {"profound_tiny", "provicnet_small", "dinov2_reg_small"}
+    assert {t for b, t in told if b == "profound_tiny"} == set(load_study("prostate_full").tasks)
     assert {"#SBATCH --gpus-per-node=1", "#SBATCH --time=1440", "#SBATCH --mem=64GB"} <= set(whole.splitlines())
     assert re.search(r"^#SBATCH --array=0-\d+%8$", whole, re.M)
     profiled = said["vfm run prostate_full --dry-run --executor slurm --profile cluster.yaml --only task=segmentation"]
     assert "#SBATCH --partition=gpu" in profiled and "module load cuda" in profiled and "translation" not in profiled
     assert "5 tasks" in said["vfm plan prostate_full"] and "smallest gain" in said["vfm plan prostate_full"]
+
+
+def test_the_first_cells_run_on_a_real_node(tmp_path):
+    """One network with its made checkpoint, all six strategies of a task, submitted by the command of the guide to a
+    Slurm of one node; volumes, epochs and what a job requests are cut to what this machine has."""
+    if reason := absent(): pytest.skip(reason)
+    place = made_folder(tmp_path / "place")
+    study = place / "studies" / "prostate_full.yaml"
+    text = study.read_text(encoding="utf-8")
+    for old, new in (("size: [64, 224, 224]", "size: [16, 32, 32]"), ("epochs: 100,", "epochs: 1,"),
+                     ("precision: bf16,", "precision: 'no',"), ("seeds: [0, 1, 2, 3, 4]", "seeds: [0]"),
+                     ("gpus: 1, time: 1440, memory: 64GB, cpus: 8", "time: 10, memory: '0', cpus: 1")):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    study.write_text(text, encoding="utf-8")
+    vfm = [sys.executable, "-c", "from vfm_notes.report.cli import main; main()"]
+    cells = "kind=transfer,task=segmentation,backbone=profound_tiny.alpha"
+    with cluster(tmp_path / "slurm") as slurm:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("VFM_")}
+        env |= {f"VFM_{k}": str(place / k.lower()) for k in ("DATA", "WEIGHTS", "RUNS")}
+        def call(*words): return subprocess.run([*vfm, *words], cwd=place, env=env, capture_output=True, text=True)
+        made = [call("data", "import", "picai", "raw/picai", "data/picai"),
+                call("weights", "fetch", "profound_tiny.alpha"),
+                call("run", "prostate_full", "--executor", "slurm", "--only", cells)]
+        assert [d.returncode for d in made] == [0, 0, 0], made[-1].stdout[-3000:] + made[-1].stderr[-3000:]
+        jobs = slurm("scontrol", "show", "job").stdout
+        assert jobs.count("JobState=COMPLETED") == 1 and "FAILED" not in jobs, jobs
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in (place / "runs").rglob("record.json")]
+    assert {r["status"] for r in records} == {"done"} and all(r["notebook"] for r in records)
+    strategies = sorted(r["spec"]["strategy"] for r in records)
+    assert strategies == ["decoder", "full", "lora rank=8", "probe", "random", "scratch"]
+    tuned = next(r for r in records if r["spec"]["strategy"] == "full")
+    assert tuned["overlap"]["answer"] == "seen" and tuned["weights_files"][0]["weights"] == "profound_tiny.alpha"
+    assert "dice" in tuned["metrics"] and tuned["n"]["test"] == 2
 
 
 @pytest.mark.parametrize("name,runs", [("prostate_small", 273), ("prostate", 273), ("prostate_full", 965)])

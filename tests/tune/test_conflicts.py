@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from vfm_notes.backbones.keys import build_tiny
 from vfm_notes.foundation.registry import VfmError, backbones, objectives
@@ -20,9 +21,10 @@ from vfm_notes.foundation.spec import PretrainSpec, RunSpec, StudySpec, pretrain
 from vfm_notes.runs.notebook import known_conflicts as of_jobs
 from vfm_notes.runs.notebook import preflight
 from vfm_notes.runs.grid import jobs_of
+from vfm_notes.tune import conflicts as module
 from vfm_notes.tune.conflicts import (
-    cohort_facts, conflicts, empty_network, next_size, read_without_weights, size_conflicts, step_memory,
-    strategy_conflicts,
+    cohort_facts, conflicts, empty_network, estimate_lines, next_size, read_without_weights, size_conflicts,
+    step_memory, strategy_conflicts, training_flops,
 )
 from vfm_notes.tune.strategy import apply_strategy
 from vfm_notes.tune.task import build_task
@@ -173,6 +175,77 @@ def test_all_conflicts_are_told_at_once_and_only_of_what_is_to_be_done(runs_root
     assert of_jobs(replace(wrong, slurm={}), part) == []  # the other network's size is no matter here
 
 
+MIXED = dict(
+    name="mixed", title="Six networks that cannot share a study", size=[10, 36, 36], window=[16, 32, 32],
+    pretrain={"mae": {"backbone": ["profound_toy", "unet_toy"]},
+              "tokens": {"backbone": "provicnet_toy", "objective": "masked_tokens", "options": {"patch": 14}}},
+    backbones=["profound_toy.mae", "unet_toy.mae", "provicnet_toy.t3", "dinov2_small.random", "cnn_3d.random",
+               "swin_unetr_24.random"],
+    tasks={"segmentation": {}, "classification": {}}, specialists={"segmentation": "unet_3"},
+    strategies=["scratch", "full", "lora targets=linear", "top k=9", "knn"], device_memory=1.0,
+    budget={"batch_size": 8},
+)  # cells of 4 x 16 x 16, 8 x 8 x 8, patches of 8 and of 14 (slice by slice), stride 32; weights that nobody made
+SENTENCES = [
+    "Study 'mixed': backbone 'provicnet_toy.t3' needs weights that its 'pretrain' section does not make and that no "
+    "card of published weights names. Did you mean 'provicnet_toy.tokens'? Add them to 'pretrain', or choose from: "
+    "vfm weights list.",
+    "Unknown backbone 'unet_3'. Did you mean 'unet_3d'?",
+    "size [10, 36, 36] does not suit the pretraining of backbone 'profound_toy', whose coarsest cell has 4 x 16 x 16 "
+    "voxels (d, h, w): write size: [16, 48, 48].",
+    "size [10, 36, 36] does not suit the pretraining of backbone 'unet_toy', whose coarsest cell has 8 x 8 x 8 voxels "
+    "(d, h, w): write size: [16, 48, 48].",
+    "size [10, 36, 36] does not suit the pretraining of backbone 'provicnet_toy', whose coarsest cell has 1 x 8 x 8 "
+    "voxels (d, h, w): write size: [16, 48, 48].",
+    "window [16, 32, 32] is larger than size [10, 36, 36]: write window: [10, 32, 32].",
+    "task 'classification' answers once for a whole case, so it cannot be trained on windows [16, 32, 32]: leave out "
+    "the task, or window.",
+    "pretraining 'provicnet_toy.tokens': Masking: patch 14 is not a multiple of the backbone's coarsest cell (1, 8, "
+    "8); name such a multiple or leave it out.",
+    "Strategy 'knn' needs one class per case, and this task answers with voxels; use probe or decoder.",
+    "Strategy 'top': k=9 does not fit backbone 'swin_unetr_24', which has 8 blocks; give a number from 1 to 8.",
+    "Strategy 'top': k=9 does not fit backbone 'cnn_3d', which has 4 blocks; give a number from 1 to 4.",
+    "Strategy 'lora': targets=linear matches no layer of backbone 'cnn_3d'; leave targets out, which suits every "
+    "network, or write targets=conv (conv: 8, all: 8 layers).",
+    "Strategy 'top': k=9 does not fit backbone 'provicnet_toy', which has 3 blocks; give a number from 1 to 3.",
+    "Strategy 'top': k=9 does not fit backbone 'unet_toy', which has 3 blocks; give a number from 1 to 3.",
+    "Strategy 'lora': targets=linear matches no layer of backbone 'unet_toy'; leave targets out, which suits every "
+    "network, or write targets=conv (conv: 6, all: 6 layers).",
+    "Strategy 'top': k=9 does not fit backbone 'profound_toy', which has 5 blocks; give a number from 1 to 5.",
+    "backbone 'swin_unetr_24' needs at least 1.2 GiB for a step of task 'classification' with strategy 'scratch', and "
+    "device_memory is 1: write budget.accumulate: 2.",
+]
+
+
+def test_six_networks_that_cannot_share_a_study_and_what_makes_it_run():
+    """Every sentence, and that doing what they say leaves nothing but the memory of the larger size; then that is
+    solved by its own sentence."""
+    assert [f.partition(" Known:")[0] for f in said(**MIXED)] == SENTENCES
+    done = MIXED | dict(
+        size=[16, 48, 48], window=[], backbones=[b.replace(".t3", ".tokens") for b in MIXED["backbones"]],
+        specialists={"segmentation": "unet_3d"}, strategies=["scratch", "full", "lora", "top k=3", "probe"],
+        pretrain=MIXED["pretrain"] | {"tokens": {"backbone": "provicnet_toy", "objective": "masked_tokens"}},
+        budget={"batch_size": 8, "accumulate": 2},
+    )
+    assert said(**done) == [
+        f"backbone 'swin_unetr_24' needs at least 1.6 GiB for a step of task '{task}' with strategy 'scratch', and "
+        "device_memory is 1: write budget.accumulate: 4." for task in ("classification", "segmentation")
+    ]
+    assert said(**done | {"budget": {"batch_size": 8, "accumulate": 4}}) == []
+
+
+def test_what_radiomic_features_need_is_told(monkeypatch):
+    "Test cases, masks and the extra; each once."
+    monkeypatch.setattr(module, "radiomics_absent", lambda: "no pyradiomics")
+    assert said(radiomics=True) == [
+        "no pyradiomics.",
+        "`radiomics: true` needs 15 test cases, and split 'test' of cohort 'phantom' has 8: set cases.test to 15 or "
+        "more, or leave radiomics out.",
+    ]
+    monkeypatch.setattr(module, "radiomics_absent", lambda: "")
+    assert said(radiomics=True, cases=CASES | {"test": 15}) == []
+    assert said() == []
+
+
 def test_the_size_that_is_proposed_suits_every_network():
     nets = [empty_network(n, 3) for n in ("profound_toy", "unet_toy", "cnn_3d", "provicnet_toy", "efficientnet_toy")]
     size = next_size((5, 33, 47), nets)
@@ -251,6 +324,25 @@ def test_memory_of_a_step_is_what_torch_keeps(name):
     assert step_memory(spec, card) * 2**30 == pytest.approx(kept + 16 * weights, rel=0.1)
     assert step_memory(replace(spec, accumulate=2), card) < step_memory(spec, card)
     assert step_memory(replace(spec, strategy="decoder"), card) < 0.5 * step_memory(spec, card)
+
+
+def test_operations_of_a_run_are_those_of_its_passes():
+    "On numbers: three forward passes a training case and epoch, four with checkpointing, one for what is looked at."
+    card = facts()[0]
+    spec = RunSpec(size=(8, 32, 32), spacing=(6, 2.25, 2.25), cases=CASES, task="segmentation", strategy="scratch",
+                   backbone="profound_toy.random", epochs=5, n_train=8)
+    model = build_model(spec, build_task("segmentation", card, {}), 3).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): model(torch.randn(1, 3, 8, 32, 32))
+    once = counter.get_total_flops()
+    assert training_flops(spec, card) == once * (3 * 5 * 8 + 5 * CASES["val"] + 2 * CASES["test"])
+    assert training_flops(replace(spec, checkpointing=True), card) - training_flops(spec, card) == once * 5 * 8
+    s = study(device_memory=80.0, n_train=[2, 8], budget={"epochs": 5})
+    lines = estimate_lines(s, run_specs(s))
+    hours = once * (3 * 5 * 8 + 5 * CASES["val"] + 2 * CASES["test"]) / 20e12 / 3600
+    assert len(lines) == 1 and lines[0].startswith("estimate: backbone 'profound_toy', task 'segmentation', ")
+    assert f"n_train 8: at least {step_memory(run_specs(s)[0], card):.1f} GiB" in lines[0]
+    assert lines[0].endswith(f"{hours:.1f} h at 20 TFLOP/s")
+    assert estimate_lines(study(), run_specs(study())) == []
 
 
 def test_ungraded_cases_are_told_before_a_classification(tmp_path):

@@ -403,7 +403,8 @@ def lora(
     if not layers[targets]:
         there = [k for k, v in layers.items() if v and k != "auto"]
         do = (
-            f"write targets={there[0]} ({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)"
+            f"leave targets out, which suits every network, or write targets={there[0]} "
+            f"({', '.join(f'{k}: {len(layers[k])}' for k in there)} layers)"
             if there
             else "it has no layer of any kind that low-rank updates can be put beside, so leave this strategy out for "
             "it"
