@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['cell_words', 'gain_words', 'gain_findings', 'pretrained_cells', 'name_extremes', 'sooner_interval', 'sooner_words',
-           'soonest_words', 'convergence_finding', 'findings', 'read_evidence', 'probe_gains', 'join_words',
-           'gain_text', 'could_see', 'backbone_verdict', 'objective_verdict', 'count_helpful', 'count_by_probe',
-           'rounding_words']
+           'sooner_ends', 'soonest_words', 'convergence_finding', 'findings', 'read_evidence', 'probe_gains',
+           'join_words', 'gain_text', 'could_see', 'backbone_verdict', 'objective_verdict', 'count_helpful',
+           'count_by_probe', 'rounding_words']
 
 # %% ../../nbs/8_analysis/11_findings.ipynb #aa277898
 import json
@@ -130,6 +130,16 @@ def sooner_words(
     text = format_value(mean, "sooner", of)
     return f"{text[1:]} epochs {'later' if text[0] == '−' else 'sooner'}" if float(text[1:]) else "as soon"
 
+def sooner_ends(
+    low: float, high: float,  # ends of the interval
+    of: str = "",  # of the estimate
+) -> str:  # "0.1 to 1.2 later"
+    "State an interval of epochs sooner without signs."
+    a, b = format_value(low, "sooner", f"{of}, low"), format_value(high, "sooner", f"{of}, high")
+    ways = ["later" if v[0] == "−" else "sooner" for v in (a, b)]
+    if ways == ["later", "later"]: return f"{b[1:]} to {a[1:]} later"
+    return f"{a[1:]}{' later' * (ways[0] == 'later')} to {b[1:]} sooner"
+
 # %% ../../nbs/8_analysis/11_findings.ipynb #a0792f1b
 def soonest_words(
     t: pd.DataFrame,  # rows of convergence_table of one rule
@@ -166,7 +176,7 @@ def convergence_finding(
     )
     least = smallest_shift(float(t.sooner.std()), len(t)) if sure else np.nan
     if np.isfinite(least): sure += f"; {round_value(least, 1)} epochs would have been seen in 80 of 100 such studies"
-    between = f"95 % interval {format_interval(low, high, 'sooner', of)}; " if np.isfinite(low) else ""
+    between = f"95 % interval {sooner_ends(low, high, of)}; " if np.isfinite(low) else ""
     return (
         f"Convergence: tuned runs reached 95 % of {reference}'s rise in validation score {sooner_words(mean, of)} on "
         f"average ({between}{format_count([len(t)], 'cell', 'cells')}, {runs} runs, {budget} epochs each): sooner in "

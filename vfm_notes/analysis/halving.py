@@ -156,11 +156,11 @@ def halving_words(
     "State what halving would have saved and what it would have risked."
     if not row["pairs"]: return f"Successive halving cannot be replayed: {row['why']}."
     said = (
-        f"Stopping the worse half after {', '.join(f'{s:.0%}' for s in RUNGS)} of the epochs would have spared "
-        f"{format_value(100 * spared, 'percent', 'halving, spared', unit=True)} of them; its choice is "
+        f"Stopping the worse half after {', '.join(f'{100 * s:.0f} %' for s in RUNGS)} of the epochs would have "
+        f"spared {format_value(100 * spared, 'percent', 'halving, spared', unit=True)} of them; its choice is "
         f"{format_value(row['regret'], 'spread', 'halving, regret')} of the score below the best on average"
     )
-    if "regret_low" in row:
+    if row["regret_low"] == row["regret_low"]:
         ends = format_interval(row["regret_low"], row["regret_high"], "spread", "halving, regret")
         said += f" (95 % interval {ends})"
     return f"{said}, a random choice {format_value(row['random'], 'spread', 'halving, random')}."
@@ -173,8 +173,8 @@ def early_words(
     for what, own in table[table.pairs > 0].groupby("curve", sort=False) if len(table) else ():
         r = own.iloc[0]
         said.append(
-            f"After {r.share:.0%} of the epochs the {what} curve has {r.right * r.pairs:g} of {r.pairs} pairs of "
-            f"backbones in the right order (at half of them "
+            f"After {100 * r.share:.0f} % of the epochs the {what} curve has {r.right * r.pairs:g} of {r.pairs} pairs "
+            f"of backbones in the right order (at half of them "
             f"{own.iloc[-1].right * own.iloc[-1].pairs:g} of {own.iloc[-1].pairs})"
         )
     return said

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANK', 'SIZE', 'BLIND', 'ranking_known', 'pick_questions', 'Pick', 'mean_regret', 'picked_words', 'picks',
-           'best_pick_words', 'metric_of', 'pick_rows', 'against_words', 'pick_words']
+           'truly_best', 'metric_of', 'pick_rows', 'against_words', 'pick_words']
 
 # %% ../../nbs/8_analysis/27_pick.ipynb #5030b9e6
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def picks(
     blind = np.mean([random_regret(q.outcome) for q in asked[RANK]], axis=0)
     return [*found, Pick(BLIND, "any", blind, len(asked[RANK]))]
 
-def best_pick_words(
+def truly_best(
     ranking: dict,  # as `vfm rank` wrote it
     tables: Tables,  # of a study with the same backbones
 ) -> list[str]:  # one sentence a question

@@ -57,7 +57,10 @@ def lens_table(
     cells = own[own.strategy != "specialist"].groupby(keys, sort=False)
     rows = [dict(zip(keys, key)) | lens_row(of) for key, of in cells]
     table = pd.DataFrame(rows, columns=LENS).astype({"p": float, "known_p": float})
-    return table.assign(p_holm=holm(table.p.to_numpy()), known_p=holm(table.known_p.to_numpy()))
+    same = ["backbone", "region", "family", "known", "known_p"]  # all strategies begin with the same features
+    once = table[same].drop_duplicates().assign(corrected=lambda t: holm(t.known_p.to_numpy()))
+    corrected = table[same].merge(once, how="left").corrected
+    return table.assign(p_holm=holm(table.p.to_numpy()), known_p=corrected.to_numpy(float))
 
 # %% ../../nbs/8_analysis/29_radiomics.ipynb #52632fd8
 def lens_words(
@@ -69,11 +72,13 @@ def lens_words(
     clear = tuned[tuned.p_holm <= 0.05]
     less, more = clear[clear.change < 0], clear[clear.change > 0]
     by_family = ", ".join(f"{n} of {f}" for f, n in less.family.value_counts(sort=False).items())
-    known = tuned.drop_duplicates(["task", "backbone", "n_train", "region", "family"])
+    known = tuned.drop_duplicates(["backbone", "region", "family", "known"])
     above = known[(known.known_p <= 0.05) & (known.known > 0)]
+    some = int((known.before > 0).sum())
     return (
         f"Of {format_count([len(tuned)], 'comparison', 'comparisons')} (a tuned cell, a region, a family), features "
         f"tell clearly less after tuning in {len(less)}{f' ({by_family})' if by_family else ''}, clearly more in "
         f"{len(more)}; in the other {len(tuned) - len(clear)} the change is too small to see here. Before tuning they "
-        f"tell clearly more than random weights in {len(above)} of {len(known)}."
+        f"tell clearly more than random weights in {len(above)} of {len(known)}, and more than a guess of the mean in "
+        f"{some}."
     )

@@ -13,7 +13,7 @@ import html
 import numpy as np
 
 # %% ../../nbs/9_report/17_before.ipynb #e9019ec0
-from ..analysis.pick import best_pick_words, pick_rows, pick_words, picks
+from ..analysis.pick import pick_rows, pick_words, picks, truly_best
 from ..analysis.prediction import score_title
 from vfm_notes.analysis.ranking import (
     CONTROL_TITLES, ranking_findings, ranking_verdict, rows_of, scale_words, short_amount, shown_less,
@@ -168,7 +168,7 @@ def after_fine_tuning(
     found = picks(ranking, tables)
     parts = [Block("<h3>What fine-tuning gave</h3>"), Block(f"<p>{text(pick_words(ranking, tables, found))}</p>")]
     if not found: return parts
-    said = "Best after fine-tuning, by the test score: " + "; ".join(best_pick_words(ranking, tables))
+    said = "Best after fine-tuning, by the test score: " + "; ".join(truly_best(ranking, tables))
     return [*parts, table(pick_rows(ranking, tables, found)), note(
         f"{said}. Regret: what the best has more than the pick, averaged over the strategies; the interval is over "
         "drawn seeds and cases. Cells that learned nothing are left out. “Mean rank elsewhere” looks at the other "

@@ -66,7 +66,7 @@ def tile(
     "Draw one network: its frames lie on each other, and the last one is seen."
     last = list(frames)[-1]
     drawn = "".join(
-        f'<g data-epoch="{e}"{"" if e == last else " style=display:none"}>{svg}</g>' for e, svg in frames.items()
+        f'<g data-epoch="{e}" style="{"" if e == last else "display:none"}">{svg}</g>' for e, svg in frames.items()
     )
     return (
         f'<figure><svg viewBox="0 0 {TILE_WIDTH} {high:.1f}" width="{TILE_WIDTH}" height="{high:.1f}" role="img">'

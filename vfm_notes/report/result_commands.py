@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 # %% ../../nbs/9_report/20_result_commands.ipynb #1c85e1dd
-from ..foundation.quantity import format_interval, format_p, format_value
+from ..foundation.quantity import format_interval, format_p, format_value, metric_card
 from ..foundation.registry import VfmError
 from .data_commands import Study
 
@@ -70,7 +70,9 @@ def grouped_lines(
         own = [r for r in rows if r["task"] == task]
         metric, better = own[0]["metric"], "higher" if own[0]["direction"] > 0 else "lower"
         control = format_value(own[0]["control"], "score", metric=metric)
-        lines += [f"{task}: {metric}, {better} is better; trivial control {control}", columns_line(CELL_HEADS)]
+        card = metric_card(metric)
+        said = f"{task.replace('_', ' ')}: {card.title}{f', {card.unit}' * bool(card.unit)}, {better} is better"
+        lines += [f"{said}; trivial control {control}", columns_line(CELL_HEADS)]
         lines += [columns_line(column_words(r, several)) for r in own] + [""]
     return lines[:-1]
 

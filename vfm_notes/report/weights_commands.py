@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['weights_app', 'Accept', 'LIST_WIDTHS', 'SourceArgument', 'PluginOption', 'RunPluginOption', 'ArchOption',
-           'wrapped_lines', 'list_lines', 'long_lines', 'cohort_datasets', 'listed_weights', 'weights_list',
-           'weights_fetch', 'load_plugin_files', 'report_lines', 'weights_check', 'split_words', 'weights_import',
-           'find_pretraining', 'check_export', 'tuned_member', 'copy_pretrained', 'export_tuned', 'weights_export',
-           'tuned_members', 'predict_cases', 'read_centre', 'predict_command']
+           'list_lines', 'long_lines', 'cohort_datasets', 'listed_weights', 'weights_list', 'weights_fetch',
+           'load_plugin_files', 'report_lines', 'weights_check', 'split_words', 'weights_import', 'find_pretraining',
+           'check_export', 'tuned_member', 'copy_pretrained', 'export_tuned', 'weights_export', 'tuned_members',
+           'predict_cases', 'read_centre', 'predict_command']
 
 # %% ../../nbs/9_report/21_weights_commands.ipynb #3a662400
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ import typer
 
 # %% ../../nbs/9_report/21_weights_commands.ipynb #4da4e890
 from ..foundation.registry import VfmError, suggest_name
+from .data_commands import wrapped_lines
 
 
 # %% ../../nbs/9_report/21_weights_commands.ipynb #06c4bc13
@@ -30,17 +31,6 @@ Accept = Annotated[
 
 # %% ../../nbs/9_report/21_weights_commands.ipynb #5657ed93
 LIST_WIDTHS = {"weights": 0, "images": 19, "pretraining": 14, "M par.": 6, "licence": 18}  # columns; 0: as it needs
-
-def wrapped_lines(
-    row: Iterable[str],  # words of each column
-    widths: Iterable[int],  # of the columns
-) -> list[str]:
-    "Write a row of a table in as many lines as its columns need; nothing is cut."
-    from itertools import zip_longest
-    from textwrap import wrap
-    widths = list(widths)
-    lines = zip_longest(*(wrap(w, width) or [""] for w, width in zip(row, widths)), fillvalue="")
-    return [" ".join(f"{w:{width}}" for w, width in zip(line, widths)).rstrip() for line in lines]
 
 def list_lines(
     rows: list[dict],  # of analysis.published_weights.weights_table

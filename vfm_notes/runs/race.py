@@ -120,7 +120,7 @@ def standing(
     keep: float = KEEP,  # share that goes on
     absent: Iterable[str] = (),  # cells that cannot be computed, which nobody waits for
 ) -> Standing:
-    "Return how a race stands, as far as the records go."
+    "Return how a race stands, decided as far as the records go."
     now = Standing(race, race.epochs, [c for c in race.cells if c not in absent])
     for at in rung_epochs(race.epochs):
         scores = {c: cell_score([score_at(study, records.get(run_id(s)), at) for s in race.cells[c]])

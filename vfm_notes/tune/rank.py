@@ -128,8 +128,8 @@ def study_candidate(
     file = run_folder(study.name, parent)/"weights.safetensors"
     if not file.is_file():
         raise VfmError(
-            f"weights '{name}' of study '{study.name}' are not here: make them first (vfm run {study.name} --only "
-            "kind=pretrain)."
+            f"weights '{name}' of study '{study.name}' are not here: make them first ('vfm run' with its study file "
+            "and --only kind=pretrain)."
         )
     spec = RunSpec(**vars(data.spec) | {"backbone": name, "parent": parent})
     def make(_: FrozenData) -> torch.nn.Module:
