@@ -115,6 +115,8 @@ MISTAKES = {
     "taken by another name": ("from vfm_notes.foundation.registry import strategies\n\n@strategies('full')\n"
                               "def mine(m): pass\n", "code_of_mine.py, line 3"),
     "deep": ("def f(): return 1 / 0\n\n\nf()\n", "code_of_mine.py, line 1"),
+    "half way": ("from vfm_notes.foundation.registry import strategies\n\nstrategies('before_it')(print)\n1 / 0\n",
+                 "code_of_mine.py, line 4"),
 }
 
 
