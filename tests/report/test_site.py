@@ -43,7 +43,7 @@ STILL = [  # no numbers, no charts
 ]
 OWN = [
     "index", "claim", "alignment", "which", "convergence", "prediction", "power", "pretraining", "backbones", "data",
-    "runs",
+    "gallery", "runs",
     "phantom", "methods", "log", *STILL,
 ]
 # drawn charts of each page
