@@ -13,9 +13,12 @@ from published import published_keys
 from slurm_cluster import absent, cluster
 from test_guides import TEXTS
 
+from vfm_notes.backbones.weights import fetch_weights
 from vfm_notes.data.layouts_mri import picai_example, prostate158_example
+from vfm_notes.foundation.registry import VfmError
 from vfm_notes.foundation.spec import load_study, run_specs
 from vfm_notes.foundation.places import project_root
+from vfm_notes.tune import catalog
 
 TEXT = TEXTS["guide_prostate"]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.S | re.M)
@@ -26,7 +29,7 @@ def made_weights(folder: Path) -> None:
     "Files with the published keys and shapes, of constants."
     folder.mkdir()
     full = lambda name: {k: torch.full(s, 0.01) for k, s in published_keys(name).items()}
-    torch.save({"model": full("profound_convnextv2_tiny_encoder")}, folder / "profound_alpha.pth")
+    torch.save({"model": full("profound_fcmae_pretrain")}, folder / "profound_alpha.pth")
     torch.save(full("provicnet_contrastive_mri_vits14reg_4class"), folder / "T2_best.pth")
 
 
@@ -82,6 +85,16 @@ def test_every_command_runs_as_it_stands(folder):
     assert "5 tasks" in said["vfm plan prostate_full"] and "smallest gain" in said["vfm plan prostate_full"]
 
 
+def test_a_file_of_another_layout_is_refused_and_nothing_is_kept(tmp_path, monkeypatch):
+    "ProFound's encoder alone has other names than the pretraining that `profound_alpha.pth` is."
+    monkeypatch.setenv("VFM_WEIGHTS", str(tmp_path))
+    keys = published_keys("profound_convnextv2_tiny_encoder")
+    torch.save({"model": {k: torch.full(s, 0.01) for k, s in keys.items()}}, tmp_path / "profound_alpha.pth")
+    with pytest.raises(VfmError, match="profound_alpha.pth has no tensor that weights 'profound_tiny.alpha' are read"):
+        fetch_weights("profound_tiny.alpha")
+    assert [p.name for p in tmp_path.iterdir()] == ["profound_alpha.pth"]
+
+
 def test_the_first_cells_run_on_a_real_node(tmp_path):
     """One network with its made checkpoint, all six strategies of a task, submitted by the command of the guide to a
     Slurm of one node; volumes, epochs and what a job requests are cut to what this machine has."""
@@ -101,10 +114,10 @@ def test_the_first_cells_run_on_a_real_node(tmp_path):
         env = {k: v for k, v in os.environ.items() if not k.startswith("VFM_")}
         env |= {f"VFM_{k}": str(place / k.lower()) for k in ("DATA", "WEIGHTS", "RUNS")}
         def call(*words): return subprocess.run([*vfm, *words], cwd=place, env=env, capture_output=True, text=True)
-        made = [call("data", "import", "picai", "raw/picai", "data/picai"),
+        made = [*(call("data", "import", c, f"raw/{c}", f"data/{c}") for c in ("picai", "prostate158")),
                 call("weights", "fetch", "profound_tiny.alpha"),
                 call("run", "prostate_full", "--executor", "slurm", "--only", cells)]
-        assert [d.returncode for d in made] == [0, 0, 0], made[-1].stdout[-3000:] + made[-1].stderr[-3000:]
+        assert not any(d.returncode for d in made), made[-1].stdout[-3000:] + made[-1].stderr[-3000:]
         jobs = slurm("scontrol", "show", "job").stdout
         assert jobs.count("JobState=COMPLETED") == 1 and "FAILED" not in jobs, jobs
     records = [json.loads(p.read_text(encoding="utf-8")) for p in (place / "runs").rglob("record.json")]
