@@ -9,6 +9,8 @@ from vfm_notes.analysis.pick import (
 from vfm_notes.analysis.prediction import cell_outcomes
 from vfm_notes.analysis.public_matrix import REFERENCE
 from vfm_notes.analysis.tables import load_tables
+from vfm_notes.foundation.blocks import plain_text
+from vfm_notes.report.before import after_fine_tuning
 
 
 def ranked(task, values, direction=1):
@@ -75,6 +77,18 @@ def test_the_words(tables, task):
     assert "what the mean rank elsewhere would give, too" in said  # in this study it finds the same one
     rows = pick_rows(good, tables, found)
     assert rows[0]["pick"] == best and rows[-1]["pick"] == "any" and len(rows) == len(found)
+
+
+def test_the_page_shows_it(tables, task):
+    end = ends(tables, task)
+    worst, best = min(end, key=end.get), max(end, key=end.get)
+    bad = ranked(task, {b: float(b == worst) for b in end})
+    words = " ".join(plain_text(b) for b in after_fine_tuning(bad, tables))
+    assert "What fine-tuning gave" in words and f"the first of this ranking ({worst}) is" in words
+    assert "worse than the mean rank elsewhere" in words and "worse than a blind choice" in words
+    assert f"Best after fine-tuning, by the test score: full, 24 training cases: {best} of 3 backbones" in words
+    nothing = after_fine_tuning(ranked("another", end), tables)
+    assert len(nothing) == 2 and "is not known yet" in plain_text(nothing[1])
 
 
 def test_paired_draws_decide():

@@ -30,7 +30,7 @@ KEYS = {
     "schema", "id", "kind", "status", "study", "spec", "metrics", "primary", "directions", "units", "controls", "d2p",
     "d2p_moments", "scores", "cost", "n", "train_cases", "head", "shown", "hand_made", "normalisation", "device",
     "threads", "versions", "commit", "cohort_hash", "weights_hash", "weights_files", "licences", "excluded", "notes",
-    "overlap", "notebook", "template_hash", "created", "error", "input",
+    "overlap", "notebook", "template_hash", "created", "error", "stopped", "input",
 }
 
 
