@@ -469,6 +469,7 @@
     }
   };
   ready(() => $$("table.vfm-table, table.dataframe").forEach(cards));
+  ready(() => $$("table.vfm-table").forEach((t) => t.classList.toggle("vfm-dense", headsOf(t).length > 9)));
   ready(() => $$("table.vfm-table").forEach((table) => {
     const box = table.closest(".vfm-box");
     if (!box) return;

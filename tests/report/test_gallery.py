@@ -11,7 +11,7 @@ from vfm_notes.analysis.tables import load_tables
 from vfm_notes.analysis.verdict import metric_means
 from vfm_notes.foundation.places import run_folder
 from vfm_notes.foundation.spec import StudySpec, run_id
-from vfm_notes.report.gallery import LARGEST, gallery, picture_tag
+from vfm_notes.report.gallery import MOST_PIXELS, gallery, picture_tag
 from vfm_notes.report.site import write_assets
 from vfm_notes.runs.grid import jobs_of, study_records
 from vfm_notes.runs.record import new_record, write_record
@@ -85,7 +85,7 @@ def test_a_picture_is_no_larger_than_a_screen_shows_it():
     from PIL import Image
     tag = picture_tag(np.random.default_rng(0).normal(size=(600, 300)).astype(np.float32), (-2, 2), 100)
     image = Image.open(io.BytesIO(base64.b64decode(re.search("base64,([^\"]+)", tag)[1])))
-    assert image.size == (100, 200) and max(image.size) <= LARGEST
+    assert image.size == (100, 200) and max(image.size) <= MOST_PIXELS
 
 
 def test_classes_and_other_metrics_stand_beside_the_control(made):

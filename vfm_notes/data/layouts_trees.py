@@ -42,7 +42,7 @@ def find_near_top(
     src: Path,  # where it was downloaded to
     pattern: str,  # of a name
 ) -> list[Path]:
-    "Find what has such a name at most two folders down: the tree has 300 000 files."
+    "Find what has such a name at most two folders down: the tree has 300,000 files."
     return sorted((p for below in ("", "*/", "*/*/") for p in src.glob(below + pattern)), key=lambda p: p.name)
 
 # %% ../../nbs/1_data/17_layouts_trees.ipynb #4ba05014

@@ -207,9 +207,11 @@ def link(
 def fold(
     title: str,  # what is inside
     inner: Block,  # what is folded
+    printed: bool = True,  # also on paper, unfolded
 ) -> Block:
     "Hide a long block behind its title."
-    return Block(f'<details class="vfm-fold"><summary>{text(title)}</summary>{inner.html}</details>')
+    kind = "vfm-fold" if printed else "vfm-fold vfm-screen"
+    return Block(f'<details class="{kind}"><summary>{text(title)}</summary>{inner.html}</details>')
 
 def links(
     pages: Mapping[str, tuple[str, str]],  # address within the site → what it is called, the question it answers
