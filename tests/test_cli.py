@@ -140,7 +140,8 @@ def test_a_study_that_ran(toy):
     assert done.returncode == 0 and "7 of 7 runs done" in done.stdout, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert sum("done    " in line for line in lines) == 2 and lines[0].startswith("[00:00]")
-    assert "7 done" in toy.vfm("status", str(toy.study)).stdout and "dice" in toy.vfm("table", str(toy.study)).stdout
+    assert "7 done" in toy.vfm("status", str(toy.study)).stdout
+    assert toy.vfm("table", str(toy.study)).stdout.startswith("segmentation: Dice, higher is better")
     for suffix, read in ((".csv", pd.read_csv), (".json", pd.read_json), (".parquet", pd.read_parquet)):
         file = toy.root/f"table{suffix}"
         assert toy.vfm("table", str(toy.study), "-o", str(file)).returncode == 0

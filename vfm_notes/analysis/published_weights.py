@@ -79,7 +79,7 @@ def select_weights(
     modality: str = "", domain: str = "", objective: str = "",  # words that are looked for; "": any
     dimensions: str = "",  # 2D or 3D
     licence: str = "",  # part of its name, or "free": neither gated nor non-commercial
-    most: Mapping[str, float] | None = None,  # million, mib or seconds → most that may be
+    most: Mapping[str, float | None] | None = None,  # million, mib or seconds → most that may be; None: any
     here: bool = False,  # converted files that are here alone
     unseen: bool = False,  # without those that have seen or may have seen the cohort
 ) -> pd.DataFrame:  # the rows that fit everything
@@ -90,7 +90,7 @@ def select_weights(
         (not modality or has_word(r, modality, "modality")) and (not domain or has_word(r, domain, "domain"))
         and within(r["objective"], objective) and dimensions in ("", r["dimensions"])
         and (r["terms"] == "" if licence == "free" else within(r["licence"], licence))
-        and all(r[k] <= limit for k, limit in (most or {}).items() if limit) and (r["here"] or not here)
+        and all(r[k] <= limit for k, limit in (most or {}).items() if limit is not None) and (r["here"] or not here)
         and not (unseen and r["overlap"] in ("seen", "possibly seen"))
         for r in table.to_dict("records")
     ]

@@ -83,8 +83,8 @@ def ladder_table(
     for r in rows:
         of = f"halving of {r['study']}, keep {r['keep']:g}, rungs {r['rungs']}"
         out.append({
-            "study": r["study"], "compared after": ", ".join(f"{s:.0%}" for s in r["rungs"]) or "none",
-            "goes on": f"{r['keep']:.0%}" if r["rungs"] else "all",
+            "study": r["study"], "compared after": ", ".join(f"{100 * s:.0f} %" for s in r["rungs"]) or "none",
+            "goes on": f"{100 * r['keep']:.0f} %" if r["rungs"] else "all",
             "epochs spared": format_value(100 * r["spared"], "percent", of + ", spared", unit=True),
             "best chosen": f"{r['best']} of {r['questions']}",
             "regret, points of gain": format_value(r["regret"], "regret", of),

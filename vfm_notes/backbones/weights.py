@@ -294,6 +294,9 @@ def read_published_state(
     content, convert = read_content(path), weights[name]
     check_state(unwrap_state(content), path)
     state, told = convert.whole(content) if hasattr(convert, "whole") else (convert(unwrap_state(content)), {})
+    if not state:
+        raise VfmError(f"{path.name} has no tensor that weights '{name}' are read from (its names begin with "
+                       f"'{next(iter(unwrap_state(content)))}'): is it another file of the same publisher?")
     return {k: v.contiguous().clone() for k, v in state.items()}, told
 
 # %% ../../nbs/3_backbones/03_weights.ipynb #dba64f81

@@ -101,17 +101,17 @@ def listed_weights(
 def weights_list(
     modality: Annotated[str, typer.Option(help="Of the images: CT, MRI, T2w, X-ray, photograph ...")] = "",
     dimensions: Annotated[str, typer.Option(help="2D or 3D.")] = "",
-    domain: Annotated[str, typer.Option(help="prostate, brain, chest, abdomen, natural ...")] = "",
+    domain: Annotated[str, typer.Option(help="What they show: prostate, brain, chest, abdomen, natural ...")] = "",
     objective: Annotated[str, typer.Option(help="Pretrained with: contrast, reconstruction, masked ...")] = "",
     licence: Annotated[str, typer.Option(help="Part of the licence's name, or free: no terms to accept.")] = "",
-    parameters: Annotated[float, typer.Option(help="At most so many million.")] = 0,
-    memory: Annotated[float, typer.Option(help="At most so many MiB in a measured training step.")] = 0,
-    seconds: Annotated[float, typer.Option(help="At most so many in a measured training step.")] = 0,
-    cohort: Annotated[str, typer.Option(help="Leave out what has or may have seen it: a cohort, or a data set as "
-                                        "PI-CAI.")] = "",
+    parameters: Annotated[float | None, typer.Option(help="At most so many million.")] = None,
+    memory: Annotated[float | None, typer.Option(help="At most so many MiB in a measured training step.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="At most so many in a measured training step.")] = None,
+    cohort: Annotated[str, typer.Option(help="Leave out what has or may have seen it: a cohort, or a data set, "
+                                        "e.g. PI-CAI.")] = "",
     here: Annotated[bool, typer.Option("--here", help="Only weights whose converted file is here.")] = False,
     long: Annotated[bool, typer.Option("--long", help="All that is known of each.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same for other programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     "List published weights, and those with a plan that are here; every option narrows the list."
     most = {"million": parameters, "mib": memory, "seconds": seconds}

@@ -30,7 +30,7 @@ from ..foundation.overlap import published_overlap
 from ..foundation.plugins import code_line
 from ..foundation.registry import error_line, parse_strategy, starts_random
 from ..foundation.registry import VfmError, backbones, objectives, strategies, tasks
-from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec
+from ..foundation.spec import SPLITS, PretrainSpec, RunSpec, Spec, StudySpec, canonical_text
 from ..nets.decoder import Network
 from ..nets.files import forward_flops
 from ..pretrain.loop import check_objective
@@ -304,18 +304,21 @@ def step_input(
     channels = max(len(card.sequences), -1 if guess is None else guess + 1)  # a first guess lies behind the sequences
     return torch.empty(cases, channels, *network_input_size(spec), device="meta")
 
+_needed = {}  # canonical text of a run, card → GiB: a dry run asks twice
 def step_memory(
     spec: RunSpec,  # what the run is
     card: CohortCard,  # of the cohort
 ) -> float:  # GiB, a lower bound
     "Estimate what one training step must keep in memory."
+    if (key := (canonical_text(spec), card)) in _needed: return _needed[key]
     net = empty_model(spec, card)
     tuning = apply_strategy(spec.strategy, net)
     if spec.checkpointing and not tuning.frozen: checkpoint_blocks(net.backbone)
     counts, x = tuning.parameters, step_input(spec, card, net, -(-spec.batch_size // spec.accumulate))
     kept = kept_bytes(net.train(), x) if tuning.steps and not tuning.frozen else 0
     half = 1 if spec.precision == "no" else 0.5  # activations of half width
-    return (4 * counts["total"] + 12 * counts["trainable"] + half * kept) / 2**30
+    _needed[key] = (4 * counts["total"] + 12 * counts["trainable"] + half * kept) / 2**30
+    return _needed[key]
 
 # %% ../../nbs/6_tune/15_conflicts.ipynb #c9ef342f
 def memory_help(
@@ -380,8 +383,7 @@ def estimate_lines(
     lines, most = [], max(study.n_train or [study.cases["train"]])
     for s in whole_trainings([s for s in specs if s.kind == "transfer" and names_known(s)]):
         if not safe_task(s, card): continue
-        s = replace(s, n_train=most)
-        try: need, flops = step_memory(s, card), training_flops(s, card)
+        try: need, flops = step_memory(s, card), training_flops(replace(s, n_train=most), card)
         except (VfmError, RuntimeError, ValueError): continue  # reported as a conflict
         lines.append(f"estimate: backbone '{architecture(s)}', task '{s.task}', strategy '{s.strategy}', n_train "
                      f"{most}: at least {need:.1f} GiB a step, {flops / 1e15:.1f} PFLOP a run: "
