@@ -2,6 +2,7 @@
 import time
 
 import altair as alt
+import pandas as pd
 
 from vfm_notes.analysis.association import cell_points, run_points
 from vfm_notes.analysis.convergence import convergence_table, reached_curves, run_convergence
@@ -30,6 +31,10 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
     losses = tables.curves[tables.curves.name == "loss"].assign(
         id=lambda t: t.backbone + t.strategy + t.seed.astype(str)
     )
+    lens = pd.DataFrame([
+        dict(task="segmentation", backbone=b, strategy="full", family=f, n_seeds=2, n_cases=20, random=0.1, before=0.4,
+             after=0.3) for b in done.backbone.unique() for f in ("shape", "texture")
+    ])
     told = [(e, 3.0 * e, name, value / e) for e in (1, 2) for name, value in (("loss", 0.9), ("val_dice", 0.4))]
     picks = prediction_table(tables, draws=20).query("counts")
     return {
@@ -45,6 +50,7 @@ def every_chart(tables: Tables) -> dict[str, alt.TopLevelMixin]:
         "moment_panels": evidence.moment_panels(evidence.distances_at(tables.d2p, tables.moments), "t", "s"),
         "seed_panels": evidence.seed_panels(run_points(tables), "t", "s"),
         "cost_of_backbones": measured.cost_of_backbones(measured.cost_frame(costs, {"profound_toy": "x"}), "t", "s"),
+        "lens_panels": evidence.lens_panels(lens, "t", "s"),
         "plan_chart": evidence.plan_chart(plan(load_study("phantom"), STUDY_METRICS)),
         "curve_chart": explorer.curve_chart(losses, "loss"),
         "training_chart": live.training_chart([live.RunningTraining("toy", 8, told, time.time())])}

@@ -2,6 +2,7 @@
 import os
 import random
 import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +144,24 @@ def test_a_site_is_whole_or_the_old_one(killed, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
     assert small_site.content(tmp_path) == small_site.content(undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["_site", "a.yaml", "b.yaml", "pages", "undisturbed"]
+
+
+def test_pages_whose_rendering_was_killed_are_rendered_again(tmp_path, monkeypatch):
+    "What a kill leaves of the pages before the renderer wrote what it knows a site by."
+    import small_site
+    monkeypatch.setenv("VFM_RUNS", str(tmp_path/"runs"))
+    study = small_site.write_study(tmp_path, "a")
+    code = "import sys, small_site; small_site.few_pages(); small_site.build(sys.argv[1])"
+    def build():
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path/"a.yaml")], env=environment(tmp_path),
+                              cwd=tmp_path, capture_output=True, text=True)
+    assert study and build().returncode == 0
+    known = small_site.content(tmp_path)
+    shutil.rmtree(tmp_path/"pages"/"a"/"_site"/"site_libs")
+    shutil.rmtree(tmp_path/"_site")
+    again = build()
+    assert again.returncode == 0, again.stderr
+    assert small_site.content(tmp_path) == known
 
 
 def test_a_stamp_whose_writing_was_killed_is_tidied_up(tmp_path):

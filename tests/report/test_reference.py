@@ -100,7 +100,7 @@ def test_what_is_left_out_of_a_page_says_why():
             .removesuffix("\n```")
         )
     long, asks = "x" * (LIMIT["html"] + 1), '<img src="https://example.org/a.png">'
-    count = f"{len(long):,}".replace(",", " ")
+    count = f"{len(long):,}"
     assert page({"text/html": long}).endswith(f"Here an output of {count} characters is left out; see there.</p>")
     assert page({"text/html": asks}).endswith("Here an output that loads from the network is left out; see there.</p>")
     assert (

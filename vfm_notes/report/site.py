@@ -177,6 +177,7 @@ def render(
         from smalldocs.config import BuildError, ConfigError
         from smalldocs.site import build
         (folder / "rendered.json").unlink(missing_ok=True)  # Quarto's pages are gone
+        if not (site / "site_libs").exists(): shutil.rmtree(site, ignore_errors=True)  # what a killed rendering left
         try: build(folder, quiet=True)
         except (BuildError, ConfigError) as e: raise VfmError(f"smalldocs could not render {folder}: {e}") from None
         if (folder / "notebooks").exists():
