@@ -16,7 +16,7 @@ from vfm_notes.foundation.spec import PretrainSpec, RunSpec, load_study, pretrai
 from vfm_notes.nets.decoder import ClassificationHead, DenseDecoder, LinearDecoder
 from vfm_notes.pretrain.loop import pretrain
 from vfm_notes.shift.features import collect_features, layer_distances
-from vfm_notes.tune import monitor, transfer as module
+from vfm_notes.tune import transfer as module
 from vfm_notes.tune.task import DENSE_HEADS, IMAGE_HEADS
 from vfm_notes.tune.strategy import call_order, run_without_weights
 from vfm_notes.tune.supervised import dealt_anew, pretraining_cases
@@ -211,7 +211,7 @@ def test_distances_stand_under_their_ceiling(state):
 
 
 def test_a_few_test_cases_are_looked_at(monkeypatch, state):
-    monkeypatch.setattr(monitor, "LOOKED_AT", 4)
+    monkeypatch.setattr(module, "LOOKED_AT", 4)
     outcome = transfer(replace(SPEC, strategy="full"), state)
     assert (
         {r["n"] for r in outcome.summary["d2p"]} == {4}
