@@ -26,11 +26,14 @@ SITE = "vfm site prostate_full"
 
 
 def made_weights(folder: Path) -> None:
-    "Files with the published keys and shapes, of constants."
+    "Files with the published keys and shapes, of random numbers."
     folder.mkdir()
-    full = lambda name: {k: torch.full(s, 0.01) for k, s in published_keys(name).items()}
-    torch.save({"model": full("profound_fcmae_pretrain")}, folder / "profound_alpha.pth")
-    torch.save(full("provicnet_contrastive_mri_vits14reg_4class"), folder / "T2_best.pth")
+    draw = torch.Generator().manual_seed(0)
+    def drawn(name: str) -> dict[str, torch.Tensor]:
+        keys = published_keys(name).items()
+        return {k: 0.02 * torch.randn(s, generator=draw) + (k.endswith("weight") and len(s) == 1) for k, s in keys}
+    torch.save({"model": drawn("profound_fcmae_pretrain")}, folder / "profound_alpha.pth")
+    torch.save(drawn("provicnet_contrastive_mri_vits14reg_4class"), folder / "T2_best.pth")
 
 
 def smaller(text: str) -> str:

@@ -168,7 +168,7 @@ for spec in missing_specs(study, specs, asked=asked):
         level = options["levels"].get(spec.backbone.split(".")[1], 0.0)
         def look(epoch, logs):
             with open(flags/"epochs", "a") as f: f.write(f"{spec.backbone} {spec.strategy} {epoch}\\n")
-            while (flags/"hold").exists() and epoch >= 3: time.sleep(0.01)
+            while (flags/"linger").exists() and epoch >= 3: time.sleep(0.01)
             return {"val_dice": level}
         trainer = Trainer(nn.Linear(4, 4), lambda m, b: ((m(b["x"]) - b["y"]).square().mean(), {}),
                           Loader({"x": x, "y": x.roll(1, -1)}, 2, seed=3), TrainConfig(epochs=spec.epochs, lr=0.01))
@@ -249,18 +249,20 @@ def test_a_race_from_the_plan_to_its_completion(tmp_path, plain):
 
 def test_a_race_that_is_killed_and_one_that_is_asked_to_leave(tmp_path, plain):
     toy = race_toy(tmp_path)
-    toy.flag("hold")
+    toy.flag("linger")
     for sign in (signal.SIGKILL, signal.SIGTERM):
         going = toy.start_run("--halving", VFM_GRACE="1")
         end = time.monotonic() + 120
         while not ((toy.flags/"epochs").exists() and " full 3" in (toy.flags/"epochs").read_text()
                    and len(runs_of(toy)) >= 4):
-            assert time.monotonic() < end and going.poll() is None, going.communicate()
+            if time.monotonic() > end or going.poll() is not None:
+                going.kill()
+                pytest.fail("".join(map(str, going.communicate())))
             time.sleep(0.05)
         going.send_signal(sign)
         going.communicate(timeout=60)
         (toy.flags/"epochs").write_text("")
-    toy.flag("hold", False)
+    toy.flag("linger", False)
     done = toy.run("--halving")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = runs_of(toy)

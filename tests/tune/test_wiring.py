@@ -396,7 +396,8 @@ OTHER = {
     "plugins": {"my_code.py": "0" * 64},
     "grid": "published",
 }
-UNNAMED = {("pretrain", "probe_every")}  # looks at the encoder on the way; changes no weights
+# looks at the encoder on the way, and pictures on the way; neither changes weights
+UNNAMED = {("pretrain", "probe_every"), ("transfer", "shown_epochs")}
 
 
 @pytest.mark.parametrize(
