@@ -213,13 +213,14 @@ def test_the_time_left_is_what_the_closest_runs_took():
     def look(specs, states, **more):
         return SimpleNamespace(
             job=SimpleNamespace(kind="transfer", runs=[str(i) for i in range(len(specs))], specs=specs),
-            states={str(i): s for i, s in enumerate(states)}, **dict(whole=None, elapsed=0.0) | more,
+            states={str(i): s for i, s in enumerate(states)}, **dict(whole=None, elapsed=0.0, parts={}) | more,
         )
     two, one, late = (
         look([full] * 3, ["done", "missing", "queued"]), look([full], ["running"], whole=100.0, elapsed=30.0),
         look([full], ["running"], elapsed=50.0),
     )
     left = lambda looks, n=1: time_left(looks, known, n).seconds
+    assert left([look([full] * 2, ["missing"] * 2, parts={"0": 0.25})]) == pytest.approx(25)  # a quarter of a run
     # never less than the longest
     assert (
         left([two]) == pytest.approx(40)
