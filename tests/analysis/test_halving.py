@@ -123,16 +123,6 @@ def test_what_is_told_of_the_risk(runs_root, tmp_path):
     assert len(kept) == len(LADDERS) and kept[0]["study"] == "s" and len(ladder_table(kept)) == len(LADDERS)
 
 
-def test_one_kept_replay_made_again(runs_root, tmp_path):
-    "What is shipped has the fields and the ladders of today, and can be shown."
-    study()
-    made, kept = shipped_risk(write_risk(tmp_path/"halving.json")), shipped_risk()
-    assert kept and all(set(r) == set(made[0]) for r in kept)
-    ladders = [(list(rungs), keep) for rungs, keep in LADDERS]
-    assert [(r["rungs"], r["keep"]) for r in kept] == ladders * (len(kept) // len(ladders))
-    assert len(ladder_table(kept)) == len(kept)
-
-
 def test_seeds_are_averaged_before_they_are_compared(runs_root):
     tables = study()
     values = early_values(tables, "validation", 0.1)

@@ -232,12 +232,6 @@ def picture(path: Path, page: Path | None = None) -> None:
         finally: server.shutdown()
 
 
-def halving(path: Path) -> None:
-    from vfm_notes.analysis.risk import write_risk
-
-    write_risk(path)
-
-
 def claim(path: Path) -> None:
     from vfm_notes.analysis.claim import write_claim
 
@@ -329,9 +323,6 @@ ENTRIES = [
     Entry("claim.json", "what each study says of gain, convergence and distance, for readers without records", 0.5,
           "vfm_notes.analysis.claim.write_claim", claim, ("vfm_notes.analysis.claim",),
           "tests/analysis/test_claim.py::test_one_kept_row_made_again", all_studies_data),
-    Entry("halving.json", "what races would have saved and lost on finished studies, for six ladders", 0.5,
-          "vfm_notes.analysis.risk.write_risk", halving, ("vfm_notes.analysis.risk",),
-          "tests/analysis/test_halving.py::test_one_kept_replay_made_again", all_studies_data),
     Entry("reference_results.json", "our own scores and gains in the shipped studies, to compare yours with", 0.5,
           "vfm_notes.analysis.ours.write_reference", reference, ("vfm_notes.analysis.ours",),
           "tests/analysis/test_ours.py::test_one_kept_bundle_made_again", all_studies_data),
